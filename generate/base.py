@@ -1,0 +1,41 @@
+"""Generate text from a converted checkpoint.
+
+    python generate/base.py --checkpoint_dir checkpoints/tiiuae/falcon-7b --prompt "Hello, my name is"
+
+The text goes to stdout as it comes; speed and memory go to stderr.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, run
+
+checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder
+prompt: str | None = None  # what to continue or answer
+prompt_file: Path | None = None  # file that holds the prompt; - is standard input
+input: str = ""  # context that goes with an instruction, for prompt styles that have a place for it
+prompt_style: str | None = None  # alpaca, chatml, llama2, falcon-instruct, plain, a Jinja file (null: the checkpoint's)
+max_new_tokens: PositiveInt = 50  # longest answer
+num_samples: PositiveInt = 1  # answers to give
+temperature: NonNegativeFloat = 0.8  # divides the logits: higher is more varied, 0 takes the likeliest token
+top_k: PositiveInt | None = 200  # sample among this many likeliest tokens (null: all)
+top_p: ClosedUnitInterval = 1.0  # sample among the likeliest tokens of together this probability
+seed: NonNegativeInt = 1234  # of the sampling
+precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and arithmetic
+
+
+def main(hp: SimpleNamespace) -> None:
+    from lit_gpt.generation import answer, default_device, dtype_of
+    from lit_gpt.model import GPT
+    from lit_gpt.prompts import PromptStyle
+    from lit_gpt.tokenizer import Tokenizer
+
+    model = GPT.from_checkpoint(hp.checkpoint_dir, dtype_of(hp), default_device())
+    tokenizer = Tokenizer(hp.checkpoint_dir)
+    named = hp.prompt_style and PromptStyle.from_name(hp.prompt_style, tokenizer)
+    answer(hp, model, tokenizer, named or PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,47 @@
+"""Generate text from a checkpoint with LoRA weights.
+
+    python generate/lora.py --checkpoint_dir checkpoints/tiiuae/falcon-7b \\
+        --lora_path out/lora/alpaca/lit_model_lora_finetuned.pth --prompt "..."
+
+The prompt is rendered in the style of the finetune. The text goes to stdout as it comes, speed and memory to stderr.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, run
+
+checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder of the base
+lora_path: Path = Path("out/lora/alpaca/lit_model_lora_finetuned.pth")  # what finetune/lora.py wrote
+merge: bool = True  # fold LoRA into the weights when loading; false keeps it apart
+prompt: str | None = None  # what to answer
+prompt_file: Path | None = None  # file that holds the prompt; - is standard input
+input: str = ""  # context that goes with an instruction
+max_new_tokens: PositiveInt = 100  # longest answer
+num_samples: PositiveInt = 1  # answers to give
+temperature: NonNegativeFloat = 0.8  # divides the logits: higher is more varied, 0 takes the likeliest token
+top_k: PositiveInt | None = 200  # sample among this many likeliest tokens (null: all)
+top_p: ClosedUnitInterval = 1.0  # sample among the likeliest tokens of together this probability
+seed: NonNegativeInt = 1234  # of the sampling
+precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and arithmetic
+
+
+def main(hp: SimpleNamespace) -> None:
+    from lit_gpt import checkpoint, lora
+    from lit_gpt.config import Config
+    from lit_gpt.generation import answer, default_device, dtype_of
+    from lit_gpt.prompts import PromptStyle
+    from lit_gpt.tokenizer import Tokenizer
+
+    state = checkpoint.load_state(hp.checkpoint_dir)
+    config = Config.from_checkpoint(hp.checkpoint_dir)
+    model = checkpoint.build(config, state, dtype_of(hp), default_device(), hp.checkpoint_dir)
+    record = lora.load(model, hp.lora_path, checkpoint.fingerprint(state))
+    if hp.merge:
+        lora.merge(model)
+    answer(hp, model.eval(), Tokenizer(hp.checkpoint_dir), PromptStyle.from_dict(record["prompt_style"]))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,249 @@
+"""Reading and writing checkpoints: mapped from the file, atomic, strict, and without running any code they hold.
+
+A checkpoint folder holds the Hugging Face files as downloaded (config.json, the tokenizer's) and, once converted,
+`lit_model.pth` (the GPT's state dict), `lit_config.json` and `prompt_style.json`.
+"""
+
+import hashlib
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_gpt.config import Config
+from lit_gpt.errors import UserError
+from lit_gpt.model import GPT
+
+FORMAT_VERSION = 1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_checkpoint_dir(checkpoint_dir: Path, converted: bool = True) -> None:
+    """Refuse a folder that is not a checkpoint, saying what is missing, what is there and which command comes next.
+
+    Raises:
+        UserError
+    """
+    folder = Path(checkpoint_dir)
+    if not folder.is_dir():
+        near = sorted(str(path.parent) for path in Path("checkpoints").glob("*/*/config.json"))
+        there = f"; there are {', '.join(near)}" if near else ""
+        raise UserError(
+            f"--checkpoint_dir {folder}: no such folder{there}; "
+            "`python scripts/download.py --repo_id OWNER/NAME` downloads a model"
+        )
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"--checkpoint_dir {folder}: not a checkpoint folder, config.json is missing; expected what "
+            "`python scripts/download.py` leaves"
+        )
+    if converted and not all((folder / name).is_file() for name in ("lit_model.pth", "lit_config.json")):
+        raise UserError(
+            f"--checkpoint_dir {folder}: not converted yet; run "
+            f"`python scripts/convert_hf_checkpoint.py --checkpoint_dir {folder}` first"
+        )
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place, file or folder, when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends without an error.
+
+    Raises:
+        UserError: `path` exists and holds something; it is never overwritten.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: already exists and is not an empty folder; choose another or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save(path: Path, contents: dict[str, Any]) -> None:
+    """torch.save that leaves the old file or the new one, never half of either."""
+    with atomic(path) as temporary:
+        try:
+            torch.save(contents, temporary)
+        except RuntimeError as error:  # how torch reports a full disk
+            raise UserError(f"{path}: could not be written: {str(error).splitlines()[0]}; is the disk full?") from None
+
+
+def load(path: Path, mmap: bool = True) -> dict[str, Any]:
+    """The contents of a file written by torch.save; tensors stay mapped from the file. No code in it is run.
+
+    Raises:
+        UserError: the file is missing, truncated, or holds anything but tensors and plain values.
+    """
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = "it holds code, which is never run" if "Weights only load failed" in str(error) else "is it truncated?"
+        raise UserError(f"{path}: not a readable file of tensors ({reason}); make or download it again") from None
+    if not isinstance(contents, dict):
+        raise UserError(f"{path}: expected a dictionary of tensors, found {type(contents).__name__}")
+    return contents
+
+
+def write_streamed(path: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype | dict, tensors: Iterable) -> None:
+    """Write a state dict whose tensors come one by one, holding one at a time in memory.
+
+    The file is laid out first, with room for every tensor, then mapped and filled.
+
+    Args:
+        shapes: of all tensors, in any order.
+        dtype: of all, or {name: dtype}.
+        tensors: (name, tensor) pairs.
+    """
+    kinds = dtype if isinstance(dtype, dict) else dict.fromkeys(shapes, dtype)
+    with atomic(path) as temporary:
+        with torch.serialization.skip_data():
+            torch.save({name: torch.empty(shape, dtype=kinds[name]) for name, shape in shapes.items()}, temporary)
+        with torch.serialization.set_default_mmap_options(_MAP_SHARED):
+            state = torch.load(temporary, weights_only=True, mmap=True)
+        for name, tensor in tensors:
+            state[name].copy_(tensor)
+
+
+_MAP_SHARED = 1  # mmap.MAP_SHARED: what is written goes to the file
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """A short hash of a state dict, by which a finetuned file knows its base.
+
+    Reads names, shapes, dtypes and 16 spread-out rows of each tensor: enough to tell any two models apart that were
+    trained apart, in milliseconds for a mapped file of any size.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach()
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        spread = rows[torch.linspace(0, len(rows) - 1, min(16, len(rows))).long()].contiguous().cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(spread.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def load_state(checkpoint_dir: Path) -> dict[str, Tensor]:
+    """The state dict of a converted checkpoint, mapped from lit_model.pth."""
+    check_checkpoint_dir(checkpoint_dir)
+    return load(Path(checkpoint_dir) / "lit_model.pth")
+
+
+def load_model(checkpoint_dir: Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> GPT:
+    """See GPT.from_checkpoint."""
+    state = load_state(checkpoint_dir)
+    return build(Config.from_checkpoint(checkpoint_dir), state, dtype, device, Path(checkpoint_dir) / "lit_model.pth")
+
+
+def build(
+    config: Config,
+    state: dict[str, Tensor],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    source: Path | str = "the state dict",
+) -> GPT:
+    """A GPT that holds the given tensors, in evaluation mode. `source` names them in errors.
+
+    Raises:
+        UserError: missing or unexpected names, or shapes that the configuration contradicts.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in state.items()}
+    if config.tie_embeddings and "wte.weight" in state:
+        state["lm_head.weight"] = state["wte.weight"]
+    check_state(model.state_dict(), state, source)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: Path | str) -> None:
+    """Refuse a state dict that is not exactly what a model expects.
+
+    Raises:
+        UserError: names up to three offending tensors.
+    """
+    problems = [f"lacks {name}" for name in expected if name not in found]
+    problems += [f"holds unexpected {name}" for name in found if name not in expected]
+    problems += [
+        f"has {name} as {tuple(found[name].shape)} where {tuple(tensor.shape)} is expected"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise UserError(f"{source}: does not fit the model: {'; '.join(problems[:3])}{more}")
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What trains: the only tensors that a finetuned file holds."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trained(model: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
+    """Copy a finetuned file's tensors into the parameters that train.
+
+    Raises:
+        UserError: the names or shapes differ.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    check_state(parameters, state, source)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+
+def save_finetuned(path: Path, method: str, base: str, state: Mapping[str, Tensor], **record: Any) -> None:
+    """Write what was trained, with all that is needed to use it on its base and on no other."""
+    contents = {"format_version": FORMAT_VERSION, "method": method, "base": base, **record}
+    save(path, {**contents, "state": {name: tensor.cpu().contiguous() for name, tensor in state.items()}})
+
+
+def load_finetuned(path: Path, method: str, base: str) -> dict[str, Any]:
+    """The contents of a finetuned file.
+
+    Raises:
+        UserError: not such a file, of another method or format version, or trained on another base.
+    """
+    contents = load(path)
+    if not {"format_version", "method", "base", "state", "hyperparameters", "prompt_style"} <= contents.keys():
+        raise UserError(f"{path}: not a finetuned file; expected what finetune/{method}.py writes")
+    if contents["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {contents['format_version']}, expected {FORMAT_VERSION}")
+    if contents["method"] != method:
+        raise UserError(f"{path}: trained by the method {contents['method']}, expected {method}")
+    if contents["base"] != base:
+        raise UserError(
+            f"{path}: trained on another base (fingerprint {contents['base']}) than that of --checkpoint_dir ({base})"
+        )
+    return contents

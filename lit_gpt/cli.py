@@ -1,0 +1,177 @@
+"""Command lines. A script's annotated constants are its hyperparameters and, under the same names, its flags.
+
+    learning_rate: PositiveFloat = 3e-4  # peak learning rate, reached after warmup_steps
+
+gives `--learning_rate` with that type, default and help. Nothing here imports torch: `--help` answers at once.
+"""
+
+import difflib
+import inspect
+import io
+import json
+import re
+import signal
+import sys
+import tokenize
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    restricted_number_type,
+)
+
+from lit_gpt.errors import UsageError, UserError
+
+# A fraction of which something must be left: dropout, validation splits.
+Fraction = restricted_number_type("Fraction", float, [(">=", 0.0), ("<", 1.0)])
+
+EXPECTED = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    PositiveInt: "a whole number above 0",
+    NonNegativeInt: "a whole number, 0 or more",
+    PositiveFloat: "a number above 0",
+    NonNegativeFloat: "a number, 0 or more",
+    ClosedUnitInterval: "a number from 0 to 1",
+    Fraction: "a number from 0 up to, not including, 1",
+}
+
+
+def run(main: Callable[[SimpleNamespace], None]) -> None:
+    """Parse the command line against the constants of `main`'s script and call `main` with their values.
+
+    Exits with 0 when done, 2 on wrong usage and 1 on failure, the last two with one line on stderr.
+    """
+    try:
+        main(parse(main.__globals__, sys.argv[1:]))
+    except UserError as error:
+        fail(str(error), error.exit_code)
+    except BrokenPipeError:  # the reader of our stdout has gone (`| head`): nobody is left to tell
+        sys.stderr.close()
+        sys.exit(1)
+    except OSError as error:  # a full disk, a folder that cannot be written: the user's to mend
+        if error.strerror is None:
+            raise
+        fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1)
+    except KeyboardInterrupt:
+        fail("interrupted", 128 + signal.SIGINT)
+
+
+def fail(message: str, exit_code: int) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def parse(script: dict[str, Any], argv: list[str]) -> SimpleNamespace:
+    """The script's hyperparameters with the values of the command line.
+
+    Args:
+        script: the script's globals; every annotated name in them is a hyperparameter.
+        argv: the arguments after the script's name. `--config FILE` reads a JSON file of values, such as the
+            `hyperparameters.json` that a run leaves; flags after it win.
+
+    Raises:
+        UsageError: an unknown flag or a value that the type does not admit, named in one line.
+    """
+    types = script["__annotations__"]
+    prog = Path(script["__file__"])
+    parser = ArgumentParser(
+        prog=f"python {prog.parent.name}/{prog.name}",
+        usage="%(prog)s [--flag value ...]",
+        description=script["__doc__"],
+        formatter_class=partial(RawDescriptionHelpFormatter, max_help_position=30, width=110),
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", type=str, metavar="PATH", help="JSON file of values for these flags")
+    helps = trailing_comments(script["__file__"])
+    for name, kind in types.items():
+        default = json.dumps(script[name], default=str).strip('"')
+        text = f"{helps[name]} [{default}]"
+        parser.add_argument(f"--{name}", type=kind, default=script[name], metavar=metavar(kind), help=text)
+    try:
+        values = vars(parser.parse_args(expand_config(argv, types)))
+    except SystemExit:
+        raise
+    except Exception as error:  # jsonargparse has no common base for what a value can do wrong
+        raise UsageError(explain(str(error), argv, types)) from None
+    return SimpleNamespace(**{name: values[name] for name in types})
+
+
+def metavar(kind: Any) -> str:
+    """What a flag takes, in a word: the choices, or the type."""
+    choices = [choice for choice in get_args(kind) if choice is not type(None)]
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return "{" + ",".join(choices) + "}"
+    if choices:
+        return metavar(choices[0])
+    return {bool: "{true,false}", Path: "PATH", str: "TEXT"}.get(kind) or ("INT" if issubclass(kind, int) else "NUMBER")
+
+
+def trailing_comments(path: str) -> dict[str, str]:
+    """{name: comment} for the annotated constants `name: type = value  # comment` of a source file."""
+    source = Path(path).read_text(encoding="utf-8")
+    comments = {}
+    for line in tokenize.generate_tokens(io.StringIO(source).readline):
+        constant = re.match(r"([a-z]\w*)\s*:", line.line)
+        if line.type == tokenize.COMMENT and constant:
+            comments[constant[1]] = line.string.lstrip("# ").replace("%", "%%")
+    return comments
+
+
+def expand_config(argv: list[str], types: dict[str, Any]) -> list[str]:
+    """`argv` with `--config FILE` replaced by the flags that the file holds."""
+    expanded = []
+    rest = iter(argv)
+    for argument in rest:
+        if argument != "--config" and not argument.startswith("--config="):
+            expanded.append(argument)
+            continue
+        path = argument.partition("=")[2] or next(rest, "")
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--config {path}: expected a JSON file of flag values: {error}") from None
+        for name, value in values.items():
+            if name not in types:
+                raise UsageError(f"--config {path}: {unknown_flag(name, types)}")
+            expanded.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return expanded
+
+
+def explain(message: str, argv: list[str], types: dict[str, Any]) -> str:
+    """One line that names the flag, what was expected and what came, from jsonargparse's several."""
+    key = re.search(r'[Kk]ey "(\w+)"|argument --(\w+)', message)
+    if key:
+        name = key[1] or key[2]
+        given = re.findall(rf"--{name}[= ](\S+)", " ".join(argv))
+        got = f"got '{given[-1]}'" if given and not given[-1].startswith("--") else "got no value"
+        return f"--{name}: expected {expected(types[name])}, {got}"
+    unknown = re.search(r"[Uu]nrecognized arguments?: (\S+)", message)
+    return unknown_flag(unknown[1].split("=")[0].lstrip("-"), types) if unknown else message
+
+
+def expected(kind: Any) -> str:
+    if kind in EXPECTED:
+        return EXPECTED[kind]
+    choices = get_args(kind)
+    if choices and all(isinstance(choice, str) for choice in choices):
+        return "one of " + ", ".join(choices)
+    if choices:
+        return " or ".join("nothing (null)" if choice is type(None) else expected(choice) for choice in choices)
+    return "a path" if inspect.isclass(kind) and issubclass(kind, Path) else "text"
+
+
+def unknown_flag(name: str, types: dict[str, Any]) -> str:
+    near = difflib.get_close_matches(name, types, n=1, cutoff=0.5)
+    return f"unknown flag --{name}" + (f"; did you mean --{near[0]}?" if near else "; --help lists the flags")

@@ -1,0 +1,113 @@
+"""What a model is made of. Which checkpoints exist is the families' business (lit_gpt/families)."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from lit_gpt.errors import UserError
+
+
+@dataclass
+class Config:
+    """The architecture of a GPT.
+
+    Sizes count elements; `padded_vocab_size` is the number of rows of the stored embedding, `vocab_size` that of the
+    ids in use. `rope_scaling` holds the fields of the Hugging Face dictionary of the same name ("rope_type", "factor",
+    ...) or None.
+    """
+
+    name: str
+    family: str  # the file in lit_gpt/families that maps its weights
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab_size: int
+    block_size: int  # longest sequence that the model was made for
+    padded_vocab_size: int = 0  # 0: vocab_size
+    n_query_groups: int = 0  # key and value heads; 1: multi-query, 0: one per head (multi-head)
+    head_size: int = 0  # 0: n_embd // n_head
+    # positions
+    rotary_percentage: float = 1.0
+    rope_base: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    sliding_window: int | None = None  # a token sees this many, itself included
+    # block
+    parallel_residual: bool = False
+    shared_attention_norm: bool = False  # with parallel_residual: attention and MLP read one norm
+    norm_class: str = "LayerNorm"  # or RMSNorm
+    norm_eps: float = 1e-5
+    mlp_class: str = "GptNeoxMLP"  # or SwiGLU
+    activation: str = "gelu"  # a key of lit_gpt.model.ACTIVATIONS
+    intermediate_size: int = 0  # 0: 4 * n_embd
+    bias: bool = False  # of the MLP's linear layers
+    qkv_bias: bool = False
+    proj_bias: bool = False  # of the attention's output projection
+    head_bias: bool = False
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        self.padded_vocab_size = self.padded_vocab_size or self.vocab_size
+        self.n_query_groups = self.n_query_groups or self.n_head
+        self.head_size = self.head_size or self.n_embd // self.n_head
+        self.intermediate_size = self.intermediate_size or 4 * self.n_embd
+        if self.n_head % self.n_query_groups:
+            raise UserError(f"{self.name}: {self.n_head} heads cannot share {self.n_query_groups} key/value heads")
+
+    @property
+    def rope_n_elem(self) -> int:
+        """Elements of each head that are rotated."""
+        return int(self.rotary_percentage * self.head_size)
+
+    @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """Rows of query, key and value in the fused projection."""
+        kv = self.n_query_groups * self.head_size
+        return self.n_head * self.head_size, kv, kv
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any], name: str = "") -> "Config":
+        """The Config for the contents of a Hugging Face `config.json`.
+
+        Raises:
+            UserError: the architecture is not one of lit_gpt/families, or uses a feature that is not supported.
+        """
+        from lit_gpt.families import family_of
+
+        family = family_of(hf)
+        try:
+            values = family.config(hf)
+        except KeyError as missing:
+            raise UserError(f"config.json: model_type '{hf['model_type']}' needs the field {missing}") from None
+        return cls(name=name or hf["model_type"], family=family.__name__.rpartition(".")[2], **values)
+
+    @classmethod
+    def from_name(cls, name: str, **overrides: Any) -> "Config":
+        """The Config of a published size, such as "falcon-7b"; no weights needed. `overrides` replace fields."""
+        from lit_gpt.families import preset
+
+        config = cls.from_hf(preset(name), name=name)
+        return cls(**{**asdict(config), **overrides})
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint_dir: Path) -> "Config":
+        """The Config of a converted checkpoint folder, from its `lit_config.json`.
+
+        Raises:
+            UserError: the file is missing, or is not what scripts/convert_hf_checkpoint.py writes.
+        """
+        path = Path(checkpoint_dir) / "lit_config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            unknown = set(values) - {field.name for field in fields(cls)}
+            if unknown:
+                raise ValueError(f"unknown fields {sorted(unknown)}")
+            return cls(**values)
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{path}: not a readable model configuration ({error}); convert the checkpoint again with "
+                f"`python scripts/convert_hf_checkpoint.py --checkpoint_dir {checkpoint_dir}`"
+            ) from None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"

@@ -1,0 +1,91 @@
+"""Falcon (Almazrouei et al. 2023): 7B with one key/value head and one norm, 40B and 180B with eight and two norms."""
+
+from typing import Any
+
+from lit_gpt.config import Config
+from lit_gpt.errors import UserError
+from lit_gpt.families import activation, rope
+from lit_gpt.weights import Grouped, Table
+
+MODEL_TYPES = ("falcon", "RefinedWebModel", "RefinedWeb")
+DERIVED = ("*.self_attention.rotary_emb.inv_freq",)
+
+_7B = dict(
+    model_type="falcon", vocab_size=65024, hidden_size=4544, num_hidden_layers=32, num_attention_heads=71,
+    multi_query=True, parallel_attn=True, new_decoder_architecture=False, tie_word_embeddings=False,
+)  # fmt: skip
+_40B = dict(_7B, hidden_size=8192, num_hidden_layers=60, num_attention_heads=128, num_kv_heads=8,
+            new_decoder_architecture=True)  # fmt: skip
+# The published files store the head beside the embedding, hence tie_word_embeddings=False.
+PRESETS = {
+    "falcon-7b": _7B,
+    "falcon-7b-instruct": _7B,
+    "falcon-11b": dict(_40B, hidden_size=4096, num_attention_heads=32, num_ln_in_parallel_attn=1, rope_theta=500042.0,
+                       max_position_embeddings=8192),
+    "falcon-40b": _40B,
+    "falcon-40b-instruct": _40B,
+    "falcon-180b": dict(_40B, hidden_size=14848, num_hidden_layers=80, num_attention_heads=232),
+}  # fmt: skip
+
+
+def config(hf: dict[str, Any]) -> dict[str, Any]:
+    if hf.get("alibi"):
+        raise UserError("config.json: 'alibi': true is not supported; expected a Falcon with rotary embeddings")
+    n_head = hf.get("num_attention_heads") or hf["n_head"]
+    # the first 40B release says RefinedWeb where later files say new_decoder_architecture
+    grouped = hf.get("new_decoder_architecture", hf["model_type"] == "RefinedWeb")
+    kv_heads = hf.get("num_kv_heads") or hf.get("n_head_kv") or n_head
+    parallel = hf.get("parallel_attn", True) or grouped
+    bias = hf.get("bias", False)
+    return {
+        "n_layer": hf.get("num_hidden_layers") or hf["n_layer"],
+        "n_head": n_head,
+        "n_embd": hf["hidden_size"],
+        "n_query_groups": kv_heads if grouped else 1 if hf.get("multi_query", True) else n_head,
+        "vocab_size": hf["vocab_size"],
+        "block_size": hf.get("max_position_embeddings", 2048),
+        "parallel_residual": parallel,
+        "shared_attention_norm": parallel and (hf.get("num_ln_in_parallel_attn") or (2 if grouped else 1)) == 1,
+        "norm_eps": hf.get("layer_norm_epsilon", 1e-5),
+        "activation": activation(hf.get("activation", "gelu")),
+        "intermediate_size": hf.get("ffn_hidden_size") or 4 * hf["hidden_size"],
+        "bias": bias,
+        "qkv_bias": bias,
+        "proj_bias": bias,
+        "tie_embeddings": hf.get("tie_word_embeddings", True),
+        **rope(hf),
+    }
+
+
+def weights(config: Config) -> Table:
+    layer = "transformer.h.{}."
+    # with parallel_attn and two norms the files call them by what they feed, else by their order
+    two = config.parallel_residual and not config.shared_attention_norm
+    return {
+        "wte": "transformer.word_embeddings",
+        "h.{}.norm_1": layer + ("ln_attn" if two else "input_layernorm"),
+        "h.{}.norm_2": layer + ("ln_mlp" if two else "post_attention_layernorm"),
+        "h.{}.attn.qkv": Grouped(
+            (layer + "self_attention.query_key_value",), config.n_query_groups, config.n_head // config.n_query_groups
+        ),
+        "h.{}.attn.proj": layer + "self_attention.dense",
+        "h.{}.mlp.fc": layer + "mlp.dense_h_to_4h",
+        "h.{}.mlp.proj": layer + "mlp.dense_4h_to_h",
+        "ln_f": "transformer.ln_f",
+        "lm_head": "lm_head",
+    }
+
+
+def tiny_hf(**fields: Any) -> dict[str, Any]:
+    from transformers import FalconConfig
+
+    size = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, **fields)
+    grouped = dict(size, new_decoder_architecture=True, num_kv_heads=2)
+    return {
+        "7b": FalconConfig(**size, multi_query=True),
+        "40b": FalconConfig(**grouped),
+        "11b": FalconConfig(**grouped, num_ln_in_parallel_attn=1, rope_parameters={"rope_theta": 5e5}),
+        "multi-head": FalconConfig(**size, multi_query=False, bias=True),
+        "sequential": FalconConfig(**size, parallel_attn=False, bias=True, tie_word_embeddings=False),
+        "linear": FalconConfig(**size, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+    }

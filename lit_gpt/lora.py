@@ -1,0 +1,155 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): each chosen projection W gets an update (alpha / r) B A of rank r.
+
+Attaches to a base GPT that exists, by wrapping its linear layers. A is random and B zero at first, so that a freshly
+attached model gives exactly the base's logits.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_gpt import checkpoint
+from lit_gpt.errors import UsageError, UserError
+from lit_gpt.model import GPT
+
+METHOD = "lora"
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Rank, scale, and which projections are adapted; the field's names are the scripts' flags without `lora_`."""
+
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.05
+    query: bool = True
+    key: bool = False
+    value: bool = True
+    projection: bool = False  # the attention's output
+    mlp: bool = False
+    head: bool = False
+
+    @classmethod
+    def from_flags(cls, hp: SimpleNamespace) -> "LoRAConfig":
+        config = cls(**{name: getattr(hp, f"lora_{name}") for name in asdict(cls())})
+        if not any((config.query, config.key, config.value, config.projection, config.mlp, config.head)):
+            raise UsageError("--lora_query and the other projections are all false: nothing would be trained")
+        return config
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with low-rank updates of some of its rows.
+
+    Args:
+        linear: the base, a module from (..., in_features) to (..., out_features).
+        parts: (start, stop) of the rows of each projection within the layer that is adapted; each has its own A and B,
+            while the product with all A's is one.
+
+    The update is kept in float32 and cast to the input's dtype for its products.
+    """
+
+    def __init__(self, linear: nn.Linear, parts: list[tuple[int, int]], config: LoRAConfig) -> None:
+        super().__init__()
+        self.linear, self.parts, self.r = linear, parts, config.r
+        self.scale = config.alpha / config.r
+        self.dropout = config.dropout
+        self.out_features = linear.out_features
+        new = {"device": linear.weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Parameter(torch.empty(len(parts) * config.r, linear.in_features, **new))
+        self.lora_B = nn.Parameter(torch.zeros(sum(stop - start for start, stop in parts), config.r, **new))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (..., parts * r)
+        updates, end = [], 0
+        for (start, stop), B, rows in zip(self.parts, self.split_B(), low.split(self.r, dim=-1), strict=True):
+            updates += [y.new_zeros(*y.shape[:-1], start - end)] if start > end else []
+            updates.append(F.linear(rows, B.to(x.dtype)) * self.scale)
+            end = stop
+        updates += [y.new_zeros(*y.shape[:-1], self.out_features - end)] if end < self.out_features else []
+        return y + (torch.cat(updates, dim=-1) if len(updates) > 1 else updates[0])
+
+    def split_B(self) -> tuple[Tensor, ...]:
+        return self.lora_B.split([stop - start for start, stop in self.parts])
+
+    def merged(self) -> Tensor:
+        """The base's weight plus the updates, (out_features, in_features), computed in float32, in the base's dtype."""
+        weight = self.linear.weight.detach().float()
+        with torch.no_grad():
+            for (start, stop), A, B in zip(self.parts, self.lora_A.split(self.r), self.split_B(), strict=True):
+                weight[start:stop] += self.scale * (B @ A)
+        return weight.to(self.linear.weight.dtype)
+
+
+def attach(model: GPT, config: LoRAConfig) -> GPT:
+    """Wrap the chosen projections of `model`, in place, and let only the updates train."""
+    model.requires_grad_(False)
+    for path, parts in targets(model, config):
+        owner, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
+        setattr(owner, name, LoRALinear(getattr(owner, name), parts, config))
+    return model
+
+
+def targets(model: GPT, config: LoRAConfig) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """The linear layers to adapt, and the rows of their adapted projections."""
+    q, k, v = model.config.qkv_sizes
+    spans = {"query": (0, q), "key": (q, q + k), "value": (q + k, q + k + v)}
+    qkv = [span for name, span in spans.items() if getattr(config, name)]
+    for layer, block in enumerate(model.h):
+        if qkv:
+            yield f"h.{layer}.attn.qkv", qkv
+        if config.projection:
+            yield f"h.{layer}.attn.proj", [(0, block.attn.proj.out_features)]
+        for name, linear in block.mlp.named_children() if config.mlp else ():
+            n = linear.out_features
+            halves = [(0, n // 2), (n // 2, n)] if name == "gate_up" else [(0, n)]  # gate and up have an update each
+            yield f"h.{layer}.mlp.{name}", halves
+    if config.head:
+        yield "lm_head", [(0, model.lm_head.out_features)]
+
+
+def lora_layers(model: GPT) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def merge(model: GPT) -> GPT:
+    """Fold the updates into the base's weights, in place, and unwrap it.
+
+    A tied head that was adapted becomes a weight of its own; `model.config` then says so.
+    """
+    for path, layer in lora_layers(model).items():
+        linear = layer.linear
+        linear.weight = nn.Parameter(layer.merged(), requires_grad=False)
+        setattr(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], linear)
+        if path == "lm_head":
+            model.config = replace(model.config, tie_embeddings=False)
+    return model
+
+
+def load(model: GPT, path: Path, base: str) -> dict:
+    """Attach the updates of a finetuned file to `model`, which must be the base that they were trained on.
+
+    Args:
+        base: the fingerprint of the base's state dict.
+
+    Returns:
+        The file's record: hyperparameters, prompt style and so on.
+
+    Raises:
+        UserError: not a LoRA file, one of another base, or one whose tensors contradict its own hyperparameters.
+    """
+    record = checkpoint.load_finetuned(path, METHOD, base)
+    try:
+        config = LoRAConfig(**record["hyperparameters"])
+    except TypeError as error:
+        raise UserError(f"{path}: not the hyperparameters of a LoRA file ({error})") from None
+    attach(model, config)
+    checkpoint.load_trained(model, record["state"], path)
+    return record

@@ -1,0 +1,64 @@
+"""Cross-entropy from hidden states, without ever holding the logits of a whole batch."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Logits held at a time, in elements: 64 MiB in float32. Larger pieces are no faster.
+MAX_LOGITS = 2**24
+
+
+def summed_cross_entropy(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Sum over n tokens of the cross-entropy of `head(hidden)`, in nats.
+
+    Args:
+        head: any module from (n, n_embd) to logits (n, vocabulary).
+        hidden: (n, n_embd).
+        labels: int64 (n,).
+
+    Returns:
+        float32 scalar. Logits are turned to float32 before the softmax.
+    """
+    parameters = [p for p in head.parameters() if p.requires_grad]
+    if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
+        return _ChunkedLoss.apply(head, labels, hidden, *parameters)
+    losses = [_loss(head, *chunk) for chunk in _chunks(head, hidden, labels)]
+    return torch.stack(losses).sum() if losses else hidden.new_zeros((), dtype=torch.float32)
+
+
+def _loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
+
+
+def _chunks(head: nn.Module, hidden: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    size = max(1, MAX_LOGITS // head.out_features)
+    return list(zip(hidden.split(size), labels.split(size), strict=True))
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Takes the gradients piece by piece in the forward pass, while each piece's logits are at hand.
+
+    The loss is a scalar, so the gradient that comes from above is one factor and can be multiplied on later. Unlike
+    checkpointing this computes no logits twice.
+    """
+
+    @staticmethod
+    def forward(ctx, head, labels, hidden, *parameters):
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grads = [torch.zeros_like(p) for p in parameters]
+        hidden_grads = []
+        for rows, row_labels in _chunks(head, hidden, labels):
+            with torch.enable_grad():
+                rows = rows.detach().requires_grad_()
+                loss = _loss(head, rows, row_labels)
+                row_grad, *parameter_grads = torch.autograd.grad(loss, [rows, *parameters])
+            total += loss.detach()
+            hidden_grads.append(row_grad)
+            for grad, piece in zip(grads, parameter_grads, strict=True):
+                grad += piece
+        ctx.save_for_backward(torch.cat(hidden_grads) if hidden_grads else torch.zeros_like(hidden), *grads)
+        return total
+
+    @staticmethod
+    def backward(ctx, factor):
+        return None, None, *(grad * factor.to(grad.dtype) for grad in ctx.saved_tensors)

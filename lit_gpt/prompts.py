@@ -1,0 +1,188 @@
+"""The one path from messages to text and tokens: training, generation, chat and export all render here.
+
+A prompt style is a Jinja template over messages `{"role": "user" | "assistant" | "system", "content": text}`, as in
+Hugging Face chat templates. Rows of instruction data add `instruction` and `input` to the user's message for styles
+that set them apart.
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lit_gpt.errors import UserError
+from lit_gpt.tokenizer import Tokenizer
+
+Message = dict[str, str]
+FILE = "prompt_style.json"
+
+
+# Each writes the user's turns up to where the answer begins; the answer is closed by the end token.
+def _turns(other: str) -> str:
+    answer = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + eos_token }}{% else %}"
+    return answer + other + "{% endif %}{% endfor %}"
+
+
+_ALPACA = (
+    "{% if m.role == 'system' %}{{ m.content + '\n\n' }}{% else %}"
+    "{{ 'Below is an instruction that describes a task' }}"
+    "{{ ', paired with an input that provides further context' if m.input }}"
+    "{{ '. Write a response that appropriately completes the request.\n\n### Instruction:\n' }}"
+    "{{ m.instruction or m.content }}{{ '\n\n### Input:\n' + m.input if m.input }}"
+    "{{ '\n\n### Response:\n' }}{% endif %}"
+)
+_CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+)
+_LLAMA2 = (
+    "{% if m.role == 'system' %}{{ '[INST] <<SYS>>\n' + m.content + '\n<</SYS>>\n\n' }}{% else %}"
+    "{{ '[INST] ' if loop.first or loop.previtem.role != 'system' }}{{ m.content + ' [/INST] ' }}{% endif %}"
+)
+_FALCON = "{{ (m.content if m.role == 'system' else 'User: ' + m.content + '\n\nAssistant:') + '\n' }}"
+STYLES = {
+    "plain": _turns("{{ m.content }}"),
+    "alpaca": _turns(_ALPACA),
+    "chatml": _CHATML,
+    "llama2": _turns(_LLAMA2),
+    "falcon-instruct": _turns(_FALCON),
+}
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """How messages become text, and which tokens end an answer."""
+
+    name: str
+    template: str
+    own_bos: bool  # a checkpoint's own template writes its BOS itself; others get what the tokenizer adds
+    stop_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def from_name(cls, name: str, tokenizer: Tokenizer) -> "PromptStyle":
+        """A style of STYLES, a path to a Jinja file, or "auto": the checkpoint's own template, else alpaca.
+
+        Raises:
+            UserError: neither a style nor a readable template.
+        """
+        if name == "auto":
+            name = "checkpoint" if tokenizer.chat_template else "alpaca"
+        if name == "checkpoint":
+            if not tokenizer.chat_template:
+                raise UserError("--prompt_style checkpoint: the checkpoint has no chat template; choose another style")
+            style = cls(name, tokenizer.chat_template, own_bos=True)
+        elif name in STYLES:
+            style = cls(name, STYLES[name], own_bos=False)
+        elif Path(name).is_file():
+            style = cls(name, Path(name).read_text(encoding="utf-8"), own_bos=False)
+        else:
+            raise UserError(
+                f"--prompt_style {name}: expected auto, checkpoint, {', '.join(STYLES)} or a path to a Jinja file"
+            )
+        return replace(style, stop_ids=style.find_stop_ids(tokenizer))
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint_dir: Path, tokenizer: Tokenizer) -> "PromptStyle":
+        """The style that a finetune has left in the folder, else the checkpoint's own template, else plain text."""
+        path = Path(checkpoint_dir) / FILE
+        if path.is_file():
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        style = cls.from_name("checkpoint" if tokenizer.chat_template else "plain", tokenizer)
+        return replace(style, stop_ids=tuple(dict.fromkeys((*style.stop_ids, *generation_stop_ids(checkpoint_dir)))))
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "PromptStyle":
+        return cls(**{**fields, "stop_ids": tuple(fields["stop_ids"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"stop_ids": list(self.stop_ids)}
+
+    @cached_property
+    def _compiled(self):
+        def raise_exception(message: str) -> None:
+            raise TemplateError(message)
+
+        # the settings under which chat templates are written; sandboxed, for they come with downloads
+        env = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], keep_trailing_newline=False
+        )
+        env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda f: datetime.now().strftime(f)}
+        return env.from_string(self.template)
+
+    def render(self, messages: list[Message], tokenizer: Tokenizer, answer: bool = False) -> str:
+        """The text of a conversation; with `answer`, up to where the assistant's next turn begins.
+
+        Raises:
+            UserError: the template is broken, or refuses the messages.
+        """
+        tokens = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+        try:
+            return self._compiled.render(messages=messages, add_generation_prompt=answer, **tokens)
+        except Exception as error:  # a template may fail in any way that its code can
+            raise UserError(f"prompt style '{self.name}': the template failed: {error}") from None
+
+    def encode_prompt(self, messages: list[Message], tokenizer: Tokenizer) -> list[int]:
+        """Token ids up to where the assistant answers."""
+        return self._encode(self.render(messages, tokenizer, answer=True), tokenizer)
+
+    def encode_sample(
+        self, messages: list[Message], tokenizer: Tokenizer, mask_inputs: bool = True
+    ) -> tuple[list[int], list[bool]]:
+        """Token ids of a conversation and which of them are supervised.
+
+        The text is tokenized once, whole. With `mask_inputs` the assistant's turns are supervised, each from its first
+        token to its end token; else everything is.
+        """
+        ids = self._encode(self.render(messages, tokenizer), tokenizer)
+        if not mask_inputs:
+            return ids, [True] * len(ids)
+        supervised = [False] * len(ids)
+        for turn, message in enumerate(messages):
+            if message["role"] == "assistant":
+                start = common_prefix(ids, self.encode_prompt(messages[:turn], tokenizer))
+                stop = common_prefix(ids, self._encode(self.render(messages[: turn + 1], tokenizer), tokenizer))
+                # what a template writes after the end token is never generated
+                ends = [i for i in range(start, stop) if ids[i] in self.stop_ids]
+                stop = ends[-1] + 1 if ends else stop
+                supervised[start:stop] = [True] * (stop - start)
+        return ids, supervised
+
+    def _encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        return tokenizer.encode(text, bos=False if self.own_bos else None).tolist()
+
+    def find_stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The end token, and the special token with which the template closes an answer if that is another."""
+        question = [{"role": "user", "content": "a"}]
+        prompt = self.render(question, tokenizer, answer=True)
+        whole = self.render([*question, {"role": "assistant", "content": "b"}], tokenizer)
+        stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        closing = whole[len(prompt) :].lstrip().removeprefix("b") if whole.startswith(prompt) else ""
+        if closing:
+            first = tokenizer.encode(closing, bos=False)[:1]
+            if tokenizer.decode(first) == "":  # skipped in decoding: a special token
+                stops += first.tolist()
+        return tuple(dict.fromkeys(stops))
+
+
+def generation_stop_ids(checkpoint_dir: Path) -> list[int]:
+    """The end tokens that the checkpoint's generation_config.json names."""
+    path = Path(checkpoint_dir) / "generation_config.json"
+    ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def instruction_messages(instruction: str, context: str = "", output: str | None = None) -> list[Message]:
+    """The messages of a row of instruction data; without `output`, of a prompt."""
+    content = f"{instruction}\n\n{context}" if context else instruction
+    user = {"role": "user", "content": content, "instruction": instruction, "input": context}
+    return [user] if output is None else [user, {"role": "assistant", "content": output}]

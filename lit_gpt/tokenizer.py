@@ -1,0 +1,296 @@
+"""Text to token ids and back, exactly as the checkpoint's own tokenizer files say.
+
+`tokenizer.json` is run by `tokenizers`, a lone `tokenizer.model` by `sentencepiece`. In both cases a
+`tokenizers.Tokenizer` knows the ids, finds the added tokens (`<s>`, `<|im_end|>`, ...) in a text and decodes.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+from tokenizers import AddedToken, decoders
+
+from lit_gpt.errors import UserError
+
+NAMED = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+# Protobuf messages merge when concatenated; this is a ModelProto with normalizer_spec.add_dummy_prefix = false.
+NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint folder.
+
+    Attributes:
+        bos_token, eos_token: the tokens that begin and end a text, or None.
+        bos_id, eos_id: their ids, or None.
+        vocab_size: how many tokens there are, added ones included. The model's embedding may have more rows.
+        chat_template: the Jinja source of the default chat template, or None.
+
+    Raises:
+        UserError: the folder holds no tokenizer, or one that cannot be read.
+    """
+
+    def __init__(self, checkpoint_dir: Path) -> None:
+        self.checkpoint_dir = Path(checkpoint_dir)
+        self._path = find_tokenizer(self.checkpoint_dir)
+        self._spm: tuple | None = None  # what encodes the first stretch of text, and those after an added token
+        settings = read_settings(self.checkpoint_dir)
+        if self._path.suffix == ".model":
+            self._spm = load_sentencepiece(self._path, settings)
+            settings = {**sentencepiece_names(self._spm[0]), **settings}
+        stated, special = stated_tokens(self.checkpoint_dir, settings)
+        self._tokens = sentencepiece_vocabulary(self._spm[0], stated) if self._spm else load_json(self._path)
+        add_tokens(self._tokens, stated, special)
+        self._added: dict[int, AddedToken] = self._tokens.get_added_tokens_decoder()
+
+        self.vocab_size: int = self._tokens.get_vocab_size()
+        self.bos_token, self.bos_id = self._find("bos", settings)
+        self.eos_token, self.eos_id = self._find("eos", settings)
+        self.chat_template = find_chat_template(self.checkpoint_dir, settings)
+        self._lead = self._find_lead(settings)
+
+    def encode(self, text: str, bos: bool | None = None, eos: bool = False) -> torch.LongTensor:
+        """The ids of a text, in which special tokens may be written out.
+
+        Args:
+            bos: whether the ids begin with BOS; None does as the checkpoint does. A text that begins with it already
+                gets no second one.
+            eos: whether to append EOS where the text does not end with it. False takes none away that the text
+                holds, and appends none even where the checkpoint would: a prompt has no end.
+
+        Returns:
+            int64 of shape (T,).
+
+        Raises:
+            UserError: BOS or EOS is asked for and the checkpoint has none.
+        """
+        for name, wanted, known in (("bos", bos, self.bos_id), ("eos", eos, self.eos_id)):
+            if wanted and known is None:
+                where = self.checkpoint_dir / "tokenizer_config.json"
+                raise UserError(f"{where}: {name}=True needs a {name}_token, and none is set; set one")
+        ids = self._encode(text)
+        lead = [] if bos is False else self._lead
+        if bos and self.bos_id not in lead:
+            lead = [self.bos_id]
+        if ids[:1] != lead[:1]:
+            ids = lead + ids
+        if eos and ids[-1:] != [self.eos_id]:
+            ids = ids + [self.eos_id]
+        return torch.tensor(ids, dtype=torch.long)
+
+    def decode(self, ids: Sequence[int] | torch.Tensor, skip_special_tokens: bool = True) -> str:
+        """The text of ids of shape (T,). Ids past the vocabulary (padded embedding rows) have no text."""
+        ids = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+        return self._tokens.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def decode_stream(self, ids: Iterable[int], skip_special_tokens: bool = True) -> Iterator[str]:
+        """Pieces of text as the ids come. Joined they equal `decode` of all ids.
+
+        A piece comes as soon as later ids cannot change it, so a character split over several tokens comes whole.
+        """
+        shown: list[int] = []  # tokens of the last piece: what stands before decides whether a space is stripped
+        held: list[int] = []  # tokens since then
+        for token_id in map(int, ids):
+            token = self._tokens.id_to_token(token_id)
+            if token is None or (skip_special_tokens and token_id in self._special_ids):
+                continue
+            held.append(token_id)
+            if BYTE_TOKEN.fullmatch(token):  # one bad byte makes U+FFFD of the whole run of byte tokens
+                continue
+            piece = self._text_after(shown, held)
+            if not piece.endswith("\ufffd"):
+                shown, held = held, []
+                if piece:
+                    yield piece
+        if rest := self._text_after(shown, held):
+            yield rest
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token, spelled as in the vocabulary, or None."""
+        return self._tokens.token_to_id(token)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over all that decides the ids; the same for a copy in another folder."""
+        added = [
+            (i, t.content, t.special, t.normalized, t.lstrip, t.rstrip, t.single_word)
+            for i, t in sorted(self._added.items())
+        ]
+        spaces = [model.normalize("a") for model in self._spm or ()]
+        rest = json.dumps([added, spaces, self._lead, self.bos_id, self.eos_id])
+        return hashlib.sha256(self._path.read_bytes() + rest.encode()).hexdigest()
+
+    @cached_property
+    def _special_ids(self) -> set[int]:
+        return {i for i, token in self._added.items() if token.special}
+
+    def _encode(self, text: str) -> list[int]:
+        """The ids of the text alone, without what the checkpoint puts around it."""
+        spans = self._tokens.encode(text, add_special_tokens=False)
+        if self._spm is None:
+            return spans.ids
+        ids: list[int] = []
+        for token_id, (start, end) in zip(spans.ids, spans.offsets, strict=True):
+            span, added = text[start:end], self._added.get(token_id)
+            if added and added.content in span:
+                ids.append(token_id)
+            else:  # a stretch between added tokens, of which `_tokens` knows nothing
+                ids.extend(self._spm[start > 0].encode(span))
+        return ids
+
+    def _text_after(self, before: list[int], ids: list[int]) -> str:
+        start = len(self.decode(before, skip_special_tokens=False))
+        return self.decode(before + ids, skip_special_tokens=False)[start:]
+
+    def _find(self, name: str, settings: dict[str, Any]) -> tuple[str | None, int | None]:
+        """Token and id of "bos" or "eos": as the tokenizer's settings say (null: none), else as the model's do."""
+        if f"{name}_token" in settings:
+            token = content(settings[f"{name}_token"])
+            return token, token and self.token_id(token)
+        for file in ("generation_config.json", "config.json"):
+            ids = read_json(self.checkpoint_dir / file).get(f"{name}_token_id")
+            first = ids[0] if isinstance(ids, list) and ids else ids
+            if isinstance(first, int) and (token := self._tokens.id_to_token(first)) is not None:
+                return token, first
+        return None, None
+
+    def _find_lead(self, settings: dict[str, Any]) -> list[int]:
+        """The ids that the checkpoint itself puts before a text. As in transformers 5, `add_bos_token` is for
+        tokenizer.model only, absent means no, and the post-processor of tokenizer.json speaks for itself."""
+        if self._spm:
+            return [self.bos_id] if settings.get("add_bos_token") and self.bos_id is not None else []
+        if not self._tokens.num_special_tokens_to_add(False):
+            return []
+        probe = self._tokens.encode("a 0.")
+        return probe.ids[: [*probe.special_tokens_mask, 0].index(0)]
+
+
+def find_tokenizer(folder: Path) -> Path:
+    for path in (folder / "tokenizer.json", folder / "tokenizer.model"):
+        if path.is_file():
+            return path
+    found = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
+    raise UserError(
+        f"{folder}: expected tokenizer.json or tokenizer.model, found {found}; fetch the checkpoint with "
+        "scripts/download.py, or write a tokenizer.json with transformers (AutoTokenizer, save_pretrained)"
+    )
+
+
+def load_json(path: Path) -> tokenizers.Tokenizer:
+    try:
+        tokens = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UserError(
+            f"{path}: expected a tokenizer that tokenizers {tokenizers.__version__} can read ({error}); "
+            "download the file again, or update the package: pip install -U tokenizers"
+        ) from None
+    tokens.no_truncation()
+    tokens.no_padding()
+    return tokens
+
+
+def load_sentencepiece(path: Path, settings: dict[str, Any]) -> tuple:
+    """Two processors: for the first stretch of a text, and for those after an added token.
+
+    The model itself puts a space before the first; before the others only where `legacy` is set. This is what the
+    model was trained with, where the conversion in transformers 5 is not: that drops a space that the text begins
+    with, and ranks pieces by id, not by score ("a  b" in Llama is "▁a ▁ ▁b", there "▁a ▁▁ b").
+    """
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        proto = path.read_bytes()
+        model = SentencePieceProcessor(model_proto=proto)
+        bare = SentencePieceProcessor(model_proto=proto + NO_DUMMY_PREFIX)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{path}: expected a SentencePiece model ({error}); download the file again") from None
+    first = bare if settings.get("add_prefix_space") is False else model
+    return first, first if settings.get("legacy") else bare
+
+
+def sentencepiece_names(model: Any) -> dict[str, str]:
+    ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
+    return {name: model.id_to_piece(i) for name, i in ids.items() if i >= 0}
+
+
+def sentencepiece_vocabulary(model: Any, stated: dict[int, AddedToken]) -> tokenizers.Tokenizer:
+    """The model's ids, control pieces and decoder. Of its encoding only the places of added tokens are used."""
+    pieces = {i: model.id_to_piece(i) for i in range(model.get_piece_size())}
+    control = [AddedToken(piece, special=True) for i, piece in pieces.items() if model.is_control(i)]
+    pieces.update((i, token.content) for i, token in stated.items())
+    vocabulary = {piece: i for i, piece in pieces.items()}
+    tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=pieces[model.unk_id()]))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if model.normalize("a").startswith("▁"):
+        steps.append(decoders.Strip(" ", 1, 0))
+    tokens.decoder = decoders.Sequence(steps)
+    tokens.add_tokens(control)
+    return tokens
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: expected JSON ({error}); download the file again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, found a {type(values).__name__}; download the file again")
+    return values
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, overruled by special_tokens_map.json where transformers still reads that."""
+    settings = read_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:
+        settings = {**settings, **read_json(folder / "special_tokens_map.json")}
+    return {key: value for key, value in settings.items() if value != ""}
+
+
+def stated_tokens(folder: Path, settings: dict[str, Any]) -> tuple[dict[int, AddedToken], list[AddedToken]]:
+    """{id: token} of the added tokens, and the special ones that the settings name without an id."""
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    names = NAMED + [key for key in settings if key.endswith("_token") and key not in NAMED]
+    values = [settings.get(name) for name in names] + list(extra.values() if isinstance(extra, dict) else extra)
+    special = [added_token(value, special=True) for value in values if isinstance(value, (str, dict))]
+    if "added_tokens_decoder" in settings:
+        return {int(i): added_token(value) for i, value in settings["added_tokens_decoder"].items()}, special
+    named = {token.content for token in special}
+    added = read_json(folder / "added_tokens.json").items()
+    return {i: AddedToken(token, special=token in named, normalized=token not in named) for token, i in added}, special
+
+
+def add_tokens(tokens: tokenizers.Tokenizer, stated: dict[int, AddedToken], special: list[AddedToken]) -> None:
+    """Add what `tokens` lacks, in the order of transformers, since new tokens get the next ids."""
+    present = list(tokens.get_added_tokens_decoder().values())
+    same, named = set(map(repr, present)), {token.content for token in special}
+    added = [token for _, token in sorted(stated.items()) if repr(token) not in same]
+    for token in added:
+        token.special = token.special or token.content in named
+    known = {token.content for token in present + added}
+    tokens.add_tokens(added + [token for token in special if token.content not in known])
+
+
+def added_token(value: str | dict[str, Any], **changes: bool) -> AddedToken:
+    fields = {"content": value} if isinstance(value, str) else {k: v for k, v in value.items() if k != "__type"}
+    return AddedToken(**{**fields, **changes})
+
+
+def content(token: str | dict[str, Any] | None) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def find_chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    return template.get("default") if isinstance(template, dict) else template

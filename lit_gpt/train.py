@@ -1,0 +1,331 @@
+"""The training loop, the only one. A finetune script gives its hyperparameters and attaches its method; `finetune` does
+the rest: data, optimizer, steps, validation, saving, resuming, records.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+from tqdm import tqdm
+
+from lit_gpt import checkpoint, data
+from lit_gpt.config import Config
+from lit_gpt.errors import UsageError, UserError
+from lit_gpt.generation import generate
+from lit_gpt.model import GPT
+from lit_gpt.prompts import PromptStyle
+from lit_gpt.records import Records, StopSignals
+from lit_gpt.tokenizer import Tokenizer
+
+# Flags that a resumed run may change: they do not bear on the weights that come out.
+FREE_TO_CHANGE = {
+    "checkpoint_dir", "data_dir", "out_dir", "resume", "log_interval", "eval_interval", "eval_samples", "save_interval",
+    "sample_tokens", "keep", "activation_checkpointing",
+}  # fmt: skip
+
+
+def finetune(hp: SimpleNamespace, method: str, attach: Callable[[GPT], GPT], settings: dict[str, Any]) -> None:
+    """Train what `attach` leaves trainable in the model of `hp.checkpoint_dir`, and write `hp.out_dir`.
+
+    Args:
+        hp: the flags of finetune/lora.py.
+        method: names the file that is written.
+        attach: from the loaded base to the model to train.
+        settings: the method's own hyperparameters, kept in the file, from which it can be attached again.
+
+    Raises:
+        UsageError: flags that contradict each other.
+        UserError: checkpoint, data or out_dir cannot be used.
+    """
+    fabric = Fabric(accelerator="auto", devices=hp.devices, num_nodes=hp.num_nodes, strategy=hp.strategy)
+    fabric.launch()
+    check_batch(hp, fabric.world_size)
+    checkpoint.check_checkpoint_dir(hp.checkpoint_dir)
+    tokenizer = Tokenizer(hp.checkpoint_dir)
+    meta = data.read_meta(hp.data_dir, tokenizer)
+    train, validation = (data.Dataset(hp.data_dir, split) for split in data.SPLITS)
+    check_lengths(hp, train, validation)
+    schedule = Schedule.of(hp, len(train))
+    records = Records(hp, fabric)
+    records.check_unused()
+
+    base = checkpoint.load_state(hp.checkpoint_dir)
+    config, dtype = Config.from_checkpoint(hp.checkpoint_dir), checkpoint.DTYPES[hp.precision]
+    identity = {"base": checkpoint.fingerprint(base), "data": train.fingerprint, "settings": settings}
+    torch.manual_seed(hp.seed)
+    model = attach(checkpoint.build(config, base, dtype, fabric.device, hp.checkpoint_dir))
+    if hp.activation_checkpointing:
+        recompute_blocks(model)
+    trained = checkpoint.trained_state(model)
+    trainable = sum(tensor.numel() for tensor in trained.values())
+    fabric.print(f"{method}: training {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters")
+
+    wrapped, optimizer = fabric.setup(model, make_optimizer(model, hp))
+    run = Run(hp, fabric, wrapped, model, optimizer, train, validation, schedule, records, identity)
+    run.sample = partial(print_sample, model, tokenizer, PromptStyle.from_dict(meta["prompt_style"]), validation[0], hp)
+    run.restore()
+    if run.fit() and fabric.global_rank == 0:
+        path = hp.out_dir / f"lit_model_{method}_finetuned.pth"
+        record = {"hyperparameters": settings, "prompt_style": meta["prompt_style"]}
+        checkpoint.save_finetuned(path, method, identity["base"], trained, **record)
+        records.finish(method, trainable)
+        print(f"wrote {path}")
+
+
+def check_batch(hp: SimpleNamespace, world_size: int) -> None:
+    """Refuse a batch that cannot be shared out evenly."""
+    if hp.batch_size % world_size:
+        raise UsageError(f"--batch_size {hp.batch_size}: expected a multiple of the {world_size} devices")
+    share, micro = hp.batch_size // world_size, hp.micro_batch_size
+    if micro and share % micro:
+        raise UsageError(f"--micro_batch_size {micro}: expected a divisor of the {share} samples of a step per device")
+
+
+def check_lengths(hp: SimpleNamespace, *splits: data.Dataset) -> None:
+    longest = max(max(split.lengths) for split in splits)
+    limit = hp.max_seq_length or Config.from_checkpoint(hp.checkpoint_dir).block_size
+    if longest > limit:
+        raise UserError(
+            f"--data_dir {hp.data_dir}: holds samples of up to {longest} tokens, more than --max_seq_length {limit}; "
+            f"prepare it again with --max_seq_length {limit}"
+        )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many steps, and the learning rate of each: linear warmup, then half a cosine down to zero."""
+
+    steps: int
+    samples: int
+    warmup: int
+    peak: float
+
+    @classmethod
+    def of(cls, hp: SimpleNamespace, n: int) -> "Schedule":
+        samples = hp.max_steps * hp.batch_size if hp.max_steps else hp.epochs * n
+        steps = math.ceil(samples / hp.batch_size)
+        if hp.warmup_steps >= steps:
+            raise UsageError(
+                f"--warmup_steps {hp.warmup_steps}: expected fewer than the run's {steps} steps, such as {steps // 10}"
+            )
+        return cls(steps, samples, hp.warmup_steps, hp.learning_rate)
+
+    def learning_rate(self, step: int) -> float:
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        return self.peak * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup)))
+
+
+def make_optimizer(model: nn.Module, hp: SimpleNamespace) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if hp.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=hp.learning_rate, weight_decay=hp.weight_decay)
+    return torch.optim.AdamW(parameters, lr=hp.learning_rate, weight_decay=hp.weight_decay, fused=True)
+
+
+def recompute_blocks(model: GPT) -> None:
+    """Activation checkpointing: each block keeps its input alone and runs again in the backward pass."""
+    for block in model.h:
+        block.forward = partial(recompute, block.forward, use_reentrant=False)
+
+
+@dataclass
+class Run:
+    """What a run holds; `fit` is the loop."""
+
+    hp: SimpleNamespace
+    fabric: Fabric
+    wrapped: nn.Module  # the model behind Fabric's strategy
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    train: data.Dataset
+    validation: data.Dataset
+    schedule: Schedule
+    records: Records
+    identity: dict[str, Any]  # of what it trains on: base, data, the method's settings
+    step: int = 0  # optimizer steps done
+    sample: Callable[[], None] | None = None
+
+    def fit(self) -> bool:
+        """Train to the last step. False if a signal stopped the run before that, its state saved."""
+        hp, records, steps = self.hp, self.records, self.schedule.steps
+        if self.step == 0:
+            records.write({"step": 0, "tokens": 0, "val_loss": self.evaluate()})
+        with records.watch(self.step, steps), StopSignals(self.fabric) as signals:
+            while self.step < steps:
+                loss, tokens = self.optimize()
+                self.step += 1
+                records.count(self.step, loss, tokens)
+                last, logging = self.step == steps, self.step % hp.log_interval == 0
+                evaluating, saving = self.step % hp.eval_interval == 0, self.step % hp.save_interval == 0
+                stopping = (logging or self.fabric.world_size == 1) and signals.asked()
+                if logging or evaluating or saving or stopping or last:
+                    self.log(evaluating or last)
+                if saving or stopping or last:
+                    self.save()
+                if stopping and not last:
+                    self.fabric.print(f"stopped after step {self.step}; the same command with --resume auto goes on")
+                    return False
+        return True
+
+    def optimize(self) -> tuple[Tensor, int]:
+        """One optimizer step: the gradient of the mean over all supervised tokens of the global batch.
+
+        Returns:
+            this rank's share of that mean, a float32 scalar on the device, and the tokens it fed.
+        """
+        hp, fabric = self.hp, self.fabric
+        indices = data.step_samples(len(self.train), hp.batch_size, hp.seed, self.step, self.schedule.samples)
+        supervised = data.supervised_count(self.train[i] for i in indices)
+        rows = list(self.rows(indices[fabric.global_rank :: fabric.world_size]))
+        seed_step(hp.seed, self.step, fabric.global_rank)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.learning_rate(self.step)
+        self.wrapped.train()
+        total, tokens = torch.zeros((), device=fabric.device), 0
+        for n, row in enumerate(rows, 1):
+            row = row.to(fabric.device)
+            with fabric.no_backward_sync(self.wrapped, enabled=n < len(rows)):
+                loss = self.wrapped(row.idx, segments=row.segments, targets=row.targets) / supervised
+                fabric.backward(loss * fabric.world_size)  # ranks' gradients are averaged, and their sum is wanted
+            total += loss.detach()
+            tokens += row.idx.numel()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total, tokens
+
+    def rows(self, indices: list[int]) -> Iterator[data.PackedRow]:
+        """A rank's packed rows of a step; one that teaches nothing if the last step has no sample for it."""
+        hp = self.hp
+        for part in data.micro_batches(indices, self.train.lengths, hp.micro_batch_size, hp.micro_batch_tokens):
+            yield data.pack([self.train[i] for i in part])
+        if not indices:
+            tokens, supervised = self.train[0].tokens[:2], self.train[0].supervised[:2]
+            yield data.pack([data.Sample(tokens, torch.zeros_like(supervised))])
+
+    def log(self, evaluating: bool) -> None:
+        losses = self.records.losses()
+        self.check_finite(losses)
+        row = self.records.log(self.step, losses, self.schedule.learning_rate(self.step - 1))
+        self.records.write(row | {"val_loss": self.evaluate()} if evaluating else row)
+
+    def evaluate(self) -> float:
+        """The validation loss; rank 0 also shows a sample."""
+        with self.records.aside():
+            loss = validate(self.fabric, self.wrapped, self.validation, self.hp)
+            if self.sample and self.fabric.global_rank == 0:
+                self.sample()
+            return loss
+
+    def check_finite(self, losses: list[tuple[int, float]]) -> None:
+        """Stop at the first loss that is not a number, keeping the batch that gave it."""
+        for step, loss in losses:
+            if not math.isfinite(loss):
+                hp, path = self.hp, self.hp.out_dir / f"batch_of_step_{step}.pth"
+                indices = data.step_samples(len(self.train), hp.batch_size, hp.seed, step - 1, self.schedule.samples)
+                checkpoint.save(path, {"step": step, "samples": [self.train[i].tokens.clone() for i in indices]})
+                raise UserError(
+                    f"the loss of step {step} is {loss}; its batch is in {path}: look at it, or lower --learning_rate"
+                )
+
+    def save(self) -> None:
+        """Write the resume state of this step; older ones go, but for the last `keep`."""
+        with self.records.aside():
+            if self.fabric.global_rank == 0:
+                contents = {
+                    "format_version": checkpoint.FORMAT_VERSION,
+                    "step": self.step,
+                    "hyperparameters": fixed(self.hp),
+                    "identity": self.identity,
+                    "trained": checkpoint.trained_state(self.model),
+                    "optimizer": self.optimizer.state_dict(),
+                    "progress": self.records.progress(),
+                }
+                checkpoint.save(self.hp.out_dir / "state" / f"step_{self.step:08d}.pth", contents)
+                for old in state_paths(self.hp)[self.hp.keep :]:
+                    old.unlink()
+            self.fabric.barrier()
+
+    def restore(self) -> None:
+        """Go on from the newest whole state in out_dir if `--resume auto` finds one, else begin.
+
+        Raises:
+            UserError: the state is of a run with other hyperparameters, base or data.
+        """
+        for path in state_paths(self.hp) if self.hp.resume == "auto" else ():
+            try:
+                state = checkpoint.load(path, mmap=False)
+            except UserError as error:
+                self.fabric.print(f"{error}; trying the state before it")
+                continue
+            refuse_other_run(path, state, self.hp, self.identity)
+            checkpoint.load_trained(self.model, state["trained"], path)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+            self.records.go_on(self.step, state["progress"])
+            self.fabric.print(f"resumed after step {self.step} from {path}")
+            return
+        self.records.start()
+
+
+def state_paths(hp: SimpleNamespace) -> list[Path]:
+    """Resume states in out_dir, the newest first."""
+    return sorted((hp.out_dir / "state").glob("step_*.pth"), reverse=True)
+
+
+def fixed(hp: SimpleNamespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(hp).items() if name not in FREE_TO_CHANGE}
+
+
+def refuse_other_run(path: Path, state: dict, hp: SimpleNamespace, identity: dict) -> None:
+    for name, value in fixed(hp).items():
+        before = state["hyperparameters"].get(name)
+        if before != value:
+            raise UserError(
+                f"--{name} {value}: the run in {path} has {before}; resume it with that or choose another --out_dir"
+            )
+    for name, value in identity.items():
+        if state["identity"].get(name) != value:
+            raise UserError(f"{path}: that run has another {name}; choose another --out_dir")
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Random numbers depend on the step alone, so that nothing between steps disturbs them, nor resuming."""
+    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
+
+
+@torch.no_grad()
+def validate(fabric: Fabric, model: nn.Module, dataset: data.Dataset, hp: SimpleNamespace) -> float:
+    """Mean cross-entropy in nats over all supervised tokens of the first `eval_samples` samples, over all ranks."""
+    model.eval()
+    indices = list(range(len(dataset)))[: hp.eval_samples]
+    mine = indices[fabric.global_rank :: fabric.world_size]
+    total = torch.zeros(2, device=fabric.device, dtype=torch.float64)  # loss, tokens
+    for part in data.micro_batches(mine, dataset.lengths, hp.micro_batch_size, hp.micro_batch_tokens):
+        row = data.pack([dataset[i] for i in part]).to(fabric.device)
+        total[0] += model(row.idx, segments=row.segments, targets=row.targets)
+        total[1] += len(row.targets.labels)
+    total = fabric.all_reduce(total, reduce_op="sum")
+    return (total[0] / total[1]).item()
+
+
+def print_sample(
+    model: GPT, tokenizer: Tokenizer, style: PromptStyle, sample: data.Sample, hp: SimpleNamespace
+) -> None:
+    """Show how the model answers a validation prompt now."""
+    if not hp.sample_tokens:
+        return
+    start = int(sample.supervised.nonzero()[0]) or len(sample.tokens) // 2  # without a masked prompt: half of it
+    prompt = sample.tokens[:start].tolist()
+    room = min(hp.sample_tokens, model.config.block_size - len(prompt))
+    model.eval()
+    ids = list(generate(model, prompt, room, temperature=0, stop_ids=style.stop_ids))
+    tqdm.write(f"  {tokenizer.decode(prompt)[-60:]!r} -> {tokenizer.decode(ids)!r}")

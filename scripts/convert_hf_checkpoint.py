@@ -1,0 +1,29 @@
+"""Convert a downloaded Hugging Face checkpoint to Lit-GPT's format, within its folder.
+
+    python scripts/convert_hf_checkpoint.py --checkpoint_dir checkpoints/tiiuae/falcon-7b
+
+Reads .safetensors or .bin shards one tensor at a time and adds lit_model.pth and lit_config.json.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+from lit_gpt.cli import run
+
+checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # folder made by scripts/download.py
+dtype: Literal["fp32", "bf16", "fp16"] | None = None  # of the converted weights (null: as stored)
+
+
+def main(hp: SimpleNamespace) -> None:
+    from lit_gpt import checkpoint, hf_files
+
+    checkpoint.check_checkpoint_dir(hp.checkpoint_dir, converted=False)
+    hf_files.convert(hp.checkpoint_dir, hf_files.StoredWeights(hp.checkpoint_dir), checkpoint.DTYPES.get(hp.dtype))
+    print(f"converted {hp.checkpoint_dir}; next:")
+    print(f"  python scripts/prepare_alpaca.py --checkpoint_dir {hp.checkpoint_dir}")
+    print(f'  python generate/base.py --checkpoint_dir {hp.checkpoint_dir} --prompt "..."')
+
+
+if __name__ == "__main__":
+    run(main)
