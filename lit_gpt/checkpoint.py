@@ -5,6 +5,7 @@ A checkpoint folder holds the Hugging Face files as downloaded (config.json, the
 """
 
 import hashlib
+import mmap
 import os
 import pickle
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
@@ -113,27 +115,40 @@ def load(path: Path, mmap: bool = True) -> dict[str, Any]:
     return contents
 
 
-def write_streamed(path: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype | dict, tensors: Iterable) -> None:
+def write_streamed(path: Path, layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write a state dict whose tensors come one by one, holding one at a time in memory.
 
     The file is laid out first, with room for every tensor, then mapped and filled.
 
     Args:
-        shapes: of all tensors, in any order.
-        dtype: of all, or {name: dtype}.
-        tensors: (name, tensor) pairs.
+        layout: tensors of the shapes and dtypes to write; only these are looked at, so they may be on the meta device.
+        tensors: name and contents of each.
     """
-    kinds = dtype if isinstance(dtype, dict) else dict.fromkeys(shapes, dtype)
     with atomic(path) as temporary:
-        with torch.serialization.skip_data():
-            torch.save({name: torch.empty(shape, dtype=kinds[name]) for name, shape in shapes.items()}, temporary)
-        with torch.serialization.set_default_mmap_options(_MAP_SHARED):
+        with FakeTensorMode():
+            empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in layout.items()}
+        with torch.serialization.skip_data(materialize_fake_tensors=True):
+            torch.save(empty, temporary)
+        check_room(temporary)
+        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):  # what is written goes to the file
             state = torch.load(temporary, weights_only=True, mmap=True)
         for name, tensor in tensors:
             state[name].copy_(tensor)
 
 
-_MAP_SHARED = 1  # mmap.MAP_SHARED: what is written goes to the file
+def check_room(sparse: Path) -> None:
+    """Claim a laid-out file's space: a mapped file that meets a full disk kills the process.
+
+    Raises:
+        UserError: the disk is too full.
+    """
+    with open(sparse, "rb+") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        except OSError as error:
+            raise UserError(
+                f"{sparse.parent}: no room for {sparse.stat().st_size / 1e9:.1f} GB ({error.strerror})"
+            ) from None
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

@@ -111,11 +111,12 @@ def convert(checkpoint_dir: Path, hf: StoredWeights, dtype: torch.dtype | None =
     folder = Path(checkpoint_dir)
     config = weights.as_stored(Config.from_hf(read_json(folder / "config.json"), name=folder.name), hf)
     weights.check_names(config, set(hf))
-    rows = list(weights.rows(config))
-    kinds = {row.lit: dtype or widest([hf.dtype(name) for name in row.hf]) for row in rows}
-    shapes = {row.lit: row.shape for row in rows}
+    layout = {
+        row.lit: torch.empty(row.shape, dtype=dtype or widest([hf.dtype(name) for name in row.hf]), device="meta")
+        for row in weights.rows(config)
+    }
     (folder / "lit_config.json").unlink(missing_ok=True)  # until both are there, the folder is not converted
-    checkpoint.write_streamed(folder / "lit_model.pth", shapes, kinds, weights.to_lit(config, hf))
+    checkpoint.write_streamed(folder / "lit_model.pth", layout, weights.to_lit(config, hf))
     with checkpoint.atomic(folder / "lit_config.json") as temporary:
         temporary.write_text(config.to_json())
     return config

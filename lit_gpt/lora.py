@@ -5,7 +5,7 @@ attached model gives exactly the base's logits.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt import checkpoint
+from lit_gpt.config import Config
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.model import GPT
 
@@ -81,7 +82,7 @@ class LoRALinear(nn.Module):
 
     def merged(self) -> Tensor:
         """The base's weight plus the updates, (out_features, in_features), computed in float32, in the base's dtype."""
-        weight = self.linear.weight.detach().float()
+        weight = self.linear.weight.detach().to(torch.float32, copy=True)  # the original may be tied, or mapped
         with torch.no_grad():
             for (start, stop), A, B in zip(self.parts, self.lora_A.split(self.r), self.split_B(), strict=True):
                 weight[start:stop] += self.scale * (B @ A)
@@ -92,8 +93,7 @@ def attach(model: GPT, config: LoRAConfig) -> GPT:
     """Wrap the chosen projections of `model`, in place, and let only the updates train."""
     model.requires_grad_(False)
     for path, parts in targets(model, config):
-        owner, name = model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2]
-        setattr(owner, name, LoRALinear(getattr(owner, name), parts, config))
+        model.set_submodule(path, LoRALinear(model.get_submodule(path), parts, config))
     return model
 
 
@@ -120,17 +120,26 @@ def lora_layers(model: GPT) -> dict[str, LoRALinear]:
 
 
 def merge(model: GPT) -> GPT:
-    """Fold the updates into the base's weights, in place, and unwrap it.
-
-    A tied head that was adapted becomes a weight of its own; `model.config` then says so.
-    """
+    """Fold the updates into the base's weights, in place, and unwrap it."""
+    config = merged_config(model)
     for path, layer in lora_layers(model).items():
-        linear = layer.linear
-        linear.weight = nn.Parameter(layer.merged(), requires_grad=False)
-        setattr(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], linear)
-        if path == "lm_head":
-            model.config = replace(model.config, tie_embeddings=False)
+        layer.linear.weight = nn.Parameter(layer.merged(), requires_grad=False)
+        model.set_submodule(path, layer.linear)
+    model.config = config
     return model
+
+
+def merged_config(model: GPT) -> Config:
+    """A tied head that was adapted becomes a weight of its own."""
+    return replace(model.config, tie_embeddings=False) if "lm_head" in lora_layers(model) else model.config
+
+
+def write_merged(path: Path, model: GPT, base: Mapping[str, Tensor]) -> None:
+    """Write the merged model's state dict, holding one tensor at a time; `base` is what `model` was built from."""
+    layers = {f"{name}.weight": layer for name, layer in lora_layers(model).items()}
+    layout = {**{name: layer.linear.weight for name, layer in layers.items()}, **base}
+    merged = ((name, layers[name].merged() if name in layers else base[name]) for name in layout)
+    checkpoint.write_streamed(path, layout, merged)
 
 
 def load(model: GPT, path: Path, base: str) -> dict:

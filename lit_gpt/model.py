@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt.config import Config
+from lit_gpt.errors import UserError
 from lit_gpt.loss import summed_cross_entropy
 
 ACTIVATIONS = {
@@ -298,7 +299,14 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
         n, base = config.rope_n_elem, config.rope_base
         frequencies = 1.0 / base ** (torch.arange(0, n, 2, dtype=torch.int64).float() / n)
         scaling = config.rope_scaling
-        return ROPE_SCALING[scaling["rope_type"]](frequencies, scaling, config) if scaling else (frequencies, 1.0)
+        if not scaling:
+            return frequencies, 1.0
+        if scaling["rope_type"] not in ROPE_SCALING:
+            known = ", ".join(ROPE_SCALING)
+            raise UserError(
+                f"config.json: rope_type '{scaling['rope_type']}' is not supported; expected one of {known}"
+            )
+        return ROPE_SCALING[scaling["rope_type"]](frequencies, scaling, config)
 
 
 def rope_linear(frequencies: Tensor, scaling: dict, config: Config) -> tuple[Tensor, float]:

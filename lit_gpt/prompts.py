@@ -99,6 +99,9 @@ class PromptStyle:
     def from_dict(cls, fields: dict[str, Any]) -> "PromptStyle":
         return cls(**{**fields, "stop_ids": tuple(fields["stop_ids"])})
 
+    def save(self, checkpoint_dir: Path) -> None:
+        (Path(checkpoint_dir) / FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"stop_ids": list(self.stop_ids)}
 

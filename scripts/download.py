@@ -163,12 +163,13 @@ def plan(wanted: list[File], folder: Path) -> list[File]:
         if file not in complete:
             print(f"{file.path.name} differs from the hub's and will be replaced")
     parts = sum(size_of(file.part) for file in todo)
-    earlier = f" ({gigabytes(parts)} of it came in an earlier run)" if parts else ""
-    print(f"Complete: {count(complete)}. To download: {count(todo)}{earlier}", flush=True)
+    earlier = f" ({readable(parts)} of it came in an earlier run)" if parts else ""
+    done = f"Complete: {count(complete)}. " if here else ""
+    print(f"{done}To download: {count(todo)}{earlier}", flush=True)
     missing, free = sum(file.size for file in todo) - parts, shutil.disk_usage(folder).free
     if missing > free:
         raise UserError(
-            f"{folder}: {gigabytes(missing)} are to come and the disk has {gigabytes(free)} free: make room, or choose "
+            f"{folder}: {readable(missing)} are to come and the disk has {readable(free)} free: make room, or choose "
             "another disk with --checkpoint_dir"
         )
     return todo
@@ -185,6 +186,7 @@ def obtain(file: File, headers: dict[str, str]) -> None:
     part.touch()
     # disable=None: no bar where nobody watches, but a line for each file
     with tqdm(desc=name, total=file.size, initial=size_of(part), unit="B", unit_scale=True, disable=None) as bar:
+        unwatched = bar.disable
         receive(file, headers, bar)
     if not intact(part, file):
         got = size_of(part)
@@ -192,8 +194,8 @@ def obtain(file: File, headers: dict[str, str]) -> None:
         wrong = f"{got} bytes came instead of {file.size}" if got != file.size else "its hash is not the hub's"
         raise UserError(f"{name}: {wrong}, and it was thrown away: run again; if it stays so, check HF_ENDPOINT, proxy")
     part.replace(file.path)
-    if bar.disable:
-        print(f"{name}: {gigabytes(file.size)}", flush=True)
+    if unwatched:
+        print(f"{name}: {readable(file.size)}", flush=True)
 
 
 def receive(file: File, headers: dict[str, str], bar: Any) -> None:
@@ -269,12 +271,13 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+def readable(size: int) -> str:
+    unit, name = (1e9, "GB") if size >= 1e7 else (1e6, "MB") if size >= 1e4 else (1e3, "kB")
+    return f"{size / unit:.2f} {name}"
 
 
 def count(files: list[File]) -> str:
-    return f"{len(files)} file{'s' * (len(files) != 1)}, {gigabytes(sum(file.size for file in files))}"
+    return f"{len(files)} file{'s' * (len(files) != 1)}, {readable(sum(file.size for file in files))}"
 
 
 if __name__ == "__main__":

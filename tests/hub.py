@@ -100,6 +100,7 @@ class Hub:
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # 40 ms a request
 
     def do_HEAD(self) -> None:
         self.do_GET()

@@ -79,7 +79,7 @@ def weights(config: Config) -> Table:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import FalconConfig
 
-    size = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, **fields)
+    size = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4) | fields
     grouped = dict(size, new_decoder_architecture=True, num_kv_heads=2)
     return {
         "7b": FalconConfig(**size, multi_query=True),

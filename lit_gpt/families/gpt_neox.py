@@ -82,8 +82,8 @@ def weights(config: Config) -> Table:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import GPTNeoXConfig
 
-    size = dict(
-        vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, **fields
+    size = (
+        dict(vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4) | fields
     )
     full = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 1.0}
     return {

@@ -111,8 +111,8 @@ def tiny_hf(**fields: Any) -> dict[str, Any]:
 
     size = dict(
         vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, **fields,
-    )  # fmt: skip
+        max_position_embeddings=64,
+    ) | fields  # fmt: skip
     llama3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
               "original_max_position_embeddings": 32}  # fmt: skip
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}

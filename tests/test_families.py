@@ -1,0 +1,169 @@
+"""Every family and layout against transformers: the same logits, the same tensors there and back."""
+
+import json
+
+import pytest
+import torch
+from conftest import Tiny, tiny_hf_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lit_gpt import GPT, Config, hf_files, weights
+from lit_gpt.checkpoint import load_state
+from lit_gpt.errors import UserError
+from lit_gpt.families import families
+
+TOLERANCE = 1e-4  # of the logits' norm, float32
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def tokens(model, rows=2, length=40) -> torch.Tensor:
+    return torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_logits_equal_transformers(tiny: Tiny):
+    """Beyond the window (5) of Mistral and the original context (16, 32) of YaRN and Llama 3."""
+    model, idx = GPT.from_checkpoint(tiny.folder), tokens(tiny.hf)
+    expected = tiny.hf(idx).logits
+    assert off(model(idx), expected) < TOLERANCE
+    assert off(model(idx, last=True), expected[:, -1:]) < TOLERANCE
+
+
+@torch.no_grad()
+def test_cache_changes_nothing(tiny: Tiny):
+    """Prompt at once, then some tokens together, then one by one."""
+    model, idx = GPT.from_checkpoint(tiny.folder), tokens(tiny.hf)
+    cache = model.kv_cache(2, idx.size(1))
+    steps = [idx[:, :17], idx[:, 17:24], *idx[:, 24:].split(1, dim=1)]
+    found = torch.cat([model(step, cache=cache) for step in steps], dim=1)
+    assert off(found, tiny.hf(idx).logits) < TOLERANCE
+
+
+def test_round_trip_is_bit_identical(tiny: Tiny, tmp_path):
+    """HF -> lit -> HF, in several shards, loaded by transformers unedited."""
+    hf_files.export(tiny.folder, tmp_path / "hf", load_state(tiny.folder), shard_bytes=50_000)
+    shards = sorted((tmp_path / "hf").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    exported = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    original = load_file(tiny.folder / "model.safetensors")
+    assert exported.keys() == original.keys()
+    assert all(torch.equal(exported[name], original[name]) for name in original)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        assert torch.equal(again(tokens(tiny.hf)).logits, tiny.hf(tokens(tiny.hf)).logits)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards_of_both_kinds(tmp_path, suffix):
+    """bf16 and float32 side by side keep their dtypes; --dtype turns both."""
+    model = tiny_hf_model("llama", "llama")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors = {k: t.bfloat16() if "mlp" in k else t for k, t in tensors.items()}
+    (tmp_path / "model.safetensors").unlink()
+    stem = {"safetensors": "model", "bin": "pytorch_model"}[suffix]
+    weight_map = {}
+    for i in range(3):
+        name = f"{stem}-{i}.{suffix}"
+        part = dict(list(tensors.items())[i::3])
+        save_file(part, tmp_path / name) if suffix == "safetensors" else torch.save(part, tmp_path / name)
+        weight_map |= dict.fromkeys(part, name)
+    (tmp_path / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config = hf_files.convert(tmp_path, hf_files.StoredWeights(tmp_path))
+    state = load_state(tmp_path)
+    back = dict(weights.to_hf(config, state))
+    assert all(torch.equal(back[k], tensors[k]) and back[k].dtype == tensors[k].dtype for k in tensors)
+    hf_files.convert(tmp_path, hf_files.StoredWeights(tmp_path), torch.float16)
+    assert {t.dtype for t in load_state(tmp_path).values()} == {torch.float16}
+
+
+def test_head_stored_beside_a_tied_embedding(tmp_path):
+    """As Falcon's published files have it: kept apart when equal, left out (as transformers does) when not."""
+    model = tiny_hf_model("falcon", "7b")
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = tensors["transformer.word_embeddings.weight"]
+    for stored, tied in ((head.clone(), False), (head + 1, True)):
+        save_file(tensors | {"lm_head.weight": stored}, tmp_path / "model.safetensors")
+        config = hf_files.convert(tmp_path, hf_files.StoredWeights(tmp_path))
+        assert config.tie_embeddings is tied and ("lm_head.weight" in load_state(tmp_path)) is not tied
+        with torch.no_grad():
+            assert off(GPT.from_checkpoint(tmp_path)(tokens(model)), model(tokens(model)).logits) < TOLERANCE
+
+
+# Parameters as published, or as the sum of the tensors in the published files.
+PUBLISHED = {
+    "falcon-7b": 7_217_189_760,
+    "falcon-40b": 41_835_970_560,
+    "pythia-70m": 70_426_624,
+    "pythia-160m": 162_322_944,
+    "pythia-410m": 405_334_016,
+    "pythia-1b": 1_011_781_632,
+    "pythia-1.4b": 1_414_647_808,
+    "pythia-2.8b": 2_775_208_960,
+    "pythia-6.9b": 6_857_302_016,
+    "pythia-12b": 11_846_072_320,
+    "Llama-2-7b": 6_738_415_616,
+    "Llama-2-13b": 13_015_864_320,
+    "Llama-2-70b": 68_976_648_192,
+    "Llama-3-8B": 8_030_261_248,
+    "Llama-3.1-70B": 70_553_706_496,
+    "Llama-3.2-1B": 1_235_814_400,
+    "Llama-3.2-3B": 3_212_749_824,
+    "Mistral-7B-v0.1": 7_241_732_096,
+    "Mistral-7B-v0.3": 7_248_023_552,
+    "TinyLlama-1.1B": 1_100_048_384,
+    "SmolLM2-135M": 134_515_008,
+    "SmolLM2-360M": 361_821_120,
+    "SmolLM2-1.7B": 1_711_376_384,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_size(name):
+    with torch.device("meta"):
+        model = GPT(Config.from_name(name))
+    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
+
+
+def test_every_preset_makes_a_model():
+    for family in families():
+        for name in family.PRESETS:
+            with torch.device("meta"):
+                GPT(Config.from_name(name, n_layer=1))
+
+
+def test_unknown_names():
+    with pytest.raises(UserError, match="did you mean 'falcon-7b'"):
+        Config.from_name("falcon7b")
+    with pytest.raises(UserError, match="model_type 'mamba' is not supported"):
+        Config.from_hf({"model_type": "mamba"})
+    with pytest.raises(UserError, match="needs the field 'hidden_size'"):
+        Config.from_hf({"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 1})
+    with pytest.raises(UserError, match="alibi"):
+        Config.from_hf({"model_type": "falcon", "alibi": True})
+
+
+def test_older_names_of_config_fields():
+    """As transformers 4 wrote them, and the first releases of Falcon."""
+    llama = dict(model_type="llama", num_hidden_layers=1, num_attention_heads=2, hidden_size=8, intermediate_size=8,
+                 vocab_size=9, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})  # fmt: skip
+    config = Config.from_hf(llama)
+    assert config.rope_base == 5e5 and config.rope_scaling == {"rope_type": "linear", "factor": 2.0}
+    neox = dict(llama, model_type="gpt_neox", rotary_pct=0.5, rotary_emb_base=2e4, rope_scaling=None)
+    del neox["rope_theta"]
+    assert Config.from_hf(neox).rotary_percentage == 0.5 and Config.from_hf(neox).rope_base == 2e4
+    old = dict(model_type="RefinedWeb", n_layer=1, n_head=8, n_head_kv=2, hidden_size=64, vocab_size=9)
+    config = Config.from_hf(old)
+    assert (config.n_query_groups, config.parallel_residual, config.shared_attention_norm) == (2, True, False)
+    config = Config.from_hf(dict(old, model_type="RefinedWebModel", multi_query=True))
+    assert (config.n_query_groups, config.shared_attention_norm) == (1, True)
+
+
+def test_unknown_rope_scaling_is_refused():
+    with pytest.raises(UserError, match="rope_type 'dynamic'"):
+        GPT(Config.from_name("SmolLM2-135M", n_layer=1, rope_scaling={"rope_type": "dynamic", "factor": 2.0}))
