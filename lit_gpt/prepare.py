@@ -144,13 +144,14 @@ def prepare(hp: SimpleNamespace, rows: list[Row], validation_rows: list[Row] | N
     style = PromptStyle.from_name(hp.prompt_style, tokenizer)
     block_size = Config.from_hf(read_json(hp.checkpoint_dir / "config.json")).block_size
     limit = min(hp.max_seq_length or block_size, block_size)
+    # all rows are looked at in the file's order first, so that an error names the first bad one
+    parts = [[to_messages(where, row, hp) for where, row in part] for part in (rows, validation_rows or ())]
     if validation_rows is None:
-        rows, validation_rows = split_rows(rows, hp.validation_fraction, hp.seed)
+        parts = split(parts[0], hp.validation_fraction, hp.seed)
     splits = {}
-    for name, part in zip(data.SPLITS, (rows, validation_rows), strict=True):
+    for name, part in zip(data.SPLITS, parts, strict=True):
         splits[name] = data.Split()
-        for where, row in tqdm(part, desc=name, unit="row", mininterval=0.5):
-            messages = to_messages(where, row, hp)
+        for messages in tqdm(part, desc=name, unit="row", disable=None):
             data.add_sample(splits[name], messages, tokenizer, style, limit, hp.mask_inputs, hp.allow_unsupervised)
     report(splits, tokenizer, style, limit)
     refuse_unusable(splits, hp)
@@ -162,11 +163,12 @@ def prepare(hp: SimpleNamespace, rows: list[Row], validation_rows: list[Row] | N
     )
 
 
-def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    shuffled = random.Random(seed).sample(rows, len(rows))
-    held_out = max(1, round(fraction * len(rows)))
-    if held_out >= len(rows):
-        raise UserError(f"--validation_fraction {fraction}: leaves none of the {len(rows)} rows to train on")
+def split(samples: list[list[Message]], fraction: float, seed: int) -> tuple[list, list]:
+    """The samples in a random order, those to train on and those to validate on."""
+    shuffled = random.Random(seed).sample(samples, len(samples))
+    held_out = max(1, round(fraction * len(samples)))
+    if held_out >= len(samples):
+        raise UserError(f"--validation_fraction {fraction}: leaves none of the {len(samples)} rows to train on")
     return shuffled[held_out:], shuffled[:held_out]
 
 

@@ -22,10 +22,11 @@ Message = dict[str, str]
 FILE = "prompt_style.json"
 
 
-# Each writes the user's turns up to where the answer begins; the answer is closed by the end token.
-def _turns(other: str) -> str:
-    answer = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content + eos_token }}{% else %}"
-    return answer + other + "{% endif %}{% endfor %}"
+# Each writes the user's turns up to where the answer begins; the answer is closed by the end token. A space before the
+# answer belongs to it, for it makes one token with the answer's first word.
+def _turns(other: str, before_answer: str = "") -> str:
+    answer = "{% for m in messages %}{% if m.role == 'assistant' %}" + before_answer + "{{ m.content + eos_token }}"
+    return answer + "{% else %}" + other + "{% endif %}{% endfor %}"
 
 
 _ALPACA = (
@@ -42,15 +43,15 @@ _CHATML = (
 )
 _LLAMA2 = (
     "{% if m.role == 'system' %}{{ '[INST] <<SYS>>\n' + m.content + '\n<</SYS>>\n\n' }}{% else %}"
-    "{{ '[INST] ' if loop.first or loop.previtem.role != 'system' }}{{ m.content + ' [/INST] ' }}{% endif %}"
+    "{{ '[INST] ' if loop.first or loop.previtem.role != 'system' }}{{ m.content + ' [/INST]' }}{% endif %}"
 )
-_FALCON = "{{ (m.content if m.role == 'system' else 'User: ' + m.content + '\n\nAssistant:') + '\n' }}"
+_FALCON = "{{ m.content + '\n' if m.role == 'system' else 'User: ' + m.content + '\nAssistant:' }}"
 STYLES = {
     "plain": _turns("{{ m.content }}"),
     "alpaca": _turns(_ALPACA),
     "chatml": _CHATML,
-    "llama2": _turns(_LLAMA2),
-    "falcon-instruct": _turns(_FALCON),
+    "llama2": _turns(_LLAMA2, before_answer=" "),
+    "falcon-instruct": _turns(_FALCON, before_answer=" "),
 }
 
 
