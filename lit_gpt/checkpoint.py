@@ -7,7 +7,6 @@ A checkpoint folder holds the Hugging Face files as downloaded (config.json, the
 import hashlib
 import mmap
 import os
-import pickle
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -107,7 +106,9 @@ def load(path: Path, mmap: bool = True) -> dict[str, Any]:
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except PermissionError:
+        raise UserError(f"{path}: may not be read") from None
+    except Exception as error:  # a damaged file can make its reader fail in any way
         reason = "it holds code, which is never run" if "Weights only load failed" in str(error) else "is it truncated?"
         raise UserError(f"{path}: not a readable file of tensors ({reason}); make or download it again") from None
     if not isinstance(contents, dict):

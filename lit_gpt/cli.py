@@ -105,7 +105,12 @@ def parse(script: dict[str, Any], argv: list[str]) -> SimpleNamespace:
         raise
     except Exception as error:  # jsonargparse has no common base for what a value can do wrong
         raise UsageError(explain(str(error), argv, types)) from None
-    return SimpleNamespace(**{name: values[name] for name in types})
+    return SimpleNamespace(**{name: plain(values[name]) for name in types})
+
+
+def plain(value: Any) -> Any:
+    """A value of jsonargparse's restricted number types as the number it is, fit to be stored."""
+    return next((kind(value) for kind in (int, float) if isinstance(value, kind) and type(value) is not bool), value)
 
 
 def metavar(kind: Any) -> str:

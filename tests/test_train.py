@@ -1,0 +1,242 @@
+"""finetune/lora.py from start to end on a tiny model: what it leaves, how it resumes, what it refuses."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import spawn
+from test_data import write_rows
+
+from lit_gpt import GPT, checkpoint, lora
+from lit_gpt.train import Schedule
+
+STEPS = 12
+SCRIPT = "finetune/lora.py"
+
+
+@pytest.fixture(scope="module")
+def data_dir(llama, tmp_path_factory) -> Path:
+    from types import SimpleNamespace
+
+    from lit_gpt.prepare import prepare, read_rows
+
+    folder = tmp_path_factory.mktemp("data")
+    hp = SimpleNamespace(
+        checkpoint_dir=llama, destination_path=folder / "d", prompt_style="alpaca", max_seq_length=None,
+        mask_inputs=True, allow_unsupervised=False, validation_fraction=0.2, seed=1, messages_column="messages",
+        instruction_column="instruction", input_column="input", output_column="output",
+    )  # fmt: skip
+    prepare(hp, read_rows(write_rows(folder / "r.jsonl")))
+    return folder / "d"
+
+
+@pytest.fixture
+def flags(llama, data_dir, tmp_path) -> dict:
+    return dict(
+        checkpoint_dir=llama, data_dir=data_dir, out_dir=tmp_path / "out", precision="fp32", max_steps=STEPS,
+        batch_size=6, micro_batch_size=3, warmup_steps=2, learning_rate=0.02, lora_dropout=0.1, lora_mlp="true",
+        eval_interval=5, save_interval=1, sample_tokens=5,
+    )  # fmt: skip
+
+
+def final(out_dir: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.load(out_dir / "lit_model_lora_finetuned.pth")["state"]
+
+
+def identical(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def metrics(out_dir: Path) -> list[dict]:
+    """Without the columns that time and the machine decide."""
+    with open(out_dir / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "peak_memory_bytes")}
+                for row in csv.DictReader(file)]  # fmt: skip
+
+
+def test_a_run_leaves_its_records(cli, flags, data_dir, llama):
+    result = cli(SCRIPT, **flags)
+    assert result.code == 0, result.err
+    out = flags["out_dir"]
+    rows, summary = metrics(out), json.loads((out / "summary.json").read_text())
+    assert [int(row["step"]) for row in rows] == list(range(STEPS + 1))
+    assert [int(row["step"]) for row in rows if row["val_loss"]] == [0, 5, 10, STEPS]
+    assert summary["val_loss_last"] < summary["val_loss_first"] - 0.5
+    assert summary["steps"] == STEPS and summary["tokens"] == int(rows[-1]["tokens"])
+    assert summary["trainable_parameters"] == sum(t.numel() for t in final(out).values())
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "hyperparameters.json").read_text())["learning_rate"] == 0.02
+    assert len(list((out / "state").iterdir())) == 2 and not list(out.glob(".*"))
+    # tokens fed: real ones, none of padding, and none that predicts nothing
+    from lit_gpt import data
+
+    lengths, seed = data.Dataset(data_dir, "train").lengths, 1337
+    fed = (lengths[i] - 1 for s in range(STEPS) for i in data.step_samples(len(lengths), 6, seed, s, STEPS * 6))
+    assert summary["tokens"] == sum(fed)
+    # the run can be repeated from its own record
+    result = cli(SCRIPT, config=out / "hyperparameters.json", out_dir=out.with_name("again"))
+    assert result.code == 0 and identical(final(out), final(out.with_name("again")))
+
+
+def test_results_are_of_the_flags_not_of_the_cut(cli, flags):
+    """Packed rows of any size, checkpointed or not, give the same weights up to rounding."""
+    flags |= {"lora_dropout": 0.0, "optimizer": "sgd"}
+    variants = [{}, {"micro_batch_size": 1}, {"micro_batch_tokens": 100, "micro_batch_size": "null"},
+                {"activation_checkpointing": "true"}]  # fmt: skip
+    states = []
+    for i, change in enumerate(variants):
+        out = flags["out_dir"].with_name(f"out{i}")
+        assert cli(SCRIPT, **flags | change | {"out_dir": out}).code == 0
+        states.append(final(out))
+    for other in states[1:]:
+        assert all(torch.allclose(states[0][k], other[k], atol=1e-5) for k in other)
+
+
+@pytest.mark.parametrize("moment", [1, 4, 9])
+def test_killed_and_resumed_ends_with_the_same_bits(cli, flags, moment):
+    """SIGKILL after some steps, wherever it strikes; metrics go on without a seam."""
+    cli(SCRIPT, **flags)
+    killed = flags | {"out_dir": flags["out_dir"].with_name("killed"), "resume": "auto"}
+    process = spawn(SCRIPT, **killed)
+    wait_for_step(process, killed["out_dir"], moment)
+    process.kill()
+    process.communicate()
+    assert not (killed["out_dir"] / "lit_model_lora_finetuned.pth").exists()
+    had_state = list((killed["out_dir"] / "state").glob("step_*"))  # it may have died before the first was whole
+    result = cli(SCRIPT, **killed)
+    assert result.code == 0 and ("resumed after step" in result.out) == bool(had_state), result.err
+    assert identical(final(flags["out_dir"]), final(killed["out_dir"]))
+    assert metrics(flags["out_dir"]) == metrics(killed["out_dir"])
+
+
+def wait_for_step(process: subprocess.Popen, out_dir: Path, step: int) -> None:
+    deadline = time.monotonic() + 60
+    while not (out_dir / "metrics.csv").exists() or len(metrics(out_dir)) <= step:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.001)
+
+
+def test_a_truncated_state_is_never_taken_for_whole(cli, flags):
+    """The state before it is used; with none left the run begins anew. The end is the same."""
+    cli(SCRIPT, **flags)
+    whole = final(flags["out_dir"])
+    newest, before = sorted((flags["out_dir"] / "state").iterdir(), reverse=True)
+    contents = newest.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        newest.write_bytes(contents[: int(torch.randint(len(contents), (), generator=generator))])
+        result = cli(SCRIPT, **flags | {"resume": "auto"})
+        assert result.code == 0 and f"resumed after step {STEPS - 1}" in result.out, result.out
+        assert identical(final(flags["out_dir"]), whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_stop_it_saves_and_says_how_to_go_on(cli, flags, number):
+    cli(SCRIPT, **flags)
+    stopped = flags | {"out_dir": flags["out_dir"].with_name("stopped"), "resume": "auto", "save_interval": 1000}
+    process = spawn(SCRIPT, **stopped)
+    wait_for_step(process, stopped["out_dir"], 2)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--resume auto goes on" in out, (out, err)
+    assert cli(SCRIPT, **stopped).code == 0
+    assert identical(final(flags["out_dir"]), final(stopped["out_dir"]))
+
+
+def test_a_used_folder_and_changed_hyperparameters_are_refused(cli, flags):
+    cli(SCRIPT, **flags | {"max_steps": 3})
+    before = (flags["out_dir"] / "metrics.csv").read_bytes()
+    cli(SCRIPT, **flags | {"max_steps": 3}).refused("already holds a run", "--resume auto")
+    for change in ({"learning_rate": 0.1}, {"lora_r": 4}, {"seed": 5}, {"batch_size": 12}):
+        name = next(iter(change))
+        cli(SCRIPT, **flags | {"max_steps": 3, "resume": "auto"} | change).refused(f"--{name}")
+    assert (flags["out_dir"] / "metrics.csv").read_bytes() == before
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(cli, flags, llama):
+    """The step is named and its batch kept; no resume state holds the broken weights."""
+    folder = flags["out_dir"].with_name("broken")
+    shutil.copytree(llama, folder)
+    state = {name: tensor.clone() for name, tensor in checkpoint.load_state(llama).items()}
+    state["ln_f.weight"] *= 1e38
+    checkpoint.save(folder / "lit_model.pth", state)
+    result = cli(SCRIPT, **flags | {"checkpoint_dir": folder})
+    result.refused("the loss of step 1", "batch_of_step_1.pth")
+    assert len(checkpoint.load(flags["out_dir"] / "batch_of_step_1.pth")["samples"]) == 6
+    assert not (flags["out_dir"] / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "code"),
+    [
+        ({"micro_batch_size": 4}, ["--micro_batch_size 4", "divisor of the 6"], 2),
+        ({"warmup_steps": 50}, ["--warmup_steps 50", "12 steps"], 2),
+        ({"learning_rate": -1}, ["--learning_rate", "above 0", "-1"], 2),
+        ({"lora_r": 0}, ["--lora_r", "above 0"], 2),
+        ({"lora_dropout": 1}, ["--lora_dropout", "not including, 1"], 2),
+        ({"batch_size": "many"}, ["--batch_size", "whole number"], 2),
+        ({"optimizer": "adam"}, ["--optimizer", "one of adamw, sgd"], 2),
+        ({"lora_rank": 8}, ["unknown flag --lora_rank", "did you mean --lora_"], 2),
+        ({"lora_query": "false", "lora_value": "false", "lora_mlp": "false"}, ["nothing would be trained"], 2),
+        ({"max_seq_length": 10}, ["--max_seq_length 10", "prepare it again"], 1),
+        ({"data_dir": "nowhere"}, ["--data_dir nowhere", "prepare_alpaca"], 1),
+        ({"checkpoint_dir": "nowhere"}, ["--checkpoint_dir nowhere", "no such folder"], 1),
+        ({"out_dir": "/proc/x"}, ["/proc/x"], 1),
+        ({"config": "nowhere.json"}, ["--config nowhere.json"], 2),
+    ],
+)
+def test_refusals(cli, flags, change, words, code):
+    cli(SCRIPT, **flags | change).refused(*words, code=code)
+    assert not flags["out_dir"].exists()
+
+
+def test_a_full_disk_keeps_the_last_state(cli, flags, monkeypatch):
+    """The write of a resume state fails: the one before it is still there and whole."""
+    real, calls = torch.save, []
+
+    def full(contents, path, *args, **kwargs):
+        calls.append(path)
+        if len(calls) == 4:
+            Path(path).write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(path))
+        return real(contents, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    cli(SCRIPT, **flags).refused("No space left on device")
+    monkeypatch.undo()
+    states = sorted(path.name for path in (flags["out_dir"] / "state").iterdir())
+    assert states == ["step_00000002.pth", "step_00000003.pth"]
+    assert all(checkpoint.load(flags["out_dir"] / "state" / name)["step"] for name in states)
+
+
+def test_schedule():
+    schedule = Schedule(steps=100, samples=800, warmup=10, peak=1.0)
+    rates = [schedule.learning_rate(step) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == max(rates) == 1.0 and 0 < rates[99] < 0.001
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[55] == pytest.approx(0.5)
+    assert Schedule(steps=1, samples=1, warmup=0, peak=1.0).learning_rate(0) == 1.0
+
+
+def test_generate_and_merge_what_was_trained(cli, flags, llama, tmp_path):
+    """Merged on load, kept apart, and merged to a folder: the same greedy answer, in the finetune's prompt style."""
+    assert cli(SCRIPT, **flags).code == 0
+    path = flags["out_dir"] / "lit_model_lora_finetuned.pth"
+    ask = {"checkpoint_dir": llama, "prompt": "describe the cat 3", "temperature": 0, "precision": "fp32"}
+    apart = cli("generate/lora.py", **ask, lora_path=path, merge="false")
+    merged = cli("generate/lora.py", **ask, lora_path=path)
+    result = cli("scripts/merge_lora.py", checkpoint_dir=llama, lora_path=path, out_dir=tmp_path / "merged")
+    assert result.code == 0 and "differ from the unmerged" in result.out, result.err
+    folder = cli("generate/base.py", **ask | {"checkpoint_dir": tmp_path / "merged"}, max_new_tokens=100)
+    assert apart.code == merged.code == folder.code == 0, folder.err
+    assert apart.out == merged.out == folder.out and apart.out.strip()
+    cli("scripts/merge_lora.py", checkpoint_dir=llama, lora_path=path, out_dir=tmp_path / "merged").refused("already")
+    model, state = GPT.from_checkpoint(tmp_path / "merged"), checkpoint.load_state(llama)
+    with pytest.raises(Exception, match="another base"):
+        lora.load(model, path, checkpoint.fingerprint(checkpoint.load_state(tmp_path / "merged")))
+    assert lora.load(GPT.from_checkpoint(llama), path, checkpoint.fingerprint(state))["method"] == "lora"
