@@ -1,0 +1,21 @@
+# Each target makes the environment that it needs, in .venv, from the exact lock.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+
+.PHONY: quickstart test lint
+
+$(VENV)/installed: requirements.txt pyproject.toml
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+quickstart: $(VENV)/installed
+	$(PYTHON) scripts/quickstart.py
+
+test: $(VENV)/installed
+	$(PYTHON) -m pytest
+
+lint: $(VENV)/installed
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
