@@ -6,6 +6,7 @@ config.json and the tokenizer's files. What the file says and this module does n
 
 import json
 import mmap
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ def convert(gguf_path: Path, checkpoint_dir: Path, dtype: torch.dtype) -> Config
         write_json(folder / "tokenizer_config.json", tokenizer_config(file, tokens))
         build_tokenizer(file, tokens).save(str(folder / "tokenizer.json"))
         if template := file.get("tokenizer.chat_template", str):
-            (folder / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
         config = hf_files.convert(folder, LlamaWeights(file, dtype), dtype)
         config = replace(config, name=Path(checkpoint_dir).resolve().name)  # the temporary folder's until here
         (folder / "lit_config.json").write_text(config.to_json())
@@ -121,6 +122,13 @@ class GGUFFile:
             raise UserError(f"{self.path}: the metadata {key} is {value}, expected a number above 0")
         return value
 
+    def need_list(self, key: str, kind: type) -> list:
+        """The same for a list of values of one type."""
+        values = self.need(key, list)
+        if not all(isinstance(value, kind) for value in values):
+            raise UserError(f"{self.path}: the metadata {key} is not a list of {kind.__name__}")
+        return values
+
     def read(self, name: str) -> Tensor:
         """A tensor, dequantized to float32."""
         stored = self.tensors[name]
@@ -162,7 +170,7 @@ class GGUFFile:
             kind = getattr(kind, "name", f"number {kind}")
             raise UserError(f"{self.path}: the tensor {name} is of type {kind}, which cannot be dequantized") from None
         nbytes = prod(shape) // block * size
-        if not shape or shape[-1] % block:
+        if not nbytes or shape[-1] % block:
             raise UserError(
                 f"{self.path}: the tensor {name} {shape} does not divide into {kind.name} blocks of {block}"
             )
@@ -195,9 +203,11 @@ class LlamaWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         place = self.places[name]
-        tensor = self.file.read(place).to(self._dtype)
-        if not tensor.isfinite().all():
+        tensor = self.file.read(place)
+        least, most = tensor.aminmax()
+        if not (torch.finfo(self._dtype).min <= least and most <= torch.finfo(self._dtype).max):  # nan is neither
             raise UserError(f"{self.file.path}: the tensor {place} holds values that are not finite as {self._dtype}")
+        tensor = tensor.to(self._dtype)
         if ".attn_q." in place or ".attn_k." in place:
             heads = head_counts(self.file)[".attn_k." in place]
             if tensor.size(0) % (2 * heads):
@@ -215,14 +225,11 @@ class LlamaWeights(Mapping[str, Tensor]):
         return self._dtype
 
     def _hf_name(self, name: str) -> str:
-        module, _, kind = name.rpartition(".")
-        layer = ""
-        if module.startswith("blk."):
-            _, number, module = module.split(".", 2)
-            layer = f"model.layers.{number}."
-        if module not in NAMES:
+        parts = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+        if not parts or parts[2] not in NAMES:
             raise UserError(f"{self.file.path}: the tensor {name} is not part of a Llama model as known here")
-        return f"{layer}{NAMES[module]}.{kind}"
+        layer = f"model.layers.{parts[1]}." if parts[1] else ""
+        return f"{layer}{NAMES[parts[2]]}.{parts[3]}"
 
 
 def unpermute(tensor: Tensor, heads: int) -> Tensor:
@@ -258,7 +265,10 @@ def refuse_unknown(file: GGUFFile) -> None:
 def head_counts(file: GGUFFile) -> tuple[int, int]:
     """Heads of the queries, and of keys and values."""
     heads = file.need("llama.attention.head_count", int)
-    return heads, file.get("llama.attention.head_count_kv", int) or heads
+    kv_heads = file.get("llama.attention.head_count_kv", int) or heads
+    if kv_heads < 1 or heads % kv_heads:
+        raise UserError(f"{file.path}: {heads} heads (llama.attention.head_count) cannot share {kv_heads} (.._kv)")
+    return heads, kv_heads
 
 
 def hf_config(file: GGUFFile, tokens: "Vocabulary", dtype: torch.dtype) -> dict[str, Any]:
@@ -384,8 +394,8 @@ class Vocabulary:
                 f"{file.path}: tokenizer.ggml.model '{self.model}' is not supported, only gpt2 and llama are"
             )
         self.pre = file.need("tokenizer.ggml.pre", str) if self.model == "gpt2" else ""
-        self.tokens = file.need("tokenizer.ggml.tokens", list)
-        self.types = file.need("tokenizer.ggml.token_type", list)
+        self.tokens = file.need_list("tokenizer.ggml.tokens", str)
+        self.types = file.need_list("tokenizer.ggml.token_type", int)
         if len(self.types) != len(self.tokens):
             raise UserError(f"{file.path}: {len(self.types)} tokenizer.ggml.token_type for {len(self.tokens)} tokens")
         filling = {i for i, token in enumerate(self.tokens) if self.types[i] == UNUSED and token == f"[PAD{i}]"}
@@ -444,7 +454,7 @@ def build_tokenizer(file: GGUFFile, tokens: Vocabulary) -> tokenizers.Tokenizer:
 
 
 def byte_level(file: GGUFFile, tokens: Vocabulary) -> tokenizers.Tokenizer:
-    merges = [tuple(merge.split(" ")) for merge in file.need("tokenizer.ggml.merges", list)]
+    merges = [tuple(merge.split(" ")) for merge in file.need_list("tokenizer.ggml.merges", str)]
     try:
         model = BPE(tokens.ids, merges, ignore_merges=tokens.pre in LLAMA3)
     except Exception as error:  # tokenizers raises nothing narrower
@@ -477,7 +487,7 @@ def pre_tokenizer(file: GGUFFile, name: str) -> PreTokenizer:
 def sentencepiece(file: GGUFFile, tokens: Vocabulary) -> tokenizers.Tokenizer:
     """SentencePiece BPE, in the form that Llama 2's tokenizer.json has; also what llama.cpp does: a space goes before
     the text and after each special token."""
-    scores = file.need("tokenizer.ggml.scores", list)
+    scores = file.need_list("tokenizer.ggml.scores", float)
     if len(scores) != len(tokens.tokens):
         raise UserError(f"{file.path}: {len(scores)} tokenizer.ggml.scores for {len(tokens.tokens)} tokens")
     unknown = tokens.text("unk_token")

@@ -1,0 +1,509 @@
+"""GGUF files, written here as llama.cpp writes them, against the models and tokenizers that they were written from."""
+
+import io
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf.quants import dequantize, quantize
+from tokenizers import Regex, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from lit_gpt import gguf_files
+from lit_gpt.errors import UserError
+from lit_gpt.model import GPT
+from lit_gpt.tokenizer import NO_DUMMY_PREFIX, Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+CORPUS = [
+    "Hello world, this is a small text about tokens, isn't it?",
+    "The quick brown fox jumps over the lazy dog 1234567890 times in 2024.",
+    "def f(x):\n    return x + 1\n\n\tif x: pass",
+    "Ein süßer Apfel, café, naïve, 日本語 中文 too.",
+] * 30
+PLAIN = [
+    *(
+        "",
+        " ",
+        "   ",
+        "Hello world",
+        " Hello  world   again ",
+        "a\n\n  b\n\t\tc\r\n",
+        "isn't it I'M",
+        "日本語 中文字 한국어",
+    ),
+    *(
+        "👩‍👩‍👧‍👦 e\u0301 ñ ﬁ",
+        "1234567 is 12 and 3.14",
+        "½ Ⅷ ²",
+        "x=[1,22,333];y+=$4",
+        "un▁der � \x00z",
+        "<0x0A> <0xE2>",
+    ),
+    "".join(chr(random.Random(0).randrange(32, 0x3000)) for _ in range(200)),
+]
+TEXTS = [*PLAIN, "<s>", "<s>Hello", "<|im|>user\nHi 12</s>\n<|im|>", "x <tool> y<tool>", " <s> </s>  a", "< s>"]
+TEMPLATE = "{% for m in messages %}<|im|>{{ m['content'] }}\n{% endfor %}é"
+ADDED = {"<s>": 3, "</s>": 3, "<|im|>": 3, "<tool>": 4}  # and their tokenizer.ggml.token_type
+
+SPLITS = {
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "llama-bpe": pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                Regex(
+                    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+                ),
+                "isolated",
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    ),
+}
+
+
+def byte_level(pre: str = "smollm") -> tokenizers.Tokenizer:
+    tok = tokenizers.Tokenizer(BPE(ignore_merges=pre == "llama-bpe"))
+    tok.pre_tokenizer, tok.decoder = SPLITS[pre], decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = [token for token, kind in ADDED.items() if kind == 3]
+    trainer = BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tok.train_from_iterator(CORPUS, trainer)
+    tok.add_tokens(["<tool>"])
+    return tok
+
+
+def byte_level_fields(tok: tokenizers.Tokenizer, pre: str = "smollm") -> dict[str, Any]:
+    tokens = sorted(tok.get_vocab(), key=tok.token_to_id)
+    merges = json.loads(tok.to_str())["model"]["merges"]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [ADDED.get(token, 1) for token in tokens],
+        "tokenizer.ggml.merges": [" ".join(merge) for merge in merges],
+        "tokenizer.ggml.bos_token_id": tokens.index("<s>"),
+        "tokenizer.ggml.eos_token_id": tokens.index("</s>"),
+        "tokenizer.ggml.eot_token_id": tokens.index("<|im|>"),
+        "tokenizer.ggml.add_bos_token": False,
+        "tokenizer.chat_template": TEMPLATE,
+    }
+
+
+def sentencepiece_proto() -> bytes:
+    proto = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=proto, model_type="bpe", vocab_size=420, byte_fallback=True,
+        character_coverage=0.99, normalization_rule_name="identity", remove_extra_whitespaces=False,
+        split_digits=True, allow_whitespace_only_pieces=True, control_symbols=["<|im|>"],
+        user_defined_symbols=["<tool>"], minloglevel=2,
+    )  # fmt: skip
+    return proto.getvalue()
+
+
+def sentencepiece_fields(model: sentencepiece.SentencePieceProcessor) -> dict[str, Any]:
+    ids = range(model.get_piece_size())
+    kinds = {2: model.is_unknown, 3: model.is_control, 5: model.is_unused, 6: model.is_byte}
+    types = [next((kind for kind, test in kinds.items() if test(i)), 1) for i in ids]
+    types[model.piece_to_id("<tool>")] = 4
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [model.id_to_piece(i) for i in ids],
+        "tokenizer.ggml.scores": [float(model.get_score(i)) for i in ids],
+        "tokenizer.ggml.token_type": types,
+    }
+
+
+def tiny(**fields: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    size = dict(
+        vocab_size=440, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-5, initializer_range=0.2,
+    )  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**size | fields)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("bias"):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def model_fields(config: LlamaConfig) -> dict[str, Any]:
+    return {
+        "llama.block_count": config.num_hidden_layers,
+        "llama.context_length": config.max_position_embeddings,
+        "llama.embedding_length": config.hidden_size,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.attention.head_count": config.num_attention_heads,
+        "llama.attention.head_count_kv": config.num_key_value_heads,
+        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "llama.attention.key_length": config.head_dim,
+        "llama.rope.dimension_count": config.head_dim,
+        "llama.rope.freq_base": config.rope_parameters["rope_theta"],
+        "llama.vocab_size": config.vocab_size,
+        "llama.expert_count": 0,
+    }
+
+
+def interleaved(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """The rows of each head in llama.cpp's order: first of the lower half, first of the upper, second of the ..."""
+    half = tensor.size(0) // heads // 2
+    return tensor[[head * 2 * half + j * half + i for head in range(heads) for i in range(half) for j in (0, 1)]]
+
+
+def gguf_tensors(model: LlamaForCausalLM, kind: Kind) -> dict[str, tuple[np.ndarray, Kind]]:
+    """{name: data and type}; matrices are stored as `kind`, and the model's weights become what that can hold."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
+    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        stored = Kind.F32 if parameter.ndim == 1 else kind
+        parameter.data = torch.from_numpy(dequantize(quantize(parameter.detach().numpy(), stored), stored).copy())
+        projection = name.split(".")[-2]
+        tensor = interleaved(parameter.data, heads[projection]) if projection in heads else parameter.data
+        tensors[names.get_name(name, (".weight", ".bias"))] = quantize(tensor.numpy(), stored), stored
+    return tensors
+
+
+def write_gguf(path: Path, fields: dict[str, Any], tensors: dict[str, tuple[np.ndarray, Kind]]) -> Path:
+    fields = {"general.architecture": "llama"} | fields
+    writer = gguf.GGUFWriter(path, fields.pop("general.architecture"))
+    for key, value in fields.items():
+        kinds = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        kinds.get(type(value), writer.add_array)(key, value)
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def source() -> LlamaForCausalLM:
+    return tiny()
+
+
+@pytest.fixture(scope="module")
+def bpe() -> tokenizers.Tokenizer:
+    return byte_level()
+
+
+@pytest.fixture(scope="module")
+def fields(source: LlamaForCausalLM, bpe: tokenizers.Tokenizer) -> dict[str, Any]:
+    return model_fields(source.config) | byte_level_fields(bpe)
+
+
+@pytest.fixture(scope="module")
+def tensors(source: LlamaForCausalLM) -> dict[str, tuple[np.ndarray, Kind]]:
+    return gguf_tensors(source, Kind.F32)
+
+
+def converted(tmp_path: Path, fields: dict[str, Any], tensors: dict, dtype: torch.dtype = torch.float32) -> Path:
+    gguf_files.convert(write_gguf(tmp_path / "model.gguf", fields, tensors), tmp_path / "out", dtype)
+    return tmp_path / "out"
+
+
+@torch.no_grad()
+def assert_same_logits(folder: Path, source: LlamaForCausalLM) -> None:
+    idx = torch.randint(source.config.vocab_size, (2, 100), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(GPT.from_checkpoint(folder)(idx), source(idx).logits, rtol=1e-5, atol=1e-5)
+
+
+def assert_same_tokens(folder: Path, source: tokenizers.Tokenizer) -> None:
+    found, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        expected = source.encode(text).ids
+        assert found.encode(text).tolist() == expected or text.startswith("<s>"), text  # no second BOS
+        assert theirs(text)["input_ids"] == expected, text
+        assert found.decode(expected, skip_special_tokens=False) == source.decode(expected, skip_special_tokens=False)
+
+
+# --- models
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "TQ2_0"])
+def test_logits_are_those_of_the_source(tmp_path: Path, fields: dict, kind: str) -> None:
+    wide = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1} if kind == "TQ2_0" else {}
+    source = tiny(tie_word_embeddings=kind in ("F16", "Q4_0"), **wide)
+    folder = converted(tmp_path, fields | model_fields(source.config), gguf_tensors(source, Kind[kind]))
+    assert ("lm_head.weight" in torch.load(folder / "lit_model.pth")) != source.config.tie_word_embeddings
+    assert_same_logits(folder, source)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"attention_bias": True, "mlp_bias": True, "head_dim": 32}, {"num_key_value_heads": 4}]
+)
+def test_variants_of_the_architecture(tmp_path: Path, fields: dict, changes: dict) -> None:
+    source = tiny(**changes)
+    assert_same_logits(
+        converted(tmp_path, fields | model_fields(source.config), gguf_tensors(source, Kind.F32)), source
+    )
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
+def test_k_quants_are_read_as_the_package_does(tmp_path: Path, fields: dict, tensors: dict, kind: str) -> None:
+    block, size = gguf.GGML_QUANT_SIZES[Kind[kind]]
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 256, (64, 2 * size), dtype=np.uint8)
+    # the scales of a block are float16: keep the exponents of all of them small
+    half = data.reshape(64, 2, size // 2, 2)
+    half[..., 1] &= 0xBB
+    names = {"token_embd.weight": 0, "blk.0.attn_q.weight": 4, "blk.1.attn_k.weight": 2}
+    file = gguf_files.GGUFFile(
+        write_gguf(tmp_path / "k.gguf", fields, tensors | dict.fromkeys(names, (data, Kind[kind])))
+    )
+    expected = torch.from_numpy(dequantize(data, Kind[kind]))
+    assert expected.isfinite().all() and expected.std() > 0 and expected.shape == (64, 2 * block)
+    weights = gguf_files.LlamaWeights(file, torch.float32)
+    assert torch.equal(weights["model.embed_tokens.weight"], expected)
+    assert torch.equal(interleaved(weights["model.layers.0.self_attn.q_proj.weight"], 4), expected)
+    assert torch.equal(interleaved(weights["model.layers.1.self_attn.k_proj.weight"], 2), expected)
+
+
+def llama3_divisors(head_size: int, base: float, factor: float, original: int) -> np.ndarray:
+    waves = [2 * np.pi * base ** (i / head_size) for i in range(0, head_size, 2)]
+    blends = [min(max((original / wave - 1) / 3, 0), 1) for wave in waves]
+    return np.array([1 / ((1 - blend) / factor + blend) for blend in blends], np.float32)
+
+
+@pytest.mark.parametrize("scaling", ["llama3", "linear", "yarn", "none"])
+def test_rope_scaling(tmp_path: Path, fields: dict, tensors: dict, scaling: str) -> None:
+    key, base, extra = "llama.rope.scaling.", 500.0, {}
+    if scaling == "llama3":
+        rope = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+        stated, extra = {}, {"rope_freqs.weight": (llama3_divisors(16, base, 8.0, 64), Kind.F32)}
+    elif scaling == "none":
+        rope, stated, scaling = {}, {}, "default"
+        extra = {"rope_freqs.weight": (np.ones(8, np.float32), Kind.F32)}
+    else:
+        rope = {"factor": 4.0} | ({"original_max_position_embeddings": 32} if scaling == "yarn" else {})
+        stated = {key + "type": scaling, key + "factor": 4.0, key + "original_context_length": 32}
+    source = tiny(rope_parameters={"rope_type": scaling, "rope_theta": base, **rope})
+    folder = converted(tmp_path, fields | model_fields(source.config) | stated, gguf_tensors(source, Kind.F32) | extra)
+    assert_same_logits(folder, source)
+    assert AutoConfig.from_pretrained(folder).rope_parameters["rope_type"] == scaling
+
+
+def test_scaling_of_published_models_is_found(tmp_path: Path, fields: dict, tensors: dict) -> None:
+    divisors = llama3_divisors(128, 5e5, 32.0, 8192), Kind.F32
+    file = gguf_files.GGUFFile(write_gguf(tmp_path / "a.gguf", fields, tensors | {"rope_freqs.weight": divisors}))
+    found = gguf_files.llama3_scaling(file, 5e5, 128)
+    assert (found["factor"], found["original_max_position_embeddings"]) == (32.0, 8192)
+
+
+# --- tokenizers
+
+
+@pytest.mark.parametrize("pre", list(SPLITS))
+def test_byte_level_tokens_are_those_of_the_source(tmp_path: Path, fields: dict, tensors: dict, pre: str) -> None:
+    tok = byte_level(pre)
+    given = fields | byte_level_fields(tok, pre)
+    given["tokenizer.ggml.add_bos_token"] = pre == "gpt-2"
+    if pre == "llama-bpe":
+        del given["tokenizer.ggml.add_bos_token"]
+    folder = converted(tmp_path, given, tensors)
+    if pre != "smollm":  # Llama 3's has a BOS without being asked
+        tok.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tok.token_to_id("<s>"))])
+    assert_same_tokens(folder, tok)
+    assert Tokenizer(folder).encode("Hi")[0].item() == tok.token_to_id("<s>" if pre != "smollm" else "H")
+
+
+def test_default_splits_as_llama_cpp_does(tmp_path: Path, fields: dict, tensors: dict) -> None:
+    folder = converted(tmp_path, fields | {"tokenizer.ggml.pre": "default"}, tensors)
+    splits = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).pre_tokenizer.pre_tokenize_str
+    assert [piece for piece, _ in splits("Hi (you) 12345!? x")] == "Hi Ġ ( you ) Ġ 123 45 !? Ġx".split()
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_tokens_are_those_of_the_source(tmp_path: Path, tensors: dict, source, prefix: bool) -> None:
+    proto = sentencepiece_proto() + (b"" if prefix else NO_DUMMY_PREFIX)
+    model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    given = model_fields(source.config) | sentencepiece_fields(model)
+    folder = converted(tmp_path, given | ({} if prefix else {"tokenizer.ggml.add_space_prefix": False}), tensors)
+    found, theirs = Tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    for text in PLAIN:
+        expected = [1, *model.encode(text)]
+        assert found.encode(text).tolist() == theirs(text)["input_ids"] == expected, text
+        assert found.decode(expected) == model.decode(expected), text
+    im, tool = model.piece_to_id("<|im|>"), model.piece_to_id("<tool>")
+    assert found.encode("<|im|>Hello</s>").tolist() == [1, im, *model.encode("Hello"), 2]
+    assert found.encode("a<tool>", bos=False).tolist() == [*model.encode("a"), tool]
+    assert found.decode([1, im, tool, 2]) == "<tool>"
+    assert (found.bos_token, found.eos_token, found.token_id("<unk>")) == ("<s>", "</s>", 0)
+
+
+def test_eos_and_filled_up_embeddings(tmp_path: Path, fields: dict, tensors: dict, bpe: tokenizers.Tokenizer) -> None:
+    n = len(fields["tokenizer.ggml.tokens"])
+    filled = fields | {
+        "tokenizer.ggml.tokens": [*fields["tokenizer.ggml.tokens"], *(f"[PAD{i}]" for i in range(n, 440))],
+        "tokenizer.ggml.token_type": [*fields["tokenizer.ggml.token_type"], *[5] * (440 - n)],
+        "tokenizer.ggml.add_eos_token": True,
+    }
+    found = Tokenizer(folder := converted(tmp_path, filled, tensors))
+    assert found.vocab_size == n and found.token_id(f"[PAD{n}]") is None
+    assert AutoTokenizer.from_pretrained(folder)("Hi")["input_ids"] == [*bpe.encode("Hi").ids, bpe.token_to_id("</s>")]
+
+
+# --- the script
+
+
+def run(*flags: str | Path) -> subprocess.CompletedProcess:
+    script = ROOT / "scripts" / "convert_gguf_checkpoint.py"
+    return subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, timeout=100)
+
+
+def test_script(tmp_path: Path, fields: dict, bpe: tokenizers.Tokenizer) -> None:
+    source = tiny()
+    path = write_gguf(tmp_path / "a.gguf", fields, gguf_tensors(source, Kind.Q8_0))
+    folder = tmp_path / "made" / "name"
+    result = run("--gguf_path", path, "--checkpoint_dir", folder)
+    assert (result.returncode, result.stderr) == (0, "") and str(folder) in result.stdout
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "chat_template.jinja", "config.json", "generation_config.json", "lit_config.json", "lit_model.pth",
+        "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    model = GPT.from_checkpoint(folder)
+    assert model.config.name == "name" and model.wte.weight.dtype == torch.bfloat16
+    assert torch.equal(model.wte.weight, source.model.embed_tokens.weight.bfloat16())
+    theirs = AutoConfig.from_pretrained(folder)
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters",
+                "tie_word_embeddings", "attention_bias", "mlp_bias", "hidden_act", "model_type"):  # fmt: skip
+        assert getattr(theirs, key) == getattr(source.config, key), key
+    assert theirs.dtype == torch.bfloat16 and theirs.architectures == ["LlamaForCausalLM"]
+    stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == [bpe.token_to_id("</s>"), bpe.token_to_id("<|im|>")] and theirs.eos_token_id == stops[0]
+    assert Tokenizer(folder).chat_template == AutoTokenizer.from_pretrained(folder).chat_template == TEMPLATE
+    assert_same_tokens(folder, bpe)
+
+
+def test_script_refuses_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").write_bytes(b"PK\x03\x04 no model")
+    result = run("--gguf_path", tmp_path / "a.gguf", "--checkpoint_dir", tmp_path / "out")
+    assert result.returncode == 1 and re.fullmatch(r"error: [^\n]*a\.gguf: not a GGUF file[^\n]*\n", result.stderr)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"]
+
+
+def test_script_without_a_path_is_wrong_usage(tmp_path: Path) -> None:
+    result = run("--checkpoint_dir", tmp_path / "out")
+    assert (result.returncode, result.stderr) == (2, "error: --gguf_path: expected a path\n")
+
+
+# --- refusals
+
+
+def refused(tmp_path: Path, path: Path, dtype: torch.dtype = torch.bfloat16) -> str:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as error:
+        gguf_files.convert(path, tmp_path / "out", dtype)
+    assert sorted(tmp_path.rglob("*")) == before
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"general.architecture": "qwen2"}, "general.architecture is 'qwen2'"),
+        ({"llama.expert_count": 8}, r"llama.expert_count \(8\)"),
+        ({"split.count": 2}, "one of 2 files"),
+        ({"tokenizer.ggml.pre": "tekken"}, "pre-tokenizer 'tekken'.*expected one of default"),
+        ({"tokenizer.ggml.pre": None}, "lacks the metadata tokenizer.ggml.pre"),
+        ({"tokenizer.ggml.model": "t5"}, "tokenizer.ggml.model 't5'"),
+        ({"tokenizer.ggml.tokens": None}, "lacks the metadata tokenizer.ggml.tokens"),
+        ({"tokenizer.ggml.tokens": ["a"]}, "token_type for 1 tokens"),
+        ({"tokenizer.ggml.tokens": [1, 2]}, "tokenizer.ggml.tokens is not a list of str"),
+        ({"tokenizer.ggml.merges": ["Ġ zz"]}, "merges do not fit"),
+        ({"tokenizer.ggml.eos_token_id": 9999}, "eos_token, 9999"),
+        ({"tokenizer.ggml.model": "llama"}, "lacks the metadata tokenizer.ggml.scores"),
+        ({"llama.block_count": None}, "lacks the metadata llama.block_count"),
+        ({"llama.block_count": "two"}, "llama.block_count is of type str"),
+        ({"llama.block_count": 3}, "lack 9 tensors"),
+        ({"llama.attention.head_count": 0}, "head_count is 0"),
+        ({"llama.attention.head_count": 3}, "3 heads .* cannot share 2"),
+        ({"llama.attention.head_count": 3, "llama.attention.head_count_kv": 3}, "not 3 even heads"),
+        ({"llama.feed_forward_length": 32}, "contradicts the tensors"),
+        ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8"),
+        ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, "type 'longrope'"),
+    ],
+)
+def test_metadata_refused(tmp_path: Path, fields: dict, tensors: dict, changes: dict, message: str) -> None:
+    given = {key: value for key, value in (fields | changes).items() if value is not None}
+    assert re.search(message, refused(tmp_path, write_gguf(tmp_path / "a.gguf", given, tensors)))
+
+
+@pytest.mark.parametrize(
+    "name, data, kind, message",
+    [
+        ("blk.0.attn_q.weight", np.zeros((64, 64)), Kind.F64, "blk.0.attn_q.weight is of type F64"),
+        ("blk.0.ffn_gate_exps.weight", np.zeros((2, 2), np.float32), Kind.F32, "ffn_gate_exps.weight is not part"),
+        ("output_norm.weight", np.full(64, np.nan, np.float32), Kind.F32, "output_norm.weight holds values"),
+        ("output_norm.weight", np.full(64, 1e5, np.float32), Kind.F32, "not finite as torch.float16"),
+        ("rope_freqs.weight", np.arange(1, 9, dtype=np.float32), Kind.F32, "rope_freqs.weight is no scaling"),
+        ("output_norm.weight", None, None, "lack 1 tensors.*model.norm.weight"),
+        ("token_embd.weight", None, None, "lacks the tensor token_embd.weight"),
+    ],
+)
+def test_tensors_refused(tmp_path: Path, fields, tensors, name: str, data, kind, message: str) -> None:
+    changed = {k: v for k, v in (tensors | {name: (data, kind)}).items() if v[0] is not None}
+    path = write_gguf(tmp_path / "a.gguf", fields, changed)
+    assert re.search(message, refused(tmp_path, path, torch.float16))
+
+
+def test_unknown_type_of_tensor_is_named(tmp_path: Path, fields: dict, tensors: dict) -> None:
+    contents = write_gguf(tmp_path / "a.gguf", fields, tensors).read_bytes()
+    name = b"blk.1.ffn_up.weight"
+    at = contents.index(name) + len(name) + 4 + 2 * 8  # the number of dimensions, the dimensions, the type
+    (tmp_path / "a.gguf").write_bytes(contents[:at] + b"\xe7\x03\0\0" + contents[at + 4 :])
+    assert "blk.1.ffn_up.weight is of type number 999" in refused(tmp_path, tmp_path / "a.gguf")
+
+
+def test_damaged_files_are_refused(tmp_path: Path, fields: dict, tensors: dict) -> None:
+    path = write_gguf(tmp_path / "a.gguf", fields, tensors)
+    whole, rng = path.read_bytes(), random.Random(0)
+    header = len(whole) - sum(data.nbytes for data, _ in tensors.values())
+    for size in (0, 3, 4, 10, *(rng.randrange(header) for _ in range(40)), header + 1, len(whole) - 1000):
+        path.write_bytes(whole[:size])
+        assert re.search("damaged or truncated|truncated|not a GGUF", refused(tmp_path, path)), size
+    path.write_bytes(whole[:4] + b"\0\0\0\3" + whole[8:])
+    assert "version 50331648" in refused(tmp_path, path)
+    for _ in range(200):  # whatever is wrong, nothing but a UserError comes of it
+        broken = bytearray(whole)
+        for _ in range(3):
+            broken[rng.randrange(8, header)] = rng.randrange(256)
+        path.write_bytes(broken)
+        try:
+            file = gguf_files.GGUFFile(path)
+            gguf_files.hf_config(file, gguf_files.Vocabulary(file), torch.float32)
+        except UserError:
+            pass
+
+
+def test_destination_and_source_are_checked(tmp_path: Path, fields: dict, tensors: dict) -> None:
+    path = write_gguf(tmp_path / "a.gguf", fields, tensors)
+    assert "no such file" in refused(tmp_path, tmp_path / "b.gguf")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept").write_text("mine")
+    assert "already exists and is not an empty folder" in refused(tmp_path, path)
+    (tmp_path / "out" / "kept").unlink()
+    assert gguf_files.convert(path, tmp_path / "out", torch.float32).name == "out"
