@@ -39,7 +39,7 @@ micro_batch_tokens: PositiveInt = 2048  # tokens per packed row, if micro_batch_
 max_seq_length: PositiveInt | None = None  # refuse data with longer samples (null: what the model takes)
 seed: NonNegativeInt = 1337  # of initialization, data order and dropout
 # devices
-precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the frozen weights and the arithmetic; what trains is fp32
+precision: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights and the arithmetic; what trains is fp32
 devices: PositiveInt = 1  # on each node
 num_nodes: PositiveInt = 1  # machines
 strategy: Literal["auto", "ddp"] = "auto"  # how devices share the work

@@ -28,19 +28,16 @@ precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and arithmetic
 
 
 def main(hp: SimpleNamespace) -> None:
-    from lit_gpt import checkpoint, lora
-    from lit_gpt.config import Config
+    from lit_gpt import lora, variants
     from lit_gpt.generation import answer, default_device, dtype_of
     from lit_gpt.prompts import PromptStyle
     from lit_gpt.tokenizer import Tokenizer
 
-    state = checkpoint.load_state(hp.checkpoint_dir)
-    config = Config.from_checkpoint(hp.checkpoint_dir)
-    model = checkpoint.build(config, state, dtype_of(hp), default_device(), hp.checkpoint_dir)
-    record = lora.load(model, hp.lora_path, checkpoint.fingerprint(state))
+    place = {"dtype": dtype_of(hp), "device": default_device()}
+    model, record = variants.load_model(hp.checkpoint_dir, hp.lora_path, lora.METHOD, **place)
     if hp.merge:
         lora.merge(model)
-    answer(hp, model.eval(), Tokenizer(hp.checkpoint_dir), PromptStyle.from_dict(record["prompt_style"]))
+    answer(hp, model, Tokenizer(hp.checkpoint_dir), PromptStyle.from_dict(record["prompt_style"]))
 
 
 if __name__ == "__main__":

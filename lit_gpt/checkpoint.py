@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_gpt.config import Config
@@ -219,47 +219,3 @@ def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], sou
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(f"{source}: does not fit the model: {'; '.join(problems[:3])}{more}")
-
-
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What trains: the only tensors that a finetuned file holds."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def load_trained(model: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
-    """Copy a finetuned file's tensors into the parameters that train.
-
-    Raises:
-        UserError: the names or shapes differ.
-    """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    check_state(parameters, state, source)
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state[name])
-
-
-def save_finetuned(path: Path, method: str, base: str, state: Mapping[str, Tensor], **record: Any) -> None:
-    """Write what was trained, with all that is needed to use it on its base and on no other."""
-    contents = {"format_version": FORMAT_VERSION, "method": method, "base": base, **record}
-    save(path, {**contents, "state": {name: tensor.cpu().contiguous() for name, tensor in state.items()}})
-
-
-def load_finetuned(path: Path, method: str, base: str) -> dict[str, Any]:
-    """The contents of a finetuned file.
-
-    Raises:
-        UserError: not such a file, of another method or format version, or trained on another base.
-    """
-    contents = load(path)
-    if not {"format_version", "method", "base", "state", "hyperparameters", "prompt_style"} <= contents.keys():
-        raise UserError(f"{path}: not a finetuned file; expected what finetune/{method}.py writes")
-    if contents["format_version"] != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {contents['format_version']}, expected {FORMAT_VERSION}")
-    if contents["method"] != method:
-        raise UserError(f"{path}: trained by the method {contents['method']}, expected {method}")
-    if contents["base"] != base:
-        raise UserError(
-            f"{path}: trained on another base (fingerprint {contents['base']}) than that of --checkpoint_dir ({base})"
-        )
-    return contents

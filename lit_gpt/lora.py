@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from lit_gpt import checkpoint
 from lit_gpt.config import Config
-from lit_gpt.errors import UsageError, UserError
+from lit_gpt.errors import UsageError
 from lit_gpt.model import GPT
+from lit_gpt.variants import train_only_what_is_attached
 
 METHOD = "lora"
 
@@ -44,6 +45,9 @@ class LoRAConfig:
         return config
 
 
+CONFIG = LoRAConfig
+
+
 class LoRALinear(nn.Module):
     """A linear layer with low-rank updates of some of its rows.
 
@@ -55,13 +59,15 @@ class LoRALinear(nn.Module):
     The update is kept in float32 and cast to the input's dtype for its products.
     """
 
+    trained_parameters = ("lora_A", "lora_B")
+
     def __init__(self, linear: nn.Linear, parts: list[tuple[int, int]], config: LoRAConfig) -> None:
         super().__init__()
         self.linear, self.parts, self.r = linear, parts, config.r
         self.scale = config.alpha / config.r
         self.dropout = config.dropout
-        self.out_features = linear.out_features
-        new = {"device": linear.weight.device, "dtype": torch.float32}
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        new = {"device": next(linear.parameters()).device, "dtype": torch.float32}
         self.lora_A = nn.Parameter(torch.empty(len(parts) * config.r, linear.in_features, **new))
         self.lora_B = nn.Parameter(torch.zeros(sum(stop - start for start, stop in parts), config.r, **new))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -91,9 +97,9 @@ class LoRALinear(nn.Module):
 
 def attach(model: GPT, config: LoRAConfig) -> GPT:
     """Wrap the chosen projections of `model`, in place, and let only the updates train."""
-    model.requires_grad_(False)
     for path, parts in targets(model, config):
         model.set_submodule(path, LoRALinear(model.get_submodule(path), parts, config))
+    train_only_what_is_attached(model)
     return model
 
 
@@ -140,25 +146,3 @@ def write_merged(path: Path, model: GPT, base: Mapping[str, Tensor]) -> None:
     layout = {**{name: layer.linear.weight for name, layer in layers.items()}, **base}
     merged = ((name, layers[name].merged() if name in layers else base[name]) for name in layout)
     checkpoint.write_streamed(path, layout, merged)
-
-
-def load(model: GPT, path: Path, base: str) -> dict:
-    """Attach the updates of a finetuned file to `model`, which must be the base that they were trained on.
-
-    Args:
-        base: the fingerprint of the base's state dict.
-
-    Returns:
-        The file's record: hyperparameters, prompt style and so on.
-
-    Raises:
-        UserError: not a LoRA file, one of another base, or one whose tensors contradict its own hyperparameters.
-    """
-    record = checkpoint.load_finetuned(path, METHOD, base)
-    try:
-        config = LoRAConfig(**record["hyperparameters"])
-    except TypeError as error:
-        raise UserError(f"{path}: not the hyperparameters of a LoRA file ({error})") from None
-    attach(model, config)
-    checkpoint.load_trained(model, record["state"], path)
-    return record

@@ -1,6 +1,6 @@
 """The GPT: embedding, blocks of attention and MLP, head. One file for every family; Config chooses among its options.
 
-Finetuning methods attach from outside, by wrapping the linear layers; nothing here knows of them.
+Finetuning methods attach from outside: by wrapping linear layers and norms, or as an attention's `prefix`.
 """
 
 import math
@@ -167,6 +167,7 @@ class CausalSelfAttention(nn.Module):
         # one product for all: rows of the queries, then of the keys, then of the values
         self.qkv = nn.Linear(config.n_embd, sum(self.sizes), bias=config.qkv_bias)
         self.proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
+        self.prefix: nn.Module | None = None  # adds to what the queries find; see lit_gpt.adapter
 
     def forward(
         self, x: Tensor, rotation: tuple[Tensor, Tensor], segments: Segments | None, cache: LayerCache | None
@@ -180,6 +181,8 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         y = attend(q, k, v, self.window) if segments is None else attend_packed(q, k, v, self.window, segments)
+        if self.prefix is not None:
+            y = y + self.prefix(q, self)
         return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size))
 
 
@@ -289,7 +292,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     n = cos.size(-1)
     turned, rest = x[..., :n], x[..., n:]
     low, high = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-high, low), dim=-1) * sin
+    turned = (turned * cos + torch.cat((-high, low), dim=-1) * sin).to(x.dtype)
     return torch.cat((turned, rest), dim=-1) if rest.size(-1) else turned
 
 

@@ -4,6 +4,7 @@ the rest: data, optimizer, steps, validation, saving, resuming, records.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from lit_gpt import checkpoint, data
+from lit_gpt import checkpoint, data, hf_files, variants
 from lit_gpt.config import Config
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation import generate
@@ -32,7 +33,13 @@ FREE_TO_CHANGE = {
 }  # fmt: skip
 
 
-def finetune(hp: SimpleNamespace, method: str, attach: Callable[[GPT], GPT], settings: dict[str, Any]) -> None:
+def finetune(
+    hp: SimpleNamespace,
+    method: str,
+    attach: Callable[[GPT], GPT],
+    settings: dict[str, Any],
+    whole_model: bool = False,
+) -> None:
     """Train what `attach` leaves trainable in the model of `hp.checkpoint_dir`, and write `hp.out_dir`.
 
     Args:
@@ -40,6 +47,8 @@ def finetune(hp: SimpleNamespace, method: str, attach: Callable[[GPT], GPT], set
         method: names the file that is written.
         attach: from the loaded base to the model to train.
         settings: the method's own hyperparameters, kept in the file, from which it can be attached again.
+        whole_model: the base's weights train. They are kept in float32, while `hp.precision` is that of the
+            arithmetic, and the result is a checkpoint folder.
 
     Raises:
         UsageError: flags that contradict each other.
@@ -59,25 +68,44 @@ def finetune(hp: SimpleNamespace, method: str, attach: Callable[[GPT], GPT], set
 
     base = checkpoint.load_state(hp.checkpoint_dir)
     config, dtype = Config.from_checkpoint(hp.checkpoint_dir), checkpoint.DTYPES[hp.precision]
+    stored = torch.float32 if whole_model else dtype
     identity = {"base": checkpoint.fingerprint(base), "data": train.fingerprint, "settings": settings}
     torch.manual_seed(hp.seed)
-    model = attach(checkpoint.build(config, base, dtype, fabric.device, hp.checkpoint_dir))
+    model = attach(checkpoint.build(config, base, stored, fabric.device, hp.checkpoint_dir))
     if hp.activation_checkpointing:
         recompute_blocks(model)
-    trained = checkpoint.trained_state(model)
+    trained = variants.trained_state(model)
     trainable = sum(tensor.numel() for tensor in trained.values())
     fabric.print(f"{method}: training {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters")
 
     wrapped, optimizer = fabric.setup(model, make_optimizer(model, hp))
     run = Run(hp, fabric, wrapped, model, optimizer, train, validation, schedule, records, identity)
-    run.sample = partial(print_sample, model, tokenizer, PromptStyle.from_dict(meta["prompt_style"]), validation[0], hp)
+    run.arithmetic = partial(torch.autocast, fabric.device.type, dtype, enabled=stored != dtype)
+    style = PromptStyle.from_dict(meta["prompt_style"])
+    run.sample = partial(print_sample, model, tokenizer, style, validation[0], hp)
     run.restore()
     if run.fit() and fabric.global_rank == 0:
-        path = hp.out_dir / f"lit_model_{method}_finetuned.pth"
-        record = {"hyperparameters": settings, "prompt_style": meta["prompt_style"]}
-        checkpoint.save_finetuned(path, method, identity["base"], trained, **record)
+        if whole_model:
+            result = hp.out_dir
+            write_checkpoint(hp, model.state_dict(), config, base, style)
+        else:
+            result = hp.out_dir / f"lit_model_{method}_finetuned.pth"
+            record = {"hyperparameters": settings, "prompt_style": style.to_dict()}
+            variants.save_file(result, method, identity["base"], trained, **record)
         records.finish(method, trainable)
-        print(f"wrote {path}")
+        print(f"wrote {result}")
+
+
+def write_checkpoint(
+    hp: SimpleNamespace, state: dict[str, Tensor], config: Config, base: dict[str, Tensor], style: PromptStyle
+) -> None:
+    """Make out_dir a checkpoint folder like the base's, in its dtypes."""
+    hf_files.copy_side_files(hp.checkpoint_dir, hp.out_dir)
+    style.save(hp.out_dir)
+    checkpoint.save(
+        hp.out_dir / "lit_model.pth", {name: state[name].to(tensor.dtype).cpu() for name, tensor in base.items()}
+    )
+    (hp.out_dir / "lit_config.json").write_text(config.to_json())
 
 
 def check_batch(hp: SimpleNamespace, world_size: int) -> None:
@@ -153,6 +181,7 @@ class Run:
     identity: dict[str, Any]  # of what it trains on: base, data, the method's settings
     step: int = 0  # optimizer steps done
     sample: Callable[[], None] | None = None
+    arithmetic: Callable[[], Any] = nullcontext  # the context of a forward pass
 
     def fit(self) -> bool:
         """Train to the last step. False if a signal stopped the run before that, its state saved."""
@@ -194,7 +223,8 @@ class Run:
         for n, row in enumerate(rows, 1):
             row = row.to(fabric.device)
             with fabric.no_backward_sync(self.wrapped, enabled=n < len(rows)):
-                loss = self.wrapped(row.idx, segments=row.segments, targets=row.targets) / supervised
+                with self.arithmetic():
+                    loss = self.wrapped(row.idx, segments=row.segments, targets=row.targets) / supervised
                 fabric.backward(loss * fabric.world_size)  # ranks' gradients are averaged, and their sum is wanted
             total += loss.detach()
             tokens += row.idx.numel()
@@ -220,7 +250,8 @@ class Run:
     def evaluate(self) -> float:
         """The validation loss; rank 0 also shows a sample."""
         with self.records.aside():
-            loss = validate(self.fabric, self.wrapped, self.validation, self.hp)
+            with self.arithmetic():
+                loss = validate(self.fabric, self.wrapped, self.validation, self.hp)
             if self.sample and self.fabric.global_rank == 0:
                 self.sample()
             return loss
@@ -245,7 +276,7 @@ class Run:
                     "step": self.step,
                     "hyperparameters": fixed(self.hp),
                     "identity": self.identity,
-                    "trained": checkpoint.trained_state(self.model),
+                    "trained": variants.trained_state(self.model),
                     "optimizer": self.optimizer.state_dict(),
                     "progress": self.records.progress(),
                 }
@@ -267,7 +298,7 @@ class Run:
                 self.fabric.print(f"{error}; trying the state before it")
                 continue
             refuse_other_run(path, state, self.hp, self.identity)
-            checkpoint.load_trained(self.model, state["trained"], path)
+            variants.load_trained(self.model, state["trained"], path)
             self.optimizer.load_state_dict(state["optimizer"])
             self.step = state["step"]
             self.records.go_on(self.step, state["progress"])

@@ -20,7 +20,7 @@ out_dir: Path | None = None  # where to write; must not hold anything yet
 def main(hp: SimpleNamespace) -> None:
     if hp.out_dir is None:
         raise UsageError("--out_dir: expected a folder to write to")
-    from lit_gpt import checkpoint, hf_files, lora, verify
+    from lit_gpt import checkpoint, hf_files, lora, variants, verify
     from lit_gpt.config import Config
     from lit_gpt.model import GPT
     from lit_gpt.prompts import PromptStyle
@@ -28,7 +28,7 @@ def main(hp: SimpleNamespace) -> None:
     with checkpoint.new_folder(hp.out_dir) as folder:
         base = checkpoint.load_state(hp.checkpoint_dir)
         model = checkpoint.build(Config.from_checkpoint(hp.checkpoint_dir), base, source=hp.checkpoint_dir)
-        record = lora.load(model, hp.lora_path, checkpoint.fingerprint(base))
+        record = variants.attach_file(model, hp.lora_path, lora.METHOD, checkpoint.fingerprint(base))
         idx = verify.probe(model)
         expected = verify.float32_logits(model, idx)
 

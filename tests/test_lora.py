@@ -9,7 +9,7 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model, set_peft_model_state_dict
 from test_families import off, tokens
 
-from lit_gpt import GPT, Config, checkpoint, lora, verify
+from lit_gpt import GPT, Config, checkpoint, lora, variants, verify
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.model import Targets
 
@@ -30,16 +30,15 @@ def attached(tiny: Tiny, config: lora.LoRAConfig = EVERYTHING, scramble: bool = 
     return model
 
 
-def train(model: GPT, steps: int = 2, evaluate: bool = True) -> None:
+def train(model: GPT, steps: int = 2) -> None:
     """Steps on random tokens, with an evaluation before and between, as the loop does."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(steps):
         idx = torch.randint(96, (1, 20), generator=torch.Generator().manual_seed(step))
         targets = Targets(torch.arange(19), idx[0, 1:])
-        if evaluate:
-            with torch.no_grad():
-                model.eval()(idx, targets=targets)
-                model(idx[:, :5], cache=model.kv_cache(1, 5))
+        with torch.no_grad():
+            model.eval()(idx, targets=targets)
+            model(idx[:, :5], cache=model.kv_cache(1, 5))
         model.train()(idx, targets=targets).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -102,23 +101,23 @@ def test_save_and_load(tiny: Tiny, tmp_path):
     model, idx = attached(tiny).eval(), tokens(tiny.hf)
     state = checkpoint.load_state(tiny.folder)
     path, base = tmp_path / "f.pth", checkpoint.fingerprint(state)
-    trained = checkpoint.trained_state(model)
-    checkpoint.save_finetuned(path, "lora", base, trained, hyperparameters=vars(EVERYTHING), prompt_style=STYLE)
+    trained = variants.trained_state(model)
+    variants.save_file(path, "lora", base, trained, hyperparameters=vars(EVERYTHING), prompt_style=STYLE)
     again = GPT.from_checkpoint(tiny.folder)
-    lora.load(again, path, base)
+    variants.attach_file(again, path, "lora", base)
     with torch.no_grad():
         assert torch.equal(again.eval()(idx), model(idx))
     assert set(torch.load(path)["state"]) == {name for name, _ in model.named_parameters() if "lora" in name}
     with pytest.raises(UserError, match="another base"):
-        lora.load(again, path, "0123")
+        variants.attach_file(again, path, "lora", "0123")
 
 
 def test_a_file_whose_tensors_are_of_another_rank(tiny: Tiny, tmp_path):
-    trained = checkpoint.trained_state(attached(tiny))
+    trained = variants.trained_state(attached(tiny))
     record = {"hyperparameters": vars(replace(EVERYTHING, r=8)), "prompt_style": STYLE}
-    checkpoint.save_finetuned(tmp_path / "f.pth", "lora", "b", trained, **record)
+    variants.save_file(tmp_path / "f.pth", "lora", "b", trained, **record)
     with pytest.raises(UserError, match="does not fit the model"):
-        lora.load(GPT.from_checkpoint(tiny.folder), tmp_path / "f.pth", "b")
+        variants.attach_file(GPT.from_checkpoint(tiny.folder), tmp_path / "f.pth", "lora", "b")
 
 
 def test_fingerprints_tell_models_apart(tiny: Tiny):

@@ -15,7 +15,7 @@ from conftest import ROOT, tiny_hf_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lit_gpt import GPT, checkpoint, hf_files
+from lit_gpt import GPT, checkpoint, hf_files, variants
 
 SCRIPTS = sorted(
     str(path.relative_to(ROOT)) for d in ("scripts", "finetune", "generate") for path in (ROOT / d).glob("*.py")
@@ -191,11 +191,11 @@ def test_bad_lora_files(cli, llama, tmp_path, case):
     path, state = tmp_path / "lora.pth", checkpoint.load_state(llama)
     model = lora.attach(GPT.from_checkpoint(llama), lora.LoRAConfig())
     style = {"name": "plain", "template": "{{ messages[0].content }}", "own_bos": False, "stop_ids": []}
-    checkpoint.save_finetuned(
+    variants.save_file(
         path,
         "lora",
         checkpoint.fingerprint(state),
-        checkpoint.trained_state(model),
+        variants.trained_state(model),
         hyperparameters={},
         prompt_style=style,
     )

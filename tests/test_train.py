@@ -13,7 +13,7 @@ import torch
 from conftest import spawn
 from test_data import write_rows
 
-from lit_gpt import GPT, checkpoint, lora
+from lit_gpt import GPT, checkpoint, variants
 from lit_gpt.train import Schedule
 
 STEPS = 12
@@ -238,5 +238,8 @@ def test_generate_and_merge_what_was_trained(cli, flags, llama, tmp_path):
     cli("scripts/merge_lora.py", checkpoint_dir=llama, lora_path=path, out_dir=tmp_path / "merged").refused("already")
     model, state = GPT.from_checkpoint(tmp_path / "merged"), checkpoint.load_state(llama)
     with pytest.raises(Exception, match="another base"):
-        lora.load(model, path, checkpoint.fingerprint(checkpoint.load_state(tmp_path / "merged")))
-    assert lora.load(GPT.from_checkpoint(llama), path, checkpoint.fingerprint(state))["method"] == "lora"
+        variants.attach_file(model, path, "lora", checkpoint.fingerprint(checkpoint.load_state(tmp_path / "merged")))
+    assert (
+        variants.attach_file(GPT.from_checkpoint(llama), path, "lora", checkpoint.fingerprint(state))["method"]
+        == "lora"
+    )

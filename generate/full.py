@@ -1,0 +1,39 @@
+"""Generate text from what finetune/full.py wrote, or any other checkpoint folder, in the style that it was trained in.
+
+    python generate/full.py --checkpoint_dir out/full/alpaca --prompt "..."
+
+The text goes to stdout as it comes; speed and memory go to stderr.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, run
+
+checkpoint_dir: Path = Path("out/full/alpaca")  # what finetune/full.py wrote
+prompt: str | None = None  # what to continue or answer
+prompt_file: Path | None = None  # file that holds the prompt; - is standard input
+input: str = ""  # context that goes with an instruction
+max_new_tokens: PositiveInt = 100  # longest answer
+num_samples: PositiveInt = 1  # answers to give
+temperature: NonNegativeFloat = 0.8  # divides the logits: higher is more varied, 0 takes the likeliest token
+top_k: PositiveInt | None = 200  # sample among this many likeliest tokens (null: all)
+top_p: ClosedUnitInterval = 1.0  # sample among the likeliest tokens of together this probability
+seed: NonNegativeInt = 1234  # of the sampling
+precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and arithmetic
+
+
+def main(hp: SimpleNamespace) -> None:
+    from lit_gpt.generation import answer, default_device, dtype_of
+    from lit_gpt.model import GPT
+    from lit_gpt.prompts import PromptStyle
+    from lit_gpt.tokenizer import Tokenizer
+
+    model = GPT.from_checkpoint(hp.checkpoint_dir, dtype_of(hp), default_device())
+    tokenizer = Tokenizer(hp.checkpoint_dir)
+    answer(hp, model, tokenizer, PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,110 @@
+"""What LoRA, Adapter and Adapter v2 have in common: which parameters train, and the file that holds them.
+
+A method is a module with METHOD (its name), CONFIG (a dataclass of its hyperparameters) and `attach(model, config)`,
+which extends a base GPT in place and can follow another method's. Each module that it adds names its own parameters
+that train in `trained_parameters`.
+"""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_gpt.checkpoint import FORMAT_VERSION, build, check_state, fingerprint, load, load_state, save
+from lit_gpt.config import Config
+from lit_gpt.errors import UserError
+from lit_gpt.model import GPT
+
+METHODS = ("lora", "adapter", "adapter_v2")
+RECORD = {"format_version", "method", "base", "state", "hyperparameters", "prompt_style"}
+
+
+def train_only_what_is_attached(model: nn.Module) -> None:
+    model.requires_grad_(False)
+    for module in model.modules():
+        for name in getattr(module, "trained_parameters", ()):
+            module.get_parameter(name).requires_grad_(True)
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What trains: the only tensors that a finetuned file holds."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trained(model: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
+    """Copy a finetuned file's tensors into the parameters that train.
+
+    Raises:
+        UserError: the names or shapes differ.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    check_state(parameters, state, source)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+
+def save_file(path: Path, method: str, base: str, state: Mapping[str, Tensor], **record: Any) -> None:
+    """Write what was trained, with all that is needed to use it on its base and on no other."""
+    contents = {"format_version": FORMAT_VERSION, "method": method, "base": base, **record}
+    save(path, {**contents, "state": {name: tensor.cpu().contiguous() for name, tensor in state.items()}})
+
+
+def read_file(path: Path, method: str, base: str) -> dict[str, Any]:
+    """The contents of a finetuned file.
+
+    Raises:
+        UserError: not such a file, of another method or format version, or trained on another base.
+    """
+    contents = load(path)
+    if not contents.keys() >= RECORD:
+        raise UserError(f"{path}: not a finetuned file; expected what finetune/{method}.py writes")
+    if contents["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {contents['format_version']}, expected {FORMAT_VERSION}")
+    if contents["method"] != method:
+        raise UserError(f"{path}: trained by the method {contents['method']}, expected {method}")
+    if contents["base"] != base:
+        raise UserError(
+            f"{path}: trained on another base (fingerprint {contents['base']}) than that of --checkpoint_dir ({base})"
+        )
+    return contents
+
+
+def attach_file(model: nn.Module, path: Path, method: str, base: str) -> dict[str, Any]:
+    """Attach what a finetuned file holds to `model`, which must be the base that it was trained on.
+
+    Args:
+        base: the fingerprint of the base's state dict.
+
+    Returns:
+        The file's record: hyperparameters, prompt style and so on.
+
+    Raises:
+        UserError: as `read_file`, or the file's tensors contradict its own hyperparameters.
+    """
+    record, module = read_file(path, method, base), method_module(method)
+    try:
+        config = module.CONFIG(**record["hyperparameters"])
+    except TypeError as error:
+        raise UserError(f"{path}: not the hyperparameters of a {method} file ({error})") from None
+    module.attach(model, config)
+    load_trained(model, record["state"], path)
+    return record
+
+
+def load_model(
+    checkpoint_dir: Path, path: Path, method: str, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> tuple[GPT, dict[str, Any]]:
+    """The model of a converted checkpoint with what a finetuned file holds attached, and the file's record."""
+    base = load_state(checkpoint_dir)
+    model = build(Config.from_checkpoint(checkpoint_dir), base, dtype, device, checkpoint_dir)
+    record = attach_file(model, path, method, fingerprint(base))
+    return model.eval(), record
+
+
+def method_module(method: str) -> ModuleType:
+    return importlib.import_module(f"lit_gpt.{method}")
