@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -92,8 +94,18 @@ def save(path: Path, contents: dict[str, Any]) -> None:
     with atomic(path) as temporary:
         try:
             torch.save(contents, temporary)
-        except RuntimeError as error:  # how torch reports a full disk
-            raise UserError(f"{path}: could not be written: {str(error).splitlines()[0]}; is the disk full?") from None
+        except RuntimeError:  # how torch reports a short write
+            raise UserError(f"{path}: could not be written; is the disk full?") from None
+
+
+def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """The same for a safetensors file."""
+    with atomic(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError:
+            raise UserError(f"{path}: could not be written; is the disk full?") from None
+        temporary.chmod(0o644)  # safetensors makes it the owner's alone
 
 
 def load(path: Path, mmap: bool = True) -> dict[str, Any]:

@@ -63,7 +63,8 @@ def run(main: Callable[[SimpleNamespace], None]) -> None:
     except OSError as error:  # a full disk, a folder that cannot be written: the user's to mend
         if error.strerror is None:
             raise
-        fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1)
+        path = error.filename2 or error.filename  # of two, the one that is written
+        fail(f"{path}: {error.strerror}" if path else error.strerror, 1)
     except KeyboardInterrupt:
         fail("interrupted", 128 + signal.SIGINT)
 

@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_gpt.checkpoint import new_folder
+from lit_gpt.checkpoint import new_folder, save_safetensors
 from lit_gpt.errors import UserError
 from lit_gpt.model import Segments, Targets
 from lit_gpt.prompts import Message, PromptStyle
@@ -79,7 +78,7 @@ class Split:
             "supervised": torch.cat(self.supervised or empty).to(torch.uint8),
             "offsets": counts.cumsum(0),
         }
-        save_file(tensors, path)
+        save_safetensors(path, tensors)
 
 
 def add_sample(

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_gpt import checkpoint, weights
@@ -171,7 +170,7 @@ def write_shards(out_dir: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
     def flush() -> None:
         path = out_dir / f"part-{len(set(names.values())):05d}"
         names.update(dict.fromkeys(shard, path))
-        save_file({k: t.contiguous() for k, t in shard.items()}, path, metadata={"format": "pt"})
+        checkpoint.save_safetensors(path, {k: t.contiguous() for k, t in shard.items()}, {"format": "pt"})
         shard.clear()
 
     for name, tensor in tensors:
