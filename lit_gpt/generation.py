@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from lit_gpt.checkpoint import DTYPES
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.memory import peak_memory_bytes
-from lit_gpt.model import GPT
+from lit_gpt.model import GPT, KVCache
 from lit_gpt.prompts import PromptStyle, instruction_messages
 from lit_gpt.tokenizer import Tokenizer
 
@@ -28,6 +29,7 @@ def generate(
     top_p: float = 1.0,
     stop_ids: Iterable[int] = (),
     generator: torch.Generator | None = None,
+    cache: KVCache | None = None,
 ) -> Iterator[int]:
     """Token ids that continue `prompt`, one by one, until a stop id (not yielded) or `max_new_tokens`.
 
@@ -37,6 +39,8 @@ def generate(
         top_k: sample among this many likeliest tokens only.
         top_p: sample among the likeliest tokens that together have this probability (Holtzman et al. 2020).
         generator: on the model's device; None: torch's own.
+        cache: holds a beginning of the prompt, shorter than it, and has room for the rest and the answer; all that is
+            fed is added. None: a new one.
 
     Raises:
         UserError: prompt and answer do not fit the model's context.
@@ -48,8 +52,8 @@ def generate(
             f"{limit}; shorten the prompt or ask for fewer tokens"
         )
     device, stops = model.wte.weight.device, set(stop_ids)
-    cache = model.kv_cache(1, len(prompt) + max_new_tokens)
-    idx = torch.tensor([prompt], device=device)
+    cache = cache or model.kv_cache(1, len(prompt) + max_new_tokens)
+    idx = torch.tensor([prompt[cache[0].length :]], device=device)
     for _ in range(max_new_tokens):
         logits = model(idx, cache=cache, last=True)[0, -1]
         idx = sample(logits, temperature, top_k, top_p, generator).view(1, 1)
@@ -102,16 +106,21 @@ def read_prompt(hp: SimpleNamespace) -> str:
     return text
 
 
+def sampling_options(hp: SimpleNamespace, model: GPT) -> dict[str, Any]:
+    """The options of `generate` that a script's flags set."""
+    generator = torch.Generator(model.wte.weight.device).manual_seed(hp.seed)
+    return {"temperature": hp.temperature, "top_k": hp.top_k, "top_p": hp.top_p, "generator": generator}
+
+
 def answer(hp: SimpleNamespace, model: GPT, tokenizer: Tokenizer, style: PromptStyle) -> None:
     """Print `num_samples` answers to the prompt as they come: the text on stdout, figures on stderr."""
     prompt = style.encode_prompt(instruction_messages(read_prompt(hp), hp.input), tokenizer)
     if not prompt:
         raise UsageError("--prompt: holds no tokens")
-    generator = torch.Generator(model.wte.weight.device).manual_seed(hp.seed)
-    options = {"temperature": hp.temperature, "top_k": hp.top_k, "top_p": hp.top_p, "stop_ids": style.stop_ids}
+    options = sampling_options(hp, model)
     for _ in range(hp.num_samples):
         clock = Clock()
-        ids = generate(model, prompt, hp.max_new_tokens, **options, generator=generator)
+        ids = generate(model, prompt, hp.max_new_tokens, stop_ids=style.stop_ids, **options)
         for piece in tokenizer.decode_stream(clock.watch(ids)):
             print(piece, end="", flush=True)
         print(flush=True)

@@ -67,6 +67,12 @@ class LayerCache:
 KVCache = list[LayerCache]
 
 
+def forget(cache: KVCache, length: int) -> None:
+    """Keep the first `length` tokens alone."""
+    for layer in cache:
+        layer.length = min(layer.length, length)
+
+
 class GPT(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -54,19 +54,20 @@ def save_file(path: Path, method: str, base: str, state: Mapping[str, Tensor], *
     save(path, {**contents, "state": {name: tensor.cpu().contiguous() for name, tensor in state.items()}})
 
 
-def read_file(path: Path, method: str, base: str) -> dict[str, Any]:
-    """The contents of a finetuned file.
+def read_file(path: Path, method: str | None, base: str) -> dict[str, Any]:
+    """The contents of a finetuned file; method None admits any.
 
     Raises:
         UserError: not such a file, of another method or format version, or trained on another base.
     """
     contents = load(path)
     if not contents.keys() >= RECORD:
-        raise UserError(f"{path}: not a finetuned file; expected what finetune/{method}.py writes")
+        raise UserError(f"{path}: not a finetuned file; expected what finetune/{method or METHODS[0]}.py writes")
     if contents["format_version"] != FORMAT_VERSION:
         raise UserError(f"{path}: format version {contents['format_version']}, expected {FORMAT_VERSION}")
-    if contents["method"] != method:
-        raise UserError(f"{path}: trained by the method {contents['method']}, expected {method}")
+    admitted = (method,) if method else METHODS
+    if contents["method"] not in admitted:
+        raise UserError(f"{path}: trained by the method {contents['method']}, expected {' or '.join(admitted)}")
     if contents["base"] != base:
         raise UserError(
             f"{path}: trained on another base (fingerprint {contents['base']}) than that of --checkpoint_dir ({base})"
@@ -74,7 +75,7 @@ def read_file(path: Path, method: str, base: str) -> dict[str, Any]:
     return contents
 
 
-def attach_file(model: nn.Module, path: Path, method: str, base: str) -> dict[str, Any]:
+def attach_file(model: nn.Module, path: Path, method: str | None, base: str) -> dict[str, Any]:
     """Attach what a finetuned file holds to `model`, which must be the base that it was trained on.
 
     Args:
@@ -86,18 +87,23 @@ def attach_file(model: nn.Module, path: Path, method: str, base: str) -> dict[st
     Raises:
         UserError: as `read_file`, or the file's tensors contradict its own hyperparameters.
     """
-    record, module = read_file(path, method, base), method_module(method)
+    record = read_file(path, method, base)
+    module = method_module(record["method"])
     try:
         config = module.CONFIG(**record["hyperparameters"])
     except TypeError as error:
-        raise UserError(f"{path}: not the hyperparameters of a {method} file ({error})") from None
+        raise UserError(f"{path}: not the hyperparameters of a {record['method']} file ({error})") from None
     module.attach(model, config)
     load_trained(model, record["state"], path)
     return record
 
 
 def load_model(
-    checkpoint_dir: Path, path: Path, method: str, dtype: torch.dtype | None = None, device: torch.device | None = None
+    checkpoint_dir: Path,
+    path: Path,
+    method: str | None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
 ) -> tuple[GPT, dict[str, Any]]:
     """The model of a converted checkpoint with what a finetuned file holds attached, and the file's record."""
     base = load_state(checkpoint_dir)

@@ -1,0 +1,54 @@
+"""Talk to a checkpoint, or to a finetuned one.
+
+    python chat/base.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
+    python chat/base.py --checkpoint_dir checkpoints/tiiuae/falcon-7b \\
+        --finetuned_path out/lora/alpaca/lit_model_lora_finetuned.pth
+
+Keeps the conversation as long as the context holds it. Ctrl-C stops an answer, Ctrl-D ends.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, run
+
+checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder, or what finetune/full.py wrote
+finetuned_path: Path | None = None  # what finetune/lora.py, adapter.py or adapter_v2.py wrote
+prompt_style: str | None = None  # a style of lit_gpt/prompts.py or a Jinja file (null: the finetune's or checkpoint's)
+system: str = ""  # what the conversation opens with, for styles that have a place for it
+max_new_tokens: PositiveInt = 512  # longest answer
+context: PositiveInt = 4096  # tokens of history and answer together, at most what the model takes
+temperature: NonNegativeFloat = 0.7  # divides the logits: higher is more varied, 0 takes the likeliest token
+top_k: PositiveInt | None = 200  # sample among this many likeliest tokens (null: all)
+top_p: ClosedUnitInterval = 1.0  # sample among the likeliest tokens of together this probability
+seed: NonNegativeInt = 1234  # of the sampling
+precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and arithmetic
+
+
+def main(hp: SimpleNamespace) -> None:
+    from lit_gpt import lora, variants
+    from lit_gpt.chat import Chat, converse
+    from lit_gpt.generation import default_device, dtype_of, sampling_options
+    from lit_gpt.model import GPT
+    from lit_gpt.prompts import PromptStyle
+    from lit_gpt.tokenizer import Tokenizer
+
+    place, tokenizer = {"dtype": dtype_of(hp), "device": default_device()}, Tokenizer(hp.checkpoint_dir)
+    if hp.finetuned_path:
+        model, record = variants.load_model(hp.checkpoint_dir, hp.finetuned_path, None, **place)
+        lora.merge(model)
+        style = PromptStyle.from_dict(record["prompt_style"])
+    else:
+        model = GPT.from_checkpoint(hp.checkpoint_dir, **place)
+        style = PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer)
+    if hp.prompt_style:
+        style = PromptStyle.from_name(hp.prompt_style, tokenizer)
+    chat = Chat(model, tokenizer, style, hp.context, hp.max_new_tokens, **sampling_options(hp, model))
+    if hp.system:
+        chat.messages.append({"role": "system", "content": hp.system})
+    converse(chat)
+
+
+if __name__ == "__main__":
+    run(main)

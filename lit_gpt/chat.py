@@ -1,0 +1,95 @@
+"""A conversation with a model: its history, within the context, and a cache that lives as long as it does."""
+
+import sys
+from collections.abc import Iterator
+
+from lit_gpt.errors import UserError
+from lit_gpt.generation import generate
+from lit_gpt.model import GPT, forget
+from lit_gpt.prompts import Message, PromptStyle, common_prefix
+from lit_gpt.tokenizer import Tokenizer
+
+
+class Chat:
+    """Keeps the messages, and in the cache whatever of them is already computed.
+
+    Args:
+        context: tokens of history and answer together.
+        options: of lit_gpt.generation.generate.
+    """
+
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, style: PromptStyle, context: int, max_new_tokens: int, **options
+    ) -> None:
+        self.model, self.tokenizer, self.style, self.options = model, tokenizer, style, options
+        self.context, self.max_new_tokens = min(context, model.config.block_size), max_new_tokens
+        self.messages: list[Message] = []
+        self.cache = model.kv_cache(1, self.context)
+        self.cached: list[int] = []  # the tokens behind the cache's entries
+
+    def prompt(self) -> list[int]:
+        """The tokens up to the next answer; the oldest turns leave until an answer has room.
+
+        Raises:
+            UserError: the newest message alone is too long. It is taken back.
+        """
+        left = 0
+        while True:
+            ids = self.style.encode_prompt(self.messages, self.tokenizer)
+            if len(ids) + self.max_new_tokens <= self.context:
+                break
+            first = int(self.messages[0]["role"] == "system")
+            if len(self.messages) == first + 1:
+                self.messages.pop()
+                raise UserError(
+                    f"not sent: the message makes {len(ids)} tokens, which with --max_new_tokens {self.max_new_tokens} "
+                    f"exceed the context of {self.context}"
+                )
+            del self.messages[first : first + 2]
+            left += 1
+        if left:
+            print(f"[the oldest {left} turns no longer fit the context and are forgotten]", file=sys.stderr)
+        return ids
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Pieces of the answer to a message. What was answered is kept, also if it is cut short."""
+        self.messages.append({"role": "user", "content": text})
+        prompt, pieces, ids = self.prompt(), [], []
+        forget(self.cache, min(common_prefix(self.cached, prompt), len(prompt) - 1))
+        try:
+            for piece in self.tokenizer.decode_stream(self._watch(prompt, ids)):
+                pieces.append(piece)
+                yield piece
+        finally:
+            self.cached = (prompt + ids)[: self.cache[0].length]
+            self.messages.append({"role": "assistant", "content": "".join(pieces)})
+
+    def _watch(self, prompt: list[int], ids: list[int]) -> Iterator[int]:
+        stops = self.style.stop_ids
+        for token in generate(
+            self.model, prompt, self.max_new_tokens, stop_ids=stops, cache=self.cache, **self.options
+        ):
+            ids.append(token)
+            yield token
+
+
+def converse(chat: Chat) -> None:
+    """Read messages from standard input until it ends; Ctrl-C stops an answer, not the conversation."""
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            return print()
+        except KeyboardInterrupt:
+            print("\n[Ctrl-D ends the conversation]", file=sys.stderr)
+            continue
+        if not text.strip():
+            continue
+        try:
+            for piece in chat.answer(text):
+                print(piece, end="", flush=True)
+            print()
+        except KeyboardInterrupt:
+            print(" [stopped]")
+        except UserError as error:
+            print(f"[{error}]", file=sys.stderr)
