@@ -243,3 +243,21 @@ def test_generate_and_merge_what_was_trained(cli, flags, llama, tmp_path):
         variants.attach_file(GPT.from_checkpoint(llama), path, "lora", checkpoint.fingerprint(state))["method"]
         == "lora"
     )
+
+
+def test_two_processes_train_as_one(cli, flags):
+    """DDP over gloo, ragged lengths, and a last step with fewer samples than ranks would share evenly."""
+    flags = {k: v for k, v in flags.items() if k not in ("max_steps", "micro_batch_size")}
+    flags |= {"epochs": 3, "lora_dropout": 0.0, "batch_size": 10, "learning_rate": 0.005}
+    assert cli(SCRIPT, **flags).code == 0
+    two = flags | {"out_dir": flags["out_dir"].with_name("two"), "devices": 2, "strategy": "ddp"}
+    process = spawn(SCRIPT, **two)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, (out, err)
+    for one, both in zip(metrics(flags["out_dir"]), metrics(two["out_dir"]), strict=True):
+        assert one["tokens"] == both["tokens"]
+        assert all(
+            float(one[k] or 0) == pytest.approx(float(both[k] or 0), rel=1e-5) for k in ("loss", "val_loss", "lr")
+        )
+    weights, others = final(flags["out_dir"]), final(two["out_dir"])
+    assert all(torch.allclose(weights[name], others[name], rtol=1e-3, atol=1e-5) for name in weights)
