@@ -32,7 +32,7 @@ seed: NonNegativeInt = 1337  # of data order
 precision: Literal["bf16", "fp32"] = "bf16"  # of the arithmetic; the weights are fp32 while they train
 devices: PositiveInt = 1  # on each node
 num_nodes: PositiveInt = 1  # machines
-strategy: Literal["auto", "ddp"] = "auto"  # how devices share the work
+strategy: Literal["auto", "ddp", "fsdp"] = "auto"  # how devices share the work
 activation_checkpointing: bool = False  # keep only each block's input for the backward pass: less memory, slower
 # watching
 log_interval: PositiveInt = 1  # steps between rows of metrics.csv

@@ -3,7 +3,7 @@ the rest: data, optimizer, steps, validation, saving, resuming, records.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from lit_gpt import checkpoint, data, hf_files, variants
+from lit_gpt import checkpoint, data, devices, hf_files, variants
 from lit_gpt.config import Config
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation import generate
@@ -26,10 +26,12 @@ from lit_gpt.prompts import PromptStyle
 from lit_gpt.records import Records, StopSignals
 from lit_gpt.tokenizer import Tokenizer
 
-# Flags that a resumed run may change: they do not bear on the weights that come out.
+# Flags that a resumed run may change: they bear on the weights that come out by no more than rounding, or, through the
+# cut into rows, by which inputs dropout strikes.
 FREE_TO_CHANGE = {
     "checkpoint_dir", "data_dir", "out_dir", "resume", "log_interval", "eval_interval", "eval_samples", "save_interval",
-    "sample_tokens", "keep", "activation_checkpointing",
+    "sample_tokens", "keep", "activation_checkpointing", "micro_batch_size", "micro_batch_tokens", "devices",
+    "num_nodes", "strategy",
 }  # fmt: skip
 
 
@@ -54,8 +56,7 @@ def finetune(
         UsageError: flags that contradict each other.
         UserError: checkpoint, data or out_dir cannot be used.
     """
-    fabric = Fabric(accelerator="auto", devices=hp.devices, num_nodes=hp.num_nodes, strategy=hp.strategy)
-    fabric.launch()
+    fabric = devices.launch(hp)
     check_batch(hp, fabric.world_size)
     checkpoint.check_checkpoint_dir(hp.checkpoint_dir)
     tokenizer = Tokenizer(hp.checkpoint_dir)
@@ -71,23 +72,24 @@ def finetune(
     stored = torch.float32 if whole_model else dtype
     identity = {"base": checkpoint.fingerprint(base), "data": train.fingerprint, "settings": settings}
     torch.manual_seed(hp.seed)
-    model = attach(checkpoint.build(config, base, stored, fabric.device, hp.checkpoint_dir))
+    model = attach(checkpoint.build(config, base, stored, devices.place_to_build(hp, fabric), hp.checkpoint_dir))
     if hp.activation_checkpointing:
         recompute_blocks(model)
-    trained = variants.trained_state(model)
-    trainable = sum(tensor.numel() for tensor in trained.values())
+    trainable = sum(tensor.numel() for tensor in variants.trained_state(model).values())
     fabric.print(f"{method}: training {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters")
 
-    wrapped, optimizer = fabric.setup(model, make_optimizer(model, hp))
+    wrapped = fabric.setup_module(model)
+    optimizer = fabric.setup_optimizers(make_optimizer(model, hp))
     run = Run(hp, fabric, wrapped, model, optimizer, train, validation, schedule, records, identity)
     run.arithmetic = partial(torch.autocast, fabric.device.type, dtype, enabled=stored != dtype)
     style = PromptStyle.from_dict(meta["prompt_style"])
-    run.sample = partial(print_sample, model, tokenizer, style, validation[0], hp)
+    run.sample = partial(print_sample, model, tokenizer, style, validation[0], hp, fabric.global_rank == 0)
     run.restore()
-    if run.fit() and fabric.global_rank == 0:
+    finished, trained = run.fit(), variants.trained_state(model)
+    if finished and fabric.global_rank == 0:
         if whole_model:
             result = hp.out_dir
-            write_checkpoint(hp, model.state_dict(), config, base, style)
+            write_checkpoint(hp, trained, config, base, style)
         else:
             result = hp.out_dir / f"lit_model_{method}_finetuned.pth"
             record = {"hyperparameters": settings, "prompt_style": style.to_dict()}
@@ -209,37 +211,27 @@ class Run:
         """One optimizer step: the gradient of the mean over all supervised tokens of the global batch.
 
         Returns:
-            this rank's share of that mean, a float32 scalar on the device, and the tokens it fed.
+            this rank's share of that mean, a float32 scalar on the device, and the tokens fed to all ranks.
         """
         hp, fabric = self.hp, self.fabric
         indices = data.step_samples(len(self.train), hp.batch_size, hp.seed, self.step, self.schedule.samples)
         supervised = data.supervised_count(self.train[i] for i in indices)
-        rows = list(self.rows(indices[fabric.global_rank :: fabric.world_size]))
+        rows = rank_rows(self.train, indices, hp, fabric)
         seed_step(hp.seed, self.step, fabric.global_rank)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.learning_rate(self.step)
         self.wrapped.train()
-        total, tokens = torch.zeros((), device=fabric.device), 0
+        total = torch.zeros((), device=fabric.device)
         for n, row in enumerate(rows, 1):
-            row = row.to(fabric.device)
+            row = data.pack(row).to(fabric.device)
             with fabric.no_backward_sync(self.wrapped, enabled=n < len(rows)):
                 with self.arithmetic():
                     loss = self.wrapped(row.idx, segments=row.segments, targets=row.targets) / supervised
                 fabric.backward(loss * fabric.world_size)  # ranks' gradients are averaged, and their sum is wanted
             total += loss.detach()
-            tokens += row.idx.numel()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return total, tokens
-
-    def rows(self, indices: list[int]) -> Iterator[data.PackedRow]:
-        """A rank's packed rows of a step; one that teaches nothing if the last step has no sample for it."""
-        hp = self.hp
-        for part in data.micro_batches(indices, self.train.lengths, hp.micro_batch_size, hp.micro_batch_tokens):
-            yield data.pack([self.train[i] for i in part])
-        if not indices:
-            tokens, supervised = self.train[0].tokens[:2], self.train[0].supervised[:2]
-            yield data.pack([data.Sample(tokens, torch.zeros_like(supervised))])
+        return total, sum(self.train.lengths[i] - 1 for i in indices)
 
     def log(self, evaluating: bool) -> None:
         losses = self.records.losses()
@@ -248,11 +240,11 @@ class Run:
         self.records.write(row | {"val_loss": self.evaluate()} if evaluating else row)
 
     def evaluate(self) -> float:
-        """The validation loss; rank 0 also shows a sample."""
+        """The validation loss; and a sample is shown."""
         with self.records.aside():
             with self.arithmetic():
                 loss = validate(self.fabric, self.wrapped, self.validation, self.hp)
-            if self.sample and self.fabric.global_rank == 0:
+            if self.sample:
                 self.sample()
             return loss
 
@@ -270,16 +262,16 @@ class Run:
     def save(self) -> None:
         """Write the resume state of this step; older ones go, but for the last `keep`."""
         with self.records.aside():
+            contents = {
+                "format_version": checkpoint.FORMAT_VERSION,
+                "step": self.step,
+                "hyperparameters": fixed(self.hp),
+                "identity": self.identity,
+                "trained": variants.trained_state(self.model),
+                "optimizer": devices.optimizer_state(self.optimizer),
+                "progress": self.records.progress(),
+            }
             if self.fabric.global_rank == 0:
-                contents = {
-                    "format_version": checkpoint.FORMAT_VERSION,
-                    "step": self.step,
-                    "hyperparameters": fixed(self.hp),
-                    "identity": self.identity,
-                    "trained": variants.trained_state(self.model),
-                    "optimizer": self.optimizer.state_dict(),
-                    "progress": self.records.progress(),
-                }
                 checkpoint.save(self.hp.out_dir / "state" / f"step_{self.step:08d}.pth", contents)
                 for old in state_paths(self.hp)[self.hp.keep :]:
                     old.unlink()
@@ -299,7 +291,7 @@ class Run:
                 continue
             refuse_other_run(path, state, self.hp, self.identity)
             variants.load_trained(self.model, state["trained"], path)
-            self.optimizer.load_state_dict(state["optimizer"])
+            devices.load_optimizer_state(self.optimizer, state["optimizer"])
             self.step = state["step"]
             self.records.go_on(self.step, state["progress"])
             self.fabric.print(f"resumed after step {self.step} from {path}")
@@ -333,15 +325,31 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
 
 
+def rank_rows(
+    dataset: data.Dataset, indices: list[int], hp: SimpleNamespace, fabric: Fabric
+) -> list[list[data.Sample]]:
+    """The samples of each of this rank's packed rows.
+
+    Every rank gets as many rows, for they compute together; where one has none left, a row that teaches nothing.
+    """
+    size = hp.micro_batch_size, hp.micro_batch_tokens
+    shares = [
+        list(data.micro_batches(indices[rank :: fabric.world_size], dataset.lengths, *size))
+        for rank in range(fabric.world_size)
+    ]
+    rows = [[dataset[i] for i in part] for part in shares[fabric.global_rank]]
+    idle = data.Sample(dataset[0].tokens[:2], torch.zeros_like(dataset[0].supervised[:2]))
+    return rows + [[idle]] * (max(map(len, shares)) - len(rows))
+
+
 @torch.no_grad()
 def validate(fabric: Fabric, model: nn.Module, dataset: data.Dataset, hp: SimpleNamespace) -> float:
     """Mean cross-entropy in nats over all supervised tokens of the first `eval_samples` samples, over all ranks."""
     model.eval()
     indices = list(range(len(dataset)))[: hp.eval_samples]
-    mine = indices[fabric.global_rank :: fabric.world_size]
     total = torch.zeros(2, device=fabric.device, dtype=torch.float64)  # loss, tokens
-    for part in data.micro_batches(mine, dataset.lengths, hp.micro_batch_size, hp.micro_batch_tokens):
-        row = data.pack([dataset[i] for i in part]).to(fabric.device)
+    for samples in rank_rows(dataset, indices, hp, fabric):
+        row = data.pack(samples).to(fabric.device)
         total[0] += model(row.idx, segments=row.segments, targets=row.targets)
         total[1] += len(row.targets.labels)
     total = fabric.all_reduce(total, reduce_op="sum")
@@ -349,9 +357,9 @@ def validate(fabric: Fabric, model: nn.Module, dataset: data.Dataset, hp: Simple
 
 
 def print_sample(
-    model: GPT, tokenizer: Tokenizer, style: PromptStyle, sample: data.Sample, hp: SimpleNamespace
+    model: GPT, tokenizer: Tokenizer, style: PromptStyle, sample: data.Sample, hp: SimpleNamespace, main: bool
 ) -> None:
-    """Show how the model answers a validation prompt now."""
+    """Show how the model answers a validation prompt now. All ranks take part, for each may hold a share of it."""
     if not hp.sample_tokens:
         return
     start = int(sample.supervised.nonzero()[0]) or len(sample.tokens) // 2  # without a masked prompt: half of it
@@ -359,4 +367,5 @@ def print_sample(
     room = min(hp.sample_tokens, model.config.block_size - len(prompt))
     model.eval()
     ids = list(generate(model, prompt, room, temperature=0, stop_ids=style.stop_ids))
-    tqdm.write(f"  {tokenizer.decode(prompt)[-60:]!r} -> {tokenizer.decode(ids)!r}")
+    if main:
+        tqdm.write(f"  {tokenizer.decode(prompt)[-60:]!r} -> {tokenizer.decode(ids)!r}")

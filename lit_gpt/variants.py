@@ -32,7 +32,21 @@ def train_only_what_is_attached(model: nn.Module) -> None:
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """What trains: the only tensors that a finetuned file holds."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor of which each rank holds a share, if it is one. All ranks must ask together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shared_like(parameter: Tensor, contents: Tensor) -> Tensor:
+    """This rank's share of a whole tensor, if the parameter is shared among ranks; else the tensor."""
+    if not hasattr(parameter, "full_tensor"):
+        return contents
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(contents.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 def load_trained(model: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
@@ -45,7 +59,7 @@ def load_trained(model: nn.Module, state: Mapping[str, Tensor], source: Path | s
     check_state(parameters, state, source)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(state[name])
+            parameter.copy_(shared_like(parameter, state[name]))
 
 
 def save_file(path: Path, method: str, base: str, state: Mapping[str, Tensor], **record: Any) -> None:

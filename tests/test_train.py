@@ -245,14 +245,14 @@ def test_generate_and_merge_what_was_trained(cli, flags, llama, tmp_path):
     )
 
 
-def test_two_processes_train_as_one(cli, flags):
-    """DDP over gloo, ragged lengths, and a last step with fewer samples than ranks would share evenly."""
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_as_one(cli, flags, strategy):
+    """Over gloo, with ragged lengths, and a last step with fewer samples than ranks would share evenly."""
     flags = {k: v for k, v in flags.items() if k not in ("max_steps", "micro_batch_size")}
-    flags |= {"epochs": 3, "lora_dropout": 0.0, "batch_size": 10, "learning_rate": 0.005}
+    flags |= {"epochs": 3, "lora_dropout": 0.0, "batch_size": 10, "learning_rate": 0.005, "micro_batch_tokens": 150}
     assert cli(SCRIPT, **flags).code == 0
-    two = flags | {"out_dir": flags["out_dir"].with_name("two"), "devices": 2, "strategy": "ddp"}
-    process = spawn(SCRIPT, **two)
-    out, err = process.communicate(timeout=120)
+    two = flags | {"out_dir": flags["out_dir"].with_name("two"), "devices": 2, "strategy": strategy, "resume": "auto"}
+    out, err = (process := spawn(SCRIPT, **two)).communicate(timeout=120)
     assert process.returncode == 0, (out, err)
     for one, both in zip(metrics(flags["out_dir"]), metrics(two["out_dir"]), strict=True):
         assert one["tokens"] == both["tokens"]
@@ -261,3 +261,11 @@ def test_two_processes_train_as_one(cli, flags):
         )
     weights, others = final(flags["out_dir"]), final(two["out_dir"])
     assert all(torch.allclose(weights[name], others[name], rtol=1e-3, atol=1e-5) for name in weights)
+    # what two processes saved, one goes on from, and the other way round
+    (two["out_dir"] / "state" / "step_00000005.pth").unlink()
+    (two["out_dir"] / "lit_model_lora_finetuned.pth").unlink()
+    result = cli(SCRIPT, **two | {"devices": 1, "strategy": "auto"})
+    assert result.code == 0 and "resumed after step 4" in result.out, result.err
+    assert all(
+        torch.allclose(weights[name], tensor, rtol=1e-3, atol=1e-5) for name, tensor in final(two["out_dir"]).items()
+    )
