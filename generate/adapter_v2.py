@@ -14,7 +14,7 @@ from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, Po
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder of the base
 adapter_path: Path = Path("out/adapter_v2/alpaca/lit_model_adapter_v2_finetuned.pth")  # from finetune/adapter_v2.py
-prompt: str | None = None  # what to answer
+prompt: str = ""  # what to answer
 prompt_file: Path | None = None  # file that holds the prompt; - is standard input
 input: str = ""  # context that goes with an instruction
 max_new_tokens: PositiveInt = 100  # longest answer
@@ -28,13 +28,14 @@ precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and arithmetic
 
 def main(hp: SimpleNamespace) -> None:
     from lit_gpt import adapter_v2, variants
-    from lit_gpt.generation import answer, default_device, dtype_of
+    from lit_gpt.generation import answer, default_device, dtype_of, read_prompt
     from lit_gpt.prompts import PromptStyle
     from lit_gpt.tokenizer import Tokenizer
 
+    text = read_prompt(hp)
     place = {"dtype": dtype_of(hp), "device": default_device()}
     model, record = variants.load_model(hp.checkpoint_dir, hp.adapter_path, adapter_v2.METHOD, **place)
-    answer(hp, model, Tokenizer(hp.checkpoint_dir), PromptStyle.from_dict(record["prompt_style"]))
+    answer(hp, text, model, Tokenizer(hp.checkpoint_dir), PromptStyle.from_dict(record["prompt_style"]))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Literal
 from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, run
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder
-prompt: str | None = None  # what to continue or answer
+prompt: str = ""  # what to continue or answer
 prompt_file: Path | None = None  # file that holds the prompt; - is standard input
 input: str = ""  # context that goes with an instruction, for prompt styles that have a place for it
 prompt_style: str | None = None  # alpaca, chatml, llama2, falcon-instruct, plain, a Jinja file (null: the checkpoint's)
@@ -26,15 +26,16 @@ precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and arithmetic
 
 
 def main(hp: SimpleNamespace) -> None:
-    from lit_gpt.generation import answer, default_device, dtype_of
+    from lit_gpt.generation import answer, default_device, dtype_of, read_prompt
     from lit_gpt.model import GPT
     from lit_gpt.prompts import PromptStyle
     from lit_gpt.tokenizer import Tokenizer
 
+    text = read_prompt(hp)
     model = GPT.from_checkpoint(hp.checkpoint_dir, dtype_of(hp), default_device())
     tokenizer = Tokenizer(hp.checkpoint_dir)
     named = hp.prompt_style and PromptStyle.from_name(hp.prompt_style, tokenizer)
-    answer(hp, model, tokenizer, named or PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer))
+    answer(hp, text, model, tokenizer, named or PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Literal
 from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, run
 
 checkpoint_dir: Path = Path("out/full/alpaca")  # what finetune/full.py wrote
-prompt: str | None = None  # what to continue or answer
+prompt: str = ""  # what to continue or answer
 prompt_file: Path | None = None  # file that holds the prompt; - is standard input
 input: str = ""  # context that goes with an instruction
 max_new_tokens: PositiveInt = 100  # longest answer
@@ -25,14 +25,15 @@ precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and arithmetic
 
 
 def main(hp: SimpleNamespace) -> None:
-    from lit_gpt.generation import answer, default_device, dtype_of
+    from lit_gpt.generation import answer, default_device, dtype_of, read_prompt
     from lit_gpt.model import GPT
     from lit_gpt.prompts import PromptStyle
     from lit_gpt.tokenizer import Tokenizer
 
+    text = read_prompt(hp)
     model = GPT.from_checkpoint(hp.checkpoint_dir, dtype_of(hp), default_device())
     tokenizer = Tokenizer(hp.checkpoint_dir)
-    answer(hp, model, tokenizer, PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer))
+    answer(hp, text, model, tokenizer, PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, Po
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder of the base
 lora_path: Path = Path("out/lora/alpaca/lit_model_lora_finetuned.pth")  # what finetune/lora.py wrote
 merge: bool = True  # fold LoRA into the weights when loading; false keeps it apart
-prompt: str | None = None  # what to answer
+prompt: str = ""  # what to answer
 prompt_file: Path | None = None  # file that holds the prompt; - is standard input
 input: str = ""  # context that goes with an instruction
 max_new_tokens: PositiveInt = 100  # longest answer
@@ -29,15 +29,16 @@ precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and arithmetic
 
 def main(hp: SimpleNamespace) -> None:
     from lit_gpt import lora, variants
-    from lit_gpt.generation import answer, default_device, dtype_of
+    from lit_gpt.generation import answer, default_device, dtype_of, read_prompt
     from lit_gpt.prompts import PromptStyle
     from lit_gpt.tokenizer import Tokenizer
 
+    text = read_prompt(hp)
     place = {"dtype": dtype_of(hp), "device": default_device()}
     model, record = variants.load_model(hp.checkpoint_dir, hp.lora_path, lora.METHOD, **place)
     if hp.merge:
         lora.merge(model)
-    answer(hp, model, Tokenizer(hp.checkpoint_dir), PromptStyle.from_dict(record["prompt_style"]))
+    answer(hp, text, model, Tokenizer(hp.checkpoint_dir), PromptStyle.from_dict(record["prompt_style"]))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_gpt.errors import UsageError
 from lit_gpt.model import GPT, CausalSelfAttention
 from lit_gpt.variants import train_only_what_is_attached
 
@@ -51,6 +52,8 @@ class AdapterPrompt(nn.Module):
 
 def attach(model: GPT, config: AdapterConfig) -> GPT:
     """Give the layers from `start_layer` on their prompts, in place, and let only what is attached train."""
+    if config.start_layer >= len(model.h):
+        raise UsageError(f"--adapter_start_layer {config.start_layer}: the model has only {len(model.h)} layers")
     for block in model.h[config.start_layer :]:
         block.attn.prefix = AdapterPrompt(block.attn, config)
     train_only_what_is_attached(model)

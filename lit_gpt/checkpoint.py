@@ -4,6 +4,7 @@ A checkpoint folder holds the Hugging Face files as downloaded (config.json, the
 `lit_model.pth` (the GPT's state dict), `lit_config.json` and `prompt_style.json`.
 """
 
+import errno
 import hashlib
 import mmap
 import os
@@ -69,6 +70,11 @@ def atomic(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_new(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: already exists and is not an empty folder; choose another or remove it")
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A temporary folder that becomes `path` when the block ends without an error.
@@ -77,8 +83,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         UserError: `path` exists and holds something; it is never overwritten.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: already exists and is not an empty folder; choose another or remove it")
+    check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
@@ -94,8 +99,8 @@ def save(path: Path, contents: dict[str, Any]) -> None:
     with atomic(path) as temporary:
         try:
             torch.save(contents, temporary)
-        except RuntimeError:  # how torch reports a short write
-            raise UserError(f"{path}: could not be written; is the disk full?") from None
+        except RuntimeError as error:  # how torch reports a short write
+            raise UserError(f"{path}: could not be written; is the disk full? ({error})") from None
 
 
 def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -155,10 +160,14 @@ def check_room(sparse: Path) -> None:
     Raises:
         UserError: the disk is too full.
     """
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
     with open(sparse, "rb+") as file:
         try:
             os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                return  # a file system that cannot claim space
             raise UserError(
                 f"{sparse.parent}: no room for {sparse.stat().st_size / 1e9:.1f} GB ({error.strerror})"
             ) from None
@@ -183,7 +192,11 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 def load_state(checkpoint_dir: Path) -> dict[str, Tensor]:
     """The state dict of a converted checkpoint, mapped from lit_model.pth."""
     check_checkpoint_dir(checkpoint_dir)
-    return load(Path(checkpoint_dir) / "lit_model.pth")
+    path = Path(checkpoint_dir) / "lit_model.pth"
+    state = load(path)
+    if not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UserError(f"{path}: holds more than tensors; expected what `scripts/convert_hf_checkpoint.py` writes")
+    return state
 
 
 def load_model(checkpoint_dir: Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> GPT:

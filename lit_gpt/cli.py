@@ -53,10 +53,17 @@ def run(main: Callable[[SimpleNamespace], None]) -> None:
 
     Exits with 0 when done, 2 on wrong usage and 1 on failure, the last two with one line on stderr.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
     try:
         main(parse(main.__globals__, sys.argv[1:]))
     except UserError as error:
         fail(str(error), error.exit_code)
+    except MemoryError as error:
+        fail(f"out of memory: {error}", 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # of torch, which need not be imported
+            raise
+        fail(f"out of memory: {error}; try a lower --micro_batch_tokens or --activation_checkpointing true", 1)
     except BrokenPipeError:  # the reader of our stdout has gone (`| head`): nobody is left to tell
         sys.stderr.close()
         sys.exit(1)
@@ -85,7 +92,7 @@ def parse(script: dict[str, Any], argv: list[str]) -> SimpleNamespace:
     Raises:
         UsageError: an unknown flag or a value that the type does not admit, named in one line.
     """
-    types = script["__annotations__"]
+    types = script.get("__annotations__") or script["__annotate__"](1)  # Python 3.14 makes them when asked
     prog = Path(script["__file__"])
     parser = ArgumentParser(
         prog=f"python {prog.parent.name}/{prog.name}",
@@ -93,6 +100,7 @@ def parse(script: dict[str, Any], argv: list[str]) -> SimpleNamespace:
         description=script["__doc__"],
         formatter_class=partial(RawDescriptionHelpFormatter, max_help_position=30, width=110),
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", type=str, metavar="PATH", help="JSON file of values for these flags")
     helps = trailing_comments(script["__file__"])

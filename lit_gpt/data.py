@@ -41,6 +41,7 @@ class Audit:
     supervised: int = 0  # tokens
     truncated: int = 0  # rows cut to max_seq_length
     lost_end: int = 0  # rows whose answer lost its end token, or never had one
+    displaced: int = 0  # answers that do not follow the tokens which generation would see before them
     unsupervised: int = 0  # rows in which no token is supervised
 
     def drop(self, reason: str) -> None:
@@ -58,6 +59,7 @@ class Audit:
             "length_max": max(lengths, default=0),
             "rows_truncated": self.truncated,
             "rows_without_end_token": self.lost_end,
+            "answers_after_another_prompt": self.displaced,
             "rows_without_supervised_token": self.unsupervised,
         }
 
@@ -93,17 +95,19 @@ def add_sample(
     """Tokenize one row into the split, cut to `max_seq_length` tokens, and enter what happened in the audit."""
     if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
         return split.audit.drop("empty answer")
-    ids, supervised = style.encode_sample(messages, tokenizer, mask_inputs)
+    ids, answers = style.encode_sample(messages, tokenizer)
     audit = split.audit
     audit.truncated += len(ids) > max_seq_length
+    audit.displaced += sum(answer.displaced for answer in answers)
+    supervised = [not mask_inputs] * len(ids)
+    for answer in answers:
+        supervised[answer.start : answer.stop] = [True] * (answer.stop - answer.start)
     ids, supervised = ids[:max_seq_length], supervised[:max_seq_length]
-    last = max((i for i, learnt in enumerate(supervised) if learnt), default=None)
-    if last is None or last == 0:  # the first token has nothing to be predicted from
+    if not any(supervised[1:]):  # the first token has nothing to be predicted from
         audit.unsupervised += 1
-        if not allow_unsupervised:
-            return None
-        return audit.drop("no supervised token")
-    audit.lost_end += ids[last] not in style.stop_ids
+        return audit.drop("no supervised token") if allow_unsupervised else None
+    ends = [answer.stop - 1 for answer in answers if answer.start < answer.stop]
+    audit.lost_end += not ends or ends[-1] >= len(ids) or ids[ends[-1]] not in style.stop_ids
     audit.lengths.append(len(ids))
     audit.supervised += sum(supervised[1:])
     split.tokens.append(torch.tensor(ids, dtype=torch.int32))
@@ -148,7 +152,8 @@ class Dataset(Sequence[Sample]):
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not readable as prepared data ({error}); prepare it again") from None
         self.lengths: list[int] = self.offsets.diff().tolist()
-        self.fingerprint = hashlib.sha256(self.tokens.numpy()).hexdigest()[:16]
+        contents = b"".join(hashlib.sha256(t.numpy()).digest() for t in (self.tokens, self.supervised, self.offsets))
+        self.fingerprint = hashlib.sha256(contents).hexdigest()[:16]
         if not self.lengths:
             raise UserError(f"{path}: holds no samples; prepare data with at least one row in each split")
 
@@ -223,7 +228,7 @@ def supervised_count(samples: Iterable[Sample]) -> int:
 @lru_cache(maxsize=4)
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     """The order of n samples in an epoch; the same for any number of devices."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(n, generator=generator).tolist()
 
 

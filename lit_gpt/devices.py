@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils._pytree import tree_map
 
+from lit_gpt.errors import UsageError
+from lit_gpt.generation import default_device
 from lit_gpt.model import GPT
 from lit_gpt.variants import shared_like, whole
 
@@ -21,7 +24,11 @@ def launch(hp: SimpleNamespace) -> Fabric:
     if strategy == "fsdp":
         ranks = hp.devices * hp.num_nodes
         strategy = ModelParallelStrategy(shard, data_parallel_size=ranks, tensor_parallel_size=1)
-    fabric = Fabric(accelerator="auto", devices=hp.devices, num_nodes=hp.num_nodes, strategy=strategy)
+    kind = default_device().type
+    try:
+        fabric = Fabric(accelerator=kind, devices=hp.devices, num_nodes=hp.num_nodes, strategy=strategy)
+    except (MisconfigurationException, ValueError) as error:
+        raise UsageError(f"--devices {hp.devices} --strategy {hp.strategy}: {error}") from None
     fabric.launch()
     return fabric
 

@@ -90,9 +90,9 @@ def dtype_of(hp: SimpleNamespace) -> torch.dtype:
 
 def read_prompt(hp: SimpleNamespace) -> str:
     """The prompt from --prompt, or from --prompt_file ("-": standard input)."""
-    if (hp.prompt is None) == (hp.prompt_file is None):
+    if bool(hp.prompt) == bool(hp.prompt_file):
         raise UsageError("--prompt: expected a prompt, either by --prompt or by --prompt_file (- is standard input)")
-    if hp.prompt is not None:
+    if hp.prompt:
         text = hp.prompt
     elif str(hp.prompt_file) == "-":
         text = sys.stdin.read()
@@ -102,7 +102,7 @@ def read_prompt(hp: SimpleNamespace) -> str:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt_file {hp.prompt_file}: cannot be read ({error})") from None
     if not text:
-        raise UsageError("--prompt: is empty")
+        raise UsageError("--prompt_file: is empty")
     return text
 
 
@@ -112,11 +112,13 @@ def sampling_options(hp: SimpleNamespace, model: GPT) -> dict[str, Any]:
     return {"temperature": hp.temperature, "top_k": hp.top_k, "top_p": hp.top_p, "generator": generator}
 
 
-def answer(hp: SimpleNamespace, model: GPT, tokenizer: Tokenizer, style: PromptStyle) -> None:
+def answer(hp: SimpleNamespace, text: str, model: GPT, tokenizer: Tokenizer, style: PromptStyle) -> None:
     """Print `num_samples` answers to the prompt as they come: the text on stdout, figures on stderr."""
-    prompt = style.encode_prompt(instruction_messages(read_prompt(hp), hp.input), tokenizer)
+    prompt = style.encode_prompt(instruction_messages(text, hp.input), tokenizer)
     if not prompt:
         raise UsageError("--prompt: holds no tokens")
+    if max(prompt) >= model.config.padded_vocab_size:
+        raise UserError(f"the tokenizer gives the id {max(prompt)}, which the model's embedding does not have")
     options = sampling_options(hp, model)
     for _ in range(hp.num_samples):
         clock = Clock()

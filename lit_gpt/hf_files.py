@@ -54,7 +54,10 @@ def shard_paths(folder: Path) -> list[Path]:
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         index = folder / f"{stem}{suffix}.index.json"
         if index.is_file():
-            paths = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise UserError(f"{index}: expected a weight_map that names the shards; download it again")
+            paths = [folder / name for name in sorted(set(weight_map.values()))]
         elif (folder / (stem + suffix)).is_file():
             paths = [folder / (stem + suffix)]
         else:
@@ -114,11 +117,18 @@ def convert(checkpoint_dir: Path, hf: StoredWeights, dtype: torch.dtype | None =
         row.lit: torch.empty(row.shape, dtype=dtype or widest([hf.dtype(name) for name in row.hf]), device="meta")
         for row in weights.rows(config)
     }
-    (folder / "lit_config.json").unlink(missing_ok=True)  # until both are there, the folder is not converted
-    checkpoint.write_streamed(folder / "lit_model.pth", layout, weights.to_lit(config, hf))
+    checkpoint.write_streamed(folder / "lit_model.pth", layout, in_range(layout, weights.to_lit(config, hf)))
     with checkpoint.atomic(folder / "lit_config.json") as temporary:
         temporary.write_text(config.to_json())
     return config
+
+
+def in_range(layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Pass tensors on that their dtype in the layout can hold; float16 ends at 65504."""
+    for name, tensor in tensors:
+        if layout[name].dtype == torch.float16 != tensor.dtype and tensor.abs().max() > torch.finfo(torch.float16).max:
+            raise UserError(f"{name}: holds values beyond float16; convert with --dtype bf16")
+        yield name, tensor
 
 
 def widest(dtypes: list[torch.dtype]) -> torch.dtype:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lit_gpt import checkpoint
 from lit_gpt.config import Config
-from lit_gpt.errors import UsageError
+from lit_gpt.errors import UsageError, UserError
 from lit_gpt.model import GPT
 from lit_gpt.variants import train_only_what_is_attached
 
@@ -129,6 +129,8 @@ def merge(model: GPT) -> GPT:
     """Fold the updates into the base's weights, in place, and unwrap it."""
     config = merged_config(model)
     for path, layer in lora_layers(model).items():
+        if not isinstance(layer.linear, nn.Linear):
+            raise UserError(f"LoRA cannot be merged into {path}, which another method has changed; leave it apart")
         layer.linear.weight = nn.Parameter(layer.merged(), requires_grad=False)
         model.set_submodule(path, layer.linear)
     model.config = config

@@ -4,6 +4,7 @@ Finetuning methods attach from outside: by wrapping linear layers and norms, or 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -213,10 +214,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, window: int | None, segments: Segments) -> Tensor:
     """Causal attention within each sample of a packed row; shapes as in `attend`, with B = 1 and S = T."""
-    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):  # what flash attention computes in
+    if flash_takes(q):
         return attend_varlen(q, k, v, window, segments)
     parts = zip(*(x.split(segments.lengths, dim=2) for x in (q, k, v)), strict=True)
     return torch.cat([attend(*part, window) for part in parts], dim=2)
+
+
+def flash_takes(q: Tensor) -> bool:
+    """Whether flash attention computes in this dtype, head size and on this device."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.size(-1) % 8 or q.size(-1) > 256:
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, window: int | None, segments: Segments) -> Tensor:
@@ -231,12 +239,19 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, window: int | None, segments:
     return y.transpose(0, 1).unsqueeze(0)
 
 
+def activation(config: Config) -> Callable[[Tensor], Tensor]:
+    if config.activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise UserError(f"config.json: the activation '{config.activation}' is not supported; expected one of {known}")
+    return ACTIVATIONS[config.activation]
+
+
 class GptNeoxMLP(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.fc = nn.Linear(config.n_embd, config.intermediate_size, bias=config.bias)
         self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = activation(config)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(self.activation(self.fc(x)))
@@ -249,7 +264,7 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_up = nn.Linear(config.n_embd, 2 * config.intermediate_size, bias=config.bias)
         self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = activation(config)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
@@ -315,7 +330,10 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
             raise UserError(
                 f"config.json: rope_type '{scaling['rope_type']}' is not supported; expected one of {known}"
             )
-        return ROPE_SCALING[scaling["rope_type"]](frequencies, scaling, config)
+        try:
+            return ROPE_SCALING[scaling["rope_type"]](frequencies, scaling, config)
+        except KeyError as missing:
+            raise UserError(f"config.json: rope_type '{scaling['rope_type']}' needs the field {missing}") from None
 
 
 def rope_linear(frequencies: Tensor, scaling: dict, config: Config) -> tuple[Tensor, float]:

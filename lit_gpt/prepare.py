@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lit_gpt import data
-from lit_gpt.checkpoint import check_checkpoint_dir
+from lit_gpt.checkpoint import check_checkpoint_dir, check_new
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.hf_files import read_json
@@ -83,6 +83,7 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
 
 def csv_rows(path: Path) -> Iterator[Row]:
     with open(path, encoding="utf-8-sig", newline="") as file:
+        csv.field_size_limit(2**31 - 1)
         reader = csv.DictReader(file)
         for row in reader:
             where = f"{path}: line {reader.line_num}"
@@ -116,7 +117,7 @@ def to_messages(where: str, row: dict[str, Any], hp: SimpleNamespace) -> list[Me
         if not isinstance(value or "", str):
             raise UserError(f"{where}: the field '{column}' is {type(value).__name__}, expected text")
         fields.append(value or "")
-    return instruction_messages(*fields)
+    return check_text(where, instruction_messages(*fields))
 
 
 def check_messages(where: str, messages: Any) -> list[Message]:
@@ -125,6 +126,15 @@ def check_messages(where: str, messages: Any) -> list[Message]:
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise UserError(f'{where}: expected each message as {{"role": text, "content": text}}')
+    return check_text(where, messages)
+
+
+def check_text(where: str, messages: list[Message]) -> list[Message]:
+    for message in messages:
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of an emoji
+            raise UserError(f"{where}: holds text that is not Unicode ({error.reason})") from None
     return messages
 
 
@@ -140,6 +150,7 @@ def prepare(hp: SimpleNamespace, rows: list[Row], validation_rows: list[Row] | N
         UserError: unusable rows, or rows without a supervised token. Nothing is written then.
     """
     check_checkpoint_dir(hp.checkpoint_dir, converted=False)
+    check_new(hp.destination_path)
     tokenizer = Tokenizer(hp.checkpoint_dir)
     style = PromptStyle.from_name(hp.prompt_style, tokenizer)
     block_size = Config.from_hf(read_json(hp.checkpoint_dir / "config.json")).block_size

@@ -56,6 +56,15 @@ STYLES = {
 
 
 @dataclass(frozen=True)
+class Answer:
+    """Where an assistant's turn lies in a conversation's tokens: from its first token to its end token, exclusive."""
+
+    start: int
+    stop: int
+    displaced: bool  # the tokens before it are not those that generation would see
+
+
+@dataclass(frozen=True)
 class PromptStyle:
     """How messages become text, and which tokens end an answer."""
 
@@ -135,27 +144,18 @@ class PromptStyle:
         """Token ids up to where the assistant answers."""
         return self._encode(self.render(messages, tokenizer, answer=True), tokenizer)
 
-    def encode_sample(
-        self, messages: list[Message], tokenizer: Tokenizer, mask_inputs: bool = True
-    ) -> tuple[list[int], list[bool]]:
-        """Token ids of a conversation and which of them are supervised.
-
-        The text is tokenized once, whole. With `mask_inputs` the assistant's turns are supervised, each from its first
-        token to its end token; else everything is.
-        """
-        ids = self._encode(self.render(messages, tokenizer), tokenizer)
-        if not mask_inputs:
-            return ids, [True] * len(ids)
-        supervised = [False] * len(ids)
+    def encode_sample(self, messages: list[Message], tokenizer: Tokenizer) -> tuple[list[int], list[Answer]]:
+        """Token ids of a conversation, tokenized once and whole, and where in them each assistant's turn lies."""
+        ids, answers = self._encode(self.render(messages, tokenizer), tokenizer), []
         for turn, message in enumerate(messages):
             if message["role"] == "assistant":
-                start = common_prefix(ids, self.encode_prompt(messages[:turn], tokenizer))
+                prompt = self.encode_prompt(messages[:turn], tokenizer)
+                start = common_prefix(ids, prompt)
                 stop = common_prefix(ids, self._encode(self.render(messages[: turn + 1], tokenizer), tokenizer))
                 # what a template writes after the end token is never generated
                 ends = [i for i in range(start, stop) if ids[i] in self.stop_ids]
-                stop = ends[-1] + 1 if ends else stop
-                supervised[start:stop] = [True] * (stop - start)
-        return ids, supervised
+                answers.append(Answer(start, ends[-1] + 1 if ends else stop, displaced=start < len(prompt)))
+        return ids, answers
 
     def _encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
         return tokenizer.encode(text, bos=False if self.own_bos else None).tolist()
@@ -168,9 +168,8 @@ class PromptStyle:
         stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         closing = whole[len(prompt) :].lstrip().removeprefix("b") if whole.startswith(prompt) else ""
         if closing:
-            first = tokenizer.encode(closing, bos=False)[:1]
-            if tokenizer.decode(first) == "":  # skipped in decoding: a special token
-                stops += first.tolist()
+            first = int(tokenizer.encode(closing, bos=False)[0])
+            stops += [first] if tokenizer.is_added(first) else []
         return tuple(dict.fromkeys(stops))
 
 

@@ -116,6 +116,10 @@ class Tokenizer:
         """The id of a token, spelled as in the vocabulary, or None."""
         return self._tokens.token_to_id(token)
 
+    def is_added(self, token: int) -> bool:
+        """Whether an id is of a token that was added to the vocabulary, such as an end of turn."""
+        return token in self._added
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over all that decides the ids; the same for a copy in another folder."""

@@ -56,6 +56,8 @@ def finetune(
         UsageError: flags that contradict each other.
         UserError: checkpoint, data or out_dir cannot be used.
     """
+    if hp.out_dir.resolve() == hp.checkpoint_dir.resolve():
+        raise UsageError(f"--out_dir {hp.out_dir}: is the base's own folder; choose another")
     fabric = devices.launch(hp)
     check_batch(hp, fabric.world_size)
     checkpoint.check_checkpoint_dir(hp.checkpoint_dir)
@@ -71,7 +73,8 @@ def finetune(
     config, dtype = Config.from_checkpoint(hp.checkpoint_dir), checkpoint.DTYPES[hp.precision]
     stored = torch.float32 if whole_model else dtype
     identity = {"base": checkpoint.fingerprint(base), "data": train.fingerprint, "settings": settings}
-    torch.manual_seed(hp.seed)
+    check_vocabulary(config, train, validation)
+    torch.manual_seed(hp.seed % 2**63)
     model = attach(checkpoint.build(config, base, stored, devices.place_to_build(hp, fabric), hp.checkpoint_dir))
     if hp.activation_checkpointing:
         recompute_blocks(model)
@@ -121,11 +124,21 @@ def check_batch(hp: SimpleNamespace, world_size: int) -> None:
 
 def check_lengths(hp: SimpleNamespace, *splits: data.Dataset) -> None:
     longest = max(max(split.lengths) for split in splits)
-    limit = hp.max_seq_length or Config.from_checkpoint(hp.checkpoint_dir).block_size
+    block_size = Config.from_checkpoint(hp.checkpoint_dir).block_size
+    limit = min(hp.max_seq_length or block_size, block_size)
     if longest > limit:
         raise UserError(
             f"--data_dir {hp.data_dir}: holds samples of up to {longest} tokens, more than --max_seq_length {limit}; "
             f"prepare it again with --max_seq_length {limit}"
+        )
+
+
+def check_vocabulary(config: Config, *splits: data.Dataset) -> None:
+    largest = max(int(split.tokens.max()) for split in splits)
+    if largest >= config.padded_vocab_size:
+        raise UserError(
+            f"the tokenizer gives the id {largest}, but the model's embedding has {config.padded_vocab_size} rows; "
+            "are both of the same checkpoint?"
         )
 
 
@@ -273,7 +286,9 @@ class Run:
             }
             if self.fabric.global_rank == 0:
                 checkpoint.save(self.hp.out_dir / "state" / f"step_{self.step:08d}.pth", contents)
-                for old in state_paths(self.hp)[self.hp.keep :]:
+                for old in [path for path in state_paths(self.hp) if path.stem <= f"step_{self.step:08d}"][
+                    self.hp.keep :
+                ]:
                     old.unlink()
             self.fabric.barrier()
 
@@ -283,7 +298,8 @@ class Run:
         Raises:
             UserError: the state is of a run with other hyperparameters, base or data.
         """
-        for path in state_paths(self.hp) if self.hp.resume == "auto" else ():
+        paths = self.fabric.broadcast(state_paths(self.hp)) if self.hp.resume == "auto" else []
+        for path in paths:
             try:
                 state = checkpoint.load(path, mmap=False)
             except UserError as error:
@@ -296,6 +312,8 @@ class Run:
             self.records.go_on(self.step, state["progress"])
             self.fabric.print(f"resumed after step {self.step} from {path}")
             return
+        if paths:
+            raise UserError(f"{self.hp.out_dir / 'state'}: none of its states is readable; choose another --out_dir")
         self.records.start()
 
 
@@ -309,6 +327,8 @@ def fixed(hp: SimpleNamespace) -> dict[str, Any]:
 
 
 def refuse_other_run(path: Path, state: dict, hp: SimpleNamespace, identity: dict) -> None:
+    if state["format_version"] != checkpoint.FORMAT_VERSION:
+        raise UserError(f"{path}: format version {state['format_version']}, expected {checkpoint.FORMAT_VERSION}")
     for name, value in fixed(hp).items():
         before = state["hyperparameters"].get(name)
         if before != value:
@@ -322,7 +342,7 @@ def refuse_other_run(path: Path, state: dict, hp: SimpleNamespace, identity: dic
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Random numbers depend on the step alone, so that nothing between steps disturbs them, nor resuming."""
-    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + rank) % 2**63)
 
 
 def rank_rows(

@@ -99,8 +99,6 @@ def check_names(config: Config, stored: set[str]) -> None:
 
     derived = family_of_config(config).DERIVED
     named = {hf for row in rows(config) for hf in row.hf}
-    if config.tie_embeddings:
-        derived = (*derived, _head(config))  # transformers does not read it either
     missing = sorted(named - stored)
     leftover = sorted(name for name in stored - named if not any(fnmatch(name, pattern) for pattern in derived))
     if missing:
@@ -114,14 +112,10 @@ def check_names(config: Config, stored: set[str]) -> None:
 def as_stored(config: Config, hf: Mapping[str, Tensor]) -> Config:
     """The Config with head and embedding apart if the file holds both, though config.json ties them.
 
-    Falcon's published files do; kept apart they have the published number of parameters. A stored head that differs
-    from the embedding it should equal is left out, as transformers does.
+    Falcon's published files do. Kept apart, they have the published number of parameters, and a head that differs is
+    not lost; transformers 5 does not tie it then either.
     """
-    if not config.tie_embeddings or _head(config) not in hf:
-        return config
-    apart = replace(config, tie_embeddings=False)
-    embedding = next(row.hf[0] for row in rows(config) if row.lit == "wte.weight")
-    return apart if torch.equal(hf[_head(config)], hf[embedding]) else config
+    return replace(config, tie_embeddings=False) if config.tie_embeddings and _head(config) in hf else config
 
 
 def _head(config: Config) -> str:

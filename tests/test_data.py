@@ -30,15 +30,9 @@ def tokenizer(llama) -> Tokenizer:
 
 def supervised_text(style: PromptStyle, tokenizer: Tokenizer, messages) -> list[str]:
     """The stretches of text that are supervised."""
-    ids, supervised = style.encode_sample(messages, tokenizer)
-    spans, span = [], []
-    for token, learnt in zip([*ids, 0], [*supervised, False], strict=True):
-        if learnt:
-            span.append(token)
-        elif span:
-            spans.append(tokenizer.decode(span, skip_special_tokens=False))
-            span = []
-    return spans
+    ids, answers = style.encode_sample(messages, tokenizer)
+    assert not any(answer.displaced for answer in answers)
+    return [tokenizer.decode(ids[answer.start : answer.stop], skip_special_tokens=False) for answer in answers]
 
 
 @pytest.mark.parametrize("name", STYLES)
@@ -53,8 +47,8 @@ def test_generation_sees_what_training_saw(tokenizer, name):
     """The prompt's tokens are the beginning of the sample's, up to the first supervised one."""
     style = PromptStyle.from_name(name, tokenizer)
     messages = instruction_messages("the cat", "a dog", "the task")
-    ids, supervised = style.encode_sample(messages, tokenizer)
-    assert style.encode_prompt(messages[:1], tokenizer) == ids[: supervised.index(True)]
+    ids, answers = style.encode_sample(messages, tokenizer)
+    assert style.encode_prompt(messages[:1], tokenizer) == ids[: answers[0].start]
 
 
 def test_alpaca_puts_the_input_apart(tokenizer):
@@ -162,9 +156,33 @@ def test_audit_counts_what_happens(cli, llama, tmp_path):
 
 
 def test_unmasked_inputs_are_supervised(cli, llama, tmp_path):
-    cli("scripts/prepare_json.py", checkpoint_dir=llama, json_path=write_rows(tmp_path / "r.jsonl"), mask_inputs=False,
-        destination_path=tmp_path / "d")  # fmt: skip
-    assert load_file(tmp_path / "d" / "train.safetensors")["supervised"].all()
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content + eos_token + '\n' }}{% endfor %}")
+    flags = {"checkpoint_dir": llama, "json_path": write_rows(tmp_path / "r.jsonl")}
+    flags["prompt_style"] = tmp_path / "t.jinja"
+    cli("scripts/prepare_json.py", **flags, mask_inputs=False, destination_path=tmp_path / "d")
+    cli("scripts/prepare_json.py", **flags, destination_path=tmp_path / "e")
+    audits = [json.loads((tmp_path / n / "data.json").read_text())["audit"]["train"] for n in "de"]
+    assert (
+        audits[0]["tokens_supervised"] == audits[0]["tokens"] - audits[0]["rows_kept"] > audits[1]["tokens_supervised"]
+    )
+    assert audits[0]["rows_without_end_token"] == 0  # what follows the end token does not count
+    unmasked, masked = (data.Dataset(tmp_path / n, "train") for n in "de")
+    assert unmasked.supervised.all() and unmasked.fingerprint != masked.fingerprint
+
+
+def test_a_template_that_moves_text_is_reported(cli, llama, tmp_path):
+    """As Mistral's, which puts the system prompt into the last question: answers that do not follow what they would."""
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' and loop.revindex <= 2 %}"
+        "{{ messages[0].content }}{% endif %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
+    )
+    rows = write_rows(tmp_path / "r.jsonl", [{"messages": CHAT}] * 4)
+    result = cli("scripts/prepare_json.py", checkpoint_dir=llama, json_path=rows, destination_path=tmp_path / "d",
+                 prompt_style=template)  # fmt: skip
+    assert result.code == 0
+    audit = json.loads((tmp_path / "d" / "data.json").read_text())["audit"]["train"]
+    assert audit["answers_after_another_prompt"] == 3
 
 
 @pytest.mark.parametrize(
@@ -181,6 +199,7 @@ def test_unmasked_inputs_are_supervised(cli, llama, tmp_path):
         ("r.json", "[{]", ["line 1", "not JSON"]),
         ("r.csv", "instruction,output\na,b,c\n", ["line 2", "2 columns"]),
         ("r.csv", "instruction,output\n", ["holds no rows"]),
+        ("r.jsonl", '{"instruction": "a", "output": "\\ud83d"}\n' * 2, ["line 1", "not Unicode"]),
         ("r.txt", "a", [".jsonl"]),
         ("r.jsonl", '{"instruction": "a", "output": "b"}\n', ["leaves none"]),
     ],

@@ -81,18 +81,20 @@ def test_shards_of_both_kinds(tmp_path, suffix):
     assert {t.dtype for t in load_state(tmp_path).values()} == {torch.float16}
 
 
-def test_head_stored_beside_a_tied_embedding(tmp_path):
-    """As Falcon's published files have it: kept apart when equal, left out (as transformers does) when not."""
-    model = tiny_hf_model("falcon", "7b")
-    model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("differs", [False, True])
+def test_head_stored_beside_a_tied_embedding(tmp_path, differs):
+    """As Falcon's published files have it. transformers uses the stored head too, and so does what is exported."""
+    tiny_hf_model("falcon", "7b").save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    head = tensors["transformer.word_embeddings.weight"]
-    for stored, tied in ((head.clone(), False), (head + 1, True)):
-        save_file(tensors | {"lm_head.weight": stored}, tmp_path / "model.safetensors")
-        config = hf_files.convert(tmp_path, hf_files.StoredWeights(tmp_path))
-        assert config.tie_embeddings is tied and ("lm_head.weight" in load_state(tmp_path)) is not tied
+    head = tensors["transformer.word_embeddings.weight"] + (0.1 * torch.randn(96, 64) if differs else 0)
+    save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = hf_files.convert(tmp_path, hf_files.StoredWeights(tmp_path))
+    assert not config.tie_embeddings
+    hf_files.export(tmp_path, tmp_path / "hf", load_state(tmp_path))
+    for folder in (tmp_path, tmp_path / "hf"):
+        theirs = AutoModelForCausalLM.from_pretrained(folder)
         with torch.no_grad():
-            assert off(GPT.from_checkpoint(tmp_path)(tokens(model)), model(tokens(model)).logits) < TOLERANCE
+            assert off(GPT.from_checkpoint(tmp_path)(tokens(theirs)), theirs(tokens(theirs)).logits) < TOLERANCE
 
 
 # Parameters as published, or as the sum of the tensors in the published files.
@@ -149,7 +151,7 @@ def test_unknown_names():
 
 
 def test_older_names_of_config_fields():
-    """As transformers 4 wrote them, and the first releases of Falcon."""
+    """As transformers 4 wrote them; and a family's default where neither old nor new field is there."""
     llama = dict(model_type="llama", num_hidden_layers=1, num_attention_heads=2, hidden_size=8, intermediate_size=8,
                  vocab_size=9, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})  # fmt: skip
     config = Config.from_hf(llama)
@@ -157,11 +159,8 @@ def test_older_names_of_config_fields():
     neox = dict(llama, model_type="gpt_neox", rotary_pct=0.5, rotary_emb_base=2e4, rope_scaling=None)
     del neox["rope_theta"]
     assert Config.from_hf(neox).rotary_percentage == 0.5 and Config.from_hf(neox).rope_base == 2e4
-    old = dict(model_type="RefinedWeb", n_layer=1, n_head=8, n_head_kv=2, hidden_size=64, vocab_size=9)
-    config = Config.from_hf(old)
-    assert (config.n_query_groups, config.parallel_residual, config.shared_attention_norm) == (2, True, False)
-    config = Config.from_hf(dict(old, model_type="RefinedWebModel", multi_query=True))
-    assert (config.n_query_groups, config.shared_attention_norm) == (1, True)
+    del neox["rotary_pct"]
+    assert Config.from_hf(neox | {"rope_parameters": {"rope_theta": 1e4}}).rotary_percentage == 0.25
 
 
 def test_unknown_rope_scaling_is_refused():

@@ -100,6 +100,8 @@ BAD_DOWNLOADS = {
         lambda d: (d / hf_files.INDEX).write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
         ["model-00001-of-00002.safetensors", "missing"],
     ),
+    "broken index": (lambda d: (d / hf_files.INDEX).write_text('{"weight'), [hf_files.INDEX, "not a readable JSON"]),
+    "activation": (lambda d: edit_json(d / "config.json", hidden_act="relu6"), ["activation 'relu6'", "silu"]),
     "rope": (
         lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "dynamic", "factor": 2}),
         ["rope_type 'dynamic'"],
@@ -144,6 +146,7 @@ BAD_CHECKPOINTS = {
     "other config": (lambda d: edit_json(d / "lit_config.json", n_layer=3), ["lit_model.pth", "lacks h.2"]),
     "other sizes": (lambda d: edit_json(d / "lit_config.json", intermediate_size=16), ["does not fit", "mlp"]),
     "unknown field": (lambda d: edit_json(d / "lit_config.json", flavour=1), ["lit_config.json", "flavour"]),
+    "not only tensors": (lambda d: torch.save({"a": 1}, d / "lit_model.pth"), ["holds more than tensors"]),
     "tensor list": (lambda d: torch.save([torch.ones(1)], d / "lit_model.pth"), ["expected a dictionary"]),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), ["tokenizer"]),
 }

@@ -123,7 +123,7 @@ def wait_for_step(process: subprocess.Popen, out_dir: Path, step: int) -> None:
 
 
 def test_a_truncated_state_is_never_taken_for_whole(cli, flags):
-    """The state before it is used; with none left the run begins anew. The end is the same."""
+    """The state before it is used, and the end is the same; with none left nothing is overwritten."""
     cli(SCRIPT, **flags)
     whole = final(flags["out_dir"])
     newest, before = sorted((flags["out_dir"] / "state").iterdir(), reverse=True)
@@ -134,6 +134,11 @@ def test_a_truncated_state_is_never_taken_for_whole(cli, flags):
         result = cli(SCRIPT, **flags | {"resume": "auto"})
         assert result.code == 0 and f"resumed after step {STEPS - 1}" in result.out, result.out
         assert identical(final(flags["out_dir"]), whole)
+    before_metrics = (flags["out_dir"] / "metrics.csv").read_bytes()
+    for path in (newest, before):
+        path.write_bytes(b"")
+    cli(SCRIPT, **flags | {"resume": "auto"}).refused("none of its states is readable")
+    assert (flags["out_dir"] / "metrics.csv").read_bytes() == before_metrics
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -188,6 +193,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(cli, flags, llama):
         ({"data_dir": "nowhere"}, ["--data_dir nowhere", "prepare_alpaca"], 1),
         ({"checkpoint_dir": "nowhere"}, ["--checkpoint_dir nowhere", "no such folder"], 1),
         ({"out_dir": "/proc/x"}, ["/proc/x"], 1),
+        ({"lora": 8}, ["unknown flag --lora;"], 2),
         ({"config": "nowhere.json"}, ["--config nowhere.json"], 2),
     ],
 )

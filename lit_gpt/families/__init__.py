@@ -77,4 +77,6 @@ def rope(hf: dict[str, Any], base: str = "rope_theta", percentage: str = "partia
 
 def activation(name: str) -> str:
     """The key of lit_gpt.model.ACTIVATIONS for transformers' name of an activation."""
-    return "gelu_tanh" if name in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh") else name
+    return {"swish": "silu", **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh")}.get(
+        name, name
+    )

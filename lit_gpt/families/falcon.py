@@ -7,7 +7,7 @@ from lit_gpt.errors import UserError
 from lit_gpt.families import activation, rope
 from lit_gpt.weights import Grouped, Table
 
-MODEL_TYPES = ("falcon", "RefinedWebModel", "RefinedWeb")
+MODEL_TYPES = ("falcon",)
 DERIVED = ("*.self_attention.rotary_emb.inv_freq",)
 
 _7B = dict(
@@ -31,14 +31,12 @@ PRESETS = {
 def config(hf: dict[str, Any]) -> dict[str, Any]:
     if hf.get("alibi"):
         raise UserError("config.json: 'alibi': true is not supported; expected a Falcon with rotary embeddings")
-    n_head = hf.get("num_attention_heads") or hf["n_head"]
-    # the first 40B release says RefinedWeb where later files say new_decoder_architecture
-    grouped = hf.get("new_decoder_architecture", hf["model_type"] == "RefinedWeb")
-    kv_heads = hf.get("num_kv_heads") or hf.get("n_head_kv") or n_head
+    n_head, grouped = hf["num_attention_heads"], hf.get("new_decoder_architecture", False)
+    kv_heads = hf.get("num_kv_heads") or n_head
     parallel = hf.get("parallel_attn", True) or grouped
     bias = hf.get("bias", False)
     return {
-        "n_layer": hf.get("num_hidden_layers") or hf["n_layer"],
+        "n_layer": hf["num_hidden_layers"],
         "n_head": n_head,
         "n_embd": hf["hidden_size"],
         "n_query_groups": kv_heads if grouped else 1 if hf.get("multi_query", True) else n_head,

@@ -43,9 +43,6 @@ PRESETS = {
 def config(hf: dict[str, Any]) -> dict[str, Any]:
     bias = hf.get("attention_bias", True)
     parallel = hf.get("use_parallel_residual", True)
-    fields = rope(hf, base="rotary_emb_base", percentage="rotary_pct")
-    if "rope_parameters" not in hf and "rotary_pct" not in hf:
-        fields["rotary_percentage"] = 0.25  # the family's default
     return {
         "n_layer": hf["num_hidden_layers"],
         "n_head": hf["num_attention_heads"],
@@ -60,7 +57,7 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
         "qkv_bias": bias,
         "proj_bias": bias,
         "tie_embeddings": hf.get("tie_word_embeddings", False),
-        **fields,
+        **rope({"rotary_pct": 0.25} | hf, base="rotary_emb_base", percentage="rotary_pct"),  # the family's default
     }
 
 
