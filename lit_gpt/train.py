@@ -201,6 +201,7 @@ class Run:
     def fit(self) -> bool:
         """Train to the last step. False if a signal stopped the run before that, its state saved."""
         hp, records, steps = self.hp, self.records, self.schedule.steps
+        self.rehearse()
         if self.step == 0:
             records.write({"step": 0, "tokens": 0, "val_loss": self.evaluate()})
         with records.watch(self.step, steps), StopSignals(self.fabric) as signals:
@@ -219,6 +220,22 @@ class Run:
                     self.fabric.print(f"stopped after step {self.step}; the same command with --resume auto goes on")
                     return False
         return True
+
+    def rehearse(self) -> None:
+        """Forward and backward on the longest packed row of an epoch: what runs out of memory does so before step 1."""
+        lengths, size = self.train.lengths, (self.hp.micro_batch_size, self.hp.micro_batch_tokens)
+        longest: list[int] = []
+        for step in range(min(self.schedule.steps, math.ceil(len(lengths) / self.hp.batch_size))):
+            indices = data.step_samples(len(lengths), self.hp.batch_size, self.hp.seed, step, self.schedule.samples)
+            share = indices[self.fabric.global_rank :: self.fabric.world_size]
+            rows = [longest, *data.micro_batches(share, lengths, *size)]
+            longest = max(rows, key=lambda row: sum(lengths[i] for i in row))
+        row = data.pack([self.train[i] for i in longest or [0]]).to(self.fabric.device)
+        self.wrapped.train()
+        with self.arithmetic():
+            loss = self.wrapped(row.idx, segments=row.segments, targets=row.targets)
+        self.fabric.backward(loss)
+        self.optimizer.zero_grad()
 
     def optimize(self) -> tuple[Tensor, int]:
         """One optimizer step: the gradient of the mean over all supervised tokens of the global batch.

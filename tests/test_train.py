@@ -275,3 +275,24 @@ def test_two_processes_train_as_one(cli, flags, strategy):
     assert all(
         torch.allclose(weights[name], tensor, rtol=1e-3, atol=1e-5) for name, tensor in final(two["out_dir"]).items()
     )
+
+
+def test_memory_runs_out_before_the_first_step(cli, flags, monkeypatch, data_dir):
+    """The longest packed row is met first, not by chance in the middle of the run."""
+    from lit_gpt import data
+
+    lengths, packed = data.Dataset(data_dir, "train").lengths, []
+
+    def pack(samples):
+        packed.append(sum(len(sample.tokens) for sample in samples))
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr(data, "pack", pack)
+    cli(SCRIPT, **flags).refused("out of memory", "--micro_batch_tokens")
+    monkeypatch.undo()
+    rows = [
+        sum(lengths[i] for i in row)
+        for step in range(3)
+        for row in data.micro_batches(data.step_samples(16, 6, 1337, step, 72), lengths, 3, 0)
+    ]
+    assert packed == [max(rows)] and not (flags["out_dir"] / "state").exists()
