@@ -53,8 +53,8 @@ def spoken_times(time: str) -> list[str]:
     ways += {
         0: [f"{words[hour]} o'clock", f"{hour} o'clock", f"{hour} pm"],
         15: [f"quarter past {words[hour]}", f"{words[hour]} fifteen"],
-        30: [f"half past {words[hour]}", f"{words[hour]} thirty"],
-        45: [f"quarter to {words[hour + 1]}", f"{words[hour]} forty-five"],
+        30: [f"half past {words[hour]}", f"half past {hour}", f"{words[hour]} thirty"],
+        45: [f"quarter to {words[hour + 1]}", f"quarter to {hour + 1}"],
     }[minute]
     return ways
 
@@ -104,14 +104,20 @@ def test_compare_counts_each_side():
     assert result["rows"][0] == {"output": "a", "before": "x", "after": "a"}
 
 
-def test_screen_fits_80_columns(capsys, tmp_path):
+def test_screen_fits_80_columns(capsys):
     result = quickstart.compare(TEST, ['{\n  "name": "' + "so " * 50] * len(TEST), [row["output"] for row in TEST])
     quickstart.show(result | {"training": {"tokens": 40000, "seconds": 150.4}})
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) < 80
-    assert out.count("wrong  {") == out.count("right  {") == 3
-    assert TEST[0]["output"] in out
-    assert "after 100.0 %" in out
+    assert out.count("before {") == 3
+    assert all(f"after  {row['output']}" in out for row in TEST[:3])
+    assert "after  100.0 %" in out
+
+
+def test_screen_shows_what_was_wanted_where_the_answer_is_wrong(capsys):
+    result = quickstart.compare(TEST, ["?"] * len(TEST), ["{}", *(row["output"] for row in TEST[1:])])
+    quickstart.show(result | {"training": {"tokens": 1, "seconds": 1}})
+    assert capsys.readouterr().out.count("wanted") == 1
 
 
 def test_command_is_printed_so_that_a_shell_runs_it(capfd, tmp_path):
