@@ -152,7 +152,7 @@ def answers(rows: list[Row], path: Path, checkpoint_dir: Path, lora_path: Path |
     else:
         model = GPT.from_checkpoint(checkpoint_dir, **place)
     saved = {}
-    for row in tqdm(rows, desc=path.stem, unit="message"):
+    for row in tqdm(rows, desc=path.stem, unit="message", disable=None):
         prompt = style.encode_prompt(instruction_messages(row["instruction"], row["input"]), tokenizer)
         ids = generate(model, prompt, ANSWER_TOKENS, temperature=0, stop_ids=style.stop_ids)
         saved[row["input"]] = tokenizer.decode(list(ids))
