@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
 LAYOUTS = [(family.__name__.rpartition(".")[2], name) for family in families() for name in family.tiny_hf()]
 torch.set_num_threads(1)  # two test processes on two cores
+# A shell's background job ignores SIGINT, and so would what the tests start from there.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tiny_hf_model(family: str, layout: str, **fields) -> torch.nn.Module:
