@@ -9,7 +9,7 @@ hyperparameters.json and loss.png.
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 from lit_gpt.cli import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, run
 
@@ -21,10 +21,12 @@ resume: Literal["no", "auto"] = "no"  # auto: go on from the newest state in out
 adapter_prompt_length: PositiveInt = 10  # learned vectors that each adapted layer attends to
 adapter_start_layer: NonNegativeInt = 2  # first layer that is adapted, from 0
 # optimization
-learning_rate: PositiveFloat = 9e-3  # peak learning rate, reached after warmup_steps; falls to 0 along a cosine
+learning_rate: PositiveFloat = 9e-3  # peak learning rate, reached after warmup_steps
 weight_decay: NonNegativeFloat = 0.02  # decoupled, of what trains
 warmup_steps: NonNegativeInt = 100  # steps in which the learning rate rises linearly
-optimizer: Literal["adamw", "sgd"] = "adamw"  # what takes the steps
+optimizer: str = "adamw"  # adamw, sgd, adamw8bit, paged_adamw8bit, or another's full name: package.Class
+optimizer_args: dict[str, Any] = {}  # its further arguments, as JSON: '{"betas": [0.9, 0.95]}'
+schedule: Literal["cosine", "constant"] = "cosine"  # the learning rate after the warmup
 epochs: PositiveInt = 1  # times through the data
 max_steps: PositiveInt | None = None  # stop after this many optimizer steps instead of epochs
 batch_size: PositiveInt = 128  # samples per optimizer step, over all devices
@@ -36,7 +38,9 @@ seed: NonNegativeInt = 1337  # of initialization and data order
 precision: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights and the arithmetic; what trains is fp32
 devices: PositiveInt = 1  # on each node
 num_nodes: PositiveInt = 1  # machines
-strategy: Literal["auto", "ddp", "fsdp"] = "auto"  # how devices share the work
+strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"  # how devices share the work
+zero_stage: Literal[2, 3] = 2  # deepspeed: 2 shares out gradients and optimizer state, 3 weights too
+zero_offload: bool = False  # deepspeed: keep that in host memory
 activation_checkpointing: bool = False  # keep only each block's input for the backward pass: less memory, slower
 # watching
 log_interval: PositiveInt = 1  # steps between rows of metrics.csv
@@ -44,18 +48,20 @@ eval_interval: PositiveInt = 100  # steps between validations
 eval_samples: PositiveInt | None = 200  # validate on this many samples (null: all)
 sample_tokens: NonNegativeInt = 50  # length of the answer shown at each validation
 save_interval: PositiveInt = 100  # steps between resume states
-keep: PositiveInt = 2  # resume states kept
+keep: PositiveInt = 2  # newest resume states kept, besides the one with the best validation loss
+
+
+def method(hp: SimpleNamespace) -> Any:
+    from lit_gpt import adapter
+    from lit_gpt.variants import Method
+
+    return Method.of(adapter, adapter.AdapterConfig(hp.adapter_prompt_length, hp.adapter_start_layer))
 
 
 def main(hp: SimpleNamespace) -> None:
-    from dataclasses import asdict
-    from functools import partial
-
-    from lit_gpt import adapter
     from lit_gpt.train import finetune
 
-    config = adapter.CONFIG(hp.adapter_prompt_length, hp.adapter_start_layer)
-    finetune(hp, adapter.METHOD, attach=partial(adapter.attach, config=config), settings=asdict(config))
+    finetune(hp, method(hp))
 
 
 if __name__ == "__main__":

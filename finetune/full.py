@@ -8,7 +8,7 @@ Writes a checkpoint folder like the base's, and into it metrics.csv, summary.jso
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 from lit_gpt.cli import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, run
 
@@ -17,10 +17,13 @@ data_dir: Path = Path("data/alpaca")  # prepared data, from one of the prepare s
 out_dir: Path = Path("out/full/alpaca")  # folder to write
 resume: Literal["no", "auto"] = "no"  # auto: go on from the newest state in out_dir, if there is one
 # optimization
-learning_rate: PositiveFloat = 2e-5  # peak learning rate, reached after warmup_steps; falls to 0 along a cosine
+learning_rate: PositiveFloat = 2e-5  # peak learning rate, reached after warmup_steps
 weight_decay: NonNegativeFloat = 0.01  # decoupled
 warmup_steps: NonNegativeInt = 100  # steps in which the learning rate rises linearly
-optimizer: Literal["adamw", "sgd"] = "adamw"  # what takes the steps
+optimizer: str = "adamw"  # adamw, sgd, adamw8bit, paged_adamw8bit, or another's full name: package.Class
+optimizer_args: dict[str, Any] = {}  # its further arguments, as JSON: '{"betas": [0.9, 0.95]}'
+schedule: Literal["cosine", "constant"] = "cosine"  # the learning rate after the warmup
+optimizer_in_backward: bool = False  # step as gradients come, holding one at a time; needs one packed row per step
 epochs: PositiveInt = 1  # times through the data
 max_steps: PositiveInt | None = None  # stop after this many optimizer steps instead of epochs
 batch_size: PositiveInt = 128  # samples per optimizer step, over all devices
@@ -29,10 +32,13 @@ micro_batch_tokens: PositiveInt = 2048  # tokens per packed row, if micro_batch_
 max_seq_length: PositiveInt | None = None  # refuse data with longer samples (null: what the model takes)
 seed: NonNegativeInt = 1337  # of data order
 # devices
-precision: Literal["bf16", "fp32"] = "bf16"  # of the arithmetic; the weights are fp32 while they train
+precision: Literal["bf16", "fp32"] = "bf16"  # of the arithmetic
+master_weights: bool = True  # the weights are fp32 while they train; false: of `precision`, and small steps are lost
 devices: PositiveInt = 1  # on each node
 num_nodes: PositiveInt = 1  # machines
-strategy: Literal["auto", "ddp", "fsdp"] = "auto"  # how devices share the work
+strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"  # how devices share the work
+zero_stage: Literal[2, 3] = 2  # deepspeed: 2 shares out gradients and optimizer state, 3 weights too
+zero_offload: bool = False  # deepspeed: keep that in host memory
 activation_checkpointing: bool = False  # keep only each block's input for the backward pass: less memory, slower
 # watching
 log_interval: PositiveInt = 1  # steps between rows of metrics.csv
@@ -40,13 +46,19 @@ eval_interval: PositiveInt = 100  # steps between validations
 eval_samples: PositiveInt | None = 200  # validate on this many samples (null: all)
 sample_tokens: NonNegativeInt = 50  # length of the answer shown at each validation
 save_interval: PositiveInt = 100  # steps between resume states
-keep: PositiveInt = 2  # resume states kept
+keep: PositiveInt = 2  # newest resume states kept, besides the one with the best validation loss
+
+
+def method(hp: SimpleNamespace) -> Any:
+    from lit_gpt.variants import Method
+
+    return Method("full", attach=lambda model: model.requires_grad_(True), whole_model=True)
 
 
 def main(hp: SimpleNamespace) -> None:
     from lit_gpt.train import finetune
 
-    finetune(hp, "full", attach=lambda model: model.requires_grad_(True), settings={}, whole_model=True)
+    finetune(hp, method(hp))
 
 
 if __name__ == "__main__":

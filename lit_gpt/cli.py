@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import (
@@ -125,8 +125,10 @@ def plain(value: Any) -> Any:
 def metavar(kind: Any) -> str:
     """What a flag takes, in a word: the choices, or the type."""
     choices = [choice for choice in get_args(kind) if choice is not type(None)]
-    if choices and all(isinstance(choice, str) for choice in choices):
-        return "{" + ",".join(choices) + "}"
+    if get_origin(kind) is Literal:
+        return "{" + ",".join(map(str, choices)) + "}"
+    if get_origin(kind) is dict:
+        return "JSON"
     if choices:
         return metavar(choices[0])
     return {bool: "{true,false}", Path: "PATH", str: "TEXT"}.get(kind) or ("INT" if issubclass(kind, int) else "NUMBER")
@@ -179,8 +181,10 @@ def expected(kind: Any) -> str:
     if kind in EXPECTED:
         return EXPECTED[kind]
     choices = get_args(kind)
-    if choices and all(isinstance(choice, str) for choice in choices):
-        return "one of " + ", ".join(choices)
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, choices))
+    if get_origin(kind) is dict:
+        return "a JSON object such as '{\"name\": 1}'"
     if choices:
         return " or ".join("nothing (null)" if choice is type(None) else expected(choice) for choice in choices)
     return "a path" if inspect.isclass(kind) and issubclass(kind, Path) else "text"

@@ -5,7 +5,7 @@ the rest: data, optimizer, steps, validation, saving, resuming, records.
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,48 +17,39 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from lit_gpt import checkpoint, data, devices, hf_files, variants
+from lit_gpt import checkpoint, data, devices, hf_files
 from lit_gpt.config import Config
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation import generate
 from lit_gpt.model import GPT
+from lit_gpt.optimizers import Schedule
 from lit_gpt.prompts import PromptStyle
 from lit_gpt.records import Records, StopSignals
+from lit_gpt.states import States
 from lit_gpt.tokenizer import Tokenizer
-
-# Flags that a resumed run may change: they bear on the weights that come out by no more than rounding, or, through the
-# cut into rows, by which inputs dropout strikes.
-FREE_TO_CHANGE = {
-    "checkpoint_dir", "data_dir", "out_dir", "resume", "log_interval", "eval_interval", "eval_samples", "save_interval",
-    "sample_tokens", "keep", "activation_checkpointing", "micro_batch_size", "micro_batch_tokens", "devices",
-    "num_nodes", "strategy",
-}  # fmt: skip
+from lit_gpt.variants import Method, file_contents, load_trained, trained_state
 
 
-def finetune(
-    hp: SimpleNamespace,
-    method: str,
-    attach: Callable[[GPT], GPT],
-    settings: dict[str, Any],
-    whole_model: bool = False,
-) -> None:
-    """Train what `attach` leaves trainable in the model of `hp.checkpoint_dir`, and write `hp.out_dir`.
+def finetune(hp: SimpleNamespace, method: Method) -> None:
+    """Train what `method` leaves trainable in the model of `hp.checkpoint_dir`, and write `hp.out_dir`.
 
     Args:
-        hp: the flags of finetune/lora.py.
-        method: names the file that is written.
-        attach: from the loaded base to the model to train.
-        settings: the method's own hyperparameters, kept in the file, from which it can be attached again.
-        whole_model: the base's weights train. They are kept in float32, while `hp.precision` is that of the
-            arithmetic, and the result is a checkpoint folder.
+        hp: the flags of finetune/lora.py. Weights that do not train are kept in `hp.precision`, those that do in
+            float32, while `hp.precision` is that of the arithmetic.
 
     Raises:
         UsageError: flags that contradict each other.
-        UserError: checkpoint, data or out_dir cannot be used.
+        UserError: checkpoint, data or out_dir cannot be used, or another process of the run is lost.
     """
     if hp.out_dir.resolve() == hp.checkpoint_dir.resolve():
         raise UsageError(f"--out_dir {hp.out_dir}: is the base's own folder; choose another")
-    fabric = devices.launch(hp)
+    dtype = checkpoint.DTYPES[hp.precision]
+    fabric = devices.launch(hp, frozen=dtype)
+    with devices.company(fabric):
+        train_method(hp, method, fabric, dtype)
+
+
+def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric, dtype: torch.dtype) -> None:
     check_batch(hp, fabric.world_size)
     checkpoint.check_checkpoint_dir(hp.checkpoint_dir)
     tokenizer = Tokenizer(hp.checkpoint_dir)
@@ -69,41 +60,59 @@ def finetune(
     records = Records(hp, fabric)
     records.check_unused()
 
-    base = checkpoint.load_state(hp.checkpoint_dir)
-    config, dtype = Config.from_checkpoint(hp.checkpoint_dir), checkpoint.DTYPES[hp.precision]
-    stored = torch.float32 if whole_model else dtype
-    identity = {"base": checkpoint.fingerprint(base), "data": train.fingerprint, "settings": settings}
+    base, config = checkpoint.load_state(hp.checkpoint_dir), Config.from_checkpoint(hp.checkpoint_dir)
     check_vocabulary(config, train, validation)
+    model = load_to_train(hp, method, fabric, config, base, dtype)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    fabric.print(f"{method.name}: training {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters")
+    wrapped, optimizer = devices.setup(fabric, model, hp)
+
+    style = PromptStyle.from_dict(meta["prompt_style"])
+    identity = {"base": checkpoint.fingerprint(base), "data": train.fingerprint, "settings": method.settings}
+    run = Run(hp, fabric, wrapped, model, optimizer, train, validation, schedule, records)
+    run.states = States(hp, fabric, identity)
+    run.contents = partial(
+        file_contents, method.name, identity["base"], hyperparameters=method.settings, prompt_style=style.to_dict()
+    )
+    run.arithmetic = partial(torch.autocast, fabric.device.type, dtype, enabled=stored(hp, method, dtype) != dtype)
+    run.sample = partial(print_sample, model, tokenizer, style, validation[0], hp, fabric.global_rank == 0)
+    if not run.fit():
+        return
+    trained = trained_state(model)
+
+    def write() -> None:
+        if method.whole_model:
+            result = write_checkpoint(hp, trained, config, base, style)
+        else:
+            result = hp.out_dir / f"lit_model_{method.name}_finetuned.pth"
+            checkpoint.save(result, run.contents(trained))
+        records.finish(method.name, trainable)
+        print(f"wrote {result}{run.where_better()}")
+
+    devices.on_main(fabric, write)
+
+
+def stored(hp: SimpleNamespace, method: Method, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the base's weights are kept: what trains in float32, unless it is asked for otherwise."""
+    return torch.float32 if method.whole_model and hp.master_weights else dtype
+
+
+def load_to_train(
+    hp: SimpleNamespace, method: Method, fabric: Fabric, config: Config, base: dict[str, Tensor], dtype: torch.dtype
+) -> GPT:
     torch.manual_seed(hp.seed % 2**63)
-    model = attach(checkpoint.build(config, base, stored, devices.place_to_build(hp, fabric), hp.checkpoint_dir))
+    shared = devices.place_to_build(hp, fabric)
+    # FSDP casts each rank's share by itself: the whole stays mapped from its file
+    kept = None if hp.strategy == "fsdp" else stored(hp, method, dtype)
+    model = method.attach(checkpoint.build(config, base, kept, shared, hp.checkpoint_dir))
     if hp.activation_checkpointing:
         recompute_blocks(model)
-    trainable = sum(tensor.numel() for tensor in variants.trained_state(model).values())
-    fabric.print(f"{method}: training {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters")
-
-    wrapped = fabric.setup_module(model)
-    optimizer = fabric.setup_optimizers(make_optimizer(model, hp))
-    run = Run(hp, fabric, wrapped, model, optimizer, train, validation, schedule, records, identity)
-    run.arithmetic = partial(torch.autocast, fabric.device.type, dtype, enabled=stored != dtype)
-    style = PromptStyle.from_dict(meta["prompt_style"])
-    run.sample = partial(print_sample, model, tokenizer, style, validation[0], hp, fabric.global_rank == 0)
-    run.restore()
-    finished, trained = run.fit(), variants.trained_state(model)
-    if finished and fabric.global_rank == 0:
-        if whole_model:
-            result = hp.out_dir
-            write_checkpoint(hp, trained, config, base, style)
-        else:
-            result = hp.out_dir / f"lit_model_{method}_finetuned.pth"
-            record = {"hyperparameters": settings, "prompt_style": style.to_dict()}
-            variants.save_file(result, method, identity["base"], trained, **record)
-        records.finish(method, trainable)
-        print(f"wrote {result}")
+    return model
 
 
 def write_checkpoint(
     hp: SimpleNamespace, state: dict[str, Tensor], config: Config, base: dict[str, Tensor], style: PromptStyle
-) -> None:
+) -> Path:
     """Make out_dir a checkpoint folder like the base's, in its dtypes."""
     hf_files.copy_side_files(hp.checkpoint_dir, hp.out_dir)
     style.save(hp.out_dir)
@@ -111,6 +120,7 @@ def write_checkpoint(
         hp.out_dir / "lit_model.pth", {name: state[name].to(tensor.dtype).cpu() for name, tensor in base.items()}
     )
     (hp.out_dir / "lit_config.json").write_text(config.to_json())
+    return hp.out_dir
 
 
 def check_batch(hp: SimpleNamespace, world_size: int) -> None:
@@ -120,6 +130,11 @@ def check_batch(hp: SimpleNamespace, world_size: int) -> None:
     share, micro = hp.batch_size // world_size, hp.micro_batch_size
     if micro and share % micro:
         raise UsageError(f"--micro_batch_size {micro}: expected a divisor of the {share} samples of a step per device")
+    if getattr(hp, "optimizer_in_backward", False) and (world_size > 1 or micro != share):
+        raise UsageError(
+            "--optimizer_in_backward true: needs one device, and one packed row per step: "
+            f"--micro_batch_size {hp.batch_size}"
+        )
 
 
 def check_lengths(hp: SimpleNamespace, *splits: data.Dataset) -> None:
@@ -142,38 +157,6 @@ def check_vocabulary(config: Config, *splits: data.Dataset) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How many steps, and the learning rate of each: linear warmup, then half a cosine down to zero."""
-
-    steps: int
-    samples: int
-    warmup: int
-    peak: float
-
-    @classmethod
-    def of(cls, hp: SimpleNamespace, n: int) -> "Schedule":
-        samples = hp.max_steps * hp.batch_size if hp.max_steps else hp.epochs * n
-        steps = math.ceil(samples / hp.batch_size)
-        if hp.warmup_steps >= steps:
-            raise UsageError(
-                f"--warmup_steps {hp.warmup_steps}: expected fewer than the run's {steps} steps, such as {steps // 10}"
-            )
-        return cls(steps, samples, hp.warmup_steps, hp.learning_rate)
-
-    def learning_rate(self, step: int) -> float:
-        if step < self.warmup:
-            return self.peak * (step + 1) / self.warmup
-        return self.peak * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup)))
-
-
-def make_optimizer(model: nn.Module, hp: SimpleNamespace) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if hp.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=hp.learning_rate, weight_decay=hp.weight_decay)
-    return torch.optim.AdamW(parameters, lr=hp.learning_rate, weight_decay=hp.weight_decay, fused=True)
-
-
 def recompute_blocks(model: GPT) -> None:
     """Activation checkpointing: each block keeps its input alone and runs again in the backward pass."""
     for block in model.h:
@@ -193,15 +176,18 @@ class Run:
     validation: data.Dataset
     schedule: Schedule
     records: Records
-    identity: dict[str, Any]  # of what it trains on: base, data, the method's settings
-    step: int = 0  # optimizer steps done
-    sample: Callable[[], None] | None = None
+    states: States = field(init=False)
+    contents: Callable[[dict[str, Tensor]], dict[str, Any]] = field(init=False)  # of the file of what was trained
+    sample: Callable[[], None] = field(init=False)  # shows how the model answers now
     arithmetic: Callable[[], Any] = nullcontext  # the context of a forward pass
+    step: int = 0  # optimizer steps done
+    validated: dict[int, float] = field(default_factory=dict)  # validation losses of this process, by step
 
     def fit(self) -> bool:
         """Train to the last step. False if a signal stopped the run before that, its state saved."""
         hp, records, steps = self.hp, self.records, self.schedule.steps
         self.rehearse()
+        self.restore()
         if self.step == 0:
             records.write({"step": 0, "tokens": 0, "val_loss": self.evaluate()})
         with records.watch(self.step, steps), StopSignals(self.fabric) as signals:
@@ -222,7 +208,21 @@ class Run:
         return True
 
     def rehearse(self) -> None:
-        """Forward and backward on the longest packed row of an epoch: what runs out of memory does so before step 1."""
+        """A step on the longest packed row of an epoch that changes nothing: what runs out of memory does so now."""
+        row = data.pack([self.train[i] for i in self.longest_row()]).to(self.fabric.device)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        self.wrapped.train()
+        with devices.accumulating(self.fabric, self.wrapped, more=False):
+            with self.arithmetic():
+                loss = self.wrapped(row.idx, segments=row.segments, targets=row.targets)
+            self.fabric.backward(loss * 0.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        devices.forget(self.fabric, self.optimizer)
+
+    def longest_row(self) -> list[int]:
+        """The samples of this rank's longest packed row in an epoch."""
         lengths, size = self.train.lengths, (self.hp.micro_batch_size, self.hp.micro_batch_tokens)
         longest: list[int] = []
         for step in range(min(self.schedule.steps, math.ceil(len(lengths) / self.hp.batch_size))):
@@ -230,12 +230,7 @@ class Run:
             share = indices[self.fabric.global_rank :: self.fabric.world_size]
             rows = [longest, *data.micro_batches(share, lengths, *size)]
             longest = max(rows, key=lambda row: sum(lengths[i] for i in row))
-        row = data.pack([self.train[i] for i in longest or [0]]).to(self.fabric.device)
-        self.wrapped.train()
-        with self.arithmetic():
-            loss = self.wrapped(row.idx, segments=row.segments, targets=row.targets)
-        self.fabric.backward(loss)
-        self.optimizer.zero_grad()
+        return longest or [0]
 
     def optimize(self) -> tuple[Tensor, int]:
         """One optimizer step: the gradient of the mean over all supervised tokens of the global batch.
@@ -254,7 +249,7 @@ class Run:
         total = torch.zeros((), device=fabric.device)
         for n, row in enumerate(rows, 1):
             row = data.pack(row).to(fabric.device)
-            with fabric.no_backward_sync(self.wrapped, enabled=n < len(rows)):
+            with devices.accumulating(fabric, self.wrapped, more=n < len(rows)):
                 with self.arithmetic():
                     loss = self.wrapped(row.idx, segments=row.segments, targets=row.targets) / supervised
                 fabric.backward(loss * fabric.world_size)  # ranks' gradients are averaged, and their sum is wanted
@@ -274,8 +269,8 @@ class Run:
         with self.records.aside():
             with self.arithmetic():
                 loss = validate(self.fabric, self.wrapped, self.validation, self.hp)
-            if self.sample:
-                self.sample()
+            self.sample()
+            self.validated[self.step] = loss
             return loss
 
     def check_finite(self, losses: list[tuple[int, float]]) -> None:
@@ -290,71 +285,33 @@ class Run:
                 )
 
     def save(self) -> None:
-        """Write the resume state of this step; older ones go, but for the last `keep`."""
+        """Write the resume state of this step."""
         with self.records.aside():
-            contents = {
-                "format_version": checkpoint.FORMAT_VERSION,
-                "step": self.step,
-                "hyperparameters": fixed(self.hp),
-                "identity": self.identity,
-                "trained": variants.trained_state(self.model),
-                "optimizer": devices.optimizer_state(self.optimizer),
+            contents = self.contents(trained_state(self.model))
+            contents["resume"] = {
+                "optimizer": devices.optimizer_state(self.fabric, self.model, self.optimizer),
                 "progress": self.records.progress(),
             }
-            if self.fabric.global_rank == 0:
-                checkpoint.save(self.hp.out_dir / "state" / f"step_{self.step:08d}.pth", contents)
-                for old in [path for path in state_paths(self.hp) if path.stem <= f"step_{self.step:08d}"][
-                    self.hp.keep :
-                ]:
-                    old.unlink()
-            self.fabric.barrier()
+            self.states.write(self.step, self.validated.get(self.step), contents)
 
     def restore(self) -> None:
-        """Go on from the newest whole state in out_dir if `--resume auto` finds one, else begin.
+        """Go on from the newest whole state in out_dir if `--resume auto` finds one, else begin."""
+        found = self.states.newest() if self.hp.resume == "auto" else None
+        if found is None:
+            return self.records.start()
+        path, contents = found
+        resume = contents["resume"]
+        load_trained(self.model, contents["state"], path)
+        devices.load_optimizer_state(self.fabric, self.model, self.optimizer, resume["optimizer"])
+        self.step = resume["step"]
+        self.records.go_on(self.step, resume["progress"])
+        self.fabric.print(f"resumed after step {self.step} from {path}")
 
-        Raises:
-            UserError: the state is of a run with other hyperparameters, base or data.
-        """
-        paths = self.fabric.broadcast(state_paths(self.hp)) if self.hp.resume == "auto" else []
-        for path in paths:
-            try:
-                state = checkpoint.load(path, mmap=False)
-            except UserError as error:
-                self.fabric.print(f"{error}; trying the state before it")
-                continue
-            refuse_other_run(path, state, self.hp, self.identity)
-            variants.load_trained(self.model, state["trained"], path)
-            devices.load_optimizer_state(self.optimizer, state["optimizer"])
-            self.step = state["step"]
-            self.records.go_on(self.step, state["progress"])
-            self.fabric.print(f"resumed after step {self.step} from {path}")
-            return
-        if paths:
-            raise UserError(f"{self.hp.out_dir / 'state'}: none of its states is readable; choose another --out_dir")
-        self.records.start()
-
-
-def state_paths(hp: SimpleNamespace) -> list[Path]:
-    """Resume states in out_dir, the newest first."""
-    return sorted((hp.out_dir / "state").glob("step_*.pth"), reverse=True)
-
-
-def fixed(hp: SimpleNamespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(hp).items() if name not in FREE_TO_CHANGE}
-
-
-def refuse_other_run(path: Path, state: dict, hp: SimpleNamespace, identity: dict) -> None:
-    if state["format_version"] != checkpoint.FORMAT_VERSION:
-        raise UserError(f"{path}: format version {state['format_version']}, expected {checkpoint.FORMAT_VERSION}")
-    for name, value in fixed(hp).items():
-        before = state["hyperparameters"].get(name)
-        if before != value:
-            raise UserError(
-                f"--{name} {value}: the run in {path} has {before}; resume it with that or choose another --out_dir"
-            )
-    for name, value in identity.items():
-        if state["identity"].get(name) != value:
-            raise UserError(f"{path}: that run has another {name}; choose another --out_dir")
+    def where_better(self) -> str:
+        """A remark, if an earlier state had a lower validation loss than the last."""
+        step, loss = self.states.best or (self.step, 0.0)
+        path = self.states.path(step)
+        return f"; the lowest validation loss, {loss:.3f}, was that of {path}" if step != self.step else ""
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

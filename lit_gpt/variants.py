@@ -6,7 +6,9 @@ that train in `trained_parameters`.
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_gpt import zero
 from lit_gpt.checkpoint import FORMAT_VERSION, build, check_state, fingerprint, load, load_state, save
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
@@ -21,6 +24,20 @@ from lit_gpt.model import GPT
 
 METHODS = ("lora", "adapter", "adapter_v2")
 RECORD = {"format_version", "method", "base", "state", "hyperparameters", "prompt_style"}
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a finetune script trains: what it does to the base, and what of it is kept."""
+
+    name: str
+    attach: Callable[[GPT], GPT]  # from the base to the model to train, in place
+    settings: dict[str, Any] = field(default_factory=dict)  # hyperparameters, from which it can be attached again
+    whole_model: bool = False  # the base's own weights train, and the result is a checkpoint folder
+
+    @classmethod
+    def of(cls, module: ModuleType, config: Any) -> "Method":
+        return cls(module.METHOD, partial(module.attach, config=config), asdict(config))
 
 
 def train_only_what_is_attached(model: nn.Module) -> None:
@@ -32,11 +49,13 @@ def train_only_what_is_attached(model: nn.Module) -> None:
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """What trains: the only tensors that a finetuned file holds."""
-    return {name: whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    return {name: whole(p).detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The tensor of which each rank holds a share, if it is one. All ranks must ask together."""
+    if zero.shared_out(tensor):
+        return zero.whole(tensor)
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -59,13 +78,20 @@ def load_trained(model: nn.Module, state: Mapping[str, Tensor], source: Path | s
     check_state(parameters, state, source)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(shared_like(parameter, state[name]))
+            if zero.shared_out(parameter):
+                zero.put(parameter, state[name])
+            else:
+                parameter.copy_(shared_like(parameter, state[name]))
+
+
+def file_contents(method: str, base: str, state: Mapping[str, Tensor], **record: Any) -> dict[str, Any]:
+    """What was trained, with all that is needed to use it on its base, of that fingerprint, and on no other."""
+    contents = {"format_version": FORMAT_VERSION, "method": method, "base": base, **record}
+    return {**contents, "state": {name: tensor.cpu().contiguous() for name, tensor in state.items()}}
 
 
 def save_file(path: Path, method: str, base: str, state: Mapping[str, Tensor], **record: Any) -> None:
-    """Write what was trained, with all that is needed to use it on its base and on no other."""
-    contents = {"format_version": FORMAT_VERSION, "method": method, "base": base, **record}
-    save(path, {**contents, "state": {name: tensor.cpu().contiguous() for name, tensor in state.items()}})
+    save(path, file_contents(method, base, state, **record))
 
 
 def read_file(path: Path, method: str | None, base: str) -> dict[str, Any]:

@@ -2,15 +2,17 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import spawn
+from conftest import ROOT, spawn
 from test_data import write_rows
 
 from lit_gpt import GPT, checkpoint, variants
@@ -186,7 +188,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run(cli, flags, llama):
         ({"lora_r": 0}, ["--lora_r", "above 0"], 2),
         ({"lora_dropout": 1}, ["--lora_dropout", "not including, 1"], 2),
         ({"batch_size": "many"}, ["--batch_size", "whole number"], 2),
-        ({"optimizer": "adam"}, ["--optimizer", "one of adamw, sgd"], 2),
+        ({"optimizer": "adam"}, ["--optimizer adam", "adamw, sgd"], 2),
         ({"lora_rank": 8}, ["unknown flag --lora_rank", "did you mean --lora_"], 2),
         ({"lora_query": "false", "lora_value": "false", "lora_mlp": "false"}, ["nothing would be trained"], 2),
         ({"max_seq_length": 10}, ["--max_seq_length 10", "prepare it again"], 1),
@@ -194,6 +196,13 @@ def test_a_loss_that_is_not_a_number_stops_the_run(cli, flags, llama):
         ({"checkpoint_dir": "nowhere"}, ["--checkpoint_dir nowhere", "no such folder"], 1),
         ({"out_dir": "/proc/x"}, ["/proc/x"], 1),
         ({"lora": 8}, ["unknown flag --lora;"], 2),
+        ({"optimizer_args": '{"beta": 1}'}, ["--optimizer_args", "adamw takes no 'beta'", "betas"], 2),
+        ({"optimizer_args": '{"betas": [2, 2]}'}, ["--optimizer adamw", "beta"], 2),
+        ({"optimizer_args": '{"lr": 2}'}, ["--optimizer_args", "flags of their own"], 2),
+        ({"optimizer_args": "fast"}, ["--optimizer_args", "JSON"], 2),
+        ({"optimizer": "torch.optim.Adan"}, ["--optimizer torch.optim.Adan", "has no Adan"], 2),
+        ({"optimizer": "nowhere.Adan"}, ["--optimizer nowhere.Adan", "pip install nowhere"], 2),
+        ({"optimizer": "torch.optim.Rprop"}, ["torch.optim.Rprop", "--weight_decay 0"], 2),
         ({"config": "nowhere.json"}, ["--config nowhere.json"], 2),
     ],
 )
@@ -218,7 +227,7 @@ def test_a_full_disk_keeps_the_last_state(cli, flags, monkeypatch):
     monkeypatch.undo()
     states = sorted(path.name for path in (flags["out_dir"] / "state").iterdir())
     assert states == ["step_00000002.pth", "step_00000003.pth"]
-    assert all(checkpoint.load(flags["out_dir"] / "state" / name)["step"] for name in states)
+    assert all(checkpoint.load(flags["out_dir"] / "state" / name)["resume"]["step"] for name in states)
 
 
 def test_schedule():
@@ -251,32 +260,6 @@ def test_generate_and_merge_what_was_trained(cli, flags, llama, tmp_path):
     )
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_train_as_one(cli, flags, strategy):
-    """Over gloo, with ragged lengths, and a last step with fewer samples than ranks would share evenly."""
-    flags = {k: v for k, v in flags.items() if k not in ("max_steps", "micro_batch_size")}
-    flags |= {"epochs": 3, "lora_dropout": 0.0, "batch_size": 10, "learning_rate": 0.005, "micro_batch_tokens": 150}
-    assert cli(SCRIPT, **flags).code == 0
-    two = flags | {"out_dir": flags["out_dir"].with_name("two"), "devices": 2, "strategy": strategy, "resume": "auto"}
-    out, err = (process := spawn(SCRIPT, **two)).communicate(timeout=120)
-    assert process.returncode == 0, (out, err)
-    for one, both in zip(metrics(flags["out_dir"]), metrics(two["out_dir"]), strict=True):
-        assert one["tokens"] == both["tokens"]
-        assert all(
-            float(one[k] or 0) == pytest.approx(float(both[k] or 0), rel=1e-5) for k in ("loss", "val_loss", "lr")
-        )
-    weights, others = final(flags["out_dir"]), final(two["out_dir"])
-    assert all(torch.allclose(weights[name], others[name], rtol=1e-3, atol=1e-5) for name in weights)
-    # what two processes saved, one goes on from, and the other way round
-    (two["out_dir"] / "state" / "step_00000005.pth").unlink()
-    (two["out_dir"] / "lit_model_lora_finetuned.pth").unlink()
-    result = cli(SCRIPT, **two | {"devices": 1, "strategy": "auto"})
-    assert result.code == 0 and "resumed after step 4" in result.out, result.err
-    assert all(
-        torch.allclose(weights[name], tensor, rtol=1e-3, atol=1e-5) for name, tensor in final(two["out_dir"]).items()
-    )
-
-
 def test_memory_runs_out_before_the_first_step(cli, flags, monkeypatch, data_dir):
     """The longest packed row is met first, not by chance in the middle of the run."""
     from lit_gpt import data
@@ -296,3 +279,102 @@ def test_memory_runs_out_before_the_first_step(cli, flags, monkeypatch, data_dir
         for row in data.micro_batches(data.step_samples(16, 6, 1337, step, 72), lengths, 3, 0)
     ]
     assert packed == [max(rows)] and not (flags["out_dir"] / "state").exists()
+
+
+SELF_KILLED = """
+import os, runpy, signal, sys
+import torch
+real, calls = torch.save, []
+def save(contents, path, *args, **kwargs):
+    calls.append(path)
+    real(contents, path, *args, **kwargs)
+    if len(calls) == 5:
+        os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+torch.save = save
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "adapter_v2", "full"])
+def test_killed_inside_a_save(cli, flags, method):
+    """What is half-written is never taken for a state, and the end is bit-identical."""
+    from test_variants import method_flags, weights_of
+
+    script, flags = f"finetune/{method}.py", flags if method == "lora" else method_flags(flags, method)
+    assert cli(script, **flags).code == 0
+    killed = flags | {"out_dir": flags["out_dir"].with_name("killed"), "resume": "auto"}
+    argv = [sys.executable, "-c", SELF_KILLED, str(ROOT / script), *(f"--{k}={v}" for k, v in killed.items())]
+    result = subprocess.run(argv, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert list((killed["out_dir"] / "state").glob(".*.tmp"))  # the half that it was writing
+    result = cli(script, **killed)
+    assert result.code == 0 and "resumed after step 4" in result.out, result.err
+    assert identical(weights_of(flags["out_dir"], method), weights_of(killed["out_dir"], method))
+    assert metrics(flags["out_dir"]) == metrics(killed["out_dir"])
+
+
+def test_the_best_state_stays(cli, flags, llama):
+    """Beside the newest; and it generates like a finetuned file."""
+    flags |= {"eval_interval": 2, "save_interval": 2, "keep": 1, "learning_rate": 3.0, "schedule": "constant"}
+    result = cli(SCRIPT, **flags)
+    validations = {int(row["step"]): float(row["val_loss"]) for row in metrics(flags["out_dir"]) if row["val_loss"]}
+    best = min((step for step in validations if step), key=validations.get)
+    assert best != STEPS, "the case of this test: it got worse again"
+    states = sorted(path.name for path in (flags["out_dir"] / "state").iterdir())
+    assert states == [f"step_{best:08d}.pth", f"step_{STEPS:08d}.pth"]
+    assert f"lowest validation loss, {validations[best]:.3f}" in result.out and states[0] in result.out
+    path = flags["out_dir"] / "state" / states[0]
+    result = cli("generate/lora.py", checkpoint_dir=llama, lora_path=path, prompt="describe the cat", max_new_tokens=3)
+    assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer": "sgd", "optimizer_args": '{"momentum": 0.9, "nesterov": true}', "schedule": "constant"},
+        {"optimizer": "sgd"},
+        {"optimizer": "torch.optim.RAdam", "optimizer_args": '{"betas": [0.8, 0.9]}'},
+        {"optimizer": "adamw8bit"},
+        {"optimizer": "adamw", "optimizer_in_backward": "true", "micro_batch_size": 6},
+    ],
+)
+def test_optimizers_learn_and_resume(cli, flags, change):
+    if change["optimizer"] == "adamw8bit":
+        pytest.importorskip("bitsandbytes", reason="an extra")
+    script = "finetune/full.py" if "optimizer_in_backward" in change else SCRIPT
+    flags = {k: v for k, v in flags.items() if script == SCRIPT or not k.startswith("lora")} | change
+    assert cli(script, **flags).code == 0
+    summary = json.loads((flags["out_dir"] / "summary.json").read_text())
+    assert summary["val_loss_last"] < summary["val_loss_first"]
+    whole = metrics(flags["out_dir"])
+    max((flags["out_dir"] / "state").iterdir()).unlink()
+    result = cli(script, **flags | {"resume": "auto"})
+    assert result.code == 0 and f"resumed after step {STEPS - 1}" in result.out, result.err
+    assert metrics(flags["out_dir"]) == whole
+
+
+def test_a_step_in_the_backward_pass_is_the_same_step(cli, flags):
+    """Bit for bit; and one way's state is taken up by the other."""
+    flags = {k: v for k, v in flags.items() if not k.startswith("lora")} | {"micro_batch_size": 6}
+    within = flags | {"optimizer_in_backward": "true", "out_dir": flags["out_dir"].with_name("within")}
+    assert cli("finetune/full.py", **flags).code == cli("finetune/full.py", **within).code == 0
+    expected = checkpoint.load(flags["out_dir"] / "lit_model.pth")
+    assert identical(expected, checkpoint.load(within["out_dir"] / "lit_model.pth"))
+    max((within["out_dir"] / "state").iterdir()).unlink()
+    result = cli("finetune/full.py", **within | {"optimizer_in_backward": "false", "resume": "auto"})
+    assert result.code == 0 and "resumed after" in result.out
+    assert identical(expected, checkpoint.load(within["out_dir"] / "lit_model.pth"))
+    refused = flags | {"optimizer_in_backward": "true", "micro_batch_size": 3}
+    cli("finetune/full.py", **refused).refused("--optimizer_in_backward", "--micro_batch_size 6", code=2)
+
+
+def test_without_master_weights_they_are_of_the_precision(cli, flags):
+    flags = {k: v for k, v in flags.items() if not k.startswith("lora")} | {"precision": "bf16"}
+    flags |= {"master_weights": "false", "learning_rate": 0.01}
+    assert cli("finetune/full.py", **flags).code == 0
+    state = checkpoint.load(max((flags["out_dir"] / "state").iterdir()))["state"]
+    assert all(tensor.dtype == torch.bfloat16 for tensor in state.values())
+    summary = json.loads((flags["out_dir"] / "summary.json").read_text())
+    assert summary["val_loss_last"] < summary["val_loss_first"]
