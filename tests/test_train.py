@@ -317,11 +317,18 @@ def test_killed_inside_a_save(cli, flags, method):
 
 def test_the_best_state_stays(cli, flags, llama):
     """Beside the newest; and it generates like a finetuned file."""
-    flags |= {"eval_interval": 2, "save_interval": 2, "keep": 1, "learning_rate": 3.0, "schedule": "constant"}
+    flags |= {
+        "eval_interval": 2,
+        "save_interval": 2,
+        "keep": 1,
+        "learning_rate": 0.5,
+        "weight_decay": 3.0,
+        "schedule": "constant",
+    }
     result = cli(SCRIPT, **flags)
     validations = {int(row["step"]): float(row["val_loss"]) for row in metrics(flags["out_dir"]) if row["val_loss"]}
     best = min((step for step in validations if step), key=validations.get)
-    assert best != STEPS, "the case of this test: it got worse again"
+    assert best != STEPS, validations  # the case of this test: it got worse again
     states = sorted(path.name for path in (flags["out_dir"] / "state").iterdir())
     assert states == [f"step_{best:08d}.pth", f"step_{STEPS:08d}.pth"]
     assert f"lowest validation loss, {validations[best]:.3f}" in result.out and states[0] in result.out
