@@ -26,11 +26,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map
 
-from lit_gpt import zero
+from lit_gpt import optimizers, zero
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation import default_device
 from lit_gpt.model import GPT
-from lit_gpt.optimizers import InBackward, make_optimizer
+from lit_gpt.optimizers import InBackward, make_optimizer, optimizer_of
 from lit_gpt.variants import shared_like, whole
 
 
@@ -83,9 +83,8 @@ def setup(fabric: Fabric, model: nn.Module, hp: SimpleNamespace) -> tuple[nn.Mod
     if isinstance(fabric.strategy, DeepSpeedStrategy):  # wants both together
         return fabric.setup(model, make_optimizer(trained(model), hp))
     wrapped = fabric.setup_module(model)
-    if getattr(hp, "optimizer_in_backward", False):
-        return wrapped, InBackward(trained(model), hp)
-    return wrapped, fabric.setup_optimizers(make_optimizer(trained(model), hp))
+    optimizer = optimizer_of(trained(model), hp)
+    return wrapped, optimizer if isinstance(optimizer, InBackward) else fabric.setup_optimizers(optimizer)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -120,12 +119,15 @@ def load_optimizer_state(
     return optimizer.load_state_dict(state)
 
 
+def allocate(fabric: Fabric, optimizer: Any) -> None:
+    """Let the optimizer make its state, by a step that changes no weight."""
+    if not isinstance(fabric.strategy, DeepSpeedStrategy):  # which has made it already
+        optimizers.allocate(optimizer)
+
+
 def forget(fabric: Fabric, optimizer: Any) -> None:
     """Take the optimizer's state back to its beginning."""
-    if isinstance(fabric.strategy, DeepSpeedStrategy):
-        return zero.forget(optimizer)
-    for inner in optimizer.optimizers if isinstance(optimizer, InBackward) else [optimizer]:
-        inner.state.clear()
+    (zero if isinstance(fabric.strategy, DeepSpeedStrategy) else optimizers).forget(optimizer)
 
 
 def on_main(fabric: Fabric, action: Callable[[], None]) -> None:

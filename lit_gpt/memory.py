@@ -1,14 +1,56 @@
-"""How much memory this process has needed."""
+"""How much memory this process needs, and a way to need less."""
 
 import resource
 import sys
+from functools import partial
+from pathlib import Path
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from lit_gpt.model import GPT
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_before = 0  # the peak up to the last `restart`
 
 
 def peak_memory_bytes() -> int:
     """The most memory held at once so far: allocated on the GPU if there is one, else resident."""
+    return max(_before, peak_since_restart())
+
+
+def peak_since_restart() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if STATUS.exists():  # Linux
+        return field("VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
+
+
+def restart(model: nn.Module) -> int:
+    """Begin to look for a new peak; returns the memory that is held now, with all of the model's weights."""
+    global _before
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and not hasattr(parameter, "full_tensor"):
+            parameter.detach().sum()  # reads what is mapped from a file
+    _before = peak_memory_bytes()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if not STATUS.exists():
+        return peak_since_restart()
+    CLEAR.write_text("5")
+    return field("VmRSS")
+
+
+def field(name: str) -> int:
+    """Bytes, from Linux's account of this process."""
+    return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name)) * 1024
+
+
+def recompute_blocks(model: GPT) -> None:
+    """Activation checkpointing (Chen et al. 2016): each block keeps its input alone and runs again in the backward."""
+    for block in model.h:
+        block.forward = partial(recompute, block.forward, use_reentrant=False)

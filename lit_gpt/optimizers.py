@@ -20,6 +20,7 @@ OPTIMIZERS = {
     "adamw8bit": "bitsandbytes.optim.AdamW8bit",
     "paged_adamw8bit": "bitsandbytes.optim.PagedAdamW8bit",
 }
+EIGHT_BIT = {"adamw8bit", "paged_adamw8bit"}
 DEFAULTS: dict[str, dict[str, Any]] = {"adamw": {"fused": True}}
 
 
@@ -46,6 +47,33 @@ def make_optimizer(parameters: list[nn.Parameter], hp: SimpleNamespace) -> torch
         return optimizer(parameters, **given)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"--optimizer {hp.optimizer} {hp.optimizer_args}: {error}") from None
+
+
+def optimizer_of(parameters: list[nn.Parameter], hp: SimpleNamespace) -> "torch.optim.Optimizer | InBackward":
+    """What takes the steps of a run: an optimizer, or with `--optimizer_in_backward` one for each parameter."""
+    in_backward = getattr(hp, "optimizer_in_backward", False)
+    return InBackward(parameters, hp) if in_backward else make_optimizer(parameters, hp)
+
+
+def parts(optimizer: Any) -> list[torch.optim.Optimizer]:
+    return optimizer.optimizers if isinstance(optimizer, InBackward) else [optimizer]
+
+
+def allocate(optimizer: Any) -> None:
+    """Let the optimizer make its state, by a step that changes no weight."""
+    for part in parts(optimizer):
+        for group in part.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        part.step()
+        part.zero_grad()
+
+
+def forget(optimizer: Any) -> None:
+    """Take the optimizer's state back to its beginning."""
+    for part in parts(optimizer):
+        part.state.clear()
 
 
 def find(name: str) -> type[torch.optim.Optimizer]:

@@ -36,6 +36,7 @@ class Records:
         self.seconds = 0.0  # of training, without validation and saving
         self.set_aside = 0.0
         self.bar = tqdm(disable=True)
+        self.memory: dict[str, int] = {}  # of a step beside the model, planned and measured
 
     def check_unused(self) -> None:
         """Refuse an out_dir that holds a run which is not to be resumed."""
@@ -137,6 +138,7 @@ class Records:
             "seconds": round(self.seconds, 3),
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds else None,
             "peak_memory_bytes": max(int(row["peak_memory_bytes"]) for row in self.rows if row["peak_memory_bytes"]),
+            **self.memory,
             "val_loss_first": validations[0],
             "val_loss_last": validations[-1],
         }

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from lit_gpt import checkpoint, data, devices, hf_files
+from lit_gpt import checkpoint, data, devices, hf_files, memory
 from lit_gpt.config import Config
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation import generate
 from lit_gpt.model import GPT
 from lit_gpt.optimizers import Schedule
+from lit_gpt.plan import Plan, plan
 from lit_gpt.prompts import PromptStyle
 from lit_gpt.records import Records, StopSignals
 from lit_gpt.states import States
@@ -62,7 +62,7 @@ def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric, dtype: tor
 
     base, config = checkpoint.load_state(hp.checkpoint_dir), Config.from_checkpoint(hp.checkpoint_dir)
     check_vocabulary(config, train, validation)
-    model = load_to_train(hp, method, fabric, config, base, dtype)
+    model = load_to_train(hp, method, fabric, config, base)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fabric.print(f"{method.name}: training {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters")
     wrapped, optimizer = devices.setup(fabric, model, hp)
@@ -74,7 +74,8 @@ def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric, dtype: tor
     run.contents = partial(
         file_contents, method.name, identity["base"], hyperparameters=method.settings, prompt_style=style.to_dict()
     )
-    run.arithmetic = partial(torch.autocast, fabric.device.type, dtype, enabled=stored(hp, method, dtype) != dtype)
+    run.arithmetic = partial(torch.autocast, fabric.device.type, dtype, enabled=method.stored(hp) != dtype)
+    run.plan = partial(plan, config, method, hp, cuda=fabric.device.type == "cuda")
     run.sample = partial(print_sample, model, tokenizer, style, validation[0], hp, fabric.global_rank == 0)
     if not run.fit():
         return
@@ -92,21 +93,14 @@ def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric, dtype: tor
     devices.on_main(fabric, write)
 
 
-def stored(hp: SimpleNamespace, method: Method, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the base's weights are kept: what trains in float32, unless it is asked for otherwise."""
-    return torch.float32 if method.whole_model and hp.master_weights else dtype
-
-
-def load_to_train(
-    hp: SimpleNamespace, method: Method, fabric: Fabric, config: Config, base: dict[str, Tensor], dtype: torch.dtype
-) -> GPT:
+def load_to_train(hp: SimpleNamespace, method: Method, fabric: Fabric, config: Config, base: dict[str, Tensor]) -> GPT:
     torch.manual_seed(hp.seed % 2**63)
     shared = devices.place_to_build(hp, fabric)
     # FSDP casts each rank's share by itself: the whole stays mapped from its file
-    kept = None if hp.strategy == "fsdp" else stored(hp, method, dtype)
+    kept = None if hp.strategy == "fsdp" else method.stored(hp)
     model = method.attach(checkpoint.build(config, base, kept, shared, hp.checkpoint_dir))
     if hp.activation_checkpointing:
-        recompute_blocks(model)
+        memory.recompute_blocks(model)
     return model
 
 
@@ -157,12 +151,6 @@ def check_vocabulary(config: Config, *splits: data.Dataset) -> None:
         )
 
 
-def recompute_blocks(model: GPT) -> None:
-    """Activation checkpointing: each block keeps its input alone and runs again in the backward pass."""
-    for block in model.h:
-        block.forward = partial(recompute, block.forward, use_reentrant=False)
-
-
 @dataclass
 class Run:
     """What a run holds; `fit` is the loop."""
@@ -178,6 +166,7 @@ class Run:
     records: Records
     states: States = field(init=False)
     contents: Callable[[dict[str, Tensor]], dict[str, Any]] = field(init=False)  # of the file of what was trained
+    plan: Callable[[list[int], int], Plan] = field(init=False)  # of a packed row's lengths and supervised tokens
     sample: Callable[[], None] = field(init=False)  # shows how the model answers now
     arithmetic: Callable[[], Any] = nullcontext  # the context of a forward pass
     step: int = 0  # optimizer steps done
@@ -208,10 +197,14 @@ class Run:
         return True
 
     def rehearse(self) -> None:
-        """A step on the longest packed row of an epoch that changes nothing: what runs out of memory does so now."""
-        row = data.pack([self.train[i] for i in self.longest_row()]).to(self.fabric.device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = 0.0
+        """A step on the longest packed row of an epoch that changes nothing: what runs out of memory does so now.
+
+        What it took is told beside what was planned, over the memory that the loaded model holds.
+        """
+        samples = [self.train[i] for i in self.longest_row()]
+        row = data.pack(samples).to(self.fabric.device)
+        held = memory.restart(self.model)
+        devices.allocate(self.fabric, self.optimizer)
         self.wrapped.train()
         with devices.accumulating(self.fabric, self.wrapped, more=False):
             with self.arithmetic():
@@ -220,6 +213,14 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         devices.forget(self.fabric, self.optimizer)
+        took = memory.peak_since_restart() - held
+        plan = self.plan(list(row.segments.lengths), len(row.targets.labels)).shared(self.hp)
+        planned = plan.train - plan.weights
+        self.records.memory = {"step_bytes_planned": planned, "step_bytes_measured": took}
+        self.fabric.print(
+            f"memory: a step on the longest row, {row.idx.numel()} tokens, took {took / 1e9:.2f} GB beside the model "
+            f"({planned / 1e9:.2f} GB planned)"
+        )
 
     def longest_row(self) -> list[int]:
         """The samples of this rank's longest packed row in an epoch."""

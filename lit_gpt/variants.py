@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_gpt import zero
-from lit_gpt.checkpoint import FORMAT_VERSION, build, check_state, fingerprint, load, load_state, save
+from lit_gpt.checkpoint import DTYPES, FORMAT_VERSION, build, check_state, fingerprint, load, load_state, save
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.model import GPT
@@ -34,6 +34,10 @@ class Method:
     attach: Callable[[GPT], GPT]  # from the base to the model to train, in place
     settings: dict[str, Any] = field(default_factory=dict)  # hyperparameters, from which it can be attached again
     whole_model: bool = False  # the base's own weights train, and the result is a checkpoint folder
+
+    def stored(self, hp: SimpleNamespace) -> torch.dtype:
+        """The dtype in which the base's weights are kept: what trains in float32, unless asked for otherwise."""
+        return torch.float32 if self.whole_model and hp.master_weights else DTYPES[hp.precision]
 
     @classmethod
     def of(cls, module: ModuleType, config: Any) -> "Method":

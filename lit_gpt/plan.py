@@ -1,0 +1,249 @@
+"""What a run will need before it starts: parameters, and the memory of each of its phases.
+
+Nothing is guessed from formulas. The very step that training takes runs on tensors without contents (FakeTensorMode)
+while every storage that lives is counted. Blocks are alike, so two small models tell what each further block adds.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import astuple, dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from lit_gpt import adapter, lora
+from lit_gpt.checkpoint import DTYPES
+from lit_gpt.config import Config
+from lit_gpt.memory import recompute_blocks
+from lit_gpt.model import GPT, Segments, Targets
+from lit_gpt.optimizers import EIGHT_BIT, allocate, optimizer_of
+from lit_gpt.variants import Method
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Parameters; and in bytes what is held throughout, and the peaks of the phases, what is held included."""
+
+    parameters: int
+    trainable: int
+    weights: int
+    gradients: int
+    optimizer: int
+    # a training step is at its peak either when the backward pass begins, with all activations, or when it ends, with
+    # all gradients, or in the optimizer's step
+    backward_begins: int
+    backward_ends: int
+    step: int
+    evaluate: int
+    save: int
+    merge: int  # of LoRA into its base, on the CPU beside the mapped file; 0 for other methods
+    block: int = 0  # weights of one block
+
+    @property
+    def train(self) -> int:
+        return max(self.backward_begins, self.backward_ends, self.step)
+
+    @property
+    def activations(self) -> int:
+        """What is held when the backward pass begins, beside weights and optimizer."""
+        return self.backward_begins - self.weights - self.optimizer
+
+    @property
+    def peak(self) -> int:
+        return max(self.train, self.evaluate, self.save)
+
+    def shared(self, hp: SimpleNamespace) -> "Plan":
+        """One rank's part by `--strategy`; activations are each rank's own."""
+        ranks, zero = hp.devices * hp.num_nodes, hp.strategy == "deepspeed"
+        if ranks == 1 or hp.strategy not in ("fsdp", "deepspeed"):
+            return self
+        weights, gradients, optimizer = self.weights, self.gradients // ranks, self.optimizer // ranks
+        if hp.strategy == "fsdp" or hp.zero_stage == 3:
+            weights = self.weights // ranks + 2 * self.block  # one computes while the next is gathered
+        if zero:
+            optimizer += 4 * self.trainable // ranks  # the float32 originals
+        if zero and hp.zero_offload:
+            weights, gradients, optimizer = (2 * self.block if hp.zero_stage == 3 else weights), 0, 0
+        off = weights - self.weights + optimizer - self.optimizer
+        peaks = {name: getattr(self, name) + off for name in ("backward_begins", "evaluate", "save")}
+        ends = {name: getattr(self, name) + off + gradients - self.gradients for name in ("backward_ends", "step")}
+        return replace(self, weights=weights, gradients=gradients, optimizer=optimizer, **peaks, **ends)
+
+
+def plan(config: Config, method: Method, hp: SimpleNamespace, lengths: list[int], supervised: int, cuda: bool) -> Plan:
+    """The plan of a run on one device.
+
+    Args:
+        hp: the flags of finetune/lora.py.
+        lengths: tokens of each sample in the longest packed row.
+        supervised: how many of the row's tokens are.
+        cuda: plan for a CUDA device; there need not be one.
+    """
+    few = method.settings.get("start_layer", 0) + 2  # of layers, that all kinds are among them
+    if config.n_layer <= few + 1:
+        return simulate(config, method, hp, lengths, supervised, cuda)
+    one, two = (
+        astuple(simulate(replace(config, n_layer=n), method, hp, lengths, supervised, cuda)) for n in (few, few + 1)
+    )
+    grown = [a + (b - a) * (config.n_layer - few) for a, b in zip(one, two, strict=True)]
+    *sums, _, _ = grown
+    return Plan(*sums, merge=two[-2], block=two[2] - one[2])  # a merge goes block by block
+
+
+def first_trained(method: Method) -> int:
+    return method.settings.get("start_layer", 0) if method.name == adapter.METHOD else 0
+
+
+def simulate(
+    config: Config, method: Method, hp: SimpleNamespace, lengths: list[int], supervised: int, cuda: bool
+) -> Plan:
+    dtype, stored = DTYPES[hp.precision], method.stored(hp)
+    with torch.device("meta"):
+        model = method.attach(GPT(config).to(stored))
+    if hp.activation_checkpointing:
+        recompute_blocks(model)
+    counts = size(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    with FakeTensorMode(), Live() as live, kernels_of(cuda):
+        parameters = materialize(model)
+        row = row_like(lengths, supervised)
+        weights = live.now
+        optimizer = None if hp.optimizer in EIGHT_BIT else optimizer_of(parameters, hp)
+        if optimizer is not None:
+            allocate(optimizer)
+        states = live.now - weights
+        with torch.autocast("cpu", dtype, enabled=stored != dtype):
+            begins, ends = live.during_backward(model.train(), first_trained(method), *row)
+        gradients = live.now - weights - states
+        step = live.during(optimizer.step) if optimizer is not None else live.now
+        if optimizer is not None:
+            optimizer.zero_grad()
+        evaluate = live.during(lambda: evaluate_once(model, *row, hp))
+        merge = live.during(lambda: merge_once(model)) - live.now if method.name == lora.METHOD else 0
+    unseen = eight_bit(parameters, paged=cuda and hp.optimizer.startswith("paged")) if optimizer is None else 0
+    peaks = (begins, ends, step, evaluate, weights + states)
+    return Plan(*counts, weights, gradients, states + unseen, *(peak + unseen for peak in peaks), merge)
+
+
+def materialize(model: nn.Module) -> list[nn.Parameter]:
+    """Put tensors that have a place but no contents for a model's meta ones; returns those that train."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter not in made:
+                like = torch.empty(parameter.shape, dtype=parameter.dtype)
+                made[parameter] = nn.Parameter(like, requires_grad=parameter.requires_grad)
+            module._parameters[name] = made.get(parameter)
+    model.rope.frequencies = torch.empty(model.rope.frequencies.shape)
+    return [parameter for parameter in made.values() if parameter.requires_grad]
+
+
+def row_like(lengths: list[int], supervised: int) -> tuple[Tensor, Segments, Targets]:
+    """A packed row of samples of these lengths, as far as its shapes go."""
+    n = sum(lengths)
+    segments = Segments(tuple(lengths), torch.zeros(len(lengths) + 1, dtype=torch.int32), whole_numbers(n))
+    return whole_numbers(n).unsqueeze(0), segments, Targets(whole_numbers(supervised), whole_numbers(supervised))
+
+
+def whole_numbers(n: int) -> Tensor:
+    return torch.zeros(n, dtype=torch.int64)
+
+
+@torch.no_grad()
+def evaluate_once(model: GPT, idx: Tensor, segments: Segments, targets: Targets, hp: SimpleNamespace) -> None:
+    """The loss of the row, and the cache of an answer to its longest sample."""
+    model.eval()
+    model(idx, segments=segments, targets=targets)
+    prompt = idx[:, : max(segments.lengths)]
+    cache = model.kv_cache(1, prompt.size(1) + hp.sample_tokens)
+    model(prompt, cache=cache, last=True)
+
+
+def merge_once(model: GPT) -> None:
+    """What scripts/merge_lora.py holds in turn: a merged weight, then, to compare, a module in float32 and logits."""
+    for layer in lora.lora_layers(model).values():
+        layer.merged()
+    largest = max((model.wte, model.h[0], model.lm_head), key=size)
+    copies = [(p.clone(), p.float()) for p in largest.parameters()]  # noqa: F841 (held together)
+    torch.empty(48, model.config.padded_vocab_size)  # as many positions as verify.probe has
+
+
+def size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def eight_bit(parameters: list[nn.Parameter], paged: bool) -> int:
+    """Bytes of bitsandbytes' state: two of 8 bits a weight, and a scale for each per 256 (Dettmers et al. 2022).
+
+    Its kernels do not run on tensors without contents. What is paged lies in host memory when the device is full.
+    """
+    small, large = ([p.numel() for p in parameters if (p.numel() >= 4096) == is_large] for is_large in (False, True))
+    return 0 if paged else int(sum(large) * (2 + 8 / 256)) + sum(small) * 8
+
+
+@contextmanager
+def kernels_of(cuda: bool) -> Iterator[None]:
+    """Let the model choose the kernels of a CUDA device. Fake CUDA tensors want a torch that is built for CUDA."""
+    with mock.patch("lit_gpt.model.flash_takes", lambda q: q.size(-1) <= 256) if cuda else nullcontext():
+        yield
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages made while it is on, as they come and go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_iter(result):
+            if isinstance(leaf, Tensor):
+                self.count(leaf.untyped_storage())
+        return result
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.drop, key, size)
+
+    def drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+    def during_backward(
+        self, model: GPT, first: int, idx: Tensor, segments: Segments, targets: Targets
+    ) -> tuple[int, int]:
+        """The peaks up to the end of the last block's backward pass, and from the beginning of block `first`'s."""
+        peaks = []
+
+        def mark(gradient: Tensor) -> None:
+            peaks.append(self.peak)
+            self.peak = self.now
+
+        def watch(block: nn.Module, arguments: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(mark)
+
+        handles = [model.h[layer].register_forward_hook(watch) for layer in (-2, first)]
+        self.peak = self.now
+        model(idx, segments=segments, targets=targets).backward()
+        for handle in handles:
+            handle.remove()
+        return (peaks or [self.peak])[0], self.peak
+
+    def during(self, action: Any) -> int:
+        """The peak while `action` runs."""
+        self.peak = self.now
+        action()
+        return self.peak
