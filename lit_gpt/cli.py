@@ -48,14 +48,17 @@ EXPECTED = {
 }
 
 
-def run(main: Callable[[SimpleNamespace], None]) -> None:
+def run(main: Callable[[SimpleNamespace], None], *more: dict[str, Any]) -> None:
     """Parse the command line against the constants of `main`'s script and call `main` with their values.
+
+    Args:
+        more: the globals of other scripts, whose flags `main`'s takes too.
 
     Exits with 0 when done, 2 on wrong usage and 1 on failure, the last two with one line on stderr.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
     try:
-        main(parse(main.__globals__, sys.argv[1:]))
+        main(parse(main.__globals__, sys.argv[1:], *more))
     except UserError as error:
         fail(str(error), error.exit_code)
     except MemoryError as error:
@@ -81,18 +84,23 @@ def fail(message: str, exit_code: int) -> None:
     sys.exit(exit_code)
 
 
-def parse(script: dict[str, Any], argv: list[str]) -> SimpleNamespace:
+def parse(script: dict[str, Any], argv: list[str], *more: dict[str, Any]) -> SimpleNamespace:
     """The script's hyperparameters with the values of the command line.
 
     Args:
         script: the script's globals; every annotated name in them is a hyperparameter.
+        more: those of other scripts, whose flags are taken too.
         argv: the arguments after the script's name. `--config FILE` reads a JSON file of values, such as the
             `hyperparameters.json` that a run leaves; flags after it win.
 
     Raises:
         UsageError: an unknown flag or a value that the type does not admit, named in one line.
     """
-    types = script.get("__annotations__") or script["__annotate__"](1)  # Python 3.14 makes them when asked
+    types, defaults, helps = {}, {}, {}
+    for source in (*(other for other in more if other), script):
+        types |= source.get("__annotations__") or source["__annotate__"](1)  # Python 3.14 makes them when asked
+        defaults |= source
+        helps |= trailing_comments(source["__file__"])
     prog = Path(script["__file__"])
     parser = ArgumentParser(
         prog=f"python {prog.parent.name}/{prog.name}",
@@ -103,11 +111,10 @@ def parse(script: dict[str, Any], argv: list[str]) -> SimpleNamespace:
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=str, metavar="PATH", help="JSON file of values for these flags")
-    helps = trailing_comments(script["__file__"])
     for name, kind in types.items():
-        default = json.dumps(script[name], default=str).strip('"')
+        default = json.dumps(defaults[name], default=str).strip('"')
         text = f"{helps[name]} [{default}]"
-        parser.add_argument(f"--{name}", type=kind, default=script[name], metavar=metavar(kind), help=text)
+        parser.add_argument(f"--{name}", type=kind, default=defaults[name], metavar=metavar(kind), help=text)
     try:
         values = vars(parser.parse_args(expand_config(argv, types)))
     except SystemExit:

@@ -23,7 +23,7 @@ from lit_gpt.checkpoint import DTYPES
 from lit_gpt.config import Config
 from lit_gpt.memory import recompute_blocks
 from lit_gpt.model import GPT, Segments, Targets
-from lit_gpt.optimizers import EIGHT_BIT, allocate, optimizer_of
+from lit_gpt.optimizers import EIGHT_BIT, OPTIMIZERS, allocate, optimizer_of
 from lit_gpt.variants import Method
 
 
@@ -97,6 +97,17 @@ def plan(config: Config, method: Method, hp: SimpleNamespace, lengths: list[int]
     return Plan(*sums, merge=two[-2], block=two[2] - one[2])  # a merge goes block by block
 
 
+def plan_flags(config: Config, method: Method, hp: SimpleNamespace) -> tuple[Plan, list[int]]:
+    """The plan of one rank by the flags of scripts/plan.py, and the packed row that it is of.
+
+    The row is the worst that the flags admit: of samples as long as they may be, all their tokens supervised.
+    """
+    longest = min(hp.max_seq_length or config.block_size, config.block_size)
+    n = hp.micro_batch_size or max(1, hp.micro_batch_tokens // longest)
+    lengths = [longest] * n
+    return plan(config, method, hp, lengths, sum(lengths), hp.device == "cuda").shared(hp), lengths
+
+
 def first_trained(method: Method) -> int:
     return method.settings.get("start_layer", 0) if method.name == adapter.METHOD else 0
 
@@ -114,19 +125,17 @@ def simulate(
         parameters = materialize(model)
         row = row_like(lengths, supervised)
         weights = live.now
-        optimizer = None if hp.optimizer in EIGHT_BIT else optimizer_of(parameters, hp)
-        if optimizer is not None:
-            allocate(optimizer)
+        optimizer = optimizer_of(parameters, stand_in(hp))
+        allocate(optimizer)
         states = live.now - weights
-        with torch.autocast("cpu", dtype, enabled=stored != dtype):
-            begins, ends = live.during_backward(model.train(), first_trained(method), *row)
+        arithmetic = torch.autocast("cpu", dtype, enabled=stored != dtype)
+        begins, ends = live.during_backward(model.train(), first_trained(method), row, arithmetic)
         gradients = live.now - weights - states
-        step = live.during(optimizer.step) if optimizer is not None else live.now
-        if optimizer is not None:
-            optimizer.zero_grad()
+        step = live.during(optimizer.step)
+        optimizer.zero_grad()
         evaluate = live.during(lambda: evaluate_once(model, *row, hp))
         merge = live.during(lambda: merge_once(model)) - live.now if method.name == lora.METHOD else 0
-    unseen = eight_bit(parameters, paged=cuda and hp.optimizer.startswith("paged")) if optimizer is None else 0
+    unseen = unseen_state(parameters, hp.optimizer, cuda)
     peaks = (begins, ends, step, evaluate, weights + states)
     return Plan(*counts, weights, gradients, states + unseen, *(peak + unseen for peak in peaks), merge)
 
@@ -178,13 +187,31 @@ def size(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def eight_bit(parameters: list[nn.Parameter], paged: bool) -> int:
-    """Bytes of bitsandbytes' state: two of 8 bits a weight, and a scale for each per 256 (Dettmers et al. 2022).
+def stand_in(hp: SimpleNamespace) -> SimpleNamespace:
+    """The flags with an optimizer that holds no state in place of one whose kernels want tensors with contents."""
+    if of_torch(hp.optimizer):
+        return hp
+    return SimpleNamespace(**vars(hp) | {"optimizer": "sgd", "optimizer_args": {}})
 
-    Its kernels do not run on tensors without contents. What is paged lies in host memory when the device is full.
+
+def unseen_state(parameters: list[nn.Parameter], name: str, cuda: bool) -> int:
+    """Bytes of the state of optimizers that are not PyTorch's.
+
+    bitsandbytes' AdamW keeps two numbers of 8 bits for each weight and a scale for each 256 of them (Dettmers et al.
+    2022), or of 32 bits for tensors under 4096; what is paged can go to host memory. Others are taken to be like AdamW.
     """
-    small, large = ([p.numel() for p in parameters if (p.numel() >= 4096) == is_large] for is_large in (False, True))
-    return 0 if paged else int(sum(large) * (2 + 8 / 256)) + sum(small) * 8
+    if of_torch(name):
+        return 0
+    counts = [p.numel() for p in parameters]
+    if name not in EIGHT_BIT:
+        return 8 * sum(counts)
+    if cuda and name.startswith("paged"):
+        return 0
+    return sum(int(n * (2 + 8 / 256)) if n >= 4096 else 8 * n for n in counts)
+
+
+def of_torch(optimizer: str) -> bool:
+    return OPTIMIZERS.get(optimizer, optimizer).startswith("torch.")
 
 
 @contextmanager
@@ -221,9 +248,7 @@ class Live(TorchDispatchMode):
         self.known.discard(key)
         self.now -= size
 
-    def during_backward(
-        self, model: GPT, first: int, idx: Tensor, segments: Segments, targets: Targets
-    ) -> tuple[int, int]:
+    def during_backward(self, model: GPT, first: int, row: tuple[Any, ...], arithmetic: Any) -> tuple[int, int]:
         """The peaks up to the end of the last block's backward pass, and from the beginning of block `first`'s."""
         peaks = []
 
@@ -237,7 +262,10 @@ class Live(TorchDispatchMode):
 
         handles = [model.h[layer].register_forward_hook(watch) for layer in (-2, first)]
         self.peak = self.now
-        model(idx, segments=segments, targets=targets).backward()
+        idx, segments, targets = row
+        with arithmetic:
+            loss = model(idx, segments=segments, targets=targets)
+        loss.backward()
         for handle in handles:
             handle.remove()
         return (peaks or [self.peak])[0], self.peak

@@ -1,0 +1,109 @@
+"""The memory plan counts what the training step really holds, and scripts/plan.py tells it."""
+
+import json
+import runpy
+from dataclasses import astuple, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+
+from lit_gpt import GPT, Config
+from lit_gpt import cli as command_line
+from lit_gpt.memory import recompute_blocks
+from lit_gpt.model import Segments, Targets
+from lit_gpt.plan import Live, plan, simulate
+from lit_gpt.variants import Method
+
+METHODS = ("lora", "adapter", "adapter_v2", "full")
+SMALL = replace(
+    Config.from_name("falcon-7b"), n_layer=7, n_head=4, n_embd=64, n_query_groups=2, head_size=16,
+    intermediate_size=128, vocab_size=300, padded_vocab_size=300,
+)  # fmt: skip
+ROW = [40, 30, 20]
+
+
+def flags_of(method: str, **flags) -> tuple[Method, SimpleNamespace]:
+    script = runpy.run_path(str(ROOT / "finetune" / f"{method}.py"))
+    hp = command_line.parse(script, [f"--{name}={value}" for name, value in flags.items()])
+    return script["method"](hp), hp
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_few_layers_tell_of_many(method, recompute):
+    method, hp = flags_of(method, activation_checkpointing=str(recompute).lower())
+    few, all_layers = plan(SMALL, method, hp, ROW, 50, cuda=False), simulate(SMALL, method, hp, ROW, 50, cuda=False)
+    assert astuple(few)[:-1] == pytest.approx(astuple(all_layers)[:-1], rel=0.002)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_step_holds_what_was_planned(method, precision):
+    """The same count over a real step's tensors."""
+    method, hp = flags_of(method, precision=precision, activation_checkpointing="true")
+    found = simulate(SMALL, method, hp, ROW, 50, cuda=False)
+    dtype, stored = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision], method.stored(hp)
+    segments, idx = Segments.of(ROW), torch.randint(300, (1, sum(ROW)))
+    targets = Targets(torch.arange(50), torch.randint(300, (50,)))
+    with Live() as live:
+        model = GPT(SMALL)
+        model = method.attach(model.to(stored)).train()
+        recompute_blocks(model)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        held = live.now
+        live.peak = live.now
+        with torch.autocast("cpu", dtype, enabled=stored != dtype):
+            loss = model(idx, segments=segments, targets=targets)
+        loss.backward()
+        gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
+    assert found.weights == pytest.approx(weights, rel=0.01) and found.gradients == gradients
+    step = max(found.backward_begins, found.backward_ends) - found.weights - found.optimizer
+    assert live.peak - held == pytest.approx(step, rel=0.02)
+
+
+def test_the_optimizers_state():
+    full, hp = flags_of("full")
+    counts = sum(p.numel() for p in GPT(SMALL).parameters())
+    for optimizer, expected in (("adamw", 8), ("sgd", 0)):
+        hp.optimizer = optimizer
+        assert plan(SMALL, full, hp, ROW, 50, False).optimizer == pytest.approx(expected * counts, rel=0.001)
+    hp.optimizer, hp.optimizer_in_backward = "adamw", True
+    assert plan(SMALL, full, hp, ROW, 50, False).gradients == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "trainable"),
+    [("lora", 3_506_176), ("adapter", 1_365_330), ("adapter_v2", 3_839_186), ("full", 7_217_189_760)],
+)
+def test_falcon_7b(cli, method, trainable):
+    """Through the finetune scripts' own code, on no device at all."""
+    result = cli(
+        "scripts/plan.py", model="falcon-7b", method=method, micro_batch_size=1, max_seq_length=64, json="true"
+    )
+    found = json.loads(result.out)
+    assert result.code == 0 and found["trainable"] == trainable
+    expected = 4 * 7_217_189_760 if method == "full" else 2 * 7_217_189_760
+    assert found["weights"] == pytest.approx(expected, rel=0.002) and found["train"] > found["weights"]
+
+
+def test_sharing_among_ranks():
+    method, hp = flags_of("full")
+    one = plan(SMALL, method, hp, ROW, 50, False)
+    hp.devices, hp.strategy = 4, "fsdp"
+    shared = one.shared(hp)
+    assert shared.optimizer == one.optimizer // 4 and shared.weights < one.weights and shared.train < one.train
+    hp.strategy, hp.zero_stage = "deepspeed", 2
+    assert one.shared(hp).weights == one.weights and one.shared(hp).gradients == one.gradients // 4
+    hp.strategy = "ddp"
+    assert one.shared(hp) == one
+
+
+def test_what_it_prints(cli):
+    result = cli("scripts/plan.py", model="pythia-70m", max_seq_length=128, memory_gb=0.5, lora_r=4)
+    assert result.code == 0 and "peak of train" in result.out and "merge_lora" in result.out, result.err
+    assert "fits" in result.out and "does not fit" in result.out
+    cli("scripts/plan.py", model="falcon-9b").refused("falcon-9b", "falcon-7b")
+    cli("scripts/plan.py", method="nope").refused("--method", "lora, adapter", code=2)
+    cli("scripts/plan.py", model="falcon-7b", method="full", lora_r=4).refused("unknown flag --lora_r", code=2)
