@@ -1,0 +1,289 @@
+"""Operations written with their gradients, so that they keep less for the backward pass than autograd would, and pass
+over memory less often. Their results are those of the plain formulas, which tests/test_fused.py holds against them.
+
+None reads a tensor's contents on the way, so that all run on the meta device and under FakeTensorMode as well.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Queries that attend at a time, so that what is computed of the masked upper triangle is little, and their scores fit
+# a cache.
+QUERY_BLOCK = 128
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+def low_rank_update(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, parts: list[tuple[int, int]], scale: float, dropout: float
+) -> Tensor:
+    """y with scale * B_i A_i dropout(x) added to its columns `parts[i]`, in place (Hu et al. 2021, LoRA).
+
+    Args:
+        y: (..., out_features), of the dtype of the arithmetic; what made it must not have kept it.
+        x: (..., in_features).
+        A: (len(parts) * r, in_features), float32: an A for each part, one below the other.
+        B: (sum of the parts' lengths, r), float32, likewise.
+        parts: (start, stop) of columns.
+        dropout: probability, rounded to 1 / 65536.
+    """
+    return _LowRankUpdate.apply(y, x, A, B, parts, scale, dropout)
+
+
+class _LowRankUpdate(torch.autograd.Function):
+    """Keeps x, one bit per element of it, and the low-rank product."""
+
+    @staticmethod
+    def forward(ctx, y, x, A, B, parts, scale, dropout):
+        kept = 65536 - round(dropout * 65536)
+        bits = random_bits(x.numel(), kept, x.device) if kept < 65536 else None
+        ctx.parts, ctx.factor = parts, scale * 65536 / kept if kept else 0.0
+        low = _dropped(x.reshape(-1, x.size(-1)).to(y.dtype), bits) @ A.to(y.dtype).t()  # (rows, len(parts) * r)
+        for columns, rows, weight in _parts(ctx, y, low, B):
+            columns.addmm_(rows, weight.t())
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, A, B, low, bits)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, A, B, low, bits = ctx.saved_tensors
+        grad = grad.contiguous()
+        low_grads, B_grads = [], []
+        for columns, rows, weight in _parts(ctx, grad, low, B):
+            low_grads.append(columns @ weight)
+            B_grads.append((rows.t() @ columns).t())
+        low_grad = torch.cat(low_grads, dim=-1)
+        x_grad = None
+        if ctx.needs_input_grad[1]:
+            x_grad = _dropped(low_grad @ A.to(grad.dtype), bits).view_as(x).to(x.dtype)
+        A_grad = low_grad.t() @ _dropped(x.reshape(-1, x.size(-1)).to(grad.dtype), bits)
+        return grad, x_grad, A_grad.to(A.dtype), torch.cat(B_grads).to(B.dtype).mul_(ctx.factor), None, None, None
+
+
+def _parts(ctx: Any, y: Tensor, low: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each part: its columns of y, its columns of the low-rank product, and its scaled B."""
+    y, B = y.view(-1, y.size(-1)), (B * ctx.factor).to(y.dtype)
+    weights = B.split([stop - start for start, stop in ctx.parts])
+    for (start, stop), rows, weight in zip(ctx.parts, low.split(B.size(1), dim=-1), weights, strict=True):
+        yield y[:, start:stop], rows, weight
+
+
+def random_bits(n: int, kept: int, device: torch.device) -> Tensor:
+    """Independent bits, each 1 with probability kept / 65536: int64 (ceil(n / 64),).
+
+    Each round of fair bits halves the distance to 0 or to 1, by the digits of the probability from the last to the
+    first. A generator's 64 bits serve 64 elements in a round, where `bernoulli_` takes 64 for each.
+    """
+    bits = torch.zeros(-(-n // 64), dtype=torch.int64, device=device)
+    fair = torch.empty_like(bits)
+    for digit in range(16):
+        if kept % 2 ** (digit + 1):  # before the last digit that is 1, all is 0 still
+            fair.random_(-(2**63), None)
+            bits = bits.bitwise_or_(fair) if kept >> digit & 1 else bits.bitwise_and_(fair)
+    return bits
+
+
+def _dropped(x: Tensor, bits: Tensor | None) -> Tensor:
+    """x, contiguous, with zero where its bit is 0."""
+    if bits is None:
+        return x
+    size = x.element_size()
+    ones = sum(1 << 8 * size * lane for lane in range(8 // size))  # a 1 in each lane of an int64 as wide as an element
+    shifts = torch.arange(8 * size, device=x.device).unsqueeze(1)
+    keep = (bits >> shifts).bitwise_and_(ones).view(INTEGERS[size]).flatten()[: x.numel()]
+    return keep.mul_(x.view(INTEGERS[size]).flatten()).view(x.dtype).view_as(x)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / rms(x) (Zhang & Sennrich 2019), the mean square in float32; x: (..., size), weight: (size,)."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and the inverse of the rms."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, inverse, weight)
+        return weight * (wide * inverse).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, inverse, weight = ctx.saved_tensors
+        normed = x * inverse  # float32
+        x_grad = weight_grad = None
+        if ctx.needs_input_grad[1]:
+            weight_grad = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            wide = grad.float() * weight
+            along = (wide * normed).mean(-1, keepdim=True)
+            x_grad = wide.addcmul_(normed, along, value=-1).mul_(inverse).to(x.dtype)
+        return x_grad, weight_grad, None
+
+
+def gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor], gradient: Callable[..., Tensor]) -> Tensor:
+    """activation(gate) * up (Shazeer 2020).
+
+    Args:
+        gate_up: (..., 2 * size), the gate's half first.
+        gradient: from a gradient and the gate to the gradient through the activation.
+    """
+    return _Gated.apply(gate_up, activation, gradient)
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps its input."""
+
+    @staticmethod
+    def forward(ctx, gate_up, activation, gradient):
+        ctx.save_for_backward(gate_up)
+        ctx.activation, ctx.gradient = activation, gradient
+        gate, up = gate_up.chunk(2, dim=-1)
+        return activation(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        result = torch.empty_like(gate_up)
+        gate_grad, up_grad = result.chunk(2, dim=-1)
+        gate_grad.copy_(ctx.gradient(grad * up, gate))
+        torch.mul(grad, ctx.activation(gate), out=up_grad)
+        return result, None, None
+
+
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int) -> Tensor:
+    """qkv with the first rope_n_elem elements of its first `heads` heads rotated (Su et al. 2021, RoFormer), in place.
+
+    Args:
+        qkv: (B, T, any number of heads * head_size); what made it must not have kept it.
+        cos, sin: (T, rope_n_elem) or (B, T, rope_n_elem); the second half repeats the first.
+    """
+    return _Rotate.apply(qkv, cos, sin, heads, head_size)
+
+
+class _Rotate(torch.autograd.Function):
+    """Keeps the angles, which all layers share."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, *heads):
+        ctx.save_for_backward(cos, sin)
+        ctx.heads = heads
+        ctx.mark_dirty(qkv)
+        return _turn(qkv, cos, sin, *heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _turn(grad.clone(memory_format=torch.contiguous_format), cos, -sin, *ctx.heads), None, None, None, None
+
+
+def _turn(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int) -> Tensor:
+    n = cos.size(-1)
+    cos, sin = (x[..., None, : n // 2] for x in (cos, sin))
+    low, high = qkv.view(*qkv.shape[:2], -1, head_size)[:, :, :heads, :n].chunk(2, dim=-1)
+    turned = low * cos - high * sin
+    high.copy_(high * cos + low * sin)
+    low.copy_(turned)
+    return qkv
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, lengths: tuple[int, ...]) -> Tensor:
+    """Causal attention within each of the samples that make up a row, as products of whole matrices.
+
+    On a CPU this takes half the time of torch's scaled_dot_product_attention, whose backward pass is slow there.
+
+    Args:
+        q: (B, n_head, T, head_size). k, v: (B, n_query_groups, T, head_size).
+        window: how many positions a query sees, its own included; None: all before it.
+        lengths: of the samples; their sum is T.
+
+    Returns:
+        (B, n_head, T, head_size). Scores and softmax are float32, or float64 for such input.
+    """
+    return _Attention.apply(q, k, v, window, lengths)
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps q, k and v, and computes the probabilities again."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, window, lengths):
+        ctx.save_for_backward(q, k, v)
+        ctx.window, ctx.lengths = window, lengths
+        y = _like_heads(q)
+        with torch.autocast(q.device.type, enabled=False):
+            for queries, keys, first in _blocks(lengths, window):
+                p = _probabilities(q[:, :, queries], k[:, :, keys], window, first)
+                _put(y[:, :, queries], p.to(v.dtype) @ _grouped(v[:, :, keys], v))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v = ctx.saved_tensors
+        grads = q_grad, k_grad, v_grad = _like_heads(q), _like_heads(k).zero_(), _like_heads(v).zero_()
+        scale = q.size(-1) ** -0.5
+        for queries, keys, first in _blocks(ctx.lengths, ctx.window):
+            rows, columns, values, g = (
+                _grouped(x, k) for x in (q[:, :, queries], k[:, :, keys], v[:, :, keys], grad[:, :, queries])
+            )
+            p = _probabilities(q[:, :, queries], k[:, :, keys], ctx.window, first)
+            v_grad[:, :, keys] += (p.to(v.dtype).mT @ g).view_as(v_grad[:, :, keys])
+            scores_grad = torch._softmax_backward_data((g @ values.mT).to(p.dtype), p, -1, p.dtype).mul_(scale)
+            scores_grad = scores_grad.to(q.dtype)
+            _put(q_grad[:, :, queries], scores_grad @ columns)
+            k_grad[:, :, keys] += (scores_grad.mT @ rows).view_as(k_grad[:, :, keys])
+        return *grads, None, None
+
+
+def _blocks(lengths: tuple[int, ...], window: int | None) -> Iterator[tuple[slice, slice, int]]:
+    """Queries, all the keys that any of them sees, and how many of these are before the first query."""
+    start = 0
+    for length in lengths:
+        blocks = -(-length // QUERY_BLOCK)
+        for i in range(blocks):
+            begin, end = start + length * i // blocks, start + length * (i + 1) // blocks
+            first = start if window is None else max(start, begin - window + 1)
+            yield slice(begin, end), slice(first, end), begin - first
+        start += length
+
+
+def _probabilities(q: Tensor, k: Tensor, window: int | None, first: int) -> Tensor:
+    """Softmax of the scores of T queries over S keys, the first query being as old as the key `first`.
+
+    Returns:
+        (B * n_query_groups, heads of a group * T, S)
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (_grouped(q, k).to(wide) * q.size(-1) ** -0.5) @ _grouped(k, k).to(wide).mT
+    T, S = q.size(2), k.size(2)
+    hidden = torch.full((T, S), -torch.inf, dtype=wide, device=q.device).triu_(first + 1)
+    if window is not None and S > window:
+        hidden += torch.full_like(hidden, -torch.inf).tril_(first - window)
+    scores.view(-1, T, S).add_(hidden)
+    return scores.softmax(-1)
+
+
+def _grouped(x: Tensor, k: Tensor) -> Tensor:
+    """Heads (B, n_head, T, head_size) as rows of their group: (B * n_query_groups, heads of a group * T, head_size)."""
+    return x.reshape(k.size(0) * k.size(1), -1, k.size(3))
+
+
+def _put(heads: Tensor, grouped: Tensor) -> None:
+    heads.copy_(grouped.view(heads.shape))
+
+
+def _like_heads(x: Tensor) -> Tensor:
+    """Room for heads like x (B, n_head, T, head_size), in memory as (B, T, n_head * head_size)."""
+    return x.new_empty(x.size(0), x.size(2), x.size(1), x.size(3)).transpose(1, 2)
