@@ -118,12 +118,12 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, inverse, weight = ctx.saved_tensors
-        normed = x * inverse  # float32
+        normed = x.to(torch.float32, copy=True).mul_(inverse)
         x_grad = weight_grad = None
         if ctx.needs_input_grad[1]:
             weight_grad = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            wide = grad.float() * weight
+            wide = grad.to(torch.float32, copy=True).mul_(weight)
             along = (wide * normed).mean(-1, keepdim=True)
             x_grad = wide.addcmul_(normed, along, value=-1).mul_(inverse).to(x.dtype)
         return x_grad, weight_grad, None
@@ -215,75 +215,77 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, lengths: tupl
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps q, k and v, and computes the probabilities again."""
+    """Keeps q, k and v, and computes the probabilities again.
+
+    All is laid out by group of heads that share keys and values, queries of one position next to each other, so that
+    queries and keys of a block are slices: q as (B * n_query_groups, T * heads of a group, head_size).
+    """
 
     @staticmethod
     def forward(ctx, q, k, v, window, lengths):
         ctx.save_for_backward(q, k, v)
         ctx.window, ctx.lengths = window, lengths
-        y = _like_heads(q)
         with torch.autocast(q.device.type, enabled=False):
-            for queries, keys, first in _blocks(lengths, window):
-                p = _probabilities(q[:, :, queries], k[:, :, keys], window, first)
-                _put(y[:, :, queries], p.to(v.dtype) @ _grouped(v[:, :, keys], v))
-        return y
+            values, y = _by_group(v, v).to(_wide(v)), torch.empty_like(_by_group(q, k))
+            for rows, keys, p in _probabilities(q, k, window, lengths):
+                y[:, rows] = p @ values[:, keys]
+        return _by_head(y, q)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         q, k, v = ctx.saved_tensors
-        grads = q_grad, k_grad, v_grad = _like_heads(q), _like_heads(k).zero_(), _like_heads(v).zero_()
+        queries, keys_, values, grad = (_by_group(x, k) for x in (q, k, v, grad))
+        wide_grad, values = grad.to(_wide(grad)), values.to(_wide(values))
+        q_grad = torch.empty_like(queries)
+        k_grad, v_grad = (torch.zeros_like(x, dtype=_wide(x)) for x in (keys_, values))
+        for rows, keys, p in _probabilities(q, k, ctx.window, ctx.lengths):
+            v_grad[:, keys] += p.to(v.dtype).mT @ grad[:, rows]
+            p_grad = wide_grad[:, rows] @ values[:, keys].mT
+            scores_grad = torch._softmax_backward_data(p_grad, p, -1, p.dtype).to(q.dtype)
+            q_grad[:, rows] = scores_grad @ keys_[:, keys]
+            k_grad[:, keys] += scores_grad.mT @ queries[:, rows]
         scale = q.size(-1) ** -0.5
-        for queries, keys, first in _blocks(ctx.lengths, ctx.window):
-            rows, columns, values, g = (
-                _grouped(x, k) for x in (q[:, :, queries], k[:, :, keys], v[:, :, keys], grad[:, :, queries])
-            )
-            p = _probabilities(q[:, :, queries], k[:, :, keys], ctx.window, first)
-            v_grad[:, :, keys] += (p.to(v.dtype).mT @ g).view_as(v_grad[:, :, keys])
-            scores_grad = torch._softmax_backward_data((g @ values.mT).to(p.dtype), p, -1, p.dtype).mul_(scale)
-            scores_grad = scores_grad.to(q.dtype)
-            _put(q_grad[:, :, queries], scores_grad @ columns)
-            k_grad[:, :, keys] += (scores_grad.mT @ rows).view_as(k_grad[:, :, keys])
-        return *grads, None, None
+        grads = (q_grad.mul_(scale), q), (k_grad.mul_(scale), k), (v_grad, v)
+        return *(_by_head(x, like) for x, like in grads), None, None
 
 
-def _blocks(lengths: tuple[int, ...], window: int | None) -> Iterator[tuple[slice, slice, int]]:
-    """Queries, all the keys that any of them sees, and how many of these are before the first query."""
+def _probabilities(
+    q: Tensor, k: Tensor, window: int | None, lengths: tuple[int, ...]
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Block by block: rows of the queries and of all keys that any of them sees, by group, and the probabilities."""
+    wide, heads = _wide(q), q.size(1) // k.size(1)
+    queries, keys = _by_group(q, k).to(wide) * q.size(-1) ** -0.5, _by_group(k, k).to(wide)
     start = 0
     for length in lengths:
         blocks = -(-length // QUERY_BLOCK)
         for i in range(blocks):
             begin, end = start + length * i // blocks, start + length * (i + 1) // blocks
             first = start if window is None else max(start, begin - window + 1)
-            yield slice(begin, end), slice(first, end), begin - first
+            hidden = torch.full((end - begin, end - first), -torch.inf, dtype=wide, device=q.device)
+            later = hidden.triu(begin - first + 1)
+            if window is not None and end - first > window:
+                later += hidden.tril_(begin - first - window)
+            rows = slice(begin * heads, end * heads)
+            scores = queries[:, rows] @ keys[:, first:end].mT
+            scores.view(-1, end - begin, heads, end - first).add_(later.unsqueeze(1))
+            yield rows, slice(first, end), scores.softmax(-1)
         start += length
 
 
-def _probabilities(q: Tensor, k: Tensor, window: int | None, first: int) -> Tensor:
-    """Softmax of the scores of T queries over S keys, the first query being as old as the key `first`.
-
-    Returns:
-        (B * n_query_groups, heads of a group * T, S)
-    """
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = (_grouped(q, k).to(wide) * q.size(-1) ** -0.5) @ _grouped(k, k).to(wide).mT
-    T, S = q.size(2), k.size(2)
-    hidden = torch.full((T, S), -torch.inf, dtype=wide, device=q.device).triu_(first + 1)
-    if window is not None and S > window:
-        hidden += torch.full_like(hidden, -torch.inf).tril_(first - window)
-    scores.view(-1, T, S).add_(hidden)
-    return scores.softmax(-1)
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
-def _grouped(x: Tensor, k: Tensor) -> Tensor:
-    """Heads (B, n_head, T, head_size) as rows of their group: (B * n_query_groups, heads of a group * T, head_size)."""
-    return x.reshape(k.size(0) * k.size(1), -1, k.size(3))
+def _by_group(x: Tensor, k: Tensor) -> Tensor:
+    B, G, T, size = k.shape
+    return x.view(B, G, -1, T, size).transpose(2, 3).reshape(B * G, -1, size)
 
 
-def _put(heads: Tensor, grouped: Tensor) -> None:
-    heads.copy_(grouped.view(heads.shape))
-
-
-def _like_heads(x: Tensor) -> Tensor:
-    """Room for heads like x (B, n_head, T, head_size), in memory as (B, T, n_head * head_size)."""
-    return x.new_empty(x.size(0), x.size(2), x.size(1), x.size(3)).transpose(1, 2)
+def _by_head(x: Tensor, like: Tensor) -> Tensor:
+    """Heads like those of `like` (B, n_head, T, head_size) again, in memory as (B, T, n_head, head_size)."""
+    B, H, T, size = like.shape
+    heads = torch.empty(B, T, H, size, dtype=like.dtype, device=like.device)
+    groups = x.size(0) // B
+    heads.view(B, T, groups, -1, size).copy_(x.view(B, groups, T, -1, size).transpose(1, 2))
+    return heads.transpose(1, 2)
