@@ -30,17 +30,17 @@ def low_rank_update(
         parts: (start, stop) of columns.
         dropout: probability, rounded to 1 / 65536.
     """
-    return _LowRankUpdate.apply(y, x, A, B, parts, scale, dropout)
+    kept = 65536 - round(dropout * 65536)
+    bits = random_bits(x.numel(), kept, x.device) if kept < 65536 else None
+    return _LowRankUpdate.apply(y, x, A, B, bits, parts, scale * 65536 / kept if kept else 0.0)
 
 
 class _LowRankUpdate(torch.autograd.Function):
     """Keeps x, one bit per element of it, and the low-rank product."""
 
     @staticmethod
-    def forward(ctx, y, x, A, B, parts, scale, dropout):
-        kept = 65536 - round(dropout * 65536)
-        bits = random_bits(x.numel(), kept, x.device) if kept < 65536 else None
-        ctx.parts, ctx.factor = parts, scale * 65536 / kept if kept else 0.0
+    def forward(ctx, y, x, A, B, bits, parts, factor):
+        ctx.parts, ctx.factor = parts, factor
         low = _dropped(x.reshape(-1, x.size(-1)).to(y.dtype), bits) @ A.to(y.dtype).t()  # (rows, len(parts) * r)
         for columns, rows, weight in _parts(ctx, y, low, B):
             columns.addmm_(rows, weight.t())
@@ -80,11 +80,10 @@ def random_bits(n: int, kept: int, device: torch.device) -> Tensor:
     first. A generator's 64 bits serve 64 elements in a round, where `bernoulli_` takes 64 for each.
     """
     bits = torch.zeros(-(-n // 64), dtype=torch.int64, device=device)
-    fair = torch.empty_like(bits)
     for digit in range(16):
         if kept % 2 ** (digit + 1):  # before the last digit that is 1, all is 0 still
-            fair.random_(-(2**63), None)
-            bits = bits.bitwise_or_(fair) if kept >> digit & 1 else bits.bitwise_and_(fair)
+            fair = torch.randint(-(2**63), 2**63 - 1, bits.shape, device=device)
+            bits = bits | fair if kept >> digit & 1 else bits & fair
     return bits
 
 
@@ -154,11 +153,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx, grad):
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
-        result = torch.empty_like(gate_up)
-        gate_grad, up_grad = result.chunk(2, dim=-1)
-        gate_grad.copy_(ctx.gradient(grad * up, gate))
-        torch.mul(grad, ctx.activation(gate), out=up_grad)
-        return result, None, None
+        return torch.cat((ctx.gradient(grad * up, gate), grad * ctx.activation(gate)), dim=-1), None, None
 
 
 def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int) -> Tensor:
