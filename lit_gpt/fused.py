@@ -23,8 +23,8 @@ def low_rank_update(
     """y with scale * B_i A_i dropout(x) added to its columns `parts[i]`, in place (Hu et al. 2021, LoRA).
 
     Args:
-        y: (..., out_features), of the dtype of the arithmetic; what made it must not have kept it.
-        x: (..., in_features).
+        y: (T, out_features), of the dtype of the arithmetic; what made it must not have kept it.
+        x: (T, in_features).
         A: (len(parts) * r, in_features), float32: an A for each part, one below the other.
         B: (sum of the parts' lengths, r), float32, likewise.
         parts: (start, stop) of columns.
@@ -41,7 +41,7 @@ class _LowRankUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, A, B, bits, parts, factor):
         ctx.parts, ctx.factor = parts, factor
-        low = _dropped(x.reshape(-1, x.size(-1)).to(y.dtype), bits) @ A.to(y.dtype).t()  # (rows, len(parts) * r)
+        low = _dropped(x.to(y.dtype), bits) @ A.to(y.dtype).t()  # (T, len(parts) * r)
         for columns, rows, weight in _parts(ctx, y, low, B):
             columns.addmm_(rows, weight.t())
         ctx.mark_dirty(y)
@@ -60,31 +60,38 @@ class _LowRankUpdate(torch.autograd.Function):
         low_grad = torch.cat(low_grads, dim=-1)
         x_grad = None
         if ctx.needs_input_grad[1]:
-            x_grad = _dropped(low_grad @ A.to(grad.dtype), bits).view_as(x).to(x.dtype)
-        A_grad = low_grad.t() @ _dropped(x.reshape(-1, x.size(-1)).to(grad.dtype), bits)
+            x_grad = _dropped(low_grad @ A.to(grad.dtype), bits).to(x.dtype)
+        A_grad = low_grad.t() @ _dropped(x.to(grad.dtype), bits)
         return grad, x_grad, A_grad.to(A.dtype), torch.cat(B_grads).to(B.dtype).mul_(ctx.factor), None, None, None
 
 
 def _parts(ctx: Any, y: Tensor, low: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Of each part: its columns of y, its columns of the low-rank product, and its scaled B."""
-    y, B = y.view(-1, y.size(-1)), (B * ctx.factor).to(y.dtype)
+    B = (B * ctx.factor).to(y.dtype)
     weights = B.split([stop - start for start, stop in ctx.parts])
     for (start, stop), rows, weight in zip(ctx.parts, low.split(B.size(1), dim=-1), weights, strict=True):
         yield y[:, start:stop], rows, weight
 
 
 def random_bits(n: int, kept: int, device: torch.device) -> Tensor:
-    """Independent bits, each 1 with probability kept / 65536: int64 (ceil(n / 64),).
-
-    Each round of fair bits halves the distance to 0 or to 1, by the digits of the probability from the last to the
-    first. A generator's 64 bits serve 64 elements in a round, where `bernoulli_` takes 64 for each.
-    """
-    bits = torch.zeros(-(-n // 64), dtype=torch.int64, device=device)
+    """Independent bits, each 1 with probability kept / 65536: int64 (ceil(n / 64),)."""
+    words = -(-n // 64)
+    if device.type != "cpu":
+        return _packed(torch.empty(64 * words, dtype=torch.bool, device=device).bernoulli_(kept / 65536))
+    # There `bernoulli_` is slow: it takes 64 random bits for each element. Here each round of fair bits halves the
+    # distance to 0 or to 1, by the digits of the probability from the last to the first.
+    bits = torch.zeros(words, dtype=torch.int64)
     for digit in range(16):
         if kept % 2 ** (digit + 1):  # before the last digit that is 1, all is 0 still
-            fair = torch.randint(-(2**63), 2**63 - 1, bits.shape, device=device)
+            fair = torch.randint(-(2**63), 2**63 - 1, bits.shape)
             bits = bits | fair if kept >> digit & 1 else bits & fair
     return bits
+
+
+def _packed(bools: Tensor) -> Tensor:
+    """A bit for each of 64 n bools, in some order: int64 (n,)."""
+    # the factor moves the lowest bit of each of eight bytes to another place in the highest byte
+    return (bools.view(torch.int64) * 0x0102040810204080 >> 56).to(torch.int8).view(torch.int64)
 
 
 def _dropped(x: Tensor, bits: Tensor | None) -> Tensor:
@@ -157,10 +164,10 @@ class _Gated(torch.autograd.Function):
 
 
 def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int) -> Tensor:
-    """qkv with the first rope_n_elem elements of its first `heads` heads rotated (Su et al. 2021, RoFormer), in place.
+    """qkv with the first rope_n_elem elements of its first `heads` heads rotated (Su et al. 2021, RoFormer).
 
     Args:
-        qkv: (B, T, any number of heads * head_size); what made it must not have kept it.
+        qkv: (B, T, any number of heads * head_size).
         cos, sin: (T, rope_n_elem) or (B, T, rope_n_elem); the second half repeats the first.
     """
     return _Rotate.apply(qkv, cos, sin, heads, head_size)
@@ -173,19 +180,19 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx, qkv, cos, sin, *heads):
         ctx.save_for_backward(cos, sin)
         ctx.heads = heads
-        ctx.mark_dirty(qkv)
         return _turn(qkv, cos, sin, *heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return _turn(grad.clone(memory_format=torch.contiguous_format), cos, -sin, *ctx.heads), None, None, None, None
+        return _turn(grad, cos, -sin, *ctx.heads), None, None, None, None
 
 
 def _turn(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int) -> Tensor:
     n = cos.size(-1)
     cos, sin = (x[..., None, : n // 2] for x in (cos, sin))
+    qkv = qkv.clone(memory_format=torch.contiguous_format)
     low, high = qkv.view(*qkv.shape[:2], -1, head_size)[:, :, :heads, :n].chunk(2, dim=-1)
     turned = low * cos - high * sin
     high.copy_(high * cos + low * sin)

@@ -72,8 +72,10 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        y, dropout = self.linear(x), self.dropout if self.training else 0.0
-        return fused.low_rank_update(y, x, self.lora_A, self.lora_B, self.parts, self.scale, dropout)
+        rows, dropout = x.reshape(-1, self.in_features), self.dropout if self.training else 0.0
+        y = self.linear(rows)  # of rows it is no view even with a bias, and views are dear to change in place
+        y = fused.low_rank_update(y, rows, self.lora_A, self.lora_B, self.parts, self.scale, dropout)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def split_B(self) -> tuple[Tensor, ...]:
         return self.lora_B.split([stop - start for start, stop in self.parts])

@@ -93,7 +93,7 @@ def test_adapter_follows_the_papers_equation(tiny: Tiny):
     for head in range(config.n_head):
         group = head * config.n_query_groups // config.n_head
         rows, shared = slice(head * size, (head + 1) * size), slice(group * size, (group + 1) * size)
-        turned_q, turned_k = (rotate(y[None].clone(), *rotation, 1, size)[0] for y in (q[:, rows], k[:, shared]))
+        turned_q, turned_k = (rotate(y[None], *rotation, 1, size)[0] for y in (q[:, rows], k[:, shared]))
         scores = (turned_q @ turned_k.T / size**0.5).masked_fill(hidden, -torch.inf)
         gated = (turned_q @ pk[:, shared].T / size**0.5).softmax(-1) * attention.prefix.gate[head]
         outputs.append(torch.cat([gated, scores.softmax(-1)], dim=1) @ torch.cat([pv[:, shared], v[:, shared]]))
