@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Logits held at a time, in elements: 32 MiB in float32. Larger pieces are no faster on a CPU; other devices, where each
-# piece must be worth reading the head's weights for, hold four times as many.
-MAX_LOGITS = 2**23
+# Logits held at a time, in elements: 16 MiB in float32. Larger pieces are no faster on a CPU; other devices, where each
+# piece must be worth reading the head's weights for, hold eight times as many.
+MAX_LOGITS = 2**22
 
 
 def summed_cross_entropy(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(head: nn.Module, hidden: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    limit = MAX_LOGITS if hidden.device.type == "cpu" else 4 * MAX_LOGITS
+    limit = MAX_LOGITS if hidden.device.type == "cpu" else 8 * MAX_LOGITS
     size = max(1, limit // head.out_features)
     return list(zip(hidden.split(size), labels.split(size), strict=True))
 
