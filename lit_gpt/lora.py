@@ -11,10 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_gpt import checkpoint
+from lit_gpt import checkpoint, fused
 from lit_gpt.config import Config
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.model import GPT
@@ -73,15 +72,10 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x)
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))  # (..., parts * r)
-        updates, end = [], 0
-        for (start, stop), B, rows in zip(self.parts, self.split_B(), low.split(self.r, dim=-1), strict=True):
-            updates += [y.new_zeros(*y.shape[:-1], start - end)] if start > end else []
-            updates.append(F.linear(rows, B.to(x.dtype)) * self.scale)
-            end = stop
-        updates += [y.new_zeros(*y.shape[:-1], self.out_features - end)] if end < self.out_features else []
-        return y + (torch.cat(updates, dim=-1) if len(updates) > 1 else updates[0])
+        rows, dropout = x.reshape(-1, self.in_features), self.dropout if self.training else 0.0
+        y = self.linear(rows)  # of rows it is no view even with a bias, and views are dear to change in place
+        y = fused.low_rank_update(y, rows, self.lora_A, self.lora_B, self.parts, self.scale, dropout)
+        return y.view(*x.shape[:-1], self.out_features)
 
     def split_B(self) -> tuple[Tensor, ...]:
         return self.lora_B.split([stop - start for start, stop in self.parts])

@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Logits held at a time, in elements: 64 MiB in float32. Larger pieces are no faster.
-MAX_LOGITS = 2**24
+# Logits held at a time, in elements: 16 MiB in float32. Larger pieces are no faster on a CPU; other devices, where each
+# piece must be worth reading the head's weights for, hold eight times as many.
+MAX_LOGITS = 2**22
 
 
 def summed_cross_entropy(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
@@ -30,8 +31,18 @@ def _loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
 
 
+def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy, float32, and its gradient in the logits' dtype; both computed in float32."""
+    p = logits.float().softmax(-1)
+    log_sum = logits.amax(-1).float() - p.amax(-1).log()  # the likeliest token's probability is never too small
+    at = labels.unsqueeze(1)
+    loss = (log_sum - logits.gather(1, at).squeeze(1).float()).sum()
+    return loss, p.scatter_add_(1, at, p.new_full((), -1.0).expand(at.shape)).to(logits.dtype)
+
+
 def _chunks(head: nn.Module, hidden: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    size = max(1, MAX_LOGITS // head.out_features)
+    limit = MAX_LOGITS if hidden.device.type == "cpu" else 8 * MAX_LOGITS
+    size = max(1, limit // head.out_features)
     return list(zip(hidden.split(size), labels.split(size), strict=True))
 
 
@@ -50,9 +61,10 @@ class _ChunkedLoss(torch.autograd.Function):
         for rows, row_labels in _chunks(head, hidden, labels):
             with torch.enable_grad():
                 rows = rows.detach().requires_grad_()
-                loss = _loss(head, rows, row_labels)
-                row_grad, *parameter_grads = torch.autograd.grad(loss, [rows, *parameters])
-            total += loss.detach()
+                logits = head(rows)
+            loss, logits_grad = _loss_and_gradient(logits.detach(), row_labels)
+            row_grad, *parameter_grads = torch.autograd.grad(logits, [rows, *parameters], logits_grad)
+            total += loss
             hidden_grads.append(row_grad)
             for grad, piece in zip(grads, parameter_grads, strict=True):
                 grad += piece

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_gpt import fused
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.loss import summed_cross_entropy
@@ -22,6 +23,13 @@ ACTIVATIONS = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "silu": F.silu,
+}
+# from the gradient of the result and the input to the gradient of the input
+ACTIVATION_GRADIENTS = {
+    "gelu": torch.ops.aten.gelu_backward,
+    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    "relu": partial(torch.ops.aten.threshold_backward, threshold=0),
+    "silu": torch.ops.aten.silu_backward,
 }
 
 
@@ -180,11 +188,11 @@ class CausalSelfAttention(nn.Module):
         self, x: Tensor, rotation: tuple[Tensor, Tensor], segments: Segments | None, cache: LayerCache | None
     ) -> Tensor:
         B, T, _ = x.shape
-        q, k, v = self.qkv(x).split(self.sizes, dim=-1)
+        qkv = fused.rotate(self.qkv(x), *rotation, self.n_head + self.n_query_groups, self.head_size)
+        q, k, v = qkv.split(self.sizes, dim=-1)
         q = q.view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, n_head, T, head_size)
         k = k.view(B, T, self.n_query_groups, self.head_size).transpose(1, 2)  # (B, n_query_groups, T, head_size)
         v = v.view(B, T, self.n_query_groups, self.head_size).transpose(1, 2)
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.append(k, v)
         y = attend(q, k, v, self.window) if segments is None else attend_packed(q, k, v, self.window, segments)
@@ -201,6 +209,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         window: how many positions a query sees, its own included; None: all before it.
     """
     T, S = q.size(2), k.size(2)
+    if T == S and trains_on_cpu(q):
+        return fused.attention(q, k, v, window, (T,))
     gqa = q.size(1) != k.size(1)
     if T == 1:
         first = 0 if window is None else max(0, S - window)
@@ -216,8 +226,15 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, window: int | None, segments:
     """Causal attention within each sample of a packed row; shapes as in `attend`, with B = 1 and S = T."""
     if flash_takes(q):
         return attend_varlen(q, k, v, window, segments)
+    if trains_on_cpu(q):
+        return fused.attention(q, k, v, window, segments.lengths)
     parts = zip(*(x.split(segments.lengths, dim=2) for x in (q, k, v)), strict=True)
     return torch.cat([attend(*part, window) for part in parts], dim=2)
+
+
+def trains_on_cpu(q: Tensor) -> bool:
+    """Whether a backward pass will follow where torch's own attention has a slow one."""
+    return q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled()
 
 
 def flash_takes(q: Tensor) -> bool:
@@ -264,11 +281,10 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_up = nn.Linear(config.n_embd, 2 * config.intermediate_size, bias=config.bias)
         self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
-        self.activation = activation(config)
+        self.activation, self.gradient = activation(config), ACTIVATION_GRADIENTS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.proj(self.activation(gate) * up)
+        return self.proj(fused.gated(self.gate_up(x), self.activation, self.gradient))
 
 
 MLPS = {"GptNeoxMLP": GptNeoxMLP, "SwiGLU": SwiGLU}
@@ -283,9 +299,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return fused.rms_norm(x, self.weight, self.eps)
 
 
 def norm(config: Config) -> nn.Module:
@@ -306,15 +320,6 @@ class RotaryEmbedding(nn.Module):
         angles = positions[..., None].float() * self.frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return tuple((f(angles) * self.attention_factor).to(dtype) for f in (torch.cos, torch.sin))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first rope_n_elem elements of each head; x: (B, heads, T, head_size)."""
-    n = cos.size(-1)
-    turned, rest = x[..., :n], x[..., n:]
-    low, high = turned.chunk(2, dim=-1)
-    turned = (turned * cos + torch.cat((-high, low), dim=-1) * sin).to(x.dtype)
-    return torch.cat((turned, rest), dim=-1) if rest.size(-1) else turned
 
 
 def rope_frequencies(config: Config) -> tuple[Tensor, float]:

@@ -12,7 +12,7 @@ from test_lora import STYLE, train
 from test_train import data_dir, final, flags, identical, spawn, wait_for_step  # noqa: F401 (fixtures among them)
 
 from lit_gpt import GPT, Config, adapter, adapter_v2, checkpoint, lora, variants
-from lit_gpt.model import rotate
+from lit_gpt.fused import rotate
 
 ADAPTER = adapter.AdapterConfig(prompt_length=4, start_layer=1)
 LORA = lora.LoRAConfig(r=4, key=True, projection=True, mlp=True, head=True, dropout=0.1)
@@ -93,7 +93,7 @@ def test_adapter_follows_the_papers_equation(tiny: Tiny):
     for head in range(config.n_head):
         group = head * config.n_query_groups // config.n_head
         rows, shared = slice(head * size, (head + 1) * size), slice(group * size, (group + 1) * size)
-        turned_q, turned_k = (rotate(y[None, None], *rotation)[0, 0] for y in (q[:, rows], k[:, shared]))
+        turned_q, turned_k = (rotate(y[None], *rotation, 1, size)[0] for y in (q[:, rows], k[:, shared]))
         scores = (turned_q @ turned_k.T / size**0.5).masked_fill(hidden, -torch.inf)
         gated = (turned_q @ pk[:, shared].T / size**0.5).softmax(-1) * attention.prefix.gate[head]
         outputs.append(torch.cat([gated, scores.softmax(-1)], dim=1) @ torch.cat([pv[:, shared], v[:, shared]]))

@@ -1,0 +1,293 @@
+"""Operations written with their gradients, so that they keep less for the backward pass than autograd would, and pass
+over memory less often. Their results are those of the plain formulas, which tests/test_fused.py holds against them.
+
+None reads a tensor's contents on the way, so that all run on the meta device and under FakeTensorMode as well.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Queries that attend at a time, so that what is computed of the masked upper triangle is little, and their scores fit
+# a cache.
+QUERY_BLOCK = 128
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+def low_rank_update(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, parts: list[tuple[int, int]], scale: float, dropout: float
+) -> Tensor:
+    """y with scale * B_i A_i dropout(x) added to its columns `parts[i]`, in place (Hu et al. 2021, LoRA).
+
+    Args:
+        y: (T, out_features), of the dtype of the arithmetic; what made it must not have kept it.
+        x: (T, in_features).
+        A: (len(parts) * r, in_features), float32: an A for each part, one below the other.
+        B: (sum of the parts' lengths, r), float32, likewise.
+        parts: (start, stop) of columns.
+        dropout: probability, rounded to 1 / 65536.
+    """
+    kept = 65536 - round(dropout * 65536)
+    bits = random_bits(x.numel(), kept, x.device) if kept < 65536 else None
+    return _LowRankUpdate.apply(y, x, A, B, bits, parts, scale * 65536 / kept if kept else 0.0)
+
+
+class _LowRankUpdate(torch.autograd.Function):
+    """Keeps x, one bit per element of it, and the low-rank product."""
+
+    @staticmethod
+    def forward(ctx, y, x, A, B, bits, parts, factor):
+        ctx.parts, ctx.factor = parts, factor
+        low = _dropped(x.to(y.dtype), bits) @ A.to(y.dtype).t()  # (T, len(parts) * r)
+        for columns, rows, weight in _parts(ctx, y, low, B):
+            columns.addmm_(rows, weight.t())
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, A, B, low, bits)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, A, B, low, bits = ctx.saved_tensors
+        grad = grad.contiguous()
+        low_grads, B_grads = [], []
+        for columns, rows, weight in _parts(ctx, grad, low, B):
+            low_grads.append(columns @ weight)
+            B_grads.append((rows.t() @ columns).t())
+        low_grad = torch.cat(low_grads, dim=-1)
+        x_grad = None
+        if ctx.needs_input_grad[1]:
+            x_grad = _dropped(low_grad @ A.to(grad.dtype), bits).to(x.dtype)
+        A_grad = low_grad.t() @ _dropped(x.to(grad.dtype), bits)
+        return grad, x_grad, A_grad.to(A.dtype), torch.cat(B_grads).to(B.dtype).mul_(ctx.factor), None, None, None
+
+
+def _parts(ctx: Any, y: Tensor, low: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each part: its columns of y, its columns of the low-rank product, and its scaled B."""
+    B = (B * ctx.factor).to(y.dtype)
+    weights = B.split([stop - start for start, stop in ctx.parts])
+    for (start, stop), rows, weight in zip(ctx.parts, low.split(B.size(1), dim=-1), weights, strict=True):
+        yield y[:, start:stop], rows, weight
+
+
+def random_bits(n: int, kept: int, device: torch.device) -> Tensor:
+    """Independent bits, each 1 with probability kept / 65536: int64 (ceil(n / 64),)."""
+    words = -(-n // 64)
+    if device.type != "cpu":
+        return _packed(torch.empty(64 * words, dtype=torch.bool, device=device).bernoulli_(kept / 65536))
+    # There `bernoulli_` is slow: it takes 64 random bits for each element. Here each round of fair bits halves the
+    # distance to 0 or to 1, by the digits of the probability from the last to the first.
+    bits = torch.zeros(words, dtype=torch.int64)
+    for digit in range(16):
+        if kept % 2 ** (digit + 1):  # before the last digit that is 1, all is 0 still
+            fair = torch.randint(-(2**63), 2**63 - 1, bits.shape)
+            bits = bits | fair if kept >> digit & 1 else bits & fair
+    return bits
+
+
+def _packed(bools: Tensor) -> Tensor:
+    """A bit for each of 64 n bools, in some order: int64 (n,)."""
+    # the factor moves the lowest bit of each of eight bytes to another place in the highest byte
+    return (bools.view(torch.int64) * 0x0102040810204080 >> 56).to(torch.int8).view(torch.int64)
+
+
+def _dropped(x: Tensor, bits: Tensor | None) -> Tensor:
+    """x, contiguous, with zero where its bit is 0."""
+    if bits is None:
+        return x
+    size = x.element_size()
+    ones = sum(1 << 8 * size * lane for lane in range(8 // size))  # a 1 in each lane of an int64 as wide as an element
+    shifts = torch.arange(8 * size, device=x.device).unsqueeze(1)
+    keep = (bits >> shifts).bitwise_and_(ones).view(INTEGERS[size]).flatten()[: x.numel()]
+    return keep.mul_(x.view(INTEGERS[size]).flatten()).view(x.dtype).view_as(x)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """weight * x / rms(x) (Zhang & Sennrich 2019), the mean square in float32; x: (..., size), weight: (size,)."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and the inverse of the rms."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, inverse, weight)
+        return weight * (wide * inverse).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, inverse, weight = ctx.saved_tensors
+        normed = x.to(torch.float32, copy=True).mul_(inverse)
+        x_grad = weight_grad = None
+        if ctx.needs_input_grad[1]:
+            weight_grad = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            wide = grad.to(torch.float32, copy=True).mul_(weight)
+            along = (wide * normed).mean(-1, keepdim=True)
+            x_grad = wide.addcmul_(normed, along, value=-1).mul_(inverse).to(x.dtype)
+        return x_grad, weight_grad, None
+
+
+def gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor], gradient: Callable[..., Tensor]) -> Tensor:
+    """activation(gate) * up (Shazeer 2020).
+
+    Args:
+        gate_up: (..., 2 * size), the gate's half first.
+        gradient: from a gradient and the gate to the gradient through the activation.
+    """
+    return _Gated.apply(gate_up, activation, gradient)
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps its input."""
+
+    @staticmethod
+    def forward(ctx, gate_up, activation, gradient):
+        ctx.save_for_backward(gate_up)
+        ctx.activation, ctx.gradient = activation, gradient
+        gate, up = gate_up.chunk(2, dim=-1)
+        return activation(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.cat((ctx.gradient(grad * up, gate), grad * ctx.activation(gate)), dim=-1), None, None
+
+
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int) -> Tensor:
+    """qkv with the first rope_n_elem elements of its first `heads` heads rotated (Su et al. 2021, RoFormer).
+
+    Args:
+        qkv: (B, T, any number of heads * head_size).
+        cos, sin: (T, rope_n_elem) or (B, T, rope_n_elem); the second half repeats the first.
+    """
+    return _Rotate.apply(qkv, cos, sin, heads, head_size)
+
+
+class _Rotate(torch.autograd.Function):
+    """Keeps the angles, which all layers share."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, *heads):
+        ctx.save_for_backward(cos, sin)
+        ctx.heads = heads
+        return _turn(qkv, cos, sin, *heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, -sin, *ctx.heads), None, None, None, None
+
+
+def _turn(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int) -> Tensor:
+    n = cos.size(-1)
+    cos, sin = (x[..., None, : n // 2] for x in (cos, sin))
+    qkv = qkv.clone(memory_format=torch.contiguous_format)
+    low, high = qkv.view(*qkv.shape[:2], -1, head_size)[:, :, :heads, :n].chunk(2, dim=-1)
+    turned = low * cos - high * sin
+    high.copy_(high * cos + low * sin)
+    low.copy_(turned)
+    return qkv
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, lengths: tuple[int, ...]) -> Tensor:
+    """Causal attention within each of the samples that make up a row, as products of whole matrices.
+
+    On a CPU this takes half the time of torch's scaled_dot_product_attention, whose backward pass is slow there.
+
+    Args:
+        q: (B, n_head, T, head_size). k, v: (B, n_query_groups, T, head_size).
+        window: how many positions a query sees, its own included; None: all before it.
+        lengths: of the samples; their sum is T.
+
+    Returns:
+        (B, n_head, T, head_size). Scores and softmax are float32, or float64 for such input.
+    """
+    return _Attention.apply(q, k, v, window, lengths)
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps q, k and v, and computes the probabilities again.
+
+    All is laid out by group of heads that share keys and values, queries of one position next to each other, so that
+    queries and keys of a block are slices: q as (B * n_query_groups, T * heads of a group, head_size).
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, window, lengths):
+        ctx.save_for_backward(q, k, v)
+        ctx.window, ctx.lengths = window, lengths
+        with torch.autocast(q.device.type, enabled=False):
+            values, y = _by_group(v, v).to(_wide(v)), torch.empty_like(_by_group(q, k))
+            for rows, keys, p in _probabilities(q, k, window, lengths):
+                y[:, rows] = p @ values[:, keys]
+        return _by_head(y, q)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v = ctx.saved_tensors
+        queries, keys_, values, grad = (_by_group(x, k) for x in (q, k, v, grad))
+        wide_grad, values = grad.to(_wide(grad)), values.to(_wide(values))
+        q_grad = torch.empty_like(queries)
+        k_grad, v_grad = (torch.zeros_like(x, dtype=_wide(x)) for x in (keys_, values))
+        for rows, keys, p in _probabilities(q, k, ctx.window, ctx.lengths):
+            v_grad[:, keys] += p.to(v.dtype).mT @ grad[:, rows]
+            p_grad = wide_grad[:, rows] @ values[:, keys].mT
+            scores_grad = torch._softmax_backward_data(p_grad, p, -1, p.dtype).to(q.dtype)
+            q_grad[:, rows] = scores_grad @ keys_[:, keys]
+            k_grad[:, keys] += scores_grad.mT @ queries[:, rows]
+        scale = q.size(-1) ** -0.5
+        grads = (q_grad.mul_(scale), q), (k_grad.mul_(scale), k), (v_grad, v)
+        return *(_by_head(x, like) for x, like in grads), None, None
+
+
+def _probabilities(
+    q: Tensor, k: Tensor, window: int | None, lengths: tuple[int, ...]
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Block by block: rows of the queries and of all keys that any of them sees, by group, and the probabilities."""
+    wide, heads = _wide(q), q.size(1) // k.size(1)
+    queries, keys = _by_group(q, k).to(wide) * q.size(-1) ** -0.5, _by_group(k, k).to(wide)
+    start = 0
+    for length in lengths:
+        blocks = -(-length // QUERY_BLOCK)
+        for i in range(blocks):
+            begin, end = start + length * i // blocks, start + length * (i + 1) // blocks
+            first = start if window is None else max(start, begin - window + 1)
+            hidden = torch.full((end - begin, end - first), -torch.inf, dtype=wide, device=q.device)
+            later = hidden.triu(begin - first + 1)
+            if window is not None and end - first > window:
+                later += hidden.tril_(begin - first - window)
+            rows = slice(begin * heads, end * heads)
+            scores = queries[:, rows] @ keys[:, first:end].mT
+            scores.view(-1, end - begin, heads, end - first).add_(later.unsqueeze(1))
+            yield rows, slice(first, end), scores.softmax(-1)
+        start += length
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _by_group(x: Tensor, k: Tensor) -> Tensor:
+    B, G, T, size = k.shape
+    return x.view(B, G, -1, T, size).transpose(2, 3).reshape(B * G, -1, size)
+
+
+def _by_head(x: Tensor, like: Tensor) -> Tensor:
+    """Heads like those of `like` (B, n_head, T, head_size) again, in memory as (B, T, n_head, head_size)."""
+    B, H, T, size = like.shape
+    heads = torch.empty(B, T, H, size, dtype=like.dtype, device=like.device)
+    groups = x.size(0) // B
+    heads.view(B, T, groups, -1, size).copy_(x.view(B, groups, T, -1, size).transpose(1, 2))
+    return heads.transpose(1, 2)

@@ -1,0 +1,354 @@
+"""The operations with gradients of their own against plain formulas: results, gradients, what is kept."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import Tiny
+from test_families import off
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd import gradcheck
+
+from lit_gpt import GPT, Config, data, fused, lora, model, train
+from lit_gpt.loss import summed_cross_entropy
+
+NARROW, WIDE = torch.bfloat16, torch.float64
+PARTS = [(0, 5), (9, 16)]
+ALL = lora.LoRAConfig(r=4, dropout=0.1, key=True, projection=True, mlp=True, head=True)
+
+
+def results(f: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The result, and the gradients of the inputs that want one; `inputs` of float32 and float64 keep their dtype."""
+    given = [x.detach().to(dtype if x.dtype == NARROW else x.dtype).requires_grad_(x.requires_grad) for x in inputs]
+    y = f(*given)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=WIDE).to(NARROW).to(y.dtype))
+    return [y.detach(), *(x.grad for x in given if x.requires_grad)]
+
+
+def holds(ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+    """In float32 the same; in bfloat16 no farther from the truth than the plain formula. `inputs`: bfloat16."""
+    exact = results(plain, [x.detach().to(WIDE).requires_grad_(x.requires_grad) for x in inputs], WIDE)
+    for found, expected in zip(results(ours, inputs, torch.float32), exact, strict=True):
+        assert off(found, expected) < 1e-5
+    for found, rival, expected in zip(
+        results(ours, inputs, NARROW), results(plain, inputs, NARROW), exact, strict=True
+    ):
+        assert found.dtype == rival.dtype and off(found.double(), expected) <= 1.2 * off(rival.double(), expected)
+
+
+def inputs(*shapes: tuple[int, ...], frozen: tuple[int, ...] = ()) -> list[Tensor]:
+    torch.manual_seed(3)
+    return [torch.randn(shape).to(NARROW).requires_grad_(i not in frozen) for i, shape in enumerate(shapes)]
+
+
+# LoRA's update
+
+
+def mask_of(x: Tensor, dropout: float) -> Tensor:
+    """What the update multiplies x with if it is called with this seed, float64. It depends on the dtype's size."""
+    torch.manual_seed(5)
+    kept = 65536 - round(dropout * 65536)
+    bits = fused.random_bits(x.numel(), kept, x.device)
+    return (fused._dropped(torch.ones_like(x), bits).double() if dropout else torch.ones_like(x, dtype=WIDE)) * (
+        65536 / kept
+    )
+
+
+def plain_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor) -> Tensor:
+    low = F.linear((x * mask).to(x.dtype), A.to(x.dtype))
+    first, second = (F.linear(a, b.to(x.dtype)) * 2.0 for a, b in zip(low.split(4, -1), B.split([5, 7]), strict=True))
+    return y + torch.cat([first, y.new_zeros(*y.shape[:-1], 4), second, y.new_zeros(*y.shape[:-1], 1)], dim=-1)
+
+
+def our_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
+    torch.manual_seed(5)
+    return fused.low_rank_update(y.clone(), x, A, B, PARTS, 2.0, dropout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, NARROW])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("frozen", [(), (0, 1)], ids=["inner", "first"])  # the first layer's input wants no gradient
+def test_low_rank_update(dtype, dropout, frozen):
+    given = inputs((122, 17), (122, 24), (8, 24), (12, 4), frozen=frozen)
+    given = [
+        w.detach().to(dtype if i < 2 else torch.float32).requires_grad_(i not in frozen) for i, w in enumerate(given)
+    ]
+    mask = mask_of(given[1], dropout)
+    exact = results(
+        lambda *a: plain_update(*a, mask), [x.detach().double().requires_grad_(x.requires_grad) for x in given], WIDE
+    )
+    ours = results(lambda *a: our_update(*a, dropout), given, dtype)
+    plain = results(lambda *a: plain_update(*a, mask), given, dtype)
+    for found, rival, expected in zip(ours, plain, exact, strict=True):
+        assert found.dtype == rival.dtype
+        assert off(found.double(), expected) <= (1e-5 if dtype != NARROW else 1.2 * off(rival.double(), expected))
+
+
+def test_low_rank_update_gradcheck():
+    args = [x.detach().double().requires_grad_() for x in inputs((3, 17), (3, 24), (8, 24), (12, 4))]
+    assert gradcheck(lambda *a: our_update(*a, 0.3), args)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_dropout_strikes_each_element_alike(dtype):
+    """The rate of a million elements within five standard deviations, and no element bound to another."""
+    torch.manual_seed(0)
+    n, kept = 2**20 + 7, 65536 - 3277
+    ones = torch.ones(n, dtype=dtype)
+    mask = fused._dropped(ones, fused.random_bits(n, kept, ones.device))
+    assert set(mask.unique().tolist()) == {0.0, 1.0} and mask.shape == ones.shape
+    dropped, p = 1 - mask.double(), 3277 / 65536
+    sigma = (p * (1 - p) / n) ** 0.5
+    assert abs(dropped.mean() - p) < 5 * sigma
+    for lag in (1, 2, 3, 4, 8, 16, 64, n // 64, n // 64 + 1, n // 16, n // 16 + 1):
+        together = (dropped[lag:] * dropped[:-lag]).mean()
+        assert abs(together - p * p) < 6 * p * (1 - p) / (n - lag) ** 0.5
+    again = fused._dropped(ones, fused.random_bits(n, kept, ones.device))
+    assert not torch.equal(mask, again)
+    torch.manual_seed(0)
+    assert torch.equal(mask, fused._dropped(ones, fused.random_bits(n, kept, ones.device)))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 32768, 40000, 65535])
+def test_probability_of_random_bits(kept):
+    torch.manual_seed(0)
+    n, p = 2**21, kept / 65536
+    mask = fused._dropped(torch.ones(n), fused.random_bits(n, kept, torch.device("cpu"))).double()
+    assert abs(mask.mean() - p) <= 5 * (p * (1 - p) / n) ** 0.5
+
+
+def test_packed_bools_are_all_there():
+    """Each bool has a bit of its own, whatever the others are."""
+    one_each = torch.eye(64, dtype=torch.bool)
+    places = [fused._packed(row).item() for row in one_each]
+    assert len(set(places)) == 64 and sum(places) == -1
+    bools = torch.rand(64) < 0.5
+    assert fused._packed(bools).item() == sum(place for place, b in zip(places, bools, strict=True) if b)
+
+
+def test_dropout_drops_what_is_not_finite():
+    x = torch.full((64,), torch.nan)
+    kept = fused._dropped(x, torch.zeros(1, dtype=torch.int64))
+    assert torch.equal(kept, torch.zeros(64))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_lora_layer_drops_only_when_it_trains(training):
+    torch.manual_seed(0)
+    layer = lora.LoRALinear(torch.nn.Linear(24, 16), [(0, 16)], lora.LoRAConfig(r=4, dropout=0.5)).train(training)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 7, 24)
+    with torch.no_grad():
+        plain = layer.linear(x) + 4 * x @ layer.lora_A.T @ layer.lora_B.T
+        assert (off(layer(x), plain) < 1e-6) != training
+
+
+# attention
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, lengths: tuple[int, ...]) -> Tensor:
+    parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+    with torch.no_grad():
+        masks = [torch.ones(n, n, dtype=torch.bool).tril() for n in lengths]
+        masks = [m if window is None else m.triu(1 - window) for m in masks]
+    return torch.cat(
+        [F.scaled_dot_product_attention(*p, attn_mask=m, enable_gqa=True) for p, m in zip(parts, masks, strict=True)], 2
+    )
+
+
+@pytest.mark.parametrize("groups", [6, 2, 1])
+@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize("lengths", [(1, 130, 2, 300, 17), (45,), (256, 128)], ids=str)
+def test_attention(groups, window, lengths):
+    T, batch = sum(lengths), 2 if len(lengths) == 1 else 1
+    packed = inputs((batch, T, (6 + 2 * groups) * 16))[0]
+
+    def from_packed(f: Callable) -> Callable[[Tensor], Tensor]:
+        """Heads as views of one projection, as in the model."""
+
+        def run(x: Tensor) -> Tensor:
+            q, k, v = x.view(batch, T, -1, 16).split([6, groups, groups], dim=2)
+            return f(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window, lengths)
+
+        return run
+
+    holds(from_packed(fused.attention), from_packed(plain_attention), [packed])
+
+
+def test_attention_gradcheck(monkeypatch):
+    monkeypatch.setattr(fused, "QUERY_BLOCK", 3)
+    args = [x.detach().double().requires_grad_() for x in inputs((2, 4, 9, 3), (2, 2, 9, 3), (2, 2, 9, 3))]
+    for window in (None, 4):
+        assert gradcheck(lambda q, k, v, window=window: fused.attention(q, k, v, window, (2, 7)), args)
+
+
+def test_training_attends_as_evaluation(tiny: Tiny):
+    """The model's own choice between the two, on rows of one and of several samples."""
+    gpt, idx = GPT.from_checkpoint(tiny.folder).requires_grad_(True), torch.randint(96, (1, 40))
+    for segments in (None, model.Segments.of([13, 27])):
+        with torch.no_grad():
+            expected = gpt(idx, segments=segments)
+        assert off(gpt(idx, segments=segments).detach(), expected) < 1e-6
+
+
+# norm, gated activation, rotation
+
+
+@pytest.mark.parametrize("frozen", [(), (1,), (0,)], ids=["both", "frozen weight", "weight alone"])
+def test_rms_norm(frozen):
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
+        return weight * wide.to(x.dtype)
+
+    given = inputs((2, 33, 48), (48,), frozen=frozen)
+    holds(lambda *a: fused.rms_norm(*a, 1e-5), plain, given)
+    for x, weight in (given, [x.float() for x in given], [given[0], given[1].float()]):
+        assert torch.equal(fused.rms_norm(x, weight, 1e-5), plain(x, weight))
+
+
+@pytest.mark.parametrize("name", model.ACTIVATIONS)
+def test_gated(name):
+    f, gradient = model.ACTIVATIONS[name], model.ACTIVATION_GRADIENTS[name]
+
+    def plain(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return f(gate) * up
+
+    (x,) = inputs((2, 33, 48))
+    holds(lambda x: fused.gated(x, f, gradient), plain, [x])
+    assert torch.equal(fused.gated(x, f, gradient), plain(x))
+    assert gradcheck(lambda x: fused.gated(x, f, gradient), [x[:, :3].detach().double().requires_grad_()])
+
+
+def plain_rotation(x: Tensor, cos: Tensor, sin: Tensor, heads: int, size: int) -> Tensor:
+    x = x.view(*x.shape[:2], -1, size)
+    turned, rest = x[:, :, :heads, : cos.size(-1)], x[:, :, :heads, cos.size(-1) :]
+    low, high = turned.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    turned = (turned * cos + torch.cat((-high, low), dim=-1) * sin).to(x.dtype)
+    return torch.cat([torch.cat([turned, rest], dim=-1), x[:, :, heads:]], dim=2).flatten(2)
+
+
+@pytest.mark.parametrize("elements", [16, 8])  # of each head that rotate
+@pytest.mark.parametrize("shape", [(9,), (2, 9)], ids=str)
+def test_rotation(elements, shape):
+    angles = torch.randn(*shape, elements // 2).repeat(*[1] * len(shape), 2)
+    cos, sin = angles.cos().mul(1.1).to(NARROW), angles.sin().mul(1.1).to(NARROW)
+    (x,) = inputs((2, 9, 5 * 16))
+
+    def ours(x: Tensor) -> Tensor:
+        return fused.rotate(x, cos.to(x.dtype), sin.to(x.dtype), 3, 16)
+
+    def plain(x: Tensor) -> Tensor:
+        return plain_rotation(x, cos.to(x.dtype), sin.to(x.dtype), 3, 16)
+
+    holds(ours, plain, [x])
+    assert torch.equal(ours(x), plain(x))
+    wide = cos.float(), sin.float()  # as under autocast
+    assert torch.equal(fused.rotate(x, *wide, 3, 16), plain_rotation(x, *wide, 3, 16))
+    assert gradcheck(ours, [x.detach().double().requires_grad_()])
+
+
+# the loss
+
+
+@pytest.mark.parametrize("chunk", [7, 10**6])
+def test_loss(monkeypatch, chunk):
+    monkeypatch.setattr("lit_gpt.loss.MAX_LOGITS", chunk * 50)
+    hidden, weight = inputs((23, 16), (50, 16), frozen=(1,))
+    labels = torch.randint(50, (23,))
+
+    class Head(torch.nn.Module):
+        out_features = 50
+
+        def __init__(self, weight: Tensor) -> None:
+            super().__init__()
+            self.register_buffer("weight", weight * 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight)
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        logits = Head(weight)(x)
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
+
+    holds(lambda x, weight: summed_cross_entropy(Head(weight), x, labels), plain, [hidden, weight])
+
+
+def test_loss_of_a_certain_and_of_an_impossible_token():
+    head = torch.nn.Identity()
+    head.out_features = 3
+    logits = torch.tensor([[90.0, -100.0, 0.0], [90.0, -100.0, 0.0]], requires_grad=True)
+    loss = summed_cross_entropy(head, logits, torch.tensor([0, 1]))
+    loss.backward()
+    assert loss.item() == 190
+    assert torch.allclose(logits.grad, torch.tensor([[0.0, 0, 0], [1, -1, 0]]), atol=1e-30)
+
+
+# in a model
+
+
+def step(gpt: GPT, row: data.PackedRow, seed: int = 0) -> list[Tensor]:
+    torch.manual_seed(seed)
+    gpt.train().zero_grad()
+    gpt(row.idx, segments=row.segments, targets=row.targets).backward()
+    return [p.grad.clone() for p in gpt.parameters() if p.requires_grad]
+
+
+def random_row(lengths: tuple[int, ...] = (9, 31, 5)) -> data.PackedRow:
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(96, (n,), generator=generator, dtype=torch.int32) for n in lengths]
+    return data.pack([data.Sample(t, torch.ones(len(t), dtype=torch.uint8)) for t in tokens])
+
+
+def test_steps_are_deterministic_and_recomputing_blocks_changes_nothing(tiny: Tiny):
+    torch.manual_seed(0)
+    gpt, row = lora.attach(GPT.from_checkpoint(tiny.folder), ALL), random_row()
+    for layer in lora.lora_layers(gpt).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    first = step(gpt, row)
+    assert all(torch.equal(a, b) for a, b in zip(first, step(gpt, row), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, step(gpt, row, seed=1), strict=True))
+    train.recompute_blocks(gpt)
+    assert all(torch.equal(a, b) for a, b in zip(first, step(gpt, row), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+def test_a_step_without_contents(kind):
+    """As when memory is predicted."""
+    mode = FakeTensorMode() if kind == "fake" else torch.device("meta")
+    row = random_row()
+    with mode:
+        gpt = lora.attach(GPT(Config.from_name("SmolLM2-135M", n_layer=2)), ALL)
+        idx, at, labels, offsets, positions = (
+            torch.empty(x.shape, dtype=x.dtype)
+            for x in (row.idx, row.targets.positions, row.targets.labels, row.segments.offsets, row.segments.positions)
+        )
+        segments = model.Segments(row.segments.lengths, offsets, positions)
+        gpt.train()(idx, segments=segments, targets=model.Targets(at, labels)).backward()
+    assert all(p.grad.shape == p.shape for p in gpt.parameters() if p.requires_grad)
+
+
+def test_a_block_keeps_what_it_must():
+    """Bytes per token that a block of Llama's kind with LoRA keeps for the backward pass, as counted by hand."""
+    config = Config.from_name("SmolLM2-135M", n_layer=2)
+    gpt, row = lora.attach(GPT(config).bfloat16(), lora.LoRAConfig(key=True, projection=True, mlp=True)), random_row()
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = torch.randn(1, row.idx.size(1), config.n_embd).bfloat16().requires_grad_()
+    rotation = gpt.rope(row.segments.positions, x.dtype)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        gpt.train().h[0](x, rotation, row.segments, None)
+    weights = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
+    found = sum(size for pointer, size in kept.items() if pointer not in weights) / row.idx.numel()
+    n, inner, qkv, r = config.n_embd, config.intermediate_size, sum(config.qkv_sizes), 8
+    elements = 2 * n + 2 * n + qkv + n + 3 * inner  # norms, what they give, q k v, what is found, gate up and product
+    masks, low, rest = (3 * n + inner) / 8, 7 * r * 2, 2 * 4 + 4 * config.head_size
+    assert found < 1.01 * (2 * elements + masks + low + rest)
