@@ -9,7 +9,8 @@ by step, so that all meet the same state of the machine; the machine's own rate 
 same turns. All get the same tokens in the same order and start from the same adapters.
 
 The checkpoint folder holds both the downloaded and the converted files. With --model it is made, with random weights
-and random rows. Writes train_speed_cpu.json, .md and .png, or with a GPU train_speed_cuda.*.
+and random rows, where temporary files go (TMPDIR), and takes twice the model's size there. Writes train_speed_cpu.json,
+.md and .png, or with a GPU train_speed_cuda.*.
 """
 
 import importlib.util
@@ -71,6 +72,8 @@ def main(hp: SimpleNamespace) -> None:
         for name in ("gemm", *names):
             running.append(work.start(name, pythons.get(name, sys.executable)))
             stack.callback(running[-1].stop)
+        for contestant in running:
+            contestant.ready()
         idle = race(running, hp.warmup + hp.steps)
         results = report.Results(vars(hp), work, running, startups, idle, left_out)
     results.write(hp.out_dir)
@@ -87,6 +90,8 @@ def check(hp: SimpleNamespace) -> list[str]:
         raise UsageError("--model: makes weights and rows; give it or --checkpoint_dir and --data_dir")
     if not hp.model and not (hp.checkpoint_dir and hp.data_dir):
         raise UsageError("--checkpoint_dir and --data_dir, or --model: expected what to train on what")
+    if hp.model:
+        check_model(hp)
     for flag in ("micro_batch", "tuned_row", "litgpt_micro_batch"):
         if hp.batch_size % getattr(hp, flag):
             raise UsageError(f"--{flag} {getattr(hp, flag)}: expected a divisor of --batch_size {hp.batch_size}")
@@ -95,19 +100,30 @@ def check(hp: SimpleNamespace) -> list[str]:
     return names
 
 
+def check_model(hp: SimpleNamespace) -> None:
+    from lit_gpt.families import preset
+
+    preset(hp.model)  # which names the nearest if it is none
+    try:
+        good = isinstance(json.loads(hp.model_fields), dict)
+    except ValueError:
+        good = False
+    if not good:
+        raise UsageError(f"--model_fields: expected JSON such as {{\"num_hidden_layers\": 2}}, got '{hp.model_fields}'")
+
+
 def make_synthetic(hp: SimpleNamespace, folder: Path) -> None:
     """Point the flags to a random checkpoint and random rows. In a process of its own, whose memory goes with it."""
     from peers.environment import run as call
 
-    from lit_gpt.families import preset
-
-    preset(hp.model)  # which names the near ones if it is none
-    try:
-        fields = json.loads(hp.model_fields)
-    except ValueError as error:
-        raise UsageError(f"--model_fields: expected JSON, such as '{{\"num_hidden_layers\": 2}}' ({error})") from None
     rows = (hp.warmup + hp.steps) * hp.batch_size
-    what = {"model": hp.model, "fields": fields, "rows": rows, "seed": hp.seed, "folder": str(folder)}
+    what = {
+        "model": hp.model,
+        "fields": json.loads(hp.model_fields),
+        "rows": rows,
+        "seed": hp.seed,
+        "folder": str(folder),
+    }
     call([sys.executable, Path(__file__).parent / "peers" / "synthetic.py", json.dumps(what)])
     hp.checkpoint_dir, hp.data_dir = folder / "checkpoint", folder / "data"
 
@@ -162,9 +178,7 @@ class Work:
         from peers.process import Contestant
 
         print(f"loading {name}", file=sys.stderr)
-        contestant = Contestant(name, self.job_of(name), self.folder, python)
-        contestant.ready()
-        return contestant
+        return Contestant(name, self.job_of(name), self.folder, python)
 
 
 def find_peers(
@@ -200,7 +214,8 @@ def litgpt(hp: SimpleNamespace, folder: Path, job: dict[str, Any]) -> Path:
 def startup(hp: SimpleNamespace, name: str, work: Work, python: Path | str) -> list[float]:
     from peers.process import seconds_to_first_step
 
-    print(f"starting {name} alone", file=sys.stderr)
+    if hp.starts:
+        print(f"starting {name} alone", file=sys.stderr)
     return [seconds_to_first_step(name, work.job_of(name), work.folder, python) for _ in range(hp.starts)]
 
 

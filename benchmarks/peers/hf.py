@@ -3,7 +3,8 @@ make it (`peft_tuned`). The loss is Trainer's: the mean over the supervised toke
 
 `peft`: bfloat16 model, PEFT's float32 adapters, micro-batches padded to their longest sample, with attention mask.
 `peft_tuned`: bfloat16 adapters; samples packed into rows without padding, positions restarting; the head computed at
-supervised positions alone; and, where the model takes attention from outside, our own that keeps to sample boundaries.
+supervised positions alone; where the model takes attention from outside, our own that keeps to sample boundaries is
+lent to it, elsewhere it gets a block-diagonal mask.
 """
 
 import json
@@ -66,9 +67,13 @@ class Padded:
 class Packed:
     """Rows of `size` samples one after another. The last token of each predicts nothing and is not fed."""
 
-    def __init__(self, model: peft.PeftModel, size: int) -> None:
+    def __init__(self, model: peft.PeftModel, size: int, compile: bool) -> None:
         self.model, self.size, self.segments = model.get_base_model(), size, None
-        if self.model._supports_attention_backend:
+        # compiled, ours would be compiled anew for each set of lengths
+        self.lent = self.model._supports_attention_backend and not compile
+        if compile:
+            self.model.base_model.compile(dynamic=True)
+        if self.lent:
             from lit_gpt.model import attend_packed
 
             def attention(module, q, k, v, mask, **_):
@@ -83,10 +88,19 @@ class Packed:
 
         row = data.pack(data.Sample(ids, supervised) for ids, supervised in samples).to(worker.device)
         self.segments = row.segments
-        restart = {"position_ids": row.segments.positions[None]} if len(samples) > 1 else {}
-        hidden = self.model.base_model(row.idx, use_cache=False, **restart).last_hidden_state
+        more = {"position_ids": row.segments.positions[None]} if len(samples) > 1 else {}
+        if more and not self.lent:
+            more["attention_mask"] = within_samples(row.segments.lengths)
+        hidden = self.model.base_model(row.idx, use_cache=False, **more).last_hidden_state
         logits = self.model.get_output_embeddings()(hidden[0, row.targets.positions])
         return F.cross_entropy(logits.float(), row.targets.labels, reduction="sum"), row.idx.numel()
+
+
+def within_samples(lengths: tuple[int, ...]) -> Tensor:
+    """A causal mask that keeps to samples, bool (1, 1, T, T). transformers makes its own from positions that restart,
+    but not for every model: its Falcon lets samples see those before them."""
+    blocks = [torch.ones(n, n, dtype=torch.bool, device=worker.device).tril() for n in lengths]
+    return torch.block_diag(*blocks)[None, None]
 
 
 def main() -> None:
@@ -95,9 +109,7 @@ def main() -> None:
     batches = json.loads(Path(job["batches"]).read_text(encoding="utf-8"))
     model = load(job, tuned)
     worker.loaded(model, transformers=transformers.__version__, peft=peft.__version__)
-    way = Packed(model, job["tuned_row"]) if tuned else Padded(model, job["micro_batch"])
-    if tuned and job["tuned_compile"]:
-        way.model.base_model.compile(dynamic=True)
+    way = Packed(model, job["tuned_row"], job["tuned_compile"]) if tuned else Padded(model, job["micro_batch"])
     parameters = [p for p in model.parameters() if p.requires_grad]
     rates = {"lr": job["learning_rate"], "weight_decay": job["weight_decay"]}
     optimizer = torch.optim.AdamW(parameters, **rates, fused=True)

@@ -3,6 +3,8 @@
 import json
 import os
 import platform
+import re
+import shlex
 import sys
 from datetime import date
 from pathlib import Path
@@ -46,7 +48,7 @@ class Results:
             "machine": machine(ours.about["threads"]),
             "versions": versions(contestants),
             "settings": {k: str(v) if isinstance(v, Path) else v for k, v in flags.items() if not is_place(k)},
-            "model": work.config.name,
+            "model": flags["model"] or work.config.name,
             "tokens_per_step": median(fed[measured]),
             "supervised_per_step": median(work.supervised[measured]),
             "flops_per_token": per_token,
@@ -110,8 +112,8 @@ def is_place(flag: str) -> bool:
 
 def command() -> str:
     """The command line, without where things lie on this machine."""
-    parts = [part if not os.path.isabs(part) else Path(part).name for part in sys.argv[1:]]
-    return " ".join(["python benchmarks/train_speed.py", *parts])
+    parts = [re.sub(r"^(--\w+=)?/.*/", r"\1", part) for part in sys.argv[1:]]
+    return "python benchmarks/train_speed.py " + shlex.join(parts)
 
 
 def machine(threads: int) -> dict[str, Any]:
@@ -196,7 +198,7 @@ def table(r: dict[str, Any], stem: str) -> str:
             "",
             f"- PEFT: as its documentation has it; float32 adapters, padded micro-batches of {s['micro_batch']}.",
             f"- PEFT, tuned: bfloat16 adapters, packed rows of {s['tuned_row']} samples, head at supervised positions, "
-            f"{'torch.compile' if s['tuned_compile'] else 'our attention lent to it where it takes one'}.",
+            f"{'torch.compile' if s['tuned_compile'] else 'our attention lent to it where it takes one, else a mask'}.",
             f"- LitGPT: its `fit`, bf16-true, micro-batches of {s['litgpt_micro_batch']} (its default is 1).",
             "",
             f"![{stem}]({stem}.png)",
