@@ -46,7 +46,8 @@ learning_rate: PositiveFloat = 3e-4  # constant
 weight_decay: NonNegativeFloat = 0.01  # of AdamW
 precision: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights and the arithmetic
 seed: NonNegativeInt = 1337  # of data order, adapters and random weights
-# the peers' own settings
+# the cut of a batch
+row_tokens: PositiveInt = 2048  # tokens per packed row of ours; its default
 micro_batch: PositiveInt = 4  # samples per padded micro-batch of peft
 tuned_row: PositiveInt = 4  # samples per packed row of peft_tuned
 tuned_compile: bool = False  # torch.compile for peft_tuned
@@ -124,7 +125,10 @@ def make_synthetic(hp: SimpleNamespace, folder: Path) -> None:
         "seed": hp.seed,
         "folder": str(folder),
     }
-    call([sys.executable, Path(__file__).parent / "peers" / "synthetic.py", json.dumps(what)])
+    call(
+        f"making a random {hp.model}",
+        [sys.executable, Path(__file__).parent / "peers" / "synthetic.py", json.dumps(what)],
+    )
     hp.checkpoint_dir, hp.data_dir = folder / "checkpoint", folder / "data"
 
 

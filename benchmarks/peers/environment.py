@@ -16,10 +16,13 @@ def litgpt_python(peers_dir: Path, torch_version: str) -> Path:
     python, done = folder / "bin" / "python", folder / "installed"
     if not done.exists():
         print(f"installing {REQUIREMENTS[0]} into {folder}", file=sys.stderr)
-        run([sys.executable, "-m", "venv", "--clear", folder])
+        run("making LitGPT's environment", [sys.executable, "-m", "venv", "--clear", folder])
         # first and alone, so that pip takes the build that it takes for everybody on this machine
-        run([python, "-m", "pip", "install", "--quiet", f"torch=={torch_version.partition('+')[0]}"])
-        run([python, "-m", "pip", "install", "--quiet", *REQUIREMENTS])
+        run(
+            "installing its torch",
+            [python, "-m", "pip", "install", "--quiet", f"torch=={torch_version.partition('+')[0]}"],
+        )
+        run("installing it", [python, "-m", "pip", "install", "--quiet", *REQUIREMENTS])
         done.touch()
     return python
 
@@ -31,12 +34,14 @@ def litgpt_checkpoint(python: Path, checkpoint_dir: Path, folder: Path, name: st
         for path in checkpoint_dir.glob(pattern):
             if path.name != "lit_config.json":
                 shutil.copy(path, folder)
-    run([python.parent / "litgpt", "convert_to_litgpt", folder.absolute(), "--model_name", name])
+    litgpt = python.parent / "litgpt"
+    run(f"converting for {name}", [litgpt, "convert_to_litgpt", folder.absolute(), "--model_name", name])
     return folder.absolute()
 
 
-def run(argv: list) -> None:
+def run(what: str, argv: list) -> None:
+    """Run a command; if it fails, its last line is the error. `what` it does names it, for its arguments are places."""
     process = subprocess.run(list(map(str, argv)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if process.returncode:
         last = (process.stdout.strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"{Path(argv[0]).name} {' '.join(map(str, argv[1:4]))}: {last}")
+        raise UserError(f"{what} failed: {last}")

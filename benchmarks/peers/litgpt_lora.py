@@ -30,10 +30,14 @@ PRECISIONS = {"bf16": "bf16-true", "fp32": "32-true"}
 class Loader:
     """What `fit` takes for a DataLoader."""
 
-    def __init__(self, batches: list[list[dict]], size: int, weights: list[tuple[torch.Tensor, int]]) -> None:
-        self.batches, self.size, self.losses = batches, size, weights
+    def __init__(self, batches: list[list[dict]], size: int, losses: list[torch.Tensor]) -> None:
+        self.batches, self.size, self.losses = batches, size, losses
         self.dataset = [encode(sample) for batch in batches for sample in batch]
-        self.collate = get_sft_collate_fn()
+        self.pad = get_sft_collate_fn()
+
+    def collate(self, samples: list[dict]) -> dict:
+        batch = self.pad(samples)
+        return batch | {name: batch[name].to(worker.device) for name in ("input_ids", "labels")}
 
     def __len__(self) -> int:
         return FOREVER

@@ -22,7 +22,7 @@ def flags(job: dict) -> dict:
         **dict.fromkeys(("lora_key", "lora_projection", "lora_mlp"), everything),
         # a cosine over so many steps is a constant
         **{"max_steps": FOREVER, "warmup_steps": 0, "eval_interval": FOREVER, "save_interval": FOREVER},
-        **{"eval_samples": 1, "sample_tokens": 0},
+        **{"eval_samples": 1, "sample_tokens": 0, "micro_batch_tokens": job["row_tokens"]},
     }
 
 

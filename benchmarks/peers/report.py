@@ -6,7 +6,9 @@ import platform
 import re
 import shlex
 import sys
+import textwrap
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,6 +19,7 @@ from lit_gpt.checkpoint import atomic
 
 TITLES = {"ours": "Lit-GPT", "peft": "PEFT", "peft_tuned": "PEFT, tuned", "litgpt": "LitGPT"}
 COLORS = {"ours": "tab:blue", "peft": "tab:orange", "peft_tuned": "tab:green", "litgpt": "tab:red"}
+fill = partial(textwrap.fill, width=120, break_long_words=False, break_on_hyphens=False)
 COMPARED = 3  # first steps whose losses are compared: all contestants start from the same adapters
 
 
@@ -143,6 +146,20 @@ def versions(contestants: list) -> dict[str, str]:
     return found
 
 
+def notes(s: dict[str, Any]) -> dict[str, str]:
+    """What each contestant is, by the settings."""
+    attention = "torch.compile" if s["tuned_compile"] else "our attention lent to it where it takes one, else a mask"
+    return {
+        "ours": f"`finetune/lora.py` itself, packed rows of up to {s['row_tokens']} tokens; what it writes while it "
+        "goes is in its times, its rehearsal of the longest row and its first validation in its start",
+        "peft": f"a plain loop as in its documentation; float32 adapters, padded micro-batches of {s['micro_batch']}",
+        "peft_tuned": f"bfloat16 adapters, packed rows of {s['tuned_row']} samples, head at supervised positions, "
+        + attention,
+        "litgpt": f"its own `fit`, weights and adapters in {s['precision']}, micro-batches of {s['litgpt_micro_batch']}"
+        " (its default is 1), of whose mean losses it takes the mean; the loss shown is over all supervised tokens",
+    }
+
+
 def table_row(c: dict[str, Any]) -> str:
     low, high = c["time_over_ours_range"]
     cells = [
@@ -158,53 +175,56 @@ def table_row(c: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+HEADING = [
+    "| | tokens/s | time, ours = 1 (range) | of the ceiling | peak memory | over the model | start | loss, last step |",
+    "|---|---:|---:|---:|---:|---:|---:|---:|",
+]
+
+
 def table(r: dict[str, Any], stem: str) -> str:
-    m, s = r["machine"], r["settings"]
-    where = f"{m.get('gpu') or m['cpu']} ({', '.join(m['extensions']) or 'no vector extensions for bf16'})"
-    rows = [table_row(c) for c in r["contestants"].values()]
+    s, found = r["settings"], r["contestants"]
+    paragraphs = [
+        f"# Speed and memory of LoRA finetuning: {r['model']}",
+        f"`{r['command']}`",
+        fill(where(r)),
+        "\n".join([*HEADING, *(table_row(c) for c in found.values())]),
+        *(fill(f"Left out: {TITLES[name]} ({reason}).") for name, reason in r["left_out"].items()),
+        *map(fill, how(r, s)),
+        "\n".join(fill(f"- {c['title']}: {notes(s)[name]}.", subsequent_indent="  ") for name, c in found.items()),
+        f"![{stem}]({stem}.png)",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def where(r: dict[str, Any]) -> str:
+    m = r["machine"]
+    device = f"{m['gpu']}; " if "gpu" in m else ""
+    found = "; ".join(f"{name} {version}" for name, version in r["versions"].items())
+    cpu = f"{m['cores']} cores of {m['cpu']} ({', '.join(m['extensions']) or 'no AVX-512'})"
+    return f"{device}{cpu}, threads of each process {m['threads']}, {m['memory_gib']} GiB; {found}; {r['date']}."
+
+
+def how(r: dict[str, Any], s: dict[str, Any]) -> list[str]:
+    """What was measured, and how; in paragraphs."""
+    layers = "all linear layers" if s["lora_layers"] == "all" else "queries and values"
+    parts = "; ".join(f"{name} {n / 1e6:.1f}" for name, n in r["flops_per_token"].items())
     apart = ", ".join(
         f"{c['title']} {c['first_losses_from_ours']:.4f}" for name, c in r["contestants"].items() if name != "ours"
     )
-    missing = [f"Left out: {TITLES[name]} ({reason})." for name, reason in r["left_out"].items()]
-    parts = ", ".join(f"{name} {n / 1e6:.1f}" for name, n in r["flops_per_token"].items())
-    return "\n".join(
-        [
-            f"# Speed and memory of LoRA finetuning: {r['model']}",
-            "",
-            f"`{r['command']}`",
-            "",
-            f"{where}, {m['cores']} cores, {m['threads']} threads each, {m['memory_gib']} GiB; "
-            + ", ".join(f"{name} {version}" for name, version in r["versions"].items())
-            + f"; {r['date']}.",
-            "",
-            "| | tokens/s | time, ours = 1 (range) | of the ceiling | peak memory | over the model | to the first step "
-            "| loss, last step |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|",
-            *rows,
-            "",
-            *missing,
-            f"{s['precision']}, r {s['lora_r']} on {'all linear layers' if s['lora_layers'] == 'all' else 'q and v'} "
-            f"of the blocks, dropout {s['lora_dropout']}, AdamW, batch {s['batch_size']}, {s['steps']} rounds after "
-            f"{s['warmup']}; a step has {r['tokens_per_step']:.0f} tokens, {r['supervised_per_step']:.0f} supervised "
-            "(medians). Contestants took turns, a step each. Tokens are those that predict another, never padding. The "
-            "time is the median over rounds of the ratio of two steps in one round. Waiting contestants used "
-            f"{r['idle_share_of_a_core']:.1%} of one core.",
-            "",
-            f"The ceiling, {r['ceiling_tokens_per_second']:.0f} tokens/s, is what the step's matrix products alone "
-            f"would take at {r['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s, measured in the same turns at the model's "
-            f"shapes. MFLOP per token: {parts}.",
-            "",
-            f"Greatest distance of the first {COMPARED} losses from ours: {apart or 'nobody to compare with'}.",
-            "",
-            f"- PEFT: as its documentation has it; float32 adapters, padded micro-batches of {s['micro_batch']}.",
-            f"- PEFT, tuned: bfloat16 adapters, packed rows of {s['tuned_row']} samples, head at supervised positions, "
-            f"{'torch.compile' if s['tuned_compile'] else 'our attention lent to it where it takes one, else a mask'}.",
-            f"- LitGPT: its `fit`, bf16-true, micro-batches of {s['litgpt_micro_batch']} (its default is 1).",
-            "",
-            f"![{stem}]({stem}.png)",
-            "",
-        ]
-    )
+    return [
+        f"{s['precision']}, r {s['lora_r']} on {layers} of the blocks, dropout {s['lora_dropout']}, AdamW, batch "
+        f"{s['batch_size']}. {s['steps']} rounds after {s['warmup']} that do not count; in each, every contestant "
+        f"takes a step of the same samples, one after the other. A step has {r['tokens_per_step']:.0f} tokens, "
+        f"{r['supervised_per_step']:.0f} of them supervised (medians). Tokens are those that predict another, never "
+        "padding. The time is the median over rounds of the ratio of the two steps in a round. Peak memory is of the "
+        "whole process, over the model what training adds. The start is from launching the process, alone on the "
+        f"machine, to its first finished step, the quickest of {s['starts']}. Those who waited used "
+        f"{r['idle_share_of_a_core']:.1%} of one core.",
+        f"The ceiling, {r['ceiling_tokens_per_second']:.0f} tokens/s, is what the step's matrix products alone would "
+        f"allow at {r['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s, the rate of the frozen layers' products measured in "
+        f"the same rounds. MFLOP per token: {parts}.",
+        f"Greatest distance of the first {COMPARED} losses from ours: {apart or 'nobody to compare with'}.",
+    ]
 
 
 def draw(r: dict[str, Any], path: Path) -> None:
