@@ -1,0 +1,58 @@
+"""Contestant: finetune/lora.py itself, run by its own main. Only two things are laid over it: each optimizer step waits
+until it is asked for, and A starts as every contestant's does. A step's time includes the loop's records of it."""
+
+import runpy
+from pathlib import Path
+
+from protocol import Worker, set_A
+
+worker = Worker()
+
+from lit_gpt import cli, lora, train  # noqa: E402  (what they print is not an answer)
+
+FOREVER = 10**6
+SCRIPT = Path(__file__).parent.parent.parent / "finetune" / "lora.py"
+
+
+def flags(job: dict) -> dict:
+    everything = str(job["lora_layers"] == "all").lower()
+    return {
+        **{name: job[name] for name in ("checkpoint_dir", "data_dir", "out_dir", "precision", "batch_size", "seed")},
+        **{name: job[name] for name in ("lora_r", "lora_alpha", "lora_dropout", "learning_rate", "weight_decay")},
+        **dict.fromkeys(("lora_key", "lora_projection", "lora_mlp"), everything),
+        # a cosine over so many steps is a constant
+        **{"max_steps": FOREVER, "warmup_steps": 0, "eval_interval": FOREVER, "save_interval": FOREVER},
+        **{"eval_samples": 1, "sample_tokens": 0, "micro_batch_tokens": job["row_tokens"]},
+    }
+
+
+def projections(path: str, job: dict) -> tuple[int, list[str]]:
+    """The layer, and what the A of a module is made of."""
+    _, layer, module = path.split(".", 2)
+    qkv = ["q", "k", "v"] if job["lora_layers"] == "all" else ["q", "v"]
+    names = {"attn.qkv": qkv, "attn.proj": ["o"], "mlp.gate_up": ["gate", "up"], "mlp.proj": ["down"]}
+    return int(layer), names.get(module, [module.removeprefix("mlp.")])
+
+
+attach, optimize, steps = lora.attach, train.Run.optimize, worker.steps()
+
+
+def attach_as_all(model, config):
+    model = attach(model, config)
+    for path, layer in lora.lora_layers(model).items():
+        set_A(worker.job, layer.lora_A, *projections(path, worker.job))
+    worker.loaded(model)
+    return model
+
+
+def optimize_when_asked(run):
+    if next(steps, None) is None:
+        raise SystemExit
+    loss, tokens = optimize(run)
+    worker.result(loss, tokens)
+    return loss, tokens
+
+
+lora.attach, train.Run.optimize = attach_as_all, optimize_when_asked
+script = runpy.run_path(str(SCRIPT))
+script["main"](cli.parse(script, [f"--{name}={value}" for name, value in flags(worker.job).items()]))

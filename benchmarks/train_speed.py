@@ -1,0 +1,243 @@
+"""Speed and memory of LoRA finetuning against what could be used instead, as ratios from one run on one machine.
+
+    python benchmarks/train_speed.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct \\
+        --data_dir data/gsm8k --peers_dir out/peers
+    python benchmarks/train_speed.py --model falcon-7b --lora_layers qv --contestants ours,peft,peft_tuned
+
+Each contestant is a process that holds its model and takes an optimizer step when it is asked to. They take turns, step
+by step, so that all meet the same state of the machine; the machine's own rate of matrix products is measured in the
+same turns. All get the same tokens in the same order and start from the same adapters.
+
+The checkpoint folder holds both the downloaded and the converted files. With --model it is made, with random weights
+and random rows, where temporary files go (TMPDIR), and takes twice the model's size there. Writes train_speed_cpu.json,
+.md and .png, or with a GPU train_speed_cuda.*.
+"""
+
+import importlib.util
+import json
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+from lit_gpt.cli import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, run
+from lit_gpt.errors import UsageError, UserError
+
+checkpoint_dir: Path | None = None  # converted folder, the downloaded files still in it
+data_dir: Path | None = None  # prepared data
+model: str | None = None  # instead of both: random weights of this size, such as falcon-7b, and random rows
+model_fields: str = "{}"  # with --model: fields of config.json that replace its own, as JSON
+contestants: str = "ours,peft,peft_tuned,litgpt"  # who takes part
+peers_dir: Path | None = None  # where LitGPT's environment lies, or is made (null: LitGPT is left out)
+out_dir: Path = Path("benchmarks/results")  # folder for the results
+steps: PositiveInt = 10  # rounds measured, one optimizer step of each contestant a round
+warmup: NonNegativeInt = 2  # rounds before them that are not
+starts: NonNegativeInt = 2  # times that each is started alone, to its first step; the quickest counts
+# what is trained
+lora_layers: Literal["all", "qv"] = "all"  # every linear layer of the blocks, or queries and values
+lora_r: PositiveInt = 8  # rank
+lora_alpha: PositiveFloat = 16  # scale, divided by lora_r
+lora_dropout: Fraction = 0.05  # share of the updates' inputs zeroed; 0 makes the losses comparable step by step
+batch_size: PositiveInt = 8  # samples per optimizer step
+learning_rate: PositiveFloat = 3e-4  # constant
+weight_decay: NonNegativeFloat = 0.01  # of AdamW
+precision: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights and the arithmetic
+seed: NonNegativeInt = 1337  # of data order, adapters and random weights
+# the cut of a batch
+row_tokens: PositiveInt = 2048  # tokens per packed row of ours; its default
+micro_batch: PositiveInt = 4  # samples per padded micro-batch of peft
+tuned_row: PositiveInt = 4  # samples per packed row of peft_tuned
+tuned_compile: bool = False  # torch.compile for peft_tuned
+litgpt_micro_batch: PositiveInt = 1  # LitGPT's default
+litgpt_name: str = "SmolLM2-135M-Instruct"  # what LitGPT calls the model
+
+KNOWN = ("ours", "peft", "peft_tuned", "litgpt")
+
+
+def main(hp: SimpleNamespace) -> None:
+    names = check(hp)
+    from peers import report
+
+    with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
+        folder = Path(temporary)
+        if hp.model:
+            make_synthetic(hp, folder)
+        work = Work(hp, folder)
+        pythons, left_out = find_peers(hp, names, folder, work.job)
+        names = [name for name in names if name in pythons]
+        startups = {name: startup(hp, name, work, pythons[name]) for name in names}
+        running = []
+        for name in ("gemm", *names):
+            running.append(work.start(name, pythons.get(name, sys.executable)))
+            stack.callback(running[-1].stop)
+        for contestant in running:
+            contestant.ready()
+        idle = race(running, hp.warmup + hp.steps)
+        results = report.Results(vars(hp), work, running, startups, idle, left_out)
+    results.write(hp.out_dir)
+
+
+def check(hp: SimpleNamespace) -> list[str]:
+    """Refuse what contradicts itself; the contestants' names."""
+    names = list(dict.fromkeys(name.strip() for name in hp.contestants.split(",") if name.strip()))
+    unknown = [name for name in names if name not in KNOWN]
+    if unknown or "ours" not in names:
+        got = f"got '{hp.contestants}'"
+        raise UsageError(f"--contestants: expected ours and any of {', '.join(KNOWN[1:])}, {got}")
+    if hp.model and (hp.checkpoint_dir or hp.data_dir):
+        raise UsageError("--model: makes weights and rows; give it or --checkpoint_dir and --data_dir")
+    if not hp.model and not (hp.checkpoint_dir and hp.data_dir):
+        raise UsageError("--checkpoint_dir and --data_dir, or --model: expected what to train on what")
+    if hp.model:
+        check_model(hp)
+    for flag in ("micro_batch", "tuned_row", "litgpt_micro_batch"):
+        if hp.batch_size % getattr(hp, flag):
+            raise UsageError(f"--{flag} {getattr(hp, flag)}: expected a divisor of --batch_size {hp.batch_size}")
+    if not Path("/proc/self/status").exists():
+        raise UserError("memory is read from /proc, which only Linux has")
+    return names
+
+
+def check_model(hp: SimpleNamespace) -> None:
+    from lit_gpt.families import preset
+
+    preset(hp.model)  # which names the nearest if it is none
+    try:
+        good = isinstance(json.loads(hp.model_fields), dict)
+    except ValueError:
+        good = False
+    if not good:
+        raise UsageError(f"--model_fields: expected JSON such as {{\"num_hidden_layers\": 2}}, got '{hp.model_fields}'")
+
+
+def make_synthetic(hp: SimpleNamespace, folder: Path) -> None:
+    """Point the flags to a random checkpoint and random rows. In a process of its own, whose memory goes with it."""
+    from peers.environment import run as call
+
+    rows = (hp.warmup + hp.steps) * hp.batch_size
+    what = {
+        "model": hp.model,
+        "fields": json.loads(hp.model_fields),
+        "rows": rows,
+        "seed": hp.seed,
+        "folder": str(folder),
+    }
+    call(
+        f"making a random {hp.model}",
+        [sys.executable, Path(__file__).parent / "peers" / "synthetic.py", json.dumps(what)],
+    )
+    hp.checkpoint_dir, hp.data_dir = folder / "checkpoint", folder / "data"
+
+
+class Work:
+    """What there is to do: the job that every contestant gets, and what it costs."""
+
+    def __init__(self, hp: SimpleNamespace, folder: Path) -> None:
+        import torch
+        from peers.flops import StepFlops
+
+        from lit_gpt import Config, data, hf_files, lora
+        from lit_gpt.checkpoint import check_checkpoint_dir
+        from lit_gpt.tokenizer import Tokenizer
+
+        check_checkpoint_dir(hp.checkpoint_dir)
+        hf_files.shard_paths(hp.checkpoint_dir)  # the peers' files
+        data.read_meta(hp.data_dir, Tokenizer(hp.checkpoint_dir))
+        self.folder, self.started = folder, 0
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        train, rounds = data.Dataset(hp.data_dir, "train"), hp.warmup + hp.steps
+        # as train.Run.optimize takes them
+        order = [data.step_samples(len(train), hp.batch_size, hp.seed, n, 10**9) for n in range(rounds)]
+        batches = [[train[i] for i in indices] for indices in order]
+        contents = [
+            [{"ids": s.tokens.tolist(), "supervised": s.supervised.tolist()} for s in batch] for batch in batches
+        ]
+        (folder / "batches.json").write_text(json.dumps(contents), encoding="utf-8")
+        self.lengths = [[len(s.tokens) - 1 for s in batch] for batch in batches]
+        self.supervised = [data.supervised_count(batch) for batch in batches]
+        every = hp.lora_layers == "all"
+        self.config = Config.from_checkpoint(hp.checkpoint_dir)
+        adapted = lora.LoRAConfig(hp.lora_r, hp.lora_alpha, key=every, projection=every, mlp=every)
+        count = StepFlops(self.config, adapted)
+        self.parts = [count.parts(*step) for step in zip(self.lengths, self.supervised, strict=True)]
+        typical = sorted(range(rounds), key=lambda n: sum(self.lengths[n]))[rounds // 2]
+        paths = {"checkpoint_dir": hp.checkpoint_dir, "data_dir": hp.data_dir, "batches": folder / "batches.json"}
+        self.job: dict[str, Any] = {
+            **vars(hp),
+            **{name: str(Path(path).absolute()) for name, path in paths.items()},
+            **{name: str(value) for name, value in vars(hp).items() if name in ("out_dir", "peers_dir")},
+            "device": self.device,
+            "shapes": count.shapes(sum(self.lengths[typical]), self.supervised[typical]),
+        }
+
+    def job_of(self, name: str) -> dict[str, Any]:
+        """The job with a folder to write to that nobody has used."""
+        self.started += 1
+        return self.job | {"out_dir": str(self.folder / f"{name}_{self.started}")}
+
+    def start(self, name: str, python: Path | str):
+        from peers.process import Contestant
+
+        print(f"loading {name}", file=sys.stderr)
+        return Contestant(name, self.job_of(name), self.folder, python)
+
+
+def find_peers(
+    hp: SimpleNamespace, names: list[str], folder: Path, job: dict[str, Any]
+) -> tuple[dict[str, Path | str], dict[str, str]]:
+    """The interpreter of each contestant that can take part, and why the others cannot."""
+    pythons: dict[str, Path | str] = {}
+    left_out: dict[str, str] = {}
+    for name in names:
+        missing = [p for p in ("transformers", "peft") if name.startswith("peft") and not importlib.util.find_spec(p)]
+        try:
+            if missing:
+                raise UserError(f"{missing[0]} is not installed; `pip install {missing[0]}`")
+            pythons[name] = litgpt(hp, folder, job) if name == "litgpt" else sys.executable
+        except UserError as error:
+            left_out[name] = str(error)
+            print(f"left out: {name}: {error}", file=sys.stderr)
+    return pythons, left_out
+
+
+def litgpt(hp: SimpleNamespace, folder: Path, job: dict[str, Any]) -> Path:
+    import torch
+    from peers import environment
+
+    if hp.peers_dir is None:
+        raise UserError("not installed; --peers_dir names a folder to install it into")
+    python = environment.litgpt_python(hp.peers_dir, torch.__version__)
+    where = folder / "litgpt_checkpoint"
+    job["litgpt_dir"] = str(environment.litgpt_checkpoint(python, hp.checkpoint_dir, where, hp.litgpt_name))
+    return python
+
+
+def startup(hp: SimpleNamespace, name: str, work: Work, python: Path | str) -> list[float]:
+    from peers.process import seconds_to_first_step
+
+    if hp.starts:
+        print(f"starting {name} alone", file=sys.stderr)
+    return [seconds_to_first_step(name, work.job_of(name), work.folder, python) for _ in range(hp.starts)]
+
+
+def race(running: list, rounds: int) -> list[float]:
+    """One step of each in turn. Returns for each round which share of one core those who waited used."""
+    idle = []
+    for n in range(rounds):
+        start, waited = time.perf_counter(), 0.0
+        for contestant in running:
+            others = [other for other in running if other is not contestant]
+            before = sum(other.cpu_seconds() for other in others)
+            contestant.step(n)
+            waited += sum(other.cpu_seconds() for other in others) - before
+        idle.append(waited / (time.perf_counter() - start))
+        took = ", ".join(f"{c.name} {c.answers[-1]['seconds']:.2f} s" for c in running)
+        print(f"round {n + 1} of {rounds}: {took}", file=sys.stderr)
+    return idle
+
+
+if __name__ == "__main__":
+    run(main)
