@@ -4,8 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Logits held at a time, in elements: 16 MiB in float32. Larger pieces are no faster on a CPU; other devices, where each
-# piece must be worth reading the head's weights for, hold eight times as many.
+# Logits held at a time, in elements: 16 MiB in float32. Larger pieces are hardly faster on a CPU with a frozen head.
+# Where a piece must be worth more, reading the head's weights on other devices or adding to their gradient, eight times
+# as many are held.
 MAX_LOGITS = 2**22
 
 
@@ -23,7 +24,7 @@ def summed_cross_entropy(head: nn.Module, hidden: Tensor, labels: Tensor) -> Ten
     parameters = [p for p in head.parameters() if p.requires_grad]
     if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
         return _ChunkedLoss.apply(head, labels, hidden, *parameters)
-    losses = [_loss(head, *chunk) for chunk in _chunks(head, hidden, labels)]
+    losses = [_loss(head, *chunk) for chunk in _chunks(head, hidden, labels, trained=False)]
     return torch.stack(losses).sum() if losses else hidden.new_zeros((), dtype=torch.float32)
 
 
@@ -40,8 +41,8 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, p.scatter_add_(1, at, p.new_full((), -1.0).expand(at.shape)).to(logits.dtype)
 
 
-def _chunks(head: nn.Module, hidden: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    limit = MAX_LOGITS if hidden.device.type == "cpu" else 8 * MAX_LOGITS
+def _chunks(head: nn.Module, hidden: Tensor, labels: Tensor, trained: bool) -> list[tuple[Tensor, Tensor]]:
+    limit = MAX_LOGITS if hidden.device.type == "cpu" and not trained else 8 * MAX_LOGITS
     size = max(1, limit // head.out_features)
     return list(zip(hidden.split(size), labels.split(size), strict=True))
 
@@ -58,7 +59,7 @@ class _ChunkedLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         grads = [torch.zeros_like(p) for p in parameters]
         hidden_grads = []
-        for rows, row_labels in _chunks(head, hidden, labels):
+        for rows, row_labels in _chunks(head, hidden, labels, trained=bool(parameters)):
             with torch.enable_grad():
                 rows = rows.detach().requires_grad_()
                 logits = head(rows)

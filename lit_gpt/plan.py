@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from lit_gpt import adapter, lora
-from lit_gpt.checkpoint import DTYPES
 from lit_gpt.config import Config
 from lit_gpt.memory import recompute_blocks
 from lit_gpt.model import GPT, Segments, Targets
@@ -36,24 +35,30 @@ class Plan:
     weights: int
     gradients: int
     optimizer: int
-    # a training step is at its peak either when the backward pass begins, with all activations, or when it ends, with
-    # all gradients, or in the optimizer's step
+    # a training step is at its peak either at the loss, or when the backward pass begins, with all activations, or when
+    # that ends, with all gradients, or in the optimizer's step
+    forward: int
     backward_begins: int
     backward_ends: int
     step: int
-    evaluate: int
+    validate: int
+    answer: int  # the sample that is shown at a validation
     save: int
     merge: int  # of LoRA into its base, on the CPU beside the mapped file; 0 for other methods
     block: int = 0  # weights of one block
 
     @property
     def train(self) -> int:
-        return max(self.backward_begins, self.backward_ends, self.step)
+        return max(self.forward, self.backward_begins, self.backward_ends, self.step)
+
+    @property
+    def evaluate(self) -> int:
+        return max(self.validate, self.answer)
 
     @property
     def activations(self) -> int:
-        """What is held when the backward pass begins, beside weights and optimizer."""
-        return self.backward_begins - self.weights - self.optimizer
+        """What is held at most until the backward pass begins, beside weights and optimizer."""
+        return max(self.forward, self.backward_begins) - self.weights - self.optimizer
 
     @property
     def peak(self) -> int:
@@ -72,7 +77,9 @@ class Plan:
         if zero and hp.zero_offload:
             weights, gradients, optimizer = (2 * self.block if hp.zero_stage == 3 else weights), 0, 0
         off = weights - self.weights + optimizer - self.optimizer
-        peaks = {name: getattr(self, name) + off for name in ("backward_begins", "evaluate", "save")}
+        peaks = {
+            name: getattr(self, name) + off for name in ("forward", "backward_begins", "validate", "answer", "save")
+        }
         ends = {name: getattr(self, name) + off + gradients - self.gradients for name in ("backward_ends", "step")}
         return replace(self, weights=weights, gradients=gradients, optimizer=optimizer, **peaks, **ends)
 
@@ -115,9 +122,8 @@ def first_trained(method: Method) -> int:
 def simulate(
     config: Config, method: Method, hp: SimpleNamespace, lengths: list[int], supervised: int, cuda: bool
 ) -> Plan:
-    dtype, stored = DTYPES[hp.precision], method.stored(hp)
     with torch.device("meta"):
-        model = method.attach(GPT(config).to(stored))
+        model = method.attach(GPT(config).to(method.stored(hp)))
     if hp.activation_checkpointing:
         recompute_blocks(model)
     counts = size(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -128,15 +134,17 @@ def simulate(
         optimizer = optimizer_of(parameters, stand_in(hp))
         allocate(optimizer)
         states = live.now - weights
-        arithmetic = torch.autocast("cpu", dtype, enabled=stored != dtype)
-        begins, ends = live.during_backward(model.train(), first_trained(method), row, arithmetic)
+        arithmetic = method.arithmetic(hp, "cpu")
+        forward, begins, ends = live.during_passes(model.train(), first_trained(method), row, arithmetic)
         gradients = live.now - weights - states
         step = live.during(optimizer.step)
         optimizer.zero_grad()
-        evaluate = live.during(lambda: evaluate_once(model, *row, hp))
+        model.eval().requires_grad_(False)
+        validate = live.during(lambda: model(row[0], segments=row[1], targets=row[2]))
+        answer = live.during(lambda: answer_once(model, row[0], row[1], hp.sample_tokens))
         merge = live.during(lambda: merge_once(model)) - live.now if method.name == lora.METHOD else 0
     unseen = unseen_state(parameters, hp.optimizer, cuda)
-    peaks = (begins, ends, step, evaluate, weights + states)
+    peaks = (forward, begins, ends, step, validate, answer, weights + states)
     return Plan(*counts, weights, gradients, states + unseen, *(peak + unseen for peak in peaks), merge)
 
 
@@ -164,14 +172,10 @@ def whole_numbers(n: int) -> Tensor:
     return torch.zeros(n, dtype=torch.int64)
 
 
-@torch.no_grad()
-def evaluate_once(model: GPT, idx: Tensor, segments: Segments, targets: Targets, hp: SimpleNamespace) -> None:
-    """The loss of the row, and the cache of an answer to its longest sample."""
-    model.eval()
-    model(idx, segments=segments, targets=targets)
+def answer_once(model: GPT, idx: Tensor, segments: Segments, tokens: int) -> None:
+    """Read the longest sample into a cache that has room for an answer."""
     prompt = idx[:, : max(segments.lengths)]
-    cache = model.kv_cache(1, prompt.size(1) + hp.sample_tokens)
-    model(prompt, cache=cache, last=True)
+    model(prompt, cache=model.kv_cache(1, prompt.size(1) + tokens), last=True)
 
 
 def merge_once(model: GPT) -> None:
@@ -248,11 +252,11 @@ class Live(TorchDispatchMode):
         self.known.discard(key)
         self.now -= size
 
-    def during_backward(self, model: GPT, first: int, row: tuple[Any, ...], arithmetic: Any) -> tuple[int, int]:
-        """The peaks up to the end of the last block's backward pass, and from the beginning of block `first`'s."""
+    def during_passes(self, model: GPT, first: int, row: tuple[Any, ...], arithmetic: Any) -> tuple[int, int, int]:
+        """The peaks of the forward pass, then up to the end of the last block's backward, and from block `first`'s."""
         peaks = []
 
-        def mark(gradient: Tensor) -> None:
+        def mark(gradient: Tensor | None) -> None:
             peaks.append(self.peak)
             self.peak = self.now
 
@@ -265,10 +269,12 @@ class Live(TorchDispatchMode):
         idx, segments, targets = row
         with arithmetic:
             loss = model(idx, segments=segments, targets=targets)
+        mark(None)
         loss.backward()
         for handle in handles:
             handle.remove()
-        return (peaks or [self.peak])[0], self.peak
+        forward, begins, *_ = (*peaks, self.peak)
+        return forward, begins, self.peak
 
     def during(self, action: Any) -> int:
         """The peak while `action` runs."""

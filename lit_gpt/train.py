@@ -74,7 +74,7 @@ def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric, dtype: tor
     run.contents = partial(
         file_contents, method.name, identity["base"], hyperparameters=method.settings, prompt_style=style.to_dict()
     )
-    run.arithmetic = partial(torch.autocast, fabric.device.type, dtype, enabled=method.stored(hp) != dtype)
+    run.arithmetic = partial(method.arithmetic, hp, fabric.device.type)
     run.plan = partial(plan, config, method, hp, cuda=fabric.device.type == "cuda")
     run.sample = partial(print_sample, model, tokenizer, style, validation[0], hp, fabric.global_rank == 0)
     if not run.fit():

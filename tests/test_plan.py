@@ -44,22 +44,21 @@ def test_the_step_holds_what_was_planned(method, precision):
     """The same count over a real step's tensors."""
     method, hp = flags_of(method, precision=precision, activation_checkpointing="true")
     found = simulate(SMALL, method, hp, ROW, 50, cuda=False)
-    dtype, stored = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision], method.stored(hp)
     segments, idx = Segments.of(ROW), torch.randint(300, (1, sum(ROW)))
     targets = Targets(torch.arange(50), torch.randint(300, (50,)))
     with Live() as live:
         model = GPT(SMALL)
-        model = method.attach(model.to(stored)).train()
+        model = method.attach(model.to(method.stored(hp))).train()
         recompute_blocks(model)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         held = live.now
         live.peak = live.now
-        with torch.autocast("cpu", dtype, enabled=stored != dtype):
+        with method.arithmetic(hp, "cpu"):
             loss = model(idx, segments=segments, targets=targets)
         loss.backward()
         gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
     assert found.weights == pytest.approx(weights, rel=0.01) and found.gradients == gradients
-    step = max(found.backward_begins, found.backward_ends) - found.weights - found.optimizer
+    step = max(found.forward, found.backward_begins, found.backward_ends) - found.weights - found.optimizer
     assert live.peak - held == pytest.approx(step, rel=0.02)
 
 
