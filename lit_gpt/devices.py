@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.fabric.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -41,8 +42,11 @@ def launch(hp: SimpleNamespace, frozen: torch.dtype) -> Fabric:
         frozen: the dtype of the weights that do not train, to which FSDP brings each rank's share.
 
     Raises:
-        UsageError: a strategy or a number of devices that this machine cannot give.
+        UsageError: a strategy or a number of devices that this machine cannot give, or that torchrun, `fabric run` or
+            srun, if it has started this process, was not asked for.
     """
+    launched = by_fabric_run(hp)
+    check_launcher(hp)
     kind, strategy = default_device().type, hp.strategy
     if strategy == "fsdp":
         sizes = {"data_parallel_size": hp.devices * hp.num_nodes, "tensor_parallel_size": 1}
@@ -55,8 +59,41 @@ def launch(hp: SimpleNamespace, frozen: torch.dtype) -> Fabric:
         fabric = Fabric(accelerator=kind, devices=hp.devices, num_nodes=hp.num_nodes, strategy=strategy)
     except (MisconfigurationException, ValueError) as error:
         raise UsageError(f"--devices {hp.devices} --strategy {hp.strategy}: {error}") from None
-    fabric.launch()
+    if not launched:
+        fabric.launch()
     return fabric
+
+
+def by_fabric_run(hp: SimpleNamespace) -> bool:
+    """Whether `fabric run` has started this process. What it was told then stands for the script's flags, which it
+    would compare with what Fabric is given, and cannot with a strategy that is no name."""
+    if os.environ.get("LT_CLI_USED") != "1":
+        return False
+    if "LT_PRECISION" in os.environ:
+        raise UsageError("--precision: `fabric run` took it for its own flag; write -- before the script's flags")
+    for name, default in {"devices": 1, "num_nodes": 1, "strategy": "auto"}.items():
+        told, own = os.environ.pop(f"LT_{name.upper()}", str(default)), getattr(hp, name)
+        if told not in (str(own), "auto"):
+            known = told in ("ddp", "fsdp", "deepspeed") if name == "strategy" else told.isdecimal()
+            if own != default or not known:
+                raise UsageError(f"--{name} {own}: `fabric run` was told --{name} {told}; give both the same")
+            setattr(hp, name, type(own)(told))
+    return True
+
+
+def check_launcher(hp: SimpleNamespace) -> None:
+    """Refuse to start if a launcher has started another number of processes: they would wait for one another without
+    end, or each train alone and write over the others' files."""
+    for name, environment in {"torchrun": TorchElasticEnvironment, "SLURM": SLURMEnvironment}.items():
+        if environment.detect():
+            try:
+                size = environment().world_size()
+            except RuntimeError as error:
+                raise UsageError(f"{name}: {error}") from None
+            if size != hp.devices * hp.num_nodes:
+                wanted = f"--devices {hp.devices} --num_nodes {hp.num_nodes}"
+                raise UsageError(f"{wanted}: {name} has started {size} processes; give it and the script the same")
+            return
 
 
 def shard(model: GPT, mesh: DeviceMesh, frozen: torch.dtype) -> GPT:
@@ -165,6 +202,7 @@ def company(fabric: Fabric) -> Iterator[None]:
         ) from None
     finally:
         watch.finished.set()
+        watch.join(Watch.PATIENCE)  # Python aborts if it ends while a thread is in the store
 
 
 class Watch(threading.Thread):
@@ -203,7 +241,8 @@ class Watch(threading.Thread):
             self.end(f"rank {other} has not been heard of for {self.PATIENCE:.0f} s")
 
     def end(self, what: str) -> None:
-        if not self.finished.is_set():
+        # this rank's main thread may be about to end as well: the others are done and gone, or it says itself what is
+        if not self.finished.wait(self.INTERVAL):
             print(f"error: rank {self.rank}: {what}{self.ADVICE}", flush=True, file=sys.stderr)
             for process in self.started:
                 process.kill()

@@ -3,14 +3,18 @@
 import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import spawn
 from test_train import data_dir, flags, metrics, wait_for_step  # noqa: F401 (fixtures among them)
 from test_variants import method_flags, weights_of
+
+from lit_gpt import devices
 
 METHODS = ("lora", "adapter", "adapter_v2", "full")
 
@@ -106,6 +110,18 @@ def test_a_write_that_fails_on_one_rank_ends_both(flags):  # noqa: F811
     (flags["out_dir"] / "state").write_text("in the way of the folder")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and err.count("error: ") == 1 and "state" in err and "Traceback" not in err, err
+
+
+def test_no_thread_is_left_in_the_store(monkeypatch):
+    """Python would abort, after all is done, if it ended while one is."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    strategy = SimpleNamespace(launcher=None)
+    for _ in range(20):
+        with devices.company(SimpleNamespace(world_size=2, global_rank=0, strategy=strategy, barrier=lambda: None)):
+            pass
+        assert not any(thread.name == "watch" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("stage", [2, 3])
