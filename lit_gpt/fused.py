@@ -5,6 +5,8 @@ None reads a tensor's contents on the way, so that all run on the meta device an
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +16,10 @@ from torch.autograd.function import once_differentiable
 # Queries that attend at a time, so that what is computed of the masked upper triangle is little, and their scores fit
 # a cache.
 QUERY_BLOCK = 128
+# Samples up to this length are short: their probabilities, which grow with its square, are kept.
+SHORT = 512
+# Dropout's probability is rounded to this share, of powers of two, for each digit costs random numbers.
+DROPOUT_STEPS = 1024
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
@@ -28,11 +34,11 @@ def low_rank_update(
         A: (len(parts) * r, in_features), float32: an A for each part, one below the other.
         B: (sum of the parts' lengths, r), float32, likewise.
         parts: (start, stop) of columns.
-        dropout: probability, rounded to 1 / 65536.
+        dropout: probability, rounded to 1 / DROPOUT_STEPS.
     """
-    kept = 65536 - round(dropout * 65536)
-    bits = random_bits(x.numel(), kept, x.device) if kept < 65536 else None
-    return _LowRankUpdate.apply(y, x, A, B, bits, parts, scale * 65536 / kept if kept else 0.0)
+    kept = DROPOUT_STEPS - round(dropout * DROPOUT_STEPS)
+    bits = random_bits(x.numel(), kept, x.device) if kept < DROPOUT_STEPS else None
+    return _LowRankUpdate.apply(y, x, A, B, bits, parts, scale * DROPOUT_STEPS / kept if kept else 0.0)
 
 
 class _LowRankUpdate(torch.autograd.Function):
@@ -74,14 +80,14 @@ def _parts(ctx: Any, y: Tensor, low: Tensor, B: Tensor) -> Iterator[tuple[Tensor
 
 
 def random_bits(n: int, kept: int, device: torch.device) -> Tensor:
-    """Independent bits, each 1 with probability kept / 65536: int64 (ceil(n / 64),)."""
+    """Independent bits, each 1 with probability kept / DROPOUT_STEPS: int64 (ceil(n / 64),)."""
     words = -(-n // 64)
     if device.type != "cpu":
-        return _packed(torch.empty(64 * words, dtype=torch.bool, device=device).bernoulli_(kept / 65536))
+        return _packed(torch.empty(64 * words, dtype=torch.bool, device=device).bernoulli_(kept / DROPOUT_STEPS))
     # There `bernoulli_` is slow: it takes 64 random bits for each element. Here each round of fair bits halves the
     # distance to 0 or to 1, by the digits of the probability from the last to the first.
     bits = torch.zeros(words, dtype=torch.int64)
-    for digit in range(16):
+    for digit in range(DROPOUT_STEPS.bit_length() - 1):
         if kept % 2 ** (digit + 1):  # before the last digit that is 1, all is 0 still
             fair = torch.randint(-(2**63), 2**63 - 1, bits.shape)
             bits = bits | fair if kept >> digit & 1 else bits & fair
@@ -217,7 +223,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, lengths: tupl
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps q, k and v, and computes the probabilities again.
+    """Keeps q, k and v; and the probabilities of short samples, while those of longer ones are computed again.
 
     All is laid out by group of heads that share keys and values, queries of one position next to each other, so that
     queries and keys of a block are slices: q as (B * n_query_groups, T * heads of a group, head_size).
@@ -225,26 +231,32 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, window, lengths):
-        ctx.save_for_backward(q, k, v)
-        ctx.window, ctx.lengths = window, lengths
+        ctx.window, ctx.lengths, kept = window, lengths, []
         with torch.autocast(q.device.type, enabled=False):
             values, y = _by_group(v, v).to(_wide(v)), torch.empty_like(_by_group(q, k))
-            for rows, keys, p in _probabilities(q, k, window, lengths):
-                y[:, rows] = p @ values[:, keys]
+            probabilities = _Probabilities(q, k, window)
+            for block in _blocks(lengths, window):
+                p = probabilities.of(block)
+                y[:, probabilities.rows(block)] = p @ values[:, block.keys]
+                kept += [p.to(q.dtype)] if block.short else []
+        ctx.save_for_backward(q, k, v, *kept)
         return _by_head(y, q)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        q, k, v = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
         queries, keys_, values, grad = (_by_group(x, k) for x in (q, k, v, grad))
         wide_grad, values = grad.to(_wide(grad)), values.to(_wide(values))
         q_grad = torch.empty_like(queries)
         k_grad, v_grad = (torch.zeros_like(x, dtype=_wide(x)) for x in (keys_, values))
-        for rows, keys, p in _probabilities(q, k, ctx.window, ctx.lengths):
+        probabilities, kept = _Probabilities(q, k, ctx.window), iter(kept)
+        for block in _blocks(ctx.lengths, ctx.window):
+            p = next(kept) if block.short else probabilities.of(block)
+            rows, keys = probabilities.rows(block), block.keys
             v_grad[:, keys] += p.to(v.dtype).mT @ grad[:, rows]
             p_grad = wide_grad[:, rows] @ values[:, keys].mT
-            scores_grad = torch._softmax_backward_data(p_grad, p, -1, p.dtype).to(q.dtype)
+            scores_grad = torch._softmax_backward_data(p_grad, p.to(p_grad.dtype), -1, p_grad.dtype).to(q.dtype)
             q_grad[:, rows] = scores_grad @ keys_[:, keys]
             k_grad[:, keys] += scores_grad.mT @ queries[:, rows]
         scale = q.size(-1) ** -0.5
@@ -252,27 +264,60 @@ class _Attention(torch.autograd.Function):
         return *(_by_head(x, like) for x, like in grads), None, None
 
 
-def _probabilities(
-    q: Tensor, k: Tensor, window: int | None, lengths: tuple[int, ...]
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Block by block: rows of the queries and of all keys that any of them sees, by group, and the probabilities."""
-    wide, heads = _wide(q), q.size(1) // k.size(1)
-    queries, keys = _by_group(q, k).to(wide) * q.size(-1) ** -0.5, _by_group(k, k).to(wide)
+@dataclass(frozen=True)
+class _Block:
+    """Queries from `begin` to `end`, which see keys from `first` on; `short`: of a short sample."""
+
+    begin: int
+    end: int
+    first: int
+    short: bool
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.first, self.end)
+
+
+def _blocks(lengths: tuple[int, ...], window: int | None) -> Iterator[_Block]:
     start = 0
     for length in lengths:
-        blocks = -(-length // QUERY_BLOCK)
-        for i in range(blocks):
-            begin, end = start + length * i // blocks, start + length * (i + 1) // blocks
+        n = -(-length // QUERY_BLOCK)
+        for i in range(n):
+            begin, end = start + length * i // n, start + length * (i + 1) // n
             first = start if window is None else max(start, begin - window + 1)
-            hidden = torch.full((end - begin, end - first), -torch.inf, dtype=wide, device=q.device)
-            later = hidden.triu(begin - first + 1)
-            if window is not None and end - first > window:
-                later += hidden.tril_(begin - first - window)
-            rows = slice(begin * heads, end * heads)
-            scores = queries[:, rows] @ keys[:, first:end].mT
-            scores.view(-1, end - begin, heads, end - first).add_(later.unsqueeze(1))
-            yield rows, slice(first, end), scores.softmax(-1)
+            yield _Block(begin, end, first, length <= SHORT)
         start += length
+
+
+class _Probabilities:
+    """Softmax of the scores of a block's queries, in float32 or wider."""
+
+    def __init__(self, q: Tensor, k: Tensor, window: int | None) -> None:
+        self.q, self.k, self.window, self.heads = q, k, window, q.size(1) // k.size(1)
+
+    @cached_property
+    def scaled(self) -> tuple[Tensor, Tensor]:
+        wide = _wide(self.q)
+        return _by_group(self.q, self.k).to(wide) * self.q.size(-1) ** -0.5, _by_group(self.k, self.k).to(wide)
+
+    def rows(self, block: _Block) -> slice:
+        return slice(block.begin * self.heads, block.end * self.heads)
+
+    def of(self, block: _Block) -> Tensor:
+        queries, keys = self.scaled
+        n, seen, before = block.end - block.begin, block.end - block.first, block.begin - block.first
+        scores = queries[:, self.rows(block)] @ keys[:, block.keys].mT
+        by_query = scores.view(-1, n, self.heads, seen)
+        by_query[..., before:] += self.later[:n, :n].unsqueeze(1)
+        if self.window is not None and seen > self.window:
+            by_query += scores.new_full((n, seen), -torch.inf).tril_(before - self.window).unsqueeze(1)
+        return scores.softmax(-1)
+
+    @cached_property
+    def later(self) -> Tensor:
+        """-inf where a key comes after the query."""
+        shape = QUERY_BLOCK, QUERY_BLOCK
+        return torch.full(shape, -torch.inf, dtype=_wide(self.q), device=self.q.device).triu_(1)
 
 
 def _wide(x: Tensor) -> torch.dtype:
