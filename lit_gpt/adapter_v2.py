@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lit_gpt import adapter
+from lit_gpt import adapter, fused
 from lit_gpt.adapter import AdapterConfig
 from lit_gpt.model import GPT, RMSNorm
 from lit_gpt.variants import train_only_what_is_attached
@@ -31,8 +31,7 @@ class ScaledLinear(nn.Module):
         self.shift = nn.Parameter(torch.zeros(linear.out_features, device=device, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.linear(x)
-        return (y + self.shift.to(y.dtype)) * self.scale.to(y.dtype)
+        return fused.scaled(self.linear(x), self.scale, self.shift)
 
 
 class TrainedNorm(nn.Module):

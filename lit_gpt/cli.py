@@ -9,6 +9,7 @@ import difflib
 import inspect
 import io
 import json
+import os
 import re
 import signal
 import sys
@@ -56,6 +57,7 @@ def run(main: Callable[[SimpleNamespace], None], *more: dict[str, Any]) -> None:
 
     Exits with 0 when done, 2 on wrong usage and 1 on failure, the last two with one line on stderr.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on a CPU: large pages, measured 5 % faster in training
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
     try:
         main(parse(main.__globals__, sys.argv[1:], *more))

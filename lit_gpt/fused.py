@@ -111,6 +111,28 @@ def _dropped(x: Tensor, bits: Tensor | None) -> Tensor:
     return keep.mul_(x.view(INTEGERS[size]).flatten()).view(x.dtype).view_as(x)
 
 
+def scaled(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale * (y + shift) (Gao et al. 2023, LLaMA-Adapter V2); y: (..., size), scale, shift: float32 (size,)."""
+    return _Scaled.apply(y, scale, shift)
+
+
+class _Scaled(torch.autograd.Function):
+    """Keeps y."""
+
+    @staticmethod
+    def forward(ctx, y, scale, shift):
+        ctx.save_for_backward(y, scale, shift)
+        return torch.addcmul((scale * shift).to(y.dtype), y, scale.to(y.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        y, scale, shift = ctx.saved_tensors
+        total = grad.flatten(0, -2).sum(0, dtype=scale.dtype)
+        scale_grad = (grad * y).flatten(0, -2).sum(0, dtype=scale.dtype).addcmul_(shift, total)
+        return grad * scale.to(grad.dtype), scale_grad, total * scale
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight * x / rms(x) (Zhang & Sennrich 2019), the mean square in float32; x: (..., size), weight: (size,)."""
     return _RMSNorm.apply(x, weight, eps)

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Logits held at a time, in elements: 16 MiB in float32. Larger pieces are hardly faster on a CPU with a frozen head.
-# Where a piece must be worth more, reading the head's weights on other devices or adding to their gradient, eight times
-# as many are held.
+# Where a piece must be worth more, reading the head's weights on other devices or adding to their gradient if they
+# train, eight times as many are held.
 MAX_LOGITS = 2**22
 
 
@@ -59,7 +59,7 @@ class _ChunkedLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         grads = [torch.zeros_like(p) for p in parameters]
         hidden_grads = []
-        for rows, row_labels in _chunks(head, hidden, labels, trained=bool(parameters)):
+        for rows, row_labels in _chunks(head, hidden, labels, trained=sum(p.numel() for p in parameters) > MAX_LOGITS):
             with torch.enable_grad():
                 rows = rows.detach().requires_grad_()
                 logits = head(rows)

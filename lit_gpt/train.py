@@ -201,9 +201,21 @@ class Run:
 
         What it took is told beside what was planned, over the memory that the loaded model holds.
         """
-        samples = [self.train[i] for i in self.longest_row()]
-        row = data.pack(samples).to(self.fabric.device)
+        self.pretend([min(range(len(self.train)), key=self.train.lengths.__getitem__)])  # for the libraries' own sake
         held = memory.restart(self.model)
+        row = self.pretend(self.longest_row())
+        took = memory.peak_since_restart() - held
+        plan = self.plan(list(row.segments.lengths), len(row.targets.labels)).shared(self.hp)
+        planned = plan.train - plan.weights
+        self.records.memory = {"step_bytes_planned": planned, "step_bytes_measured": took}
+        self.fabric.print(
+            f"memory: a step on the longest row, {row.idx.numel()} tokens, took {took / 1e9:.2f} GB beside the model "
+            f"({planned / 1e9:.2f} GB planned)"
+        )
+
+    def pretend(self, indices: list[int]) -> data.PackedRow:
+        """Take a step on a row of these samples, and take it back."""
+        row = data.pack([self.train[i] for i in indices]).to(self.fabric.device)
         devices.allocate(self.fabric, self.optimizer)
         self.wrapped.train()
         with devices.accumulating(self.fabric, self.wrapped, more=False):
@@ -213,14 +225,7 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         devices.forget(self.fabric, self.optimizer)
-        took = memory.peak_since_restart() - held
-        plan = self.plan(list(row.segments.lengths), len(row.targets.labels)).shared(self.hp)
-        planned = plan.train - plan.weights
-        self.records.memory = {"step_bytes_planned": planned, "step_bytes_measured": took}
-        self.fabric.print(
-            f"memory: a step on the longest row, {row.idx.numel()} tokens, took {took / 1e9:.2f} GB beside the model "
-            f"({planned / 1e9:.2f} GB planned)"
-        )
+        return row
 
     def longest_row(self) -> list[int]:
         """The samples of this rank's longest packed row in an epoch."""

@@ -87,6 +87,21 @@ def test_low_rank_update(dtype, dropout, frozen):
         assert off(found.double(), expected) <= (1e-5 if dtype != NARROW else 1.2 * off(rival.double(), expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, NARROW])
+def test_scaled(dtype):
+    y, scale, shift = inputs((2, 60, 17), (17,), (17,))
+    given = [y.detach().to(dtype).requires_grad_(), *(x.detach().float().requires_grad_() for x in (scale, shift))]
+
+    def plain(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return (y + shift.to(y.dtype)) * scale.to(y.dtype)
+
+    exact = results(plain, [x.detach().double().requires_grad_() for x in given], WIDE)
+    for found, rival, expected in zip(results(fused.scaled, given, dtype), results(plain, given, dtype), exact,
+                                      strict=True):  # fmt: skip
+        assert found.dtype == rival.dtype
+        assert off(found.double(), expected) <= (1e-5 if dtype != NARROW else 1.2 * off(rival.double(), expected))
+
+
 def test_low_rank_update_gradcheck():
     args = [x.detach().double().requires_grad_() for x in inputs((3, 17), (3, 24), (8, 24), (12, 4))]
     assert gradcheck(lambda *a: our_update(*a, 0.3), args)
