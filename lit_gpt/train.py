@@ -22,7 +22,7 @@ from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation import generate
 from lit_gpt.model import GPT
 from lit_gpt.optimizers import Schedule
-from lit_gpt.plan import Plan, plan
+from lit_gpt.plan import Plan, plan, row_tokens
 from lit_gpt.prompts import PromptStyle
 from lit_gpt.records import Records, StopSignals
 from lit_gpt.states import States
@@ -61,6 +61,9 @@ def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric, dtype: tor
     records.check_unused()
 
     base, config = checkpoint.load_state(hp.checkpoint_dir), Config.from_checkpoint(hp.checkpoint_dir)
+    if not hp.micro_batch_size and not hp.micro_batch_tokens:
+        room = torch.cuda.get_device_properties(fabric.device).total_memory if fabric.device.type == "cuda" else None
+        hp.micro_batch_tokens = row_tokens(config, method, hp, room)
     check_vocabulary(config, train, validation)
     model = load_to_train(hp, method, fabric, config, base)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -34,7 +34,7 @@ def flags_of(method: str, **flags) -> tuple[Method, SimpleNamespace]:
 @pytest.mark.parametrize("method", METHODS)
 def test_few_layers_tell_of_many(method, recompute):
     method, hp = flags_of(method, activation_checkpointing=str(recompute).lower())
-    few, all_layers = plan(SMALL, method, hp, ROW, 50, cuda=False), simulate(SMALL, method, hp, ROW, 50, cuda=False)
+    few, all_layers = plan(SMALL, method, hp, ROW, 50, cuda=True), simulate(SMALL, method, hp, ROW, 50, cuda=True)
     assert astuple(few)[:-1] == pytest.approx(astuple(all_layers)[:-1], rel=0.002)
 
 

@@ -266,7 +266,11 @@ def test_memory_runs_out_before_the_first_step(cli, flags, monkeypatch, data_dir
 
     lengths, packed = data.Dataset(data_dir, "train").lengths, []
 
+    real = data.pack
+
     def pack(samples):
+        if len(samples) == 1:  # the rehearsal of the rehearsal
+            return real(samples)
         packed.append(sum(len(sample.tokens) for sample in samples))
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
@@ -324,13 +328,14 @@ def test_the_best_state_stays(cli, flags, llama):
         "learning_rate": 0.5,
         "weight_decay": 3.0,
         "schedule": "constant",
+        "max_steps": 6,
     }
     result = cli(SCRIPT, **flags)
     validations = {int(row["step"]): float(row["val_loss"]) for row in metrics(flags["out_dir"]) if row["val_loss"]}
     best = min((step for step in validations if step), key=validations.get)
-    assert best != STEPS, validations  # the case of this test: it got worse again
+    assert best != 6, validations  # the case of this test: it got worse again
     states = sorted(path.name for path in (flags["out_dir"] / "state").iterdir())
-    assert states == [f"step_{best:08d}.pth", f"step_{STEPS:08d}.pth"]
+    assert states == [f"step_{best:08d}.pth", f"step_00000006.pth"]
     assert f"lowest validation loss, {validations[best]:.3f}" in result.out and states[0] in result.out
     path = flags["out_dir"] / "state" / states[0]
     result = cli("generate/lora.py", checkpoint_dir=llama, lora_path=path, prompt="describe the cat", max_new_tokens=3)
