@@ -35,11 +35,11 @@ from lit_gpt.optimizers import InBackward, make_optimizer, optimizer_of
 from lit_gpt.variants import shared_like, whole
 
 
-def launch(hp: SimpleNamespace, frozen: torch.dtype) -> Fabric:
+def launch(hp: SimpleNamespace, trained: torch.dtype, frozen: torch.dtype) -> Fabric:
     """Fabric for `--devices`, `--num_nodes` and `--strategy`, its processes started.
 
     Args:
-        frozen: the dtype of the weights that do not train, to which FSDP brings each rank's share.
+        trained, frozen: the dtypes of weights that train and that do not, to which FSDP brings each rank's share.
 
     Raises:
         UsageError: a strategy or a number of devices that this machine cannot give, or that torchrun, `fabric run` or
@@ -50,7 +50,7 @@ def launch(hp: SimpleNamespace, frozen: torch.dtype) -> Fabric:
     kind, strategy = default_device().type, hp.strategy
     if strategy == "fsdp":
         sizes = {"data_parallel_size": hp.devices * hp.num_nodes, "tensor_parallel_size": 1}
-        strategy = ModelParallelStrategy(partial(shard, frozen=frozen), **sizes)
+        strategy = ModelParallelStrategy(partial(shard, trained=trained, frozen=frozen), **sizes)
     elif strategy == "deepspeed":
         if kind != "cuda":
             raise UsageError("--strategy deepspeed: DeepSpeed needs CUDA devices and this machine has none; try fsdp")
@@ -96,7 +96,7 @@ def check_launcher(hp: SimpleNamespace) -> None:
             return
 
 
-def shard(model: GPT, mesh: DeviceMesh, frozen: torch.dtype) -> GPT:
+def shard(model: GPT, mesh: DeviceMesh, trained: torch.dtype, frozen: torch.dtype) -> GPT:
     """FSDP2: each rank keeps its share of every block and gathers a block when it runs (Zhao et al. 2023).
 
     The base is still mapped from its file, in the dtype that it is stored in. One block after another is cast and cut
@@ -105,7 +105,7 @@ def shard(model: GPT, mesh: DeviceMesh, frozen: torch.dtype) -> GPT:
     for part in (*model.h, model):
         for parameter in part.parameters():
             if not isinstance(parameter, DTensor):  # of a block that is cut up already
-                parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
+                parameter.data = parameter.data.to(trained if parameter.requires_grad else frozen)
         fully_shard(part, mesh=mesh["data_parallel"])
     return model
 

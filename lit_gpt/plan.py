@@ -67,12 +67,13 @@ class Plan:
     def resident(self) -> "Plan":
         """What a process on the CPU holds for it: its heap has holes, and libraries want room to work in.
 
-        Measured for the four methods on rows of 1,000 and 1,600 tokens of SmolLM2-135M: 3 to 22 % more than the tensors
-        themselves, or 2 to 5 % with every tensor in a mapping of its own, which is slow.
+        Measured for the four methods on rows of 1,000 and 1,600 tokens of SmolLM2-135M: 3 to 25 % more than the tensors
+        of a step themselves, or 2 to 5 % with every tensor in a mapping of its own, which is slow.
         """
         names = ("forward", "backward_begins", "backward_ends", "step", "validate", "answer")
-        beside = {name: getattr(self, name) - self.weights for name in names}
-        return replace(self, **{name: self.weights + int(1.07 * n) + 50_000_000 for name, n in beside.items()})
+        kept = self.weights + self.optimizer
+        beside = {name: getattr(self, name) - kept for name in names}
+        return replace(self, **{name: kept + int(1.15 * n) + 30_000_000 for name, n in beside.items()})
 
     def shared(self, hp: SimpleNamespace) -> "Plan":
         """One rank's part by `--strategy`; activations are each rank's own."""

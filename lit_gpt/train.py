@@ -43,13 +43,13 @@ def finetune(hp: SimpleNamespace, method: Method) -> None:
     """
     if hp.out_dir.resolve() == hp.checkpoint_dir.resolve():
         raise UsageError(f"--out_dir {hp.out_dir}: is the base's own folder; choose another")
-    dtype = checkpoint.DTYPES[hp.precision]
-    fabric = devices.launch(hp, frozen=dtype)
+    trained = method.stored(hp) if method.whole_model else torch.float32
+    fabric = devices.launch(hp, trained, frozen=checkpoint.DTYPES[hp.precision])
     with devices.company(fabric):
-        train_method(hp, method, fabric, dtype)
+        train_method(hp, method, fabric)
 
 
-def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric, dtype: torch.dtype) -> None:
+def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric) -> None:
     check_batch(hp, fabric.world_size)
     checkpoint.check_checkpoint_dir(hp.checkpoint_dir)
     tokenizer = Tokenizer(hp.checkpoint_dir)
@@ -113,9 +113,7 @@ def write_checkpoint(
     """Make out_dir a checkpoint folder like the base's, in its dtypes."""
     hf_files.copy_side_files(hp.checkpoint_dir, hp.out_dir)
     style.save(hp.out_dir)
-    checkpoint.save(
-        hp.out_dir / "lit_model.pth", {name: state[name].to(tensor.dtype).cpu() for name, tensor in base.items()}
-    )
+    checkpoint.write_streamed(hp.out_dir / "lit_model.pth", base, ((name, state[name]) for name in base))
     (hp.out_dir / "lit_config.json").write_text(config.to_json())
     return hp.out_dir
 

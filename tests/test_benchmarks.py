@@ -97,3 +97,30 @@ def test_refuses_what_it_cannot_use(cli, tmp_path):
     cli(SCRIPT, model="falcon-7b", model_fields="{").refused("--model_fields", code=2)
     cli(SCRIPT, model="falcon-7b", contestants="peft").refused("--contestants", "ours", code=2)
     cli(SCRIPT, model="falcon-7b", micro_batch=3).refused("--micro_batch", "divisor", code=2)
+
+
+def test_the_four_methods(tmp_path, llama, monkeypatch):
+    """Table and pictures, from real runs of the scripts."""
+    from test_data import write_rows
+
+    flags = dict(
+        checkpoint_dir=llama, json_path=write_rows(tmp_path / "r.jsonl"), destination_path=tmp_path / "d",
+        prompt_style="alpaca", validation_fraction=0.2,
+    )  # fmt: skip
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for script, given in (
+        ("scripts/prepare_json.py", flags),
+        ("benchmarks/methods.py", dict(
+            checkpoint_dir=llama, data_dir=tmp_path / "d", out_dir=tmp_path / "r", steps=2, batch_size=4,
+            max_new_tokens=4,
+        )),
+    ):  # fmt: skip
+        argv = [sys.executable, str(ROOT / script), *(f"--{k}={v}" for k, v in given.items())]
+        process = subprocess.run(argv, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+    found = json.loads((tmp_path / "r" / "methods_cpu.json").read_text())["methods"]
+    assert list(found) == ["adapter", "adapter_v2", "lora", "full"]
+    table = (tmp_path / "r" / "methods_cpu.md").read_text()
+    assert all(f"{f['trainable_parameters']:,}" in table for f in found.values()) and str(tmp_path) not in table
+    for name in ("time", "memory"):
+        assert (tmp_path / "r" / f"methods_cpu_{name}.png").read_bytes().startswith(b"\x89PNG")

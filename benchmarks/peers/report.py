@@ -113,10 +113,10 @@ def is_place(flag: str) -> bool:
     return flag.endswith("_dir")
 
 
-def command() -> str:
+def command(name: str = "train_speed") -> str:
     """The command line, without where things lie on this machine."""
     parts = [re.sub(r"^(--\w+=)?/.*/", r"\1", part) for part in sys.argv[1:]]
-    return "python benchmarks/train_speed.py " + shlex.join(parts)
+    return f"python benchmarks/{name}.py " + shlex.join(parts)
 
 
 def machine(threads: int) -> dict[str, Any]:
