@@ -73,7 +73,7 @@ class Plan:
         names = ("forward", "backward_begins", "backward_ends", "step", "validate", "answer")
         kept = self.weights + self.optimizer
         beside = {name: getattr(self, name) - kept for name in names}
-        return replace(self, **{name: kept + int(1.15 * n) + 30_000_000 for name, n in beside.items()})
+        return replace(self, **{name: kept + int(1.12 * n) + 25_000_000 for name, n in beside.items()})
 
     def shared(self, hp: SimpleNamespace) -> "Plan":
         """One rank's part by `--strategy`; activations are each rank's own."""

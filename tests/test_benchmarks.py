@@ -78,6 +78,8 @@ def test_flops_are_those_that_torch_counts(monkeypatch):
             result = op(*args, **(kwargs or {}))
             if op.overloadpacket is torch.ops.aten.mm:
                 products += flop_registry[op.overloadpacket](*args, out_val=result)
+            if op.overloadpacket is torch.ops.aten.addmm_:  # in place, which torch has no count of
+                products += flop_registry[torch.ops.aten.addmm](*args, out_val=result)
             return result
 
     with Count():
@@ -99,19 +101,27 @@ def test_refuses_what_it_cannot_use(cli, tmp_path):
     cli(SCRIPT, model="falcon-7b", micro_batch=3).refused("--micro_batch", "divisor", code=2)
 
 
-def test_the_four_methods(tmp_path, llama, monkeypatch):
+def test_the_four_methods(tmp_path, monkeypatch):
     """Table and pictures, from real runs of the scripts."""
+    from conftest import bpe_tokenizer, tiny_hf_model
     from test_data import write_rows
 
+    from lit_gpt import hf_files
+
+    folder = tmp_path / "tiny"
+    fields = dict(vocab_size=320, max_position_embeddings=256, num_hidden_layers=4)
+    tiny_hf_model("llama", "llama3", **fields).save_pretrained(folder)
+    bpe_tokenizer(folder)
+    hf_files.convert(folder, hf_files.StoredWeights(folder))
     flags = dict(
-        checkpoint_dir=llama, json_path=write_rows(tmp_path / "r.jsonl"), destination_path=tmp_path / "d",
+        checkpoint_dir=folder, json_path=write_rows(tmp_path / "r.jsonl"), destination_path=tmp_path / "d",
         prompt_style="alpaca", validation_fraction=0.2,
     )  # fmt: skip
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for script, given in (
         ("scripts/prepare_json.py", flags),
         ("benchmarks/methods.py", dict(
-            checkpoint_dir=llama, data_dir=tmp_path / "d", out_dir=tmp_path / "r", steps=2, batch_size=4,
+            checkpoint_dir=folder, data_dir=tmp_path / "d", out_dir=tmp_path / "r", steps=2, batch_size=4,
             max_new_tokens=4,
         )),
     ):  # fmt: skip
