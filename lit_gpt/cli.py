@@ -91,9 +91,9 @@ def parse(script: dict[str, Any], argv: list[str], *more: dict[str, Any]) -> Sim
 
     Args:
         script: the script's globals; every annotated name in them is a hyperparameter.
-        more: those of other scripts, whose flags are taken too.
         argv: the arguments after the script's name. `--config FILE` reads a JSON file of values, such as the
             `hyperparameters.json` that a run leaves; flags after it win.
+        more: those of other scripts, whose flags are taken too.
 
     Raises:
         UsageError: an unknown flag or a value that the type does not admit, named in one line.

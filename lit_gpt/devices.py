@@ -139,7 +139,7 @@ def accumulating(fabric: Fabric, wrapped: nn.Module, more: bool) -> Any:
 def optimizer_state(fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimizer's state, whole, so that it does not depend on the number of ranks. All ranks must ask together."""
     if isinstance(fabric.strategy, DeepSpeedStrategy):
-        return zero.optimizer_state(model, optimizer)
+        return zero.optimizer_state(trained(model), optimizer)
     return tree_map(lambda leaf: whole(leaf) if isinstance(leaf, Tensor) else leaf, optimizer.state_dict())
 
 
@@ -147,7 +147,7 @@ def load_optimizer_state(
     fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
     if isinstance(fabric.strategy, DeepSpeedStrategy):
-        return zero.load_optimizer_state(model, optimizer, state)
+        return zero.load_optimizer_state(trained(model), optimizer, state)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for i, entries in state["state"].items():
         for name, entry in entries.items():

@@ -54,11 +54,11 @@ def put(parameter: nn.Parameter, contents: Tensor) -> None:
     safe_set_full_fp32_param(parameter, contents)
 
 
-def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """As `torch.optim.Optimizer.state_dict` has it for an optimizer of the parameters that train."""
+def optimizer_state(parameters: list[nn.Parameter], optimizer: Any) -> dict[str, Any]:
+    """As `torch.optim.Optimizer.state_dict` has it for an optimizer of these parameters."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    inner, parameters = innermost(optimizer), [p for p in model.parameters() if p.requires_grad]
+    inner = innermost(optimizer)
     entries = next(iter(inner.state.values()))
     names = [name for name, entry in entries.items() if isinstance(entry, Tensor) and entry.ndim]
     plain = {name: entry for name, entry in entries.items() if name not in names}
@@ -70,10 +70,9 @@ def optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     return {"state": state, "param_groups": [group | {"params": list(range(len(parameters)))}]}
 
 
-def load_optimizer_state(model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
+def load_optimizer_state(parameters: list[nn.Parameter], optimizer: Any, state: dict[str, Any]) -> None:
     from deepspeed.utils import safe_set_full_optimizer_state
 
-    parameters = [p for p in model.parameters() if p.requires_grad]
     for i, entries in state["state"].items():
         for name, entry in entries.items():
             if isinstance(entry, Tensor) and entry.ndim:
