@@ -28,7 +28,9 @@ class Config:
     n_query_groups: int = 0  # key and value heads; 1: multi-query, 0: one per head (multi-head)
     head_size: int = 0  # 0: n_embd // n_head
     # positions
-    rotary_percentage: float = 1.0
+    learned_positions: bool = False  # an embedding of block_size positions, which no sequence may exceed
+    alibi: bool = False  # nearer keys weigh more, by a slope per head
+    rotary_percentage: float = 1.0  # of each head's elements; 0: none
     rope_base: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
     sliding_window: int | None = None  # a token sees this many, itself included
@@ -37,9 +39,13 @@ class Config:
     shared_attention_norm: bool = False  # with parallel_residual: attention and MLP read one norm
     norm_class: str = "LayerNorm"  # or RMSNorm
     norm_eps: float = 1e-5
-    mlp_class: str = "GptNeoxMLP"  # or SwiGLU
+    norm_bias: bool = True  # of LayerNorm
+    mlp_class: str = "GptNeoxMLP"  # or SwiGLU, MoE
     activation: str = "gelu"  # a key of lit_gpt.model.ACTIVATIONS
-    intermediate_size: int = 0  # 0: 4 * n_embd
+    intermediate_size: int = 0  # 0: 4 * n_embd; of MoE: each expert's
+    n_expert: int = 0  # of MoE
+    n_expert_per_token: int = 0
+    norm_expert_weights: bool = True  # the weights of a token's experts sum to 1
     bias: bool = False  # of the MLP's linear layers
     qkv_bias: bool = False
     proj_bias: bool = False  # of the attention's output projection

@@ -198,7 +198,7 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int) ->
         qkv: (B, T, any number of heads * head_size).
         cos, sin: (T, rope_n_elem) or (B, T, rope_n_elem); the second half repeats the first.
     """
-    return _Rotate.apply(qkv, cos, sin, heads, head_size)
+    return _Rotate.apply(qkv, cos, sin, heads, head_size) if cos.size(-1) else qkv
 
 
 class _Rotate(torch.autograd.Function):
@@ -228,7 +228,7 @@ def _turn(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int) -> 
     return qkv
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, lengths: tuple[int, ...]) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, lengths: tuple[int, ...]) -> Tensor:
     """Causal attention within each of the samples that make up a row, as products of whole matrices.
 
     On a CPU this takes half the time of torch's scaled_dot_product_attention, whose backward pass is slow there.
@@ -236,12 +236,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, lengths: tupl
     Args:
         q: (B, n_head, T, head_size). k, v: (B, n_query_groups, T, head_size).
         window: how many positions a query sees, its own included; None: all before it.
+        scale: by which qk is multiplied.
         lengths: of the samples; their sum is T.
 
     Returns:
         (B, n_head, T, head_size). Scores and softmax are float32, or float64 for such input.
     """
-    return _Attention.apply(q, k, v, window, lengths)
+    return _Attention.apply(q, k, v, window, scale, lengths)
 
 
 class _Attention(torch.autograd.Function):
@@ -252,11 +253,11 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, window, lengths):
-        ctx.window, ctx.lengths, kept = window, lengths, []
+    def forward(ctx, q, k, v, window, scale, lengths):
+        ctx.window, ctx.scale, ctx.lengths, kept = window, scale, lengths, []
         with torch.autocast(q.device.type, enabled=False):
             values, y = _by_group(v, v).to(_wide(v)), torch.empty_like(_by_group(q, k))
-            probabilities = _Probabilities(q, k, window)
+            probabilities = _Probabilities(q, k, window, scale)
             for block in _blocks(lengths, window):
                 p = probabilities.of(block)
                 y[:, probabilities.rows(block)] = p @ values[:, block.keys]
@@ -272,7 +273,7 @@ class _Attention(torch.autograd.Function):
         wide_grad, values = grad.to(_wide(grad)), values.to(_wide(values))
         q_grad = torch.empty_like(queries)
         k_grad, v_grad = (torch.zeros_like(x, dtype=_wide(x)) for x in (keys_, values))
-        probabilities, kept = _Probabilities(q, k, ctx.window), iter(kept)
+        probabilities, kept = _Probabilities(q, k, ctx.window, ctx.scale), iter(kept)
         for block in _blocks(ctx.lengths, ctx.window):
             p = next(kept) if block.short else probabilities.of(block)
             rows, keys = probabilities.rows(block), block.keys
@@ -281,9 +282,8 @@ class _Attention(torch.autograd.Function):
             scores_grad = torch._softmax_backward_data(p_grad, p.to(p_grad.dtype), -1, p_grad.dtype).to(q.dtype)
             q_grad[:, rows] = scores_grad @ keys_[:, keys]
             k_grad[:, keys] += scores_grad.mT @ queries[:, rows]
-        scale = q.size(-1) ** -0.5
-        grads = (q_grad.mul_(scale), q), (k_grad.mul_(scale), k), (v_grad, v)
-        return *(_by_head(x, like) for x, like in grads), None, None
+        grads = (q_grad.mul_(ctx.scale), q), (k_grad.mul_(ctx.scale), k), (v_grad, v)
+        return *(_by_head(x, like) for x, like in grads), None, None, None
 
 
 @dataclass(frozen=True)
@@ -314,13 +314,13 @@ def _blocks(lengths: tuple[int, ...], window: int | None) -> Iterator[_Block]:
 class _Probabilities:
     """Softmax of the scores of a block's queries, in float32 or wider."""
 
-    def __init__(self, q: Tensor, k: Tensor, window: int | None) -> None:
-        self.q, self.k, self.window, self.heads = q, k, window, q.size(1) // k.size(1)
+    def __init__(self, q: Tensor, k: Tensor, window: int | None, scale: float) -> None:
+        self.q, self.k, self.window, self.scale, self.heads = q, k, window, scale, q.size(1) // k.size(1)
 
     @cached_property
     def scaled(self) -> tuple[Tensor, Tensor]:
         wide = _wide(self.q)
-        return _by_group(self.q, self.k).to(wide) * self.q.size(-1) ** -0.5, _by_group(self.k, self.k).to(wide)
+        return _by_group(self.q, self.k).to(wide) * self.scale, _by_group(self.k, self.k).to(wide)
 
     def rows(self, block: _Block) -> slice:
         return slice(block.begin * self.heads, block.end * self.heads)

@@ -87,6 +87,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.learned_positions else None
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.head_bias)
@@ -118,16 +119,30 @@ class GPT(nn.Module):
         Returns:
             logits (B, T, padded_vocab_size), (B, 1, padded_vocab_size) with `last`; with `targets` their summed
             cross-entropy in nats, a float32 scalar.
+
+        Raises:
+            UserError: more tokens than the model has learned positions.
         """
-        positions = segments.positions if segments else torch.arange(idx.size(1), device=idx.device)
+        start = cache[0].length if cache else 0
+        positions = segments.positions if segments else torch.arange(start, start + idx.size(1), device=idx.device)
         x = self.wte(idx)  # (B, T, n_embd)
-        rotation = self.rope(positions + cache[0].length if cache else positions, x.dtype)
+        if self.wpe is not None:
+            self.check_length(max(segments.lengths) if segments else start + idx.size(1))
+            x = x + self.wpe(positions)
+        rotation = self.rope(positions, x.dtype)
         for layer, block in enumerate(self.h):
             x = block(x, rotation, segments, cache[layer] if cache else None)
         x = self.ln_f(x[:, -1:] if last else x)
         if targets is not None:
             return summed_cross_entropy(self.lm_head, x.flatten(0, 1)[targets.positions], targets.labels)
         return self.lm_head(x)
+
+    def check_length(self, length: int) -> None:
+        limit = self.config.block_size
+        if length > limit:
+            raise UserError(
+                f"{length} tokens exceed the {limit} learned positions of {self.config.name}; give it fewer"
+            )
 
     def kv_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` sequences of up to `max_length` tokens, in the model's dtype and place."""
@@ -178,7 +193,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.n_head, self.n_query_groups, self.head_size = config.n_head, config.n_query_groups, config.head_size
-        self.sizes, self.window = config.qkv_sizes, config.sliding_window
+        self.sizes, self.window, self.scale = config.qkv_sizes, config.sliding_window, config.head_size**-0.5
+        self.alibi = config.alibi
         # one product for all: rows of the queries, then of the keys, then of the values
         self.qkv = nn.Linear(config.n_embd, sum(self.sizes), bias=config.qkv_bias)
         self.proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
@@ -195,41 +211,79 @@ class CausalSelfAttention(nn.Module):
         v = v.view(B, T, self.n_query_groups, self.head_size).transpose(1, 2)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = attend(q, k, v, self.window) if segments is None else attend_packed(q, k, v, self.window, segments)
+        heads = with_alibi(q, k, v, self.scale, segments) if self.alibi else (q, k, v)
+        if segments is None:
+            y = attend(*heads, self.window, self.scale)
+        else:
+            y = attend_packed(*heads, self.window, self.scale, segments)
+        if self.alibi:
+            y = y[..., : self.head_size]
         if self.prefix is not None:
             y = y + self.prefix(q, self)
         return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def with_alibi(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> tuple[Tensor, ...]:
+    """q, k and v with 8 more elements per head, by which scale * qk also has the bias of ALiBi (Press et al. 2022).
+
+    The bias is -slope * (query's position - key's); softmax does not see what all keys have in common, so it may as
+    well be slope * key's position. So any kernel serves, and no mask of T x S is made. bfloat16 holds neither a slope
+    nor a position, but the sum of two holds the one almost and the other up to 65,536; v's new elements are zero.
+
+    Args:
+        q: (B, n_head, T, head_size). k, v: (B, n_query_groups, S, head_size).
+        scale: by which qk is multiplied.
+    """
+    positions = segments.positions if segments else torch.arange(k.size(2), device=k.device)
+    slopes = alibi_slopes(q.size(1), q.device) / scale
+    steep = slopes.to(q.dtype)
+    rest = (slopes - steep).to(q.dtype)
+    far, near = (positions // 256 * 256).to(k.dtype), (positions % 256).to(k.dtype)
+    on_q = F.pad(torch.stack((steep, rest, steep, rest), dim=-1), (0, 4))  # flash attention wants multiples of 8
+    on_k = F.pad(torch.stack((far, far, near, near), dim=-1), (0, 4))
+    q = torch.cat((q, on_q.unsqueeze(1).expand(*q.shape[:3], 8)), dim=-1)
+    k = torch.cat((k, on_k.expand(*k.shape[:3], 8)), dim=-1)
+    return q, k, F.pad(v, (0, 8))
+
+
+def alibi_slopes(n_head: int, device: torch.device | None = None) -> Tensor:
+    """float32 (n_head,): 2^(-8 i / n) of the i-th of n heads if n is a power of two. If it lies between two of them,
+    first those of the lower, then every other one of the upper."""
+    n = 2 ** math.ceil(math.log2(n_head))
+    slopes = torch.exp2(torch.arange(1, n + 1, device=device) * (-8 / n))
+    return slopes if n == n_head else torch.cat((slopes[1::2], slopes[::2]))[:n_head]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
     """Causal attention of queries that are the last T of S positions.
 
     Args:
         q: (B, n_head, T, head_size). k, v: (B, n_query_groups, S, head_size).
         window: how many positions a query sees, its own included; None: all before it.
+        scale: by which qk is multiplied.
     """
     T, S = q.size(2), k.size(2)
     if T == S and trains_on_cpu(q):
-        return fused.attention(q, k, v, window, (T,))
-    gqa = q.size(1) != k.size(1)
+        return fused.attention(q, k, v, window, scale, (T,))
+    options = {"scale": scale, "enable_gqa": q.size(1) != k.size(1)}
     if T == 1:
         first = 0 if window is None else max(0, S - window)
-        return F.scaled_dot_product_attention(q, k[:, :, first:], v[:, :, first:], enable_gqa=gqa)
+        return F.scaled_dot_product_attention(q, k[:, :, first:], v[:, :, first:], **options)
     if T == S and (window is None or S <= window):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
     behind = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)
     seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=gqa)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, **options)
 
 
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, window: int | None, segments: Segments) -> Tensor:
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, segments: Segments) -> Tensor:
     """Causal attention within each sample of a packed row; shapes as in `attend`, with B = 1 and S = T."""
     if flash_takes(q):
-        return attend_varlen(q, k, v, window, segments)
+        return attend_varlen(q, k, v, window, scale, segments)
     if trains_on_cpu(q):
-        return fused.attention(q, k, v, window, segments.lengths)
+        return fused.attention(q, k, v, window, scale, segments.lengths)
     parts = zip(*(x.split(segments.lengths, dim=2) for x in (q, k, v)), strict=True)
-    return torch.cat([attend(*part, window) for part in parts], dim=2)
+    return torch.cat([attend(*part, window, scale) for part in parts], dim=2)
 
 
 def trains_on_cpu(q: Tensor) -> bool:
@@ -244,7 +298,7 @@ def flash_takes(q: Tensor) -> bool:
     return torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def attend_varlen(q: Tensor, k: Tensor, v: Tensor, window: int | None, segments: Segments) -> Tensor:
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, segments: Segments) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     heads = q.size(1)
@@ -252,7 +306,7 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, window: int | None, segments:
     k, v = (x.repeat_interleave(heads // x.size(1), dim=1) for x in (k, v))
     rows = (x.squeeze(0).transpose(0, 1).contiguous() for x in (q, k, v))  # (T, n_head, head_size)
     longest, span = max(segments.lengths), (-1 if window is None else window - 1, 0)
-    y = varlen_attn(*rows, segments.offsets, segments.offsets, longest, longest, window_size=span)
+    y = varlen_attn(*rows, segments.offsets, segments.offsets, longest, longest, scale=scale, window_size=span)
     return y.transpose(0, 1).unsqueeze(0)
 
 
@@ -303,7 +357,9 @@ class RMSNorm(nn.Module):
 
 
 def norm(config: Config) -> nn.Module:
-    return {"LayerNorm": nn.LayerNorm, "RMSNorm": RMSNorm}[config.norm_class](config.n_embd, eps=config.norm_eps)
+    if config.norm_class == "RMSNorm":
+        return RMSNorm(config.n_embd, config.norm_eps)
+    return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.norm_bias)
 
 
 class RotaryEmbedding(nn.Module):

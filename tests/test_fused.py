@@ -164,13 +164,16 @@ def test_lora_layer_drops_only_when_it_trains(training):
 # attention
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, lengths: tuple[int, ...]) -> Tensor:
+def plain_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, lengths: tuple[int, ...]
+) -> Tensor:
     parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
     with torch.no_grad():
         masks = [torch.ones(n, n, dtype=torch.bool).tril() for n in lengths]
         masks = [m if window is None else m.triu(1 - window) for m in masks]
+    options = {"scale": scale, "enable_gqa": True}
     return torch.cat(
-        [F.scaled_dot_product_attention(*p, attn_mask=m, enable_gqa=True) for p, m in zip(parts, masks, strict=True)], 2
+        [F.scaled_dot_product_attention(*p, attn_mask=m, **options) for p, m in zip(parts, masks, strict=True)], 2
     )
 
 
@@ -186,7 +189,7 @@ def test_attention(groups, window, lengths):
 
         def run(x: Tensor) -> Tensor:
             q, k, v = x.view(batch, T, -1, 16).split([6, groups, groups], dim=2)
-            return f(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window, lengths)
+            return f(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window, 0.3, lengths)
 
         return run
 
@@ -197,7 +200,7 @@ def test_attention_gradcheck(monkeypatch):
     monkeypatch.setattr(fused, "QUERY_BLOCK", 3)
     args = [x.detach().double().requires_grad_() for x in inputs((2, 4, 9, 3), (2, 2, 9, 3), (2, 2, 9, 3))]
     for window in (None, 4):
-        assert gradcheck(lambda q, k, v, window=window: fused.attention(q, k, v, window, (2, 7)), args)
+        assert gradcheck(lambda q, k, v, window=window: fused.attention(q, k, v, window, 0.3, (2, 7)), args)
 
 
 def test_training_attends_as_evaluation(tiny: Tiny):
