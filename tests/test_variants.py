@@ -13,6 +13,7 @@ from test_train import data_dir, final, flags, identical, spawn, wait_for_step  
 
 from lit_gpt import GPT, Config, adapter, adapter_v2, checkpoint, lora, variants
 from lit_gpt.fused import rotate
+from lit_gpt.model import alibi_slopes
 
 ADAPTER = adapter.AdapterConfig(prompt_length=4, start_layer=1)
 LORA = lora.LoRAConfig(r=4, key=True, projection=True, mlp=True, head=True, dropout=0.1)
@@ -89,12 +90,13 @@ def test_adapter_follows_the_papers_equation(tiny: Tiny):
     _, pk, pv = attention.qkv(attention.prefix.prompt).split(config.qkv_sizes, dim=-1)
     behind = torch.arange(T)[:, None] - torch.arange(T)
     hidden = (behind < 0) | (behind >= (config.sliding_window or T))
+    slopes = alibi_slopes(config.n_head) * config.alibi
     outputs = []
     for head in range(config.n_head):
         group = head * config.n_query_groups // config.n_head
         rows, shared = slice(head * size, (head + 1) * size), slice(group * size, (group + 1) * size)
         turned_q, turned_k = (rotate(y[None], *rotation, 1, size)[0] for y in (q[:, rows], k[:, shared]))
-        scores = (turned_q @ turned_k.T / size**0.5).masked_fill(hidden, -torch.inf)
+        scores = (turned_q @ turned_k.T / size**0.5 - slopes[head] * behind).masked_fill(hidden, -torch.inf)
         gated = (turned_q @ pk[:, shared].T / size**0.5).softmax(-1) * attention.prefix.gate[head]
         outputs.append(torch.cat([gated, scores.softmax(-1)], dim=1) @ torch.cat([pv[:, shared], v[:, shared]]))
     expected = F.linear(torch.cat(outputs, dim=-1), attention.proj.weight, attention.proj.bias)
