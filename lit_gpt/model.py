@@ -17,6 +17,7 @@ from lit_gpt import fused
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.loss import summed_cross_entropy
+from lit_gpt.moe import Experts, Router
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -341,7 +342,30 @@ class SwiGLU(nn.Module):
         return self.proj(fused.gated(self.gate_up(x), self.activation, self.gradient))
 
 
-MLPS = {"GptNeoxMLP": GptNeoxMLP, "SwiGLU": SwiGLU}
+class MoE(nn.Module):
+    """Many SwiGLUs, the experts; each token goes through a few of them (Jiang et al. 2024, Mixtral of Experts).
+
+    Training has no loss besides that of the tokens. transformers' one that balances the experts' load is off as well,
+    unless `output_router_logits` asks for it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        n, inner = config.n_expert, config.intermediate_size
+        self.router = Router(config.n_embd, n, config.n_expert_per_token, config.norm_expert_weights)
+        self.gate_up = Experts(n, config.n_embd, 2 * inner)
+        self.proj = Experts(n, inner, config.n_embd)
+        self.activation, self.gradient = activation(config), ACTIVATION_GRADIENTS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        weights, routes = self.router(tokens)
+        gate_up = self.gate_up(routes.dispatch(tokens), routes)
+        y = self.proj(fused.gated(gate_up, self.activation, self.gradient), routes)
+        return routes.combine(y, weights).view_as(x)
+
+
+MLPS = {"GptNeoxMLP": GptNeoxMLP, "SwiGLU": SwiGLU, "MoE": MoE}
 
 
 class RMSNorm(nn.Module):
