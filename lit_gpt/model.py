@@ -227,21 +227,20 @@ class CausalSelfAttention(nn.Module):
 def with_alibi(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> tuple[Tensor, ...]:
     """q, k and v with 8 more elements per head, by which scale * qk also has the bias of ALiBi (Press et al. 2022).
 
-    The bias is -slope * (query's position - key's); softmax does not see what all keys have in common, so it may as
-    well be slope * key's position. So any kernel serves, and no mask of T x S is made. bfloat16 holds neither a slope
-    nor a position, but the sum of two holds the one almost and the other up to 65,536; v's new elements are zero.
+    The bias is -slope * (query's position - key's). Softmax does not see what all keys have in common, so it may as well
+    be slope * key's position; bfloat16 holds that exactly in two parts, up to 65,536. So any kernel serves, and no mask
+    of T x S is made.
 
     Args:
         q: (B, n_head, T, head_size). k, v: (B, n_query_groups, S, head_size).
         scale: by which qk is multiplied.
     """
     positions = segments.positions if segments else torch.arange(k.size(2), device=k.device)
-    slopes = alibi_slopes(q.size(1), q.device) / scale
-    steep = slopes.to(q.dtype)
-    rest = (slopes - steep).to(q.dtype)
+    slopes = (alibi_slopes(q.size(1), q.device) / scale).to(q.dtype)
     far, near = (positions // 256 * 256).to(k.dtype), (positions % 256).to(k.dtype)
-    on_q = F.pad(torch.stack((steep, rest, steep, rest), dim=-1), (0, 4))  # flash attention wants multiples of 8
-    on_k = F.pad(torch.stack((far, far, near, near), dim=-1), (0, 4))
+    # zeros besides: flash attention wants as many elements in all three, and a multiple of 8
+    on_q = F.pad(torch.stack((slopes, slopes), dim=-1), (0, 6))
+    on_k = F.pad(torch.stack((far, near), dim=-1), (0, 6))
     q = torch.cat((q, on_q.unsqueeze(1).expand(*q.shape[:3], 8)), dim=-1)
     k = torch.cat((k, on_k.expand(*k.shape[:3], 8)), dim=-1)
     return q, k, F.pad(v, (0, 8))

@@ -55,15 +55,15 @@ def test_slopes_of_alibi(heads):
     assert torch.allclose(alibi_slopes(heads)[:, None] * torch.tensor([-2, -1, 0]), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.bfloat16, 0.003)])
 def test_alibi_far_from_the_beginning(dtype, tolerance):
     """The bias keeps its precision in narrow types: against a mask in float64, at positions that bfloat16 lacks."""
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 1, 4, 1500, 16).to(dtype)
+    q, k, v = torch.randn(3, 1, 12, 1500, 16).to(dtype)
     wide = with_alibi(q, k, v, 0.25, None)
     found = attend(*wide, None, 0.25)[..., -200:, :16]
     distance = torch.arange(1300, 1500)[:, None] - torch.arange(1500)
-    bias = -alibi_slopes(4).double()[:, None, None] * distance
+    bias = -alibi_slopes(12).double()[:, None, None] * distance
     bias = bias.masked_fill(distance < 0, -torch.inf)
     expected = F.scaled_dot_product_attention(q[:, :, -200:].double(), k.double(), v.double(), bias, scale=0.25)
     assert off(found.double(), expected) < tolerance
