@@ -227,9 +227,9 @@ class CausalSelfAttention(nn.Module):
 def with_alibi(q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None) -> tuple[Tensor, ...]:
     """q, k and v with 8 more elements per head, by which scale * qk also has the bias of ALiBi (Press et al. 2022).
 
-    The bias is -slope * (query's position - key's). Softmax does not see what all keys have in common, so it may as well
-    be slope * key's position; bfloat16 holds that exactly in two parts, up to 65,536. So any kernel serves, and no mask
-    of T x S is made.
+    The bias is -slope * (query's position - key's). Softmax does not see what all keys have in common, so it may be
+    slope * key's position as well; bfloat16 holds a position exactly in two parts, up to 65,536. So any kernel serves,
+    and no mask of T x S is made.
 
     Args:
         q: (B, n_head, T, head_size). k, v: (B, n_query_groups, S, head_size).
