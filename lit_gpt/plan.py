@@ -187,7 +187,8 @@ def materialize(model: nn.Module) -> list[nn.Parameter]:
                 like = torch.empty(parameter.shape, dtype=parameter.dtype)
                 made[parameter] = nn.Parameter(like, requires_grad=parameter.requires_grad)
             module._parameters[name] = made.get(parameter)
-    model.rope.frequencies = torch.empty(model.rope.frequencies.shape)
+    for rope in (model.rope, model.local_rope):
+        rope.frequencies = torch.empty(rope.frequencies.shape)
     return [parameter for parameter in made.values() if parameter.requires_grad]
 
 

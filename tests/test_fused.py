@@ -164,23 +164,26 @@ def test_lora_layer_drops_only_when_it_trains(training):
 # attention
 
 
-def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, lengths: tuple[int, ...]
-) -> Tensor:
-    parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-    with torch.no_grad():
-        masks = [torch.ones(n, n, dtype=torch.bool).tril() for n in lengths]
-        masks = [m if window is None else m.triu(1 - window) for m in masks]
-    options = {"scale": scale, "enable_gqa": True}
-    return torch.cat(
-        [F.scaled_dot_product_attention(*p, attn_mask=m, **options) for p, m in zip(parts, masks, strict=True)], 2
-    )
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, scores: fused.Scores, lengths: tuple[int, ...]) -> Tensor:
+    found = []
+    for part in zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True):
+        q, k, v = part
+        seen = torch.ones(q.size(2), q.size(2), dtype=torch.bool).tril()
+        seen = seen if scores.window is None else seen.triu(1 - scores.window)
+        if scores.softcap is None:
+            found.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scores.scale, enable_gqa=True))
+            continue
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        s = scores.softcap * torch.tanh(q @ k.mT * scores.scale / scores.softcap)
+        found.append(s.masked_fill(~seen, -torch.inf).softmax(-1) @ v)
+    return torch.cat(found, dim=2)
 
 
 @pytest.mark.parametrize("groups", [6, 2, 1])
-@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize("scores", [fused.Scores(0.25), fused.Scores(0.25, 1), fused.Scores(0.4, 50),
+                                    fused.Scores(0.4, 50, softcap=1.5)], ids=str)  # fmt: skip
 @pytest.mark.parametrize("lengths", [(1, 130, 2, 300, 17), (45,), (256, 128)], ids=str)
-def test_attention(groups, window, lengths):
+def test_attention(groups, scores, lengths):
     T, batch = sum(lengths), 2 if len(lengths) == 1 else 1
     packed = inputs((batch, T, (6 + 2 * groups) * 16))[0]
 
@@ -189,7 +192,7 @@ def test_attention(groups, window, lengths):
 
         def run(x: Tensor) -> Tensor:
             q, k, v = x.view(batch, T, -1, 16).split([6, groups, groups], dim=2)
-            return f(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window, 0.3, lengths)
+            return f(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scores, lengths)
 
         return run
 
@@ -199,8 +202,8 @@ def test_attention(groups, window, lengths):
 def test_attention_gradcheck(monkeypatch):
     monkeypatch.setattr(fused, "QUERY_BLOCK", 3)
     args = [x.detach().double().requires_grad_() for x in inputs((2, 4, 9, 3), (2, 2, 9, 3), (2, 2, 9, 3))]
-    for window in (None, 4):
-        assert gradcheck(lambda q, k, v, window=window: fused.attention(q, k, v, window, 0.3, (2, 7)), args)
+    for scores in (fused.Scores(0.5), fused.Scores(0.5, window=4), fused.Scores(0.5, 4, softcap=0.8)):
+        assert gradcheck(lambda q, k, v, scores=scores: fused.attention(q, k, v, scores, (2, 7)), args)
 
 
 def test_training_attends_as_evaluation(tiny: Tiny):
@@ -362,7 +365,7 @@ def test_a_block_keeps_what_it_must():
         return tensor
 
     x = torch.randn(1, row.idx.size(1), config.n_embd).bfloat16().requires_grad_()
-    rotation = gpt.rope(row.segments.positions, x.dtype)
+    rotation = gpt.rope(row.segments.positions, row.segments.lengths, x.dtype)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         gpt.train().h[0](x, rotation, row.segments, None)
     weights = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
@@ -370,6 +373,6 @@ def test_a_block_keeps_what_it_must():
     n, inner, qkv, r = config.n_embd, config.intermediate_size, sum(config.qkv_sizes), 8
     elements = 2 * n + 2 * n + qkv + n + 3 * inner  # norms, what they give, q k v, what is found, gate up and product
     masks, low, rest = (3 * n + inner) / 8, 7 * r * 2, 2 * 4 + 4 * config.head_size
-    blocks = fused._blocks(row.segments.lengths, None)
+    blocks = fused._blocks(row.segments.lengths, fused.Scores(1.0))
     probabilities = 2 * config.n_head * sum((b.end - b.begin) * (b.end - b.first) for b in blocks) / row.idx.numel()
     assert found < 1.01 * (2 * elements + masks + low + rest + probabilities)

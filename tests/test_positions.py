@@ -11,8 +11,10 @@ from test_families import off
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
 from lit_gpt import GPT, Config, hf_files
+from lit_gpt.alibi import alibi_slopes, with_alibi
 from lit_gpt.errors import UserError
-from lit_gpt.model import Segments, alibi_slopes, attend, with_alibi
+from lit_gpt.fused import Scores
+from lit_gpt.model import Segments, attend
 
 
 def test_files_saved_from_a_model_without_its_head(tmp_path):
@@ -45,7 +47,7 @@ def test_more_tokens_than_learned_positions_are_refused():
         {"idx": idx, "segments": Segments.of([5, 7])},
         {"idx": idx[:, :3], "cache": cache},
     ):
-        with pytest.raises(UserError, match="7 tokens exceed the 6 learned positions of tiny"):
+        with pytest.raises(UserError, match="7 tokens exceed the model's 6 learned positions"):
             model(**arguments)
 
 
@@ -60,8 +62,8 @@ def test_alibi_far_from_the_beginning(dtype, tolerance):
     """The bias keeps its precision in narrow types: against a mask in float64, at positions that bfloat16 lacks."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 12, 1500, 16).to(dtype)
-    wide = with_alibi(q, k, v, 0.25, None)
-    found = attend(*wide, None, 0.25)[..., -200:, :16]
+    wide = with_alibi(q, k, v, 0.25, torch.arange(1500))
+    found = attend(*wide, Scores(0.25))[..., -200:, :16]
     distance = torch.arange(1300, 1500)[:, None] - torch.arange(1500)
     bias = -alibi_slopes(12).double()[:, None, None] * distance
     bias = bias.masked_fill(distance < 0, -torch.inf)

@@ -88,6 +88,25 @@ def rope(hf: dict[str, Any], base: str = "rope_theta", percentage: str = "partia
     }
 
 
+def windows(hf: dict[str, Any], kinds: list[str]) -> dict[str, Any]:
+    """The Config's fields of a window that only some layers have.
+
+    Args:
+        kinds: of each layer "sliding_attention" or "full_attention", for files without `layer_types`.
+
+    Raises:
+        UserError: `layer_types` names another kind.
+    """
+    kinds = hf.get("layer_types") or kinds
+    unknown = set(kinds) - {"sliding_attention", "full_attention"}
+    if unknown:
+        raise UserError(f"config.json: layer_types {sorted(unknown)} are not supported")
+    if "sliding_attention" not in kinds:
+        return {"sliding_window": None}
+    everywhere = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+    return {"sliding_window": hf["sliding_window"], "global_layers": everywhere}
+
+
 def activation(name: str) -> str:
     """The key of lit_gpt.model.ACTIVATIONS for transformers' name of an activation."""
     return {"swish": "silu", **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh")}.get(

@@ -43,7 +43,7 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
         "vocab_size": hf["vocab_size"],
         "block_size": hf["n_positions"],
         "learned_positions": True,
-        "rotary_percentage": 0.0,
+        "unrotated_layers": list(range(hf["n_layer"])),
         "norm_eps": hf.get("layer_norm_epsilon", 1e-5),
         "activation": activation(hf.get("activation_function", "gelu_new")),
         "intermediate_size": hf.get("n_inner") or 0,

@@ -33,9 +33,9 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
         "vocab_size": hf["vocab_size"],
         "block_size": hf.get("max_seq_len", 2048),
         "alibi": True,
-        "rotary_percentage": 0.0,
+        "unrotated_layers": list(range(hf["n_layers"])),
+        "norm_class": "BiaslessLayerNorm",
         "norm_eps": hf.get("layer_norm_epsilon", 1e-5),
-        "norm_bias": False,
         "intermediate_size": hf.get("expansion_ratio", 4) * hf["d_model"],
         "tie_embeddings": hf.get("tie_word_embeddings", True),
     }
