@@ -35,13 +35,16 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights(config: Config) -> Table:
-    experts = "model.layers.{}.block_sparse_moe."
-    inner, each = config.intermediate_size, [f"{experts}experts.{i}." for i in range(config.n_expert)]
+    mlp = "model.layers.{}.block_sparse_moe."
+    return {**llama.weights(config), "h.{}.mlp.router": mlp + "gate", **experts(config, mlp, "w1", "w3", "w2")}
+
+
+def experts(config: Config, mlp: str, gate: str, up: str, proj: str) -> Table:
+    """The places of all experts, which lie apart within `mlp` and call their projections so."""
+    inner, each = config.intermediate_size, [f"{mlp}experts.{i}." for i in range(config.n_expert)]
     return {
-        **llama.weights(config),
-        "h.{}.mlp.router": experts + "gate",
-        "h.{}.mlp.gate_up": Experts(tuple(expert + name for expert in each for name in ("w1", "w3")), (inner, inner)),
-        "h.{}.mlp.proj": Experts(tuple(expert + "w2" for expert in each), (config.n_embd,)),
+        "h.{}.mlp.gate_up": Experts(tuple(expert + name for expert in each for name in (gate, up)), (inner, inner)),
+        "h.{}.mlp.proj": Experts(tuple(expert + proj for expert in each), (config.n_embd,)),
     }
 
 
