@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import Tiny, tiny_hf_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_gpt import GPT, Config, hf_files, weights
 from lit_gpt.checkpoint import load_state
@@ -126,21 +126,62 @@ PUBLISHED = {
     "SmolLM2-135M": 134_515_008,
     "SmolLM2-360M": 361_821_120,
     "SmolLM2-1.7B": 1_711_376_384,
+    "Qwen2-0.5B": 494_032_768,
+    "Qwen2-1.5B": 1_543_714_304,
+    "Qwen2-7B": 7_615_616_512,
+    "Qwen2.5-3B": 3_085_938_688,
+    "Qwen2.5-14B": 14_770_033_664,
+    "Qwen2.5-32B": 32_763_876_352,
+    "Qwen2.5-72B": 72_706_203_648,
+    "Qwen3-4B": 4_022_468_096,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-14B": 14_768_307_200,
+    "Qwen3-32B": 32_762_123_264,
+    "gemma-2b": 2_506_172_416,
+    "gemma-7b": 8_537_680_896,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-2-27b": 27_227_128_320,
+    "gemma-3-270m": 268_098_176,
+    "gemma-3-1b": 999_885_952,
+    "phi-1_5": 1_418_270_720,
+    "phi-2": 2_779_683_840,
+    "Phi-3-mini-4k": 3_821_079_552,
+    "Phi-3-medium-4k": 13_960_238_080,
+    "Phi-3.5-mini": 3_821_079_552,
+    "phi-4": 14_659_507_200,
+    "Phi-4-mini": 3_836_021_760,
+    "stablelm-3b-4e1t": 2_795_443_200,
+    "stablelm-2-1_6b": 1_644_515_328,
+    "OLMo-2-0425-1B": 1_484_916_736,
+    "OLMo-2-1124-7B": 7_298_617_344,
+    "OLMo-2-1124-13B": 13_716_198_400,
+    "OLMo-2-0325-32B": 32_234_279_936,
+    "granite-3.1-2b-instruct": 2_533_531_648,
+    "granite-3.1-8b-instruct": 8_170_848_256,
+    "SmolLM3-3B": 3_075_098_624,
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_presets_have_the_published_size(name):
     with torch.device("meta"):
-        model = GPT(Config.from_name(name))
-    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
+        assert size(GPT(Config.from_name(name))) == PUBLISHED[name]
 
 
-def test_every_preset_makes_a_model():
-    for family in families():
-        for name in family.PRESETS:
-            with torch.device("meta"):
-                GPT(Config.from_name(name, n_layer=1))
+@pytest.mark.parametrize("family", families())
+def test_presets_are_what_transformers_takes_them_for(family):
+    """All of them: as large, also those of which no published count is at hand; and the same in the newest spelling."""
+    for name, fields in family.PRESETS.items():
+        theirs = AutoConfig.for_model(**fields)
+        assert Config.from_hf(theirs.to_dict(), name=name) == Config.from_name(name)
+        with torch.device("meta"):
+            counts = [size(GPT(Config.from_name(name))), size(AutoModelForCausalLM.from_config(theirs))]
+        assert counts[0] == counts[1], name
+
+
+def size(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def test_unknown_names():

@@ -218,17 +218,18 @@ def test_training_attends_as_evaluation(tiny: Tiny):
 # norm, gated activation, rotation
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("frozen", [(), (1,), (0,)], ids=["both", "frozen weight", "weight alone"])
-def test_rms_norm(frozen):
+def test_rms_norm(frozen, offset):
     def plain(x: Tensor, weight: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
-        return weight * wide.to(x.dtype)
+        return (wide * (offset + weight.to(wide.dtype))).to(x.dtype) if offset else weight * wide.to(x.dtype)
 
     given = inputs((2, 33, 48), (48,), frozen=frozen)
-    holds(lambda *a: fused.rms_norm(*a, 1e-5), plain, given)
+    holds(lambda *a: fused.rms_norm(*a, 1e-5, offset), plain, given)
     for x, weight in (given, [x.float() for x in given], [given[0], given[1].float()]):
-        assert torch.equal(fused.rms_norm(x, weight, 1e-5), plain(x, weight))
+        assert torch.equal(fused.rms_norm(x, weight, 1e-5, offset), plain(x, weight))
 
 
 @pytest.mark.parametrize("name", model.ACTIVATIONS)
@@ -277,8 +278,9 @@ def test_rotation(elements, shape):
 # the loss
 
 
+@pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("chunk", [7, 10**6])
-def test_loss(monkeypatch, chunk):
+def test_loss(monkeypatch, chunk, cap):
     monkeypatch.setattr("lit_gpt.loss.MAX_LOGITS", chunk * 50)
     hidden, weight = inputs((23, 16), (50, 16), frozen=(1,))
     labels = torch.randint(50, (23,))
@@ -293,11 +295,14 @@ def test_loss(monkeypatch, chunk):
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(x, self.weight)
 
+    def finish(logits: Tensor) -> Tensor:
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
     def plain(x: Tensor, weight: Tensor) -> Tensor:
-        logits = Head(weight)(x)
+        logits = finish(Head(weight)(x))
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
 
-    holds(lambda x, weight: summed_cross_entropy(Head(weight), x, labels), plain, [hidden, weight])
+    holds(lambda x, weight: summed_cross_entropy(Head(weight), x, labels, finish), plain, [hidden, weight])
 
 
 def test_loss_of_a_certain_and_of_an_impossible_token():
