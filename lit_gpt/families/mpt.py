@@ -59,5 +59,5 @@ def weights(config: Config) -> Table:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import MptConfig
 
-    size = dict(vocab_size=96, d_model=96, n_layers=2, n_heads=6, max_seq_len=64) | fields
+    size = dict(vocab_size=96, d_model=96, n_layers=2, n_heads=6, max_seq_len=256) | fields
     return {"mpt": MptConfig(**size)}
