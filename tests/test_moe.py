@@ -1,17 +1,20 @@
 """Routed experts against the plain formula, token by token."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_hf_model
+from conftest import spawn, tiny_hf_model
 from safetensors.torch import load_file
+from test_devices import of_method, same_run
 from test_families import off
 from test_plan import flags_of
+from test_train import data_dir, flags  # noqa: F401 (fixtures)
 from torch.autograd import gradcheck
 
-from lit_gpt import GPT, Config, adapter_v2, lora, moe
+from lit_gpt import GPT, Config, adapter_v2, hf_files, lora, moe
 from lit_gpt.model import MoE, Segments, Targets
 from lit_gpt.plan import Live, simulate
 
@@ -135,3 +138,19 @@ def test_names_in_the_files_of_mixtral(tmp_path):
     assert {f"{prefix}experts.4.{name}.weight" for name in ("w1", "w2", "w3")} | {
         f"{prefix}gate.weight"
     } <= stored.keys()
+
+
+def test_two_ranks_share_the_experts(cli, llama, flags, tmp_path):  # noqa: F811
+    """Five experts do not divide, and each rank's tokens go to others; FSDP trains as one process does."""
+    base = tmp_path / "mixtral"
+    tiny_hf_model("mixtral", "mixtral", vocab_size=320, max_position_embeddings=256).save_pretrained(base)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(llama / name, base / name)
+    hf_files.convert(base, hf_files.StoredWeights(base))
+    flags = of_method(flags, "lora") | {"checkpoint_dir": base}  # noqa: F811
+    flags |= {"max_steps": 3, "batch_size": 10, "micro_batch_size": 5, "save_interval": 100, "lora_dropout": 0.0}
+    assert cli("finetune/lora.py", **flags).code == 0
+    two = flags | {"out_dir": tmp_path / "two", "devices": 2, "strategy": "fsdp"}
+    out, err = (process := spawn("finetune/lora.py", **two)).communicate(timeout=120)
+    assert process.returncode == 0, (out, err)
+    same_run(flags["out_dir"], two["out_dir"], "lora")
