@@ -111,8 +111,8 @@ def test_each_expert_has_a_scale_of_its_own():
 def test_the_plan_counts_what_a_step_holds(method):
     """Whatever the router chooses: rows are as many."""
     config = replace(CONFIG, n_embd=64, intermediate_size=128, vocab_size=300, padded_vocab_size=300, head_size=16)
-    flags = {"lora_mlp": "true"} if method == "lora" else {}
-    method, hp = flags_of(method, precision="bf16", **flags)
+    experts = {"lora_mlp": "true"} if method == "lora" else {}
+    method, hp = flags_of(method, precision="bf16", **experts)
     row = [40, 30, 20]
     found = simulate(config, method, hp, row, 50, cuda=False)
     segments, idx = Segments.of(row), torch.randint(300, (1, sum(row)))
