@@ -218,6 +218,39 @@ def test_older_names_of_config_fields():
     assert Config.from_hf(neox | {"rope_parameters": {"rope_theta": 1e4}}).rotary_percentage == 0.25
 
 
+TINY = dict(num_hidden_layers=4, num_attention_heads=2, hidden_size=8, intermediate_size=8, vocab_size=9)
+
+
+def test_which_layers_have_a_window_or_positions():
+    """By the lists of layers, or by the numbers that stand for them in older files."""
+    gemma = dict(TINY, model_type="gemma3_text", sliding_window=6, rope_local_base_freq=2e4, sliding_window_pattern=2)
+    config = Config.from_hf(gemma)
+    assert [config.window(layer) for layer in range(4)] == [6, None, 6, None] and config.local_rope_base == 2e4
+    listed = Config.from_hf(gemma | {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]})
+    assert [listed.window(layer) for layer in range(4)] == [None, None, None, 6]
+    qwen = dict(TINY, model_type="qwen2", sliding_window=6, max_window_layers=3)
+    assert Config.from_hf(qwen).sliding_window is None
+    config = Config.from_hf(qwen | {"use_sliding_window": True})
+    assert [config.window(layer) for layer in range(4)] == [None, None, None, 6]
+    assert Config.from_hf(dict(TINY, model_type="smollm3")).unrotated_layers == [3]
+    assert Config.from_hf(dict(TINY, model_type="smollm3", no_rope_layers=[0, 1, 1, 0])).unrotated_layers == [0, 3]
+    assert Config.from_hf(dict(TINY, model_type="gemma", hidden_act="gelu")).activation == "gelu_tanh"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "words"),
+    [
+        ("qwen3", {"layer_types": ["linear_attention"] * 4}, "layer_types .'linear_attention'."),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}}, "of sliding_attention"),
+        ("gemma2", {"hidden_activation": "gelu_10"}, "activation 'gelu_10'"),
+    ],
+)
+def test_what_the_model_does_not_do_is_refused(kind, fields, words):
+    with pytest.raises(UserError, match=words):
+        GPT(Config.from_hf(dict(TINY, model_type=kind, sliding_window=6) | fields))
+
+
 def test_unknown_rope_scaling_is_refused():
     with pytest.raises(UserError, match="rope_type 'dynamic'"):
         GPT(Config.from_name("SmolLM2-135M", n_layer=1, rope_scaling={"rope_type": "dynamic", "factor": 2.0}))

@@ -40,13 +40,15 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
     if hf.get("use_bidirectional_attention"):
         raise UserError("config.json: 'use_bidirectional_attention' is not supported; expected a causal Gemma")
     kind, layers = hf["model_type"], hf["num_hidden_layers"]
+    act = hf.get("hidden_act" if kind == "gemma" else "hidden_activation") or "gelu_pytorch_tanh"
+    if kind == "gemma" and act == "gelu":
+        act = "gelu_pytorch_tanh"  # what the first files mean by it
     common = llama.config(hf) | {
         "head_size": hf.get("head_dim") or 256,
         "norm_class": "UnitOffsetRMSNorm",
         "embedding_scale": hf["hidden_size"] ** 0.5,
         "tie_embeddings": hf.get("tie_word_embeddings", True),
-        # the first files say gelu and mean its approximation
-        "activation": activation(hf.get("hidden_activation") or "gelu_pytorch_tanh"),
+        "activation": activation(act),
     }
     if kind == "gemma":
         return common
