@@ -165,7 +165,7 @@ class GPT(nn.Module):
         return x + self.wpe(positions)
 
     def finish(self, logits: Tensor) -> Tensor:
-        """From what the head gives to logits. Not part of the head: what wraps that adds to it before this."""
+        """Logits from what the head gives. Not part of the head: LoRA and Adapter v2 change its output before this."""
         divisor, cap = self.config.logit_divisor, self.config.logit_softcap
         logits = logits if divisor == 1.0 else logits / divisor
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -211,12 +211,13 @@ class Block(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.parallel, self.scale = config.parallel_residual, config.residual_scale
-        self.norm_1 = norm(config) if config.pre_norm else nn.Identity()
+        pre, post = (partial(norm, config) if there else nn.Identity for there in (config.pre_norm, config.post_norm))
+        self.norm_1 = pre()
         self.attn = CausalSelfAttention(config, layer)
-        self.post_norm_1 = norm(config) if config.post_norm else nn.Identity()
-        self.norm_2 = None if config.shared_attention_norm else norm(config) if config.pre_norm else nn.Identity()
+        self.post_norm_1 = post()
+        self.norm_2 = None if config.shared_attention_norm else pre()
         self.mlp = MLPS[config.mlp_class](config)
-        self.post_norm_2 = norm(config) if config.post_norm else nn.Identity()
+        self.post_norm_2 = post()
 
     def forward(
         self, x: Tensor, rotation: Rotation | None, segments: Segments | None, cache: LayerCache | None
@@ -448,7 +449,8 @@ class QKNorm(nn.Module):
     def forward(self, *qk: Tensor) -> tuple[Tensor, Tensor]:
         """Normed queries and keys, of the shapes that they had: (B, T, heads * head_size)."""
         parts = zip((self.q, self.k), qk, self.widths, strict=True)
-        return tuple(norm(x.unflatten(-1, (-1, width))).flatten(-2) for norm, x, width in parts)
+        # under autocast norms give float32, in which attention would be slow
+        return tuple(norm(x.unflatten(-1, (-1, width))).flatten(-2).to(x.dtype) for norm, x, width in parts)
 
 
 class LayerNorms(nn.LayerNorm):

@@ -215,6 +215,16 @@ def test_training_attends_as_evaluation(tiny: Tiny):
         assert off(gpt(idx, segments=segments).detach(), expected) < 1e-6
 
 
+@torch.no_grad()
+def test_attention_is_in_the_precision_of_the_arithmetic(tiny: Tiny):
+    """bfloat16 over float32 weights, as full finetuning has it; norms give float32 there."""
+    gpt = GPT.from_checkpoint(tiny.folder)
+    rotation = gpt.rotations(torch.arange(9), (9,), torch.float32)[0]
+    with torch.autocast("cpu", NARROW):
+        heads = gpt.h[0].attn.heads(torch.randn(1, 9, gpt.config.n_embd), rotation)
+    assert {x.dtype for x in heads} == {NARROW}
+
+
 # norm, gated activation, rotation
 
 
