@@ -20,7 +20,11 @@ CONFIG = AdapterConfig
 
 
 class ScaledLinear(nn.Module):
-    """A linear layer, or what wraps one, with a scale and a bias per output. Both are kept in float32."""
+    """A linear layer, or what wraps one, with a scale and a bias per output. Both are kept in float32.
+
+    Args:
+        experts: how many there are, in a layer of experts; the first dimension of scale and bias then.
+    """
 
     trained_parameters = ("scale", "shift")
 

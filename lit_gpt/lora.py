@@ -56,6 +56,7 @@ class LoRALinear(nn.Module):
         linear: the base, a module from (..., in_features) to (..., out_features).
         parts: (start, stop) of the rows of each projection within the layer that is adapted; each has its own A and B,
             while the product with all A's is one.
+        experts: how many there are, in a layer of experts; the first dimension of A and B then.
 
     The update is kept in float32 and cast to the input's dtype for its products.
     """

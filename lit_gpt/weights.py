@@ -53,7 +53,7 @@ class Transposed(Place):
 
 
 @dataclass(frozen=True)
-class Experts(Stacked):
+class PerExpert(Stacked):
     """Of each expert the same modules: the first expert's, then the second's and so on. `sizes` are of one expert."""
 
     def to_lit(self, tensors: list[Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ from typing import Any
 
 from lit_gpt.config import Config
 from lit_gpt.families import llama
-from lit_gpt.weights import Experts, Table
+from lit_gpt.weights import PerExpert, Table
 
 MODEL_TYPES = ("mixtral",)
 DERIVED = llama.DERIVED
@@ -43,8 +43,8 @@ def experts(config: Config, mlp: str, gate: str, up: str, proj: str) -> Table:
     """The places of all experts, which lie apart within `mlp` and call their projections so."""
     inner, each = config.intermediate_size, [f"{mlp}experts.{i}." for i in range(config.n_expert)]
     return {
-        "h.{}.mlp.gate_up": Experts(tuple(expert + name for expert in each for name in (gate, up)), (inner, inner)),
-        "h.{}.mlp.proj": Experts(tuple(expert + proj for expert in each), (config.n_embd,)),
+        "h.{}.mlp.gate_up": PerExpert(tuple(expert + name for expert in each for name in (gate, up)), (inner, inner)),
+        "h.{}.mlp.proj": PerExpert(tuple(expert + proj for expert in each), (config.n_embd,)),
     }
 
 
