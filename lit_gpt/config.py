@@ -28,6 +28,8 @@ class Config:
     n_query_groups: int = 0  # key and value heads; 1: multi-query, 0: one per head (multi-head)
     head_size: int = 0  # 0: n_embd // n_head
     # positions
+    learned_positions: bool = False  # an embedding of block_size positions, which no sequence may exceed
+    alibi: bool = False  # nearer keys weigh more, by a slope per head
     rotary_percentage: float = 1.0
     rope_base: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
@@ -47,9 +49,12 @@ class Config:
     pre_norm: bool = True  # attention and MLP read norms of the stream
     post_norm: bool = False  # norms of what attention and MLP give are added to it
     residual_scale: float = 1.0  # of what attention and MLP add, with sequential residuals
-    mlp_class: str = "GptNeoxMLP"  # or SwiGLU
+    mlp_class: str = "GptNeoxMLP"  # or SwiGLU, MoE
     activation: str = "gelu"  # a key of lit_gpt.model.ACTIVATIONS
-    intermediate_size: int = 0  # 0: 4 * n_embd
+    intermediate_size: int = 0  # 0: 4 * n_embd; of MoE: each expert's
+    n_expert: int = 0  # of MoE
+    n_expert_per_token: int = 0
+    norm_expert_weights: bool = True  # the weights of a token's experts sum to 1
     bias: bool = False  # of the MLP's linear layers
     qkv_bias: bool = False
     proj_bias: bool = False  # of the attention's output projection

@@ -288,12 +288,12 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, scores, lengths):
         ctx.scores, ctx.lengths, kept = scores, lengths, []
         with torch.autocast(q.device.type, enabled=False):
-            values, y = _by_group(v, v), torch.empty_like(_by_group(q, k))
+            values, y = _by_group(v, v).to(_wide(v)), torch.empty_like(_by_group(q, k))
             probabilities = _Probabilities(q, k, scores)
             for block in _blocks(lengths, scores):
                 p, _ = probabilities.of(block)
                 y[:, probabilities.rows(block)] = p @ values[:, block.keys]
-                kept += [p] if block.kept else []
+                kept += [p.to(q.dtype)] if block.kept else []
         ctx.save_for_backward(q, k, v, *kept)
         return _by_head(y, q)
 
@@ -307,6 +307,7 @@ class _Attention(torch.autograd.Function):
         probabilities, kept = _Probabilities(q, k, ctx.scores), iter(kept)
         for block in _blocks(ctx.lengths, ctx.scores):
             p, slope = (next(kept), None) if block.kept else probabilities.of(block)
+            p = p.to(q.dtype)
             rows, keys = probabilities.rows(block), block.keys
             v_grad[:, keys] += p.mT @ grad[:, rows]
             p_grad = grad[:, rows] @ values[:, keys].mT
@@ -345,7 +346,7 @@ def _blocks(lengths: tuple[int, ...], scores: Scores) -> Iterator[_Block]:
 
 
 class _Probabilities:
-    """Softmax of the scores of a block's queries, computed in float32 or wider, in the dtype of the arithmetic."""
+    """Softmax of the scores of a block's queries, in float32 or wider."""
 
     def __init__(self, q: Tensor, k: Tensor, scores: Scores) -> None:
         self.q, self.k, self.heads = q, k, q.size(1) // k.size(1)
@@ -372,7 +373,7 @@ class _Probabilities:
         by_query[..., before:] += self.later[:n, :n].unsqueeze(1)
         if self.window is not None and seen > self.window:
             by_query += scores.new_full((n, seen), -torch.inf).tril_(before - self.window).unsqueeze(1)
-        return scores.softmax(-1).to(self.q.dtype), slope
+        return scores.softmax(-1), slope
 
     @cached_property
     def later(self) -> Tensor:

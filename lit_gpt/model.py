@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt import fused
+from lit_gpt.alibi import with_alibi
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.fused import Scores
 from lit_gpt.loss import summed_cross_entropy
+from lit_gpt.moe import Experts, Router
 from lit_gpt.rope import RotaryEmbedding
 
 ACTIVATIONS = {
@@ -92,6 +94,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.learned_positions else None
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.head_bias)
@@ -128,11 +131,11 @@ class GPT(nn.Module):
             cross-entropy in nats, a float32 scalar.
 
         Raises:
+            UserError: more tokens than the model has learned positions.
             ValueError: the cache is `outdated`.
         """
-        x = self.embed(idx)  # (B, T, n_embd)
         if segments is not None:
-            rotations = self.rotations(segments.positions, segments.lengths, x.dtype)
+            positions, lengths = segments.positions, segments.lengths
         else:
             start = cache[0].length if cache else 0
             length = start + idx.size(1)
@@ -140,7 +143,9 @@ class GPT(nn.Module):
                 raise ValueError(f"with {length} tokens other angles hold: forget the cache and give all tokens")
             if cache:
                 cache[0].long = self.rope.is_long(length)
-            rotations = self.rotations(torch.arange(start, length, device=idx.device), (length,), x.dtype)
+            positions, lengths = torch.arange(start, length, device=idx.device), (length,)
+        x = self.embed(idx, positions, lengths)  # (B, T, n_embd)
+        rotations = self.rotations(positions, lengths, x.dtype)
         for layer, (block, rotation) in enumerate(zip(self.h, rotations, strict=True)):
             x = block(x, rotation, segments, cache[layer] if cache else None)
         x = self.ln_f(x[:, -1:] if last else x)
@@ -149,10 +154,15 @@ class GPT(nn.Module):
             return summed_cross_entropy(self.lm_head, x, targets.labels, self.finish)
         return self.finish(self.lm_head(x))
 
-    def embed(self, idx: Tensor) -> Tensor:
-        x, scale = self.wte(idx), self.config.embedding_scale
-        # rounded as the weights are, since the models were trained so
-        return x if scale == 1.0 else x * torch.tensor(scale, dtype=x.dtype)
+    def embed(self, idx: Tensor, positions: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        x, scale, limit = self.wte(idx), self.config.embedding_scale, self.config.block_size
+        if scale != 1.0:
+            x = x * torch.tensor(scale, dtype=x.dtype)  # rounded as the weights are, since the models were trained so
+        if self.wpe is None:
+            return x
+        if max(lengths) > limit:
+            raise UserError(f"{max(lengths)} tokens exceed the model's {limit} learned positions; give it fewer")
+        return x + self.wpe(positions)
 
     def finish(self, logits: Tensor) -> Tensor:
         """Logits from what the head gives. Not part of the head: LoRA and Adapter v2 change its output before this."""
@@ -229,6 +239,7 @@ class CausalSelfAttention(nn.Module):
         self.sizes = config.qkv_sizes
         scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
         self.scores = Scores(scale, config.window(layer), config.attention_softcap)
+        self.alibi = config.alibi
         # one product for all: rows of the queries, then of the keys, then of the values
         self.qkv = nn.Linear(config.n_embd, sum(self.sizes), bias=config.qkv_bias)
         self.qk_norm = QKNorm(config) if config.qk_norm else None
@@ -241,7 +252,13 @@ class CausalSelfAttention(nn.Module):
         q, k, v = self.heads(x, rotation)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = attend(q, k, v, self.scores) if segments is None else attend_packed(q, k, v, self.scores, segments)
+        heads = q, k, v
+        if self.alibi:
+            positions = segments.positions if segments else torch.arange(k.size(2), device=k.device)
+            heads = with_alibi(q, k, v, self.scores.scale, positions)
+        y = attend(*heads, self.scores) if segments is None else attend_packed(*heads, self.scores, segments)
+        if self.alibi:
+            y = y[..., : self.head_size]
         if self.prefix is not None:
             y = y + self.prefix(q, self)
         return self.proj(y.transpose(1, 2).flatten(2))
@@ -359,7 +376,30 @@ class SwiGLU(nn.Module):
         return self.proj(fused.gated(self.gate_up(x), self.activation, self.gradient))
 
 
-MLPS = {"GptNeoxMLP": GptNeoxMLP, "SwiGLU": SwiGLU}
+class MoE(nn.Module):
+    """Many SwiGLUs, the experts; each token goes through a few of them (Jiang et al. 2024, Mixtral of Experts).
+
+    Training has no loss besides that of the tokens. transformers' one that balances the experts' load is off as well,
+    unless `output_router_logits` asks for it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        n, inner = config.n_expert, config.intermediate_size
+        self.router = Router(config.n_embd, n, config.n_expert_per_token, config.norm_expert_weights)
+        self.gate_up = Experts(n, config.n_embd, 2 * inner)
+        self.proj = Experts(n, inner, config.n_embd)
+        self.activation, self.gradient = activation(config), ACTIVATION_GRADIENTS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        weights, routes = self.router(tokens)
+        gate_up = self.gate_up(routes.dispatch(tokens), routes)
+        y = self.proj(fused.gated(gate_up, self.activation, self.gradient), routes)
+        return routes.combine(y, weights).view_as(x)
+
+
+MLPS = {"GptNeoxMLP": GptNeoxMLP, "SwiGLU": SwiGLU, "MoE": MoE}
 
 
 class RMSNorm(nn.Module):
@@ -382,7 +422,12 @@ class UnitOffsetRMSNorm(RMSNorm):
     offset = 1.0
 
 
-NORMS = {"LayerNorm": nn.LayerNorm, "RMSNorm": RMSNorm, "UnitOffsetRMSNorm": UnitOffsetRMSNorm}
+NORMS = {
+    "LayerNorm": nn.LayerNorm,
+    "BiaslessLayerNorm": partial(nn.LayerNorm, bias=False),
+    "RMSNorm": RMSNorm,
+    "UnitOffsetRMSNorm": UnitOffsetRMSNorm,
+}
 
 
 def norm(config: Config, size: int | None = None) -> nn.Module:

@@ -12,6 +12,7 @@ from test_lora import STYLE, train
 from test_train import data_dir, final, flags, identical, spawn, wait_for_step  # noqa: F401 (fixtures among them)
 
 from lit_gpt import GPT, Config, adapter, adapter_v2, checkpoint, lora, variants
+from lit_gpt.alibi import alibi_slopes
 
 ADAPTER = adapter.AdapterConfig(prompt_length=4, start_layer=1)
 LORA = lora.LoRAConfig(r=4, key=True, projection=True, mlp=True, head=True, dropout=0.1)
@@ -87,6 +88,7 @@ def test_adapter_follows_the_papers_equation(tiny: Tiny):
     _, pk, pv = (y[0] for y in attention.heads(attention.prefix.prompt[None], None))
     behind = torch.arange(T)[:, None] - torch.arange(T)
     hidden = (behind < 0) | (behind >= (config.window(1) or T))
+    slopes = alibi_slopes(config.n_head) * config.alibi
     scale, cap = config.attention_scale or size**-0.5, config.attention_softcap or 1e6
 
     def score(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -95,7 +97,7 @@ def test_adapter_follows_the_papers_equation(tiny: Tiny):
     outputs = []
     for head in range(config.n_head):
         group = head * config.n_query_groups // config.n_head
-        scores = score(q[head], k[group]).masked_fill(hidden, -torch.inf)
+        scores = (score(q[head], k[group]) - slopes[head] * behind).masked_fill(hidden, -torch.inf)
         gated = score(q[head], pk[group]).softmax(-1) * attention.prefix.gate[head]
         outputs.append(torch.cat([gated, scores.softmax(-1)], dim=1) @ torch.cat([pv[group], v[group]]))
     expected = F.linear(torch.cat(outputs, dim=-1), attention.proj.weight, attention.proj.bias)

@@ -13,6 +13,7 @@ A family's file defines
 
 import difflib
 import importlib
+import json
 import pkgutil
 from collections.abc import Iterator
 from types import ModuleType
@@ -57,6 +58,18 @@ def preset(name: str) -> dict[str, Any]:
 
 def family_of_config(config) -> ModuleType:  # a lit_gpt.Config
     return importlib.import_module(f"{__name__}.{config.family}")
+
+
+def refuse(hf: dict[str, Any], **supported: Any) -> None:
+    """Refuse a config.json of which a field asks for what the model does not do. A field that is absent does not.
+
+    Raises:
+        UserError: names the field and the only value that is supported.
+    """
+    for field, value in supported.items():
+        if hf.get(field, value) != value:
+            found, only = json.dumps(hf[field]), json.dumps(value)
+            raise UserError(f"config.json: '{field}': {found} is not supported; expected {only}")
 
 
 def rope(hf: dict[str, Any], base: str = "rope_theta", percentage: str = "partial_rotary_factor") -> dict[str, Any]:
