@@ -259,7 +259,8 @@ def kernels_of(cuda: bool) -> Iterator[None]:
 def evenly(experts: Tensor, n_expert: int) -> list[int]:
     """In the place of the router's choice, which wants contents: each expert gets as many rows as the others.
 
-    What a step holds does not depend on that, for all rows lie in one tensor, sorted by expert."""
+    What a step holds does not depend on that, for all rows lie in one tensor, sorted by expert.
+    """
     rows = len(experts)
     return [rows * (i + 1) // n_expert - rows * i // n_expert for i in range(n_expert)]
 
