@@ -7,6 +7,7 @@ from lit_gpt.families import activation, rope
 from lit_gpt.weights import Grouped, Table
 
 MODEL_TYPES = ("gpt_neox",)
+MODULES = {"embed_out": "lm_head"}
 DERIVED = ("*.attention.bias", "*.attention.masked_bias", "*.attention.rotary_emb.inv_freq")
 
 

@@ -1,0 +1,158 @@
+"""What leaves the toolkit: a folder for transformers, a PEFT adapter, a GGUF file, a merged checkpoint.
+
+Each is written into a temporary folder, read back, compared with its source on the golden prompts (lit_gpt.parity) and
+put in place with the figures (export.json) and a card, or refused and not put in place.
+
+Memory: weights stay mapped from their files, on both sides, and are widened layer by layer. A comparison holds the
+largest layer in float32 and the golden logits twice; writing holds one shard (2 GB), and of a GGUF file one tensor.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lit_gpt import card, checkpoint, hf_files, lora, parity, peft_files, variants
+from lit_gpt.config import Config
+from lit_gpt.model import GPT
+from lit_gpt.prompts import PromptStyle
+from lit_gpt.tokenizer import Tokenizer, has_tokenizer
+
+
+@dataclass
+class Source:
+    """What is to be exported: a checkpoint, with what a finetuned file adds to it."""
+
+    checkpoint_dir: Path
+    adapter: Path | None
+    state: dict[str, Tensor]  # of the base, mapped from its file
+    base: str  # its fingerprint
+    model: GPT
+    record: dict[str, Any] | None  # of the finetuned file
+    own: parity.Own
+    golden: parity.Golden
+
+    @classmethod
+    def of(cls, checkpoint_dir: Path, adapter: Path | None = None) -> "Source":
+        """Raises UserError if the checkpoint or the file cannot be used."""
+        state = checkpoint.load_state(checkpoint_dir)
+        model = checkpoint.build(Config.from_checkpoint(checkpoint_dir), state, source=checkpoint_dir)
+        base, record, style = checkpoint.fingerprint(state), None, None
+        if adapter:
+            record = variants.attach_file(model.eval(), adapter, lora.METHOD, base)
+            style = PromptStyle.from_dict(record["prompt_style"])
+        own = parity.Own.of(checkpoint_dir, model, style)
+        if own.tokenizer is None:
+            print(f"{checkpoint_dir}: holds no tokenizer, so only logits are compared")
+        return cls(checkpoint_dir, adapter, state, base, model, record, own, parity.Golden.of(own))
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the finetune left its records."""
+        return self.adapter.parent if self.adapter else self.checkpoint_dir
+
+    def write_prompt(self, folder: Path, stops: bool = True) -> None:
+        if self.own.style and self.own.tokenizer:
+            self.own.style.write_template(folder, self.own.tokenizer)
+            if stops:
+                self.own.style.write_stops(folder)
+
+    def finish(self, folder: Path, out_dir: Path, found: dict[str, Any], use: str, library: str, **figures: Any) -> None:
+        """Write the card and the figures into an export that has passed."""
+        template = self.own.style.template if self.own.style else None
+        made_from = card.provenance(self.checkpoint_dir, self.base, template, self.adapter)
+        figures = {**figures, **found, **made_from}
+        card.write(folder, out_dir.resolve().name, self.checkpoint_dir, self.run_dir, use, library, figures)
+
+
+def to_hf(checkpoint_dir: Path, out_dir: Path) -> dict[str, Any]:
+    """Export a converted checkpoint as a folder that transformers loads. Returns the figures of its comparison."""
+    with checkpoint.new_folder(out_dir) as folder:
+        source = Source.of(checkpoint_dir)
+        hf_files.export(checkpoint_dir, folder, source.state)
+        source.write_prompt(folder)
+        what, packages = f"the export of {checkpoint_dir}", ("transformers",)
+        reader = parity.read_back(what, packages, lambda: parity.read_hf(folder), lambda: parity.own_hf(folder))
+        found = source.golden.compare(reader, what, *same_weights(reader))
+        use = (
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'model = AutoModelForCausalLM.from_pretrained("{out_dir.name}", dtype="auto")\n'
+            f'tokenizer = AutoTokenizer.from_pretrained("{out_dir.name}")'
+        )
+        source.finish(folder, out_dir, found, use, "transformers", format="hf")
+    return found
+
+
+def same_weights(reader: parity.Reader) -> tuple[float, str]:
+    """How far the logits of the same numbers may differ, and why."""
+    if isinstance(reader, parity.Own):
+        return 1e-6, "that the order of sums explains"
+    return parity.OTHER_CODE, "that another implementation in float32 explains"
+
+
+def to_peft(checkpoint_dir: Path, lora_path: Path, out_dir: Path) -> dict[str, Any]:
+    """Export a LoRA file as an adapter that `PeftModel.from_pretrained` loads. Returns the figures."""
+    with checkpoint.new_folder(out_dir) as folder:
+        source = Source.of(checkpoint_dir, lora_path)
+        base = card.repository(checkpoint_dir) or str(checkpoint_dir)
+        peft_files.write(folder, source.model, lora.LoRAConfig(**source.record["hyperparameters"]), base)
+        hf_files.copy_side_files(checkpoint_dir, folder, hf_files.TOKENIZER_FILES)
+        source.write_prompt(folder, stops=False)  # an adapter goes by its base's generation_config.json
+        what = f"the export of {lora_path}"
+        reader = read_adapter(what, source, folder)
+        found = source.golden.compare(reader, what, *same_weights(reader))
+        use = (
+            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")\n'
+            f'model = PeftModel.from_pretrained(base, "{out_dir.name}")'
+        )
+        source.finish(folder, out_dir, found, use, "peft", format="peft")
+    return found
+
+
+def read_adapter(what: str, source: Source, folder: Path) -> parity.Reader:
+    """A PEFT adapter on the source's base, by PEFT where it is installed."""
+    return parity.read_back(
+        what,
+        ("transformers", "peft"),
+        lambda: parity.read_peft(source.checkpoint_dir, source.state, folder),
+        lambda: own_adapter(source, folder),
+    )
+
+
+def own_adapter(source: Source, folder: Path) -> parity.Own:
+    config = Config.from_checkpoint(source.checkpoint_dir)
+    model = checkpoint.build(config, source.state, source=source.checkpoint_dir)
+    settings, state, _ = peft_files.read(folder, config)
+    variants.load_trained(lora.attach(model, settings), state, folder)
+    return parity.Own.of(folder, model.eval())
+
+
+def from_peft(peft_dir: Path, checkpoint_dir: Path, out_dir: Path) -> lora.LoRAConfig:
+    """Take in a PEFT adapter: `out_dir` gets the file that finetune/lora.py would have left. Returns its settings.
+
+    The prompt style is that of the adapter's own chat template if it has one, else the checkpoint's.
+
+    Raises:
+        UserError: it has what is not supported, is for another base, or its logits under PEFT are others.
+    """
+    checkpoint.check_checkpoint_dir(checkpoint_dir)
+    settings, state, remarks = peft_files.read(peft_dir, Config.from_checkpoint(checkpoint_dir))
+    with checkpoint.new_folder(out_dir) as folder:
+        print("".join(f"{remark}\n" for remark in remarks), end="")
+        own = has_tokenizer(peft_dir)
+        templates = own and Tokenizer(peft_dir).chat_template is not None
+        speaks = peft_dir if templates else checkpoint_dir
+        style = PromptStyle.from_checkpoint(speaks, Tokenizer(speaks))
+        base = checkpoint.fingerprint(checkpoint.load_state(checkpoint_dir))
+        path = folder / f"lit_model_{lora.METHOD}_finetuned.pth"
+        record = {"hyperparameters": asdict(settings), "prompt_style": style.to_dict()}
+        variants.save_file(path, lora.METHOD, base, state, **record)
+        source = Source.of(checkpoint_dir, path)
+        golden = source.golden if own else replace(source.golden, ids=[None] * len(source.golden.ids))
+        golden = golden if templates else replace(golden, prompts=[None] * len(golden.prompts))
+        what = f"the adapter in {peft_dir}"
+        reader = read_adapter(what, source, peft_dir)
+        golden.compare(reader, what, *same_weights(reader))
+    return settings
