@@ -46,7 +46,11 @@ def write(
         library: as the hub calls it.
         figures: of the check, and the hashes of what it was made from.
     """
-    figures = {**figures, "versions": versions(), "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir())}}
+    figures = {
+        **figures,
+        "versions": versions(),
+        "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir())},
+    }
     run, summary = read(run_dir / "hyperparameters.json"), read(run_dir / "summary.json")
     base = Path(run.get("checkpoint_dir") or checkpoint_dir)
     licence = licence_of(base, folder)
@@ -112,8 +116,8 @@ def checked(figures: dict[str, Any]) -> str:
     return (
         f"## Checked\n\nRead back by {figures['reader']} before it was written: its logits differ from the source's by "
         f"{figures['logits_difference']:.1e} of their norm (allowed: {figures['logits_difference_allowed']:.0e}); "
-        f"{figures['texts_compared']} texts have the same tokens, {figures['conversations_compared']} conversations the "
-        "same prompts. The figures and hashes are in export.json."
+        f"{figures['texts_compared']} texts have the same tokens and {figures['conversations_compared']} conversations "
+        "the same prompts. The figures and hashes are in export.json."
     )
 
 

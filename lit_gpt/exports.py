@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_gpt import card, checkpoint, hf_files, lora, parity, peft_files, variants
+from lit_gpt import card, checkpoint, hf_files, lora, parity, peft_files, variants, verify
 from lit_gpt.config import Config
 from lit_gpt.model import GPT
 from lit_gpt.prompts import PromptStyle
@@ -58,7 +58,9 @@ class Source:
             if stops:
                 self.own.style.write_stops(folder)
 
-    def finish(self, folder: Path, out_dir: Path, found: dict[str, Any], use: str, library: str, **figures: Any) -> None:
+    def finish(
+        self, folder: Path, out_dir: Path, found: dict[str, Any], use: str, library: str, **figures: Any
+    ) -> None:
         """Write the card and the figures into an export that has passed."""
         template = self.own.style.template if self.own.style else None
         made_from = card.provenance(self.checkpoint_dir, self.base, template, self.adapter)
@@ -82,6 +84,28 @@ def to_hf(checkpoint_dir: Path, out_dir: Path) -> dict[str, Any]:
         )
         source.finish(folder, out_dir, found, use, "transformers", format="hf")
     return found
+
+
+def merge(checkpoint_dir: Path, lora_path: Path, out_dir: Path) -> float:
+    """Fold a LoRA file into its base: a checkpoint folder. Returns how far its logits are off, by their norm."""
+    with checkpoint.new_folder(out_dir) as folder:
+        source = Source.of(checkpoint_dir, lora_path)
+        lora.write_merged(folder / "lit_model.pth", source.model, source.state)
+        (folder / "lit_config.json").write_text(lora.merged_config(source.model).to_json())
+        hf_files.copy_side_files(checkpoint_dir, folder)
+        PromptStyle.from_dict(source.record["prompt_style"]).save(folder)
+        card.copy_run(lora_path.parent, folder)
+        what, packages = f"the merge of {lora_path}", ("transformers",)
+        reader = parity.read_back(what, packages, lambda: parity.read_lit(folder), lambda: own_checkpoint(folder))
+        dtype = source.state["wte.weight"].dtype
+        found = source.golden.compare(reader, what, verify.TOLERANCE[dtype], f"that rounding to {dtype} explains")
+        use = f'from lit_gpt import GPT\n\nmodel = GPT.from_checkpoint("{out_dir.name}")'
+        source.finish(folder, out_dir, found, use, "lit-gpt", format="merged")
+    return found["logits_difference"]
+
+
+def own_checkpoint(folder: Path) -> parity.Own:
+    return parity.Own.of(folder, GPT.from_checkpoint(folder))
 
 
 def same_weights(reader: parity.Reader) -> tuple[float, str]:

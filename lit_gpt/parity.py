@@ -5,7 +5,6 @@ logits, the tokens of the golden texts, and the tokens of conversations in the c
 """
 
 import importlib.util
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lit_gpt import hf_files, verify, weights
+from lit_gpt import checkpoint, hf_files, verify, weights
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
-from lit_gpt.model import GPT
 from lit_gpt.prompts import FILE, Message, PromptStyle
 from lit_gpt.tokenizer import Tokenizer, has_tokenizer
 
@@ -58,18 +56,18 @@ class Reader(Protocol):
 class Own:
     """What this project reads, and what every export is compared with."""
 
-    model: GPT
+    model: nn.Module  # a GPT, or transformers' model of the same state dict
     tokenizer: Tokenizer | None
     style: PromptStyle | None
     name: str = "Lit-GPT"
 
     @classmethod
-    def of(cls, folder: Path, model: GPT, style: PromptStyle | None = None) -> "Own":
+    def of(cls, folder: Path, model: nn.Module, style: PromptStyle | None = None, name: str = name) -> "Own":
         """A checkpoint folder, with its own prompt style or another."""
         tokenizer = Tokenizer(folder) if has_tokenizer(folder) else None
         if style is None and tokenizer and (tokenizer.chat_template or (Path(folder) / FILE).is_file()):
             style = PromptStyle.from_checkpoint(folder, tokenizer)
-        return cls(model, tokenizer, style)
+        return cls(model, tokenizer, style, name)
 
     def logits(self, idx: Tensor) -> Tensor:
         return verify.float32_logits(self.model, idx)
@@ -96,10 +94,8 @@ class Transformers:
     name: str = "transformers"
     says_stops: bool = True  # an adapter does not
 
-    @torch.no_grad()
     def logits(self, idx: Tensor) -> Tensor:
-        with verify.widened(self.model):
-            return self.model.eval()(idx).logits
+        return verify.float32_logits(self.model, idx)
 
     def ids(self, text: str) -> list[int] | None:
         if self.tokenizer is None:
@@ -132,7 +128,8 @@ class Golden:
     @classmethod
     def of(cls, source: Own) -> "Golden":
         ids, prompts = [source.ids(text) for text in TEXTS], [source.prompt(c) for c in CONVERSATIONS]
-        vocabulary, length = source.model.config.vocab_size, min(LENGTH, source.model.config.block_size)
+        config = source.model.config
+        vocabulary, length = config.vocab_size, min(LENGTH, config.block_size)
         generator = torch.Generator().manual_seed(0)
         rows = []
         for known in (*ids, *prompts):
@@ -152,7 +149,9 @@ class Golden:
         read = f"{what}, read back by {found.name}"
         for text, ids in zip(TEXTS, self.ids, strict=True):
             if found.ids(text) != ids:
-                raise UserError(f"{read}: the tokens of {text!r} differ: {shown(found.ids(text), ids)}; nothing was written")
+                raise UserError(
+                    f"{read}: the tokens of {text!r} differ: {shown(found.ids(text), ids)}; nothing was written"
+                )
         for conversation, ids in zip(CONVERSATIONS, self.prompts, strict=True):
             if ids is not None and (theirs := found.prompt(conversation)) != ids:
                 raise UserError(
@@ -220,6 +219,13 @@ def read_hf(folder: Path) -> Reader:
         return Transformers(model, hf_tokenizer(folder))
 
 
+def read_lit(folder: Path) -> Reader:
+    """A checkpoint folder of ours, whose weights transformers computes with."""
+    with reading(f"the checkpoint in {folder}"):
+        model = hf_model(folder, checkpoint.load_state(folder), Config.from_checkpoint(folder))
+        return Own.of(folder, model, name="transformers")
+
+
 def read_peft(checkpoint_dir: Path, state: dict[str, Tensor], folder: Path) -> Reader:
     """An adapter that PEFT loads onto transformers' model of a lit state dict."""
     with reading(f"the adapter in {folder}"):
@@ -242,7 +248,9 @@ def hf_model(checkpoint_dir: Path, state: dict[str, Tensor], config: Config) -> 
     theirs = AutoConfig.from_pretrained(checkpoint_dir, tie_word_embeddings=config.tie_embeddings)
     tensors = dict(weights.to_hf(config, state))
     dtype = state["wte.weight"].dtype
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(theirs)].from_pretrained(None, config=theirs, state_dict=tensors, dtype=dtype)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(theirs)].from_pretrained(
+        None, config=theirs, state_dict=tensors, dtype=dtype
+    )
 
 
 def read_back(what: str, packages: tuple[str, ...], theirs: Callable[[], Reader], own: Callable[[], Reader]) -> Reader:
@@ -258,6 +266,4 @@ def own_hf(folder: Path) -> Own:
     config = Config.from_hf(hf_files.read_json(folder / "config.json"), name=folder.name)
     stored = hf_files.StoredWeights(folder)
     config = weights.as_stored(config, stored)
-    from lit_gpt.checkpoint import build
-
-    return Own.of(folder, build(config, dict(weights.to_lit(config, stored)), source=folder))
+    return Own.of(folder, checkpoint.build(config, dict(weights.to_lit(config, stored)), source=folder))

@@ -181,7 +181,9 @@ def read(folder: Path, config: Config) -> tuple[lora.LoRAConfig, dict[str, Tenso
         dropout=fields.get("lora_dropout") or 0.0,
         **{name: any(parts[key] == name for key in found) for name in set(parts.values())},
     )
-    state = lay_out(config, result, {key: (a, b * (scale / (result.alpha / r))) for key, (a, b, scale) in found.items()})
+    state = lay_out(
+        config, result, {key: (a, b * (scale / (result.alpha / r))) for key, (a, b, scale) in found.items()}
+    )
     return result, state, targets.remarks(known)
 
 
@@ -198,7 +200,9 @@ def check_config(fields: Mapping[str, Any], path: Path) -> None:
     if fields.get("bias", "none") != "none":
         refuse("bias", "is not supported: only matrices have updates; expected none")
     if fields.get("init_lora_weights", True) not in KEPT_BASE:
-        refuse("init_lora_weights", "is not supported: it changes the base's weights; save the adapter converted to LoRA")
+        refuse(
+            "init_lora_weights", "is not supported: it changes the base's weights; save the adapter converted to LoRA"
+        )
     for name in ("r", "lora_alpha"):
         if isinstance(fields.get(name), bool) or not isinstance(fields.get(name), (int, float)) or fields[name] <= 0:
             refuse(name, "is not a number above 0")
@@ -228,7 +232,9 @@ def read_pairs(folder: Path) -> Pairs:
     for name, tensor in tensors.items():
         key = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
         if not key or tensor.ndim != 2:
-            raise UserError(f"{path}: holds {name} {tuple(tensor.shape)}, which is no A or B of LoRA; it is not supported")
+            raise UserError(
+                f"{path}: holds {name} {tuple(tensor.shape)}, which is no A or B of LoRA; it is not supported"
+            )
         halves.setdefault(key[1], {})[key[2]] = tensor.float()
     if not halves:
         raise UserError(f"{path}: holds no tensors")
@@ -354,7 +360,9 @@ def lay_out(
             if (path, span) in found:
                 A, B = found[path, span]
                 if A.shape[1] != layer.in_features:
-                    raise UserError(f"the adapter's A for {path} is {tuple(A.shape)}; expected {layer.in_features} columns")
+                    raise UserError(
+                        f"the adapter's A for {path} is {tuple(A.shape)}; expected {layer.in_features} columns"
+                    )
                 As[i, : len(A)], Bs[i][:, : len(A)] = A, B
         state |= {f"{path}.lora_A": As.flatten(0, 1), f"{path}.lora_B": torch.cat(Bs)}
     return state

@@ -55,10 +55,11 @@ def widened(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def float32_logits(model: GPT, idx: Tensor) -> Tensor:
-    """Logits of `idx` (B, T) with all arithmetic in float32."""
+def float32_logits(model: nn.Module, idx: Tensor) -> Tensor:
+    """Logits of `idx` (B, T) with all arithmetic in float32, of a GPT or of a model of transformers."""
     with widened(model):
-        return model.eval()(idx)
+        found = model.eval()(idx)
+    return found if isinstance(found, Tensor) else found.logits
 
 
 def probe(model: GPT, length: int = 24) -> Tensor:
@@ -87,6 +88,12 @@ def require_within(found: Tensor, expected: Tensor, allowed: float, why: str, wh
     same_shape = found.shape == expected.shape
     measured = difference(found, expected) if same_shape else float("nan")
     if not measured <= allowed:
-        by = f"by {measured:.1e} of their norm" if same_shape else f"in shape, {(*found.shape,)} for {(*expected.shape,)}"
-        raise UserError(f"{what}: its logits differ from the source's {by}, more than the {allowed:.0e} {why}; nothing was written")
+        by = (
+            f"by {measured:.1e} of their norm"
+            if same_shape
+            else f"in shape, {(*found.shape,)} for {(*expected.shape,)}"
+        )
+        raise UserError(
+            f"{what}: its logits differ from the source's {by}, more than the {allowed:.0e} {why}; nothing was written"
+        )
     return measured

@@ -35,7 +35,10 @@ def main(hp: SimpleNamespace) -> None:
     from lit_gpt import exports
 
     if hp.lora_path:
-        found, loads = exports.to_peft(hp.checkpoint_dir, hp.lora_path, hp.out_dir), "PeftModel.from_pretrained(base, '{}')"
+        found, loads = (
+            exports.to_peft(hp.checkpoint_dir, hp.lora_path, hp.out_dir),
+            "PeftModel.from_pretrained(base, '{}')",
+        )
     elif hp.format == "gguf":
         found, loads = exports.to_gguf(hp.checkpoint_dir, hp.out_dir, hp.dtype), "llama.cpp loads the .gguf file in {}"
     else:
