@@ -76,13 +76,49 @@ def to_hf(checkpoint_dir: Path, out_dir: Path) -> dict[str, Any]:
         source.write_prompt(folder)
         what, packages = f"the export of {checkpoint_dir}", ("transformers",)
         reader = parity.read_back(what, packages, lambda: parity.read_hf(folder), lambda: parity.own_hf(folder))
-        found = source.golden.compare(reader, what, *same_weights(reader))
+        found = source.golden.compare(reader, what)
         use = (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f'model = AutoModelForCausalLM.from_pretrained("{out_dir.name}", dtype="auto")\n'
             f'tokenizer = AutoTokenizer.from_pretrained("{out_dir.name}")'
         )
         source.finish(folder, out_dir, found, use, "transformers", format="hf")
+    return found
+
+
+def to_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None) -> dict[str, Any]:
+    """Export a converted checkpoint as a file that llama.cpp loads. Returns the figures of its comparison.
+
+    Args:
+        dtype: of the matrices, a key of gguf_writer.KINDS; None: as the checkpoint's.
+    """
+    from lit_gpt import gguf_writer
+
+    with checkpoint.new_folder(out_dir) as folder:
+        source, config = Source.of(checkpoint_dir), Config.from_checkpoint(checkpoint_dir)
+        stored = source.state["wte.weight"].dtype
+        dtype = dtype or gguf_writer.NAMES[stored]
+        path = folder / f"{config.name}-{dtype.upper()}.gguf"
+        layout = gguf_writer.write(path, checkpoint_dir, source.state, dtype, source.own.style)
+        if config.sliding_window and not layout.keeps_window:
+            print(f"llama.cpp keeps no window for it: the context is cut to {config.sliding_window} tokens")
+            source.golden = parity.Golden.of(source.own, min(config.sliding_window, parity.LENGTH))
+        what, read_as = f"the export of {checkpoint_dir}", gguf_writer.READ_AS[dtype]
+        if layout.unread:
+            print(f"{what}: transformers' reader of GGUF {layout.unread}; read back by Lit-GPT itself")
+            reader = parity.own_gguf(path, config, read_as)
+        else:
+            reader = parity.read_back(
+                what,
+                ("transformers",),
+                lambda: parity.read_gguf(path, checkpoint_dir, read_as),
+                lambda: parity.own_gguf(path, config, read_as),
+            )
+        exact = dtype in ("f32", gguf_writer.NAMES[stored])
+        rounding = () if exact else (gguf_writer.TOLERANCE[dtype], f"that rounding to {dtype} explains")
+        found = source.golden.compare(reader, what, *rounding)
+        use = f'from llama_cpp import Llama\n\nmodel = Llama("{out_dir.name}/{path.name}")'
+        source.finish(folder, out_dir, found, use, "gguf", format="gguf", dtype=dtype)
     return found
 
 
@@ -108,13 +144,6 @@ def own_checkpoint(folder: Path) -> parity.Own:
     return parity.Own.of(folder, GPT.from_checkpoint(folder))
 
 
-def same_weights(reader: parity.Reader) -> tuple[float, str]:
-    """How far the logits of the same numbers may differ, and why."""
-    if isinstance(reader, parity.Own):
-        return 1e-6, "that the order of sums explains"
-    return parity.OTHER_CODE, "that another implementation in float32 explains"
-
-
 def to_peft(checkpoint_dir: Path, lora_path: Path, out_dir: Path) -> dict[str, Any]:
     """Export a LoRA file as an adapter that `PeftModel.from_pretrained` loads. Returns the figures."""
     with checkpoint.new_folder(out_dir) as folder:
@@ -125,7 +154,7 @@ def to_peft(checkpoint_dir: Path, lora_path: Path, out_dir: Path) -> dict[str, A
         source.write_prompt(folder, stops=False)  # an adapter goes by its base's generation_config.json
         what = f"the export of {lora_path}"
         reader = read_adapter(what, source, folder)
-        found = source.golden.compare(reader, what, *same_weights(reader))
+        found = source.golden.compare(reader, what)
         use = (
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
             f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")\n'
@@ -178,5 +207,5 @@ def from_peft(peft_dir: Path, checkpoint_dir: Path, out_dir: Path) -> lora.LoRAC
         golden = golden if templates else replace(golden, prompts=[None] * len(golden.prompts))
         what = f"the adapter in {peft_dir}"
         reader = read_adapter(what, source, peft_dir)
-        golden.compare(reader, what, *same_weights(reader))
+        golden.compare(reader, what)
     return settings

@@ -5,19 +5,25 @@ logits, the tokens of the golden texts, and the tokens of conversations in the c
 """
 
 import importlib.util
+import io
+import math
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from lit_gpt import checkpoint, hf_files, verify, weights
+from lit_gpt import checkpoint, gguf_files, hf_files, verify, weights
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
+from lit_gpt.gguf_reader import GGUFFile
+from lit_gpt.gguf_tokenizer import Vocabulary
+from lit_gpt.model import GPT, rope_frequencies
 from lit_gpt.prompts import FILE, Message, PromptStyle
 from lit_gpt.tokenizer import Tokenizer, has_tokenizer
 
@@ -37,8 +43,7 @@ CONVERSATIONS: tuple[list[Message], ...] = (
 )
 LENGTH = 24  # tokens of each golden prompt that logits are compared on
 POSITIONS = (len(TEXTS) + len(CONVERSATIONS)) * LENGTH
-# Logits of another implementation, in float32 from the same weights. Measured: 4e-7 for SmolLM2-135M.
-OTHER_CODE = 1e-4
+SAME = verify.TOLERANCE[torch.float32], "that the order of sums in float32 explains"
 
 
 class Reader(Protocol):
@@ -126,10 +131,10 @@ class Golden:
     stops: set[int] | None
 
     @classmethod
-    def of(cls, source: Own) -> "Golden":
+    def of(cls, source: Own, longest: int = LENGTH) -> "Golden":
         ids, prompts = [source.ids(text) for text in TEXTS], [source.prompt(c) for c in CONVERSATIONS]
         config = source.model.config
-        vocabulary, length = config.vocab_size, min(LENGTH, config.block_size)
+        vocabulary, length = config.vocab_size, min(longest, config.block_size)
         generator = torch.Generator().manual_seed(0)
         rows = []
         for known in (*ids, *prompts):
@@ -137,7 +142,7 @@ class Golden:
             rows.append(torch.cat([torch.tensor(known or [], dtype=torch.int64), random])[:length])
         return cls(idx := torch.stack(rows), source.logits(idx), ids, prompts, source.stops())
 
-    def compare(self, found: Reader, what: str, allowed: float, why: str) -> dict[str, Any]:
+    def compare(self, found: Reader, what: str, allowed: float = SAME[0], why: str = SAME[1]) -> dict[str, Any]:
         """The figures of the comparison.
 
         Args:
@@ -193,9 +198,8 @@ def reading(what: str) -> Iterator[None]:
 
     level = logging.get_verbosity()
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # progress bars
             warnings.simplefilter("ignore")
             yield
     except UserError:
@@ -205,7 +209,6 @@ def reading(what: str) -> Iterator[None]:
         raise UserError(f"{what} cannot be read back ({reason}); nothing was written") from None
     finally:
         logging.set_verbosity(level)
-        logging.enable_progress_bar()
 
 
 def read_hf(folder: Path) -> Reader:
@@ -233,6 +236,54 @@ def read_peft(checkpoint_dir: Path, state: dict[str, Tensor], folder: Path) -> R
 
         base = hf_model(checkpoint_dir, state, Config.from_checkpoint(checkpoint_dir))
         return Transformers(PeftModel.from_pretrained(base, folder), hf_tokenizer(folder), "PEFT", says_stops=False)
+
+
+def read_gguf(path: Path, checkpoint_dir: Path, dtype: torch.dtype) -> Reader:
+    """A GGUF file as transformers dequantizes it to `dtype`.
+
+    Its tokens are read by our own code: transformers passes over how the file says that text is split. And so it does
+    over rotary scaling, which is therefore told.
+    """
+    with reading(f"the file {path.name}"):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = Config.from_checkpoint(checkpoint_dir)
+        told = {"config": AutoConfig.from_pretrained(checkpoint_dir)} if config.rope_scaling else {}
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **told)
+        return own_gguf(path, config, dtype, model)
+
+
+def own_gguf(path: Path, config: Config, dtype: torch.dtype, model: nn.Module | None = None) -> Own:
+    """A GGUF file by our own code; with `model`, all of it but the weights.
+
+    Raises:
+        UserError: its metadata is not what the model's configuration says.
+    """
+    file = GGUFFile(path)
+    tokens = Vocabulary(file)
+    if file.need("general.architecture", str) == "llama":
+        check_same(Config.from_hf(gguf_files.hf_config(file, tokens, dtype)), config, path)
+    if model is None:
+        stored = gguf_files.GGUFWeights(file, config, dtype)
+        model = checkpoint.build(config, dict(weights.to_lit(config, stored)), source=path)
+    with tempfile.TemporaryDirectory() as folder:
+        gguf_files.write_tokenizer(Path(folder), file, tokens)
+        own = Own.of(Path(folder), model, name="transformers" if not isinstance(model, GPT) else "Lit-GPT")
+        own.ids("")  # what is lazy is read while the folder is there
+    return own
+
+
+def check_same(found: Config, expected: Config, path: Path) -> None:
+    """Refuse a file whose metadata is that of another architecture. Rotary scaling is compared by what it does."""
+    apart = {"name", "family", "block_size", "sliding_window", "vocab_size", "rope_scaling"}
+    for name, value in asdict(found).items():
+        wanted = getattr(expected, name)
+        same = math.isclose(value, wanted, rel_tol=1e-6) if isinstance(value, float) else value == wanted
+        if name not in apart and not same:
+            raise UserError(f"{path.name}: says {name} {value} for {wanted}; nothing was written")
+    (theirs, factor), (ours, our_factor) = rope_frequencies(found), rope_frequencies(expected)
+    if not torch.allclose(theirs, ours, rtol=1e-5, atol=0) or not math.isclose(factor, our_factor, rel_tol=1e-6):
+        raise UserError(f"{path.name}: says another rotary scaling than {expected.rope_scaling}; nothing was written")
 
 
 def hf_tokenizer(folder: Path) -> Any:

@@ -117,6 +117,11 @@ class Tokenizer:
         """The id of a token, spelled as in the vocabulary, or None."""
         return self._tokens.token_to_id(token)
 
+    @property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """{id: token} of those that were added to the vocabulary, special ones included."""
+        return self._added
+
     def is_added(self, token: int) -> bool:
         """Whether an id is of a token that was added to the vocabulary, such as an end of turn."""
         return token in self._added
