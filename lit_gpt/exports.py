@@ -177,7 +177,7 @@ def read_adapter(what: str, source: Source, folder: Path) -> parity.Reader:
 def own_adapter(source: Source, folder: Path) -> parity.Own:
     config = Config.from_checkpoint(source.checkpoint_dir)
     model = checkpoint.build(config, source.state, source=source.checkpoint_dir)
-    settings, state, _ = peft_files.read(folder, config)
+    settings, state, _ = peft_files.read(folder, config, source.state)
     variants.load_trained(lora.attach(model, settings), state, folder)
     return parity.Own.of(folder, model.eval())
 
@@ -190,18 +190,17 @@ def from_peft(peft_dir: Path, checkpoint_dir: Path, out_dir: Path) -> lora.LoRAC
     Raises:
         UserError: it has what is not supported, is for another base, or its logits under PEFT are others.
     """
-    checkpoint.check_checkpoint_dir(checkpoint_dir)
-    settings, state, remarks = peft_files.read(peft_dir, Config.from_checkpoint(checkpoint_dir))
+    base = checkpoint.load_state(checkpoint_dir)
+    settings, state, remarks = peft_files.read(peft_dir, Config.from_checkpoint(checkpoint_dir), base)
     with checkpoint.new_folder(out_dir) as folder:
         print("".join(f"{remark}\n" for remark in remarks), end="")
         own = has_tokenizer(peft_dir)
         templates = own and Tokenizer(peft_dir).chat_template is not None
         speaks = peft_dir if templates else checkpoint_dir
         style = PromptStyle.from_checkpoint(speaks, Tokenizer(speaks))
-        base = checkpoint.fingerprint(checkpoint.load_state(checkpoint_dir))
         path = folder / f"lit_model_{lora.METHOD}_finetuned.pth"
         record = {"hyperparameters": asdict(settings), "prompt_style": style.to_dict()}
-        variants.save_file(path, lora.METHOD, base, state, **record)
+        variants.save_file(path, lora.METHOD, checkpoint.fingerprint(base), state, **record)
         source = Source.of(checkpoint_dir, path)
         golden = source.golden if own else replace(source.golden, ids=[None] * len(source.golden.ids))
         golden = golden if templates else replace(golden, prompts=[None] * len(golden.prompts))

@@ -145,8 +145,10 @@ SAY_NOTHING = {
 KEPT_BASE = (True, False, None, "gaussian", "orthogonal", "eva")  # initializations that leave the base as it was
 
 
-def read(folder: Path, config: Config) -> tuple[lora.LoRAConfig, dict[str, Tensor], list[str]]:
-    """What a PEFT adapter is to a model of this Config.
+def read(
+    folder: Path, config: Config, base: Mapping[str, Tensor]
+) -> tuple[lora.LoRAConfig, dict[str, Tensor], list[str]]:
+    """What a PEFT adapter is to a model of this Config, whose state dict is `base`.
 
     A module whose alpha or rank is its own is honoured: what its scale differs by goes into its B, and ranks that it
     lacks are zeros in A and B, which add nothing and, their gradients being zero, never train. So are the projections
@@ -163,7 +165,9 @@ def read(folder: Path, config: Config) -> tuple[lora.LoRAConfig, dict[str, Tenso
     check_config(fields, path)
     known = {layer.name: layer for layer in layers(config)}
     modules = {layer.stored: layer.name for layer in known.values()}
-    pairs = {modules.get(name, name): pair for name, pair in read_pairs(Path(folder)).items()}
+    pairs, others = read_pairs(Path(folder))
+    pairs = {modules.get(name, name): pair for name, pair in pairs.items()}
+    check_others(others, known, config, base, Path(folder))
     targets = Targets(fields, path)
     check_targets(pairs, known, targets, Path(folder))
 
@@ -211,11 +215,11 @@ def check_config(fields: Mapping[str, Any], path: Path) -> None:
             refuse(name, "is not supported; merge the adapter with PEFT (merge_and_unload) and convert the result")
 
 
-def read_pairs(folder: Path) -> Pairs:
-    """The adapter's tensors.
+def read_pairs(folder: Path) -> tuple[Pairs, dict[str, Tensor]]:
+    """The adapter's pairs of A and B, and its other tensors, by the names of transformers.
 
     Raises:
-        UserError: there are none, or others than pairs of A and B.
+        UserError: there are no pairs, or halves of them.
     """
     path = folder / TENSORS
     if path.is_file():
@@ -229,20 +233,35 @@ def read_pairs(folder: Path) -> Pairs:
     else:
         raise UserError(f"{folder}: no adapter; expected {TENSORS} beside {CONFIG}, as PEFT's save_pretrained writes")
     halves: dict[str, dict[str, Tensor]] = {}
+    others = {}
     for name, tensor in tensors.items():
         key = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
-        if not key or tensor.ndim != 2:
-            raise UserError(
-                f"{path}: holds {name} {tuple(tensor.shape)}, which is no A or B of LoRA; it is not supported"
-            )
-        halves.setdefault(key[1], {})[key[2]] = tensor.float()
+        if key and tensor.ndim == 2:
+            halves.setdefault(key[1], {})[key[2]] = tensor.float()
+        else:
+            others[name.removeprefix(PREFIX)] = tensor
     if not halves:
         raise UserError(f"{path}: holds no tensors")
     for name, pair in halves.items():
         if len(pair) != 2 or len(pair["A"]) != pair["B"].shape[1]:
             shapes = ", ".join(f"{x} {tuple(t.shape)}" for x, t in pair.items())
             raise UserError(f"{path}: of {name} it holds {shapes}; expected A (r, in) and B (out, r)")
-    return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}
+    return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}, others
+
+
+def check_others(
+    others: Mapping[str, Tensor], known: Mapping[str, Layer], config: Config, base: Mapping[str, Tensor], folder: Path
+) -> None:
+    """Refuse what is neither A nor B, but for copies of the base's own weights: PEFT adds those of an adapted head."""
+    rows = {row.lit: row for row in weights.rows(replace(config, tie_embeddings=False))}
+    for name, tensor in others.items():
+        layer = known.get(re.sub(r"(\.base_layer)?\.weight$", "", name))
+        if layer is None:
+            raise UserError(f"{folder}: holds {name} {tuple(tensor.shape)}, no A or B of LoRA; it is not supported")
+        row, stored = rows[f"{layer.lit}.weight"], base.get(f"{layer.lit}.weight", base["wte.weight"])
+        own = row.place.to_hf(stored)[row.hf.index(f"{layer.stored}.weight")]
+        if own.shape != tensor.shape or not torch.equal(own.to(tensor.dtype), tensor):
+            raise UserError(f"{folder}: changes the base's {name}; only updates of low rank are supported")
 
 
 @dataclass(frozen=True)
