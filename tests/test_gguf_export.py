@@ -1,6 +1,8 @@
 """GGUF files written here, read back by the gguf package, by transformers, by our own reader and by llama.cpp."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import gguf
