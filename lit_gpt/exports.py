@@ -4,13 +4,15 @@ Each is written into a temporary folder, read back, compared with its source on 
 put in place with the figures (export.json) and a card, or refused and not put in place.
 
 Memory: weights stay mapped from their files, on both sides, and are widened layer by layer. A comparison holds the
-largest layer in float32 and the golden logits twice; writing holds one shard (2 GB), and of a GGUF file one tensor.
+largest layer in float32 and the golden logits twice; a shard is written from the mapped file, but for layers that
+transformers has in another order (2 GB). The reader of a GGUF file holds its weights once, in 16 or 32 bits.
 """
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lit_gpt import card, checkpoint, hf_files, lora, parity, peft_files, variants, verify
@@ -96,14 +98,15 @@ def to_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None) -> dict[str,
 
     with checkpoint.new_folder(out_dir) as folder:
         source, config = Source.of(checkpoint_dir), Config.from_checkpoint(checkpoint_dir)
-        stored = source.state["wte.weight"].dtype
-        dtype = dtype or gguf_writer.NAMES[stored]
+        dtype = dtype or gguf_writer.NAMES[source.state["wte.weight"].dtype]
         path = folder / f"{config.name}-{dtype.upper()}.gguf"
         layout = gguf_writer.write(path, checkpoint_dir, source.state, dtype, source.own.style)
         if config.sliding_window and not layout.keeps_window:
             print(f"llama.cpp keeps no window for it: the context is cut to {config.sliding_window} tokens")
             source.golden = parity.Golden.of(source.own, min(config.sliding_window, parity.LENGTH))
-        what, read_as = f"the export of {checkpoint_dir}", gguf_writer.READ_AS[dtype]
+        what = f"the export of {checkpoint_dir}"
+        held = {tensor.dtype for tensor in source.state.values()}
+        read_as = torch.float32 if torch.float32 in held else gguf_writer.READ_AS[dtype]
         if layout.unread:
             print(f"{what}: transformers' reader of GGUF {layout.unread}; read back by Lit-GPT itself")
             reader = parity.own_gguf(path, config, read_as)
@@ -114,7 +117,7 @@ def to_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None) -> dict[str,
                 lambda: parity.read_gguf(path, checkpoint_dir, read_as),
                 lambda: parity.own_gguf(path, config, read_as),
             )
-        exact = dtype in ("f32", gguf_writer.NAMES[stored])
+        exact = dtype == "f32" or {dtype} == {gguf_writer.NAMES[held_as] for held_as in held}
         rounding = () if exact else (gguf_writer.TOLERANCE[dtype], f"that rounding to {dtype} explains")
         found = source.golden.compare(reader, what, *rounding)
         use = f'from llama_cpp import Llama\n\nmodel = Llama("{out_dir.name}/{path.name}")'
