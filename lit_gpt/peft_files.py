@@ -57,7 +57,10 @@ def layers(config: Config) -> Iterator[Layer]:
 def to_peft(model: GPT) -> Pairs:
     """The pairs of a model with LoRA attached, under the names of transformers."""
     attached, pairs = lora.lora_layers(model), {}
-    for layer in layers(model.config):
+    known = list(layers(model.config))
+    if apart := attached.keys() - {layer.lit for layer in known}:
+        raise UserError(f"LoRA of {min(apart)} cannot be a PEFT adapter: transformers has no linear layer there")
+    for layer in known:
         ours = attached.get(layer.lit)
         if ours is None:
             continue
