@@ -102,7 +102,7 @@ def add_field(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 def metadata(config: Config, layout: Layout) -> dict[str, Any]:
     """What llama.cpp has of a model's architecture, in its words."""
     window = None if layout.keeps_window else config.sliding_window
-    eps = {"RMSNorm": "layer_norm_rms_epsilon", "LayerNorm": "layer_norm_epsilon"}[config.norm_class]
+    eps = "layer_norm_epsilon" if config.norm_class == "LayerNorm" else "layer_norm_rms_epsilon"
     fields = {
         "block_count": config.n_layer,
         "context_length": min(config.block_size, window or config.block_size),
