@@ -105,8 +105,8 @@ def to_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None) -> dict[str,
             print(f"llama.cpp keeps no window for it: the context is cut to {config.sliding_window} tokens")
             source.golden = parity.Golden.of(source.own, min(config.sliding_window, parity.LENGTH))
         what = f"the export of {checkpoint_dir}"
-        held = {tensor.dtype for tensor in source.state.values()}
-        read_as = torch.float32 if torch.float32 in held else gguf_writer.READ_AS[dtype]
+        stored = {gguf_writer.NAMES.get(tensor.dtype) for tensor in source.state.values()}
+        read_as = torch.float32 if "f32" in stored else gguf_writer.READ_AS[dtype]
         if layout.unread:
             print(f"{what}: transformers' reader of GGUF {layout.unread}; read back by Lit-GPT itself")
             reader = parity.own_gguf(path, config, read_as)
@@ -117,7 +117,7 @@ def to_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None) -> dict[str,
                 lambda: parity.read_gguf(path, checkpoint_dir, read_as),
                 lambda: parity.own_gguf(path, config, read_as),
             )
-        exact = dtype == "f32" or {dtype} == {gguf_writer.NAMES[held_as] for held_as in held}
+        exact = dtype == "f32" or stored == {dtype}
         rounding = () if exact else (gguf_writer.TOLERANCE[dtype], f"that rounding to {dtype} explains")
         found = source.golden.compare(reader, what, *rounding)
         use = f'from llama_cpp import Llama\n\nmodel = Llama("{out_dir.name}/{path.name}")'
@@ -137,7 +137,10 @@ def merge(checkpoint_dir: Path, lora_path: Path, out_dir: Path) -> float:
         what, packages = f"the merge of {lora_path}", ("transformers",)
         reader = parity.read_back(what, packages, lambda: parity.read_lit(folder), lambda: own_checkpoint(folder))
         dtype = source.state["wte.weight"].dtype
-        found = source.golden.compare(reader, what, verify.TOLERANCE[dtype], f"that rounding to {dtype} explains")
+        rounding = verify.TOLERANCE[dtype], f"that rounding to {str(dtype).removeprefix('torch.')} explains"
+        base = checkpoint.build(Config.from_checkpoint(checkpoint_dir), source.state, source=checkpoint_dir)
+        without = verify.float32_logits(base, source.golden.idx)
+        found = source.golden.compare(reader, what, *rounding, base=without)
         use = f'from lit_gpt import GPT\n\nmodel = GPT.from_checkpoint("{out_dir.name}")'
         source.finish(folder, out_dir, found, use, "lit-gpt", format="merged")
     return found["logits_difference"]

@@ -142,11 +142,14 @@ class Golden:
             rows.append(torch.cat([torch.tensor(known or [], dtype=torch.int64), random])[:length])
         return cls(idx := torch.stack(rows), source.logits(idx), ids, prompts, source.stops())
 
-    def compare(self, found: Reader, what: str, allowed: float = SAME[0], why: str = SAME[1]) -> dict[str, Any]:
+    def compare(
+        self, found: Reader, what: str, allowed: float = SAME[0], why: str = SAME[1], base: Tensor | None = None
+    ) -> dict[str, Any]:
         """The figures of the comparison.
 
         Args:
             allowed: how far the logits may be off, relative to their norm; `why` names the cause.
+            base: logits without the finetune, where it is to be seen that all of it arrived.
 
         Raises:
             UserError: something differs.
@@ -164,11 +167,14 @@ class Golden:
                 )
         if self.stops and (stops := found.stops()) is not None and not self.stops <= stops:
             raise UserError(f"{read}: answers end at {sorted(stops)} for {sorted(self.stops)}; nothing was written")
-        off = verify.require_within(found.logits(self.idx).float(), self.logits, allowed, why, read)
+        logits = found.logits(self.idx).float()
+        off = verify.require_within(logits, self.logits, allowed, why, read)
+        arrived = {} if base is None else {"finetune_arrived": verify.require_arrived(logits, self.logits, base, read)}
         return {
             "reader": found.name,
             "logits_difference": off,
             "logits_difference_allowed": allowed,
+            **arrived,
             "texts_compared": sum(ids is not None for ids in self.ids),
             "conversations_compared": sum(ids is not None for ids in self.prompts),
         }

@@ -214,7 +214,7 @@ def merge_once(model: GPT) -> None:
         layer.merged()
     largest = max((model.wte, model.h[0], model.lm_head), key=size)
     widened = [p.float() for p in largest.parameters()]  # noqa: F841 (held together)
-    torch.empty(2 * parity.POSITIONS, model.config.padded_vocab_size)
+    torch.empty(3 * parity.POSITIONS, model.config.padded_vocab_size)
 
 
 def size(module: nn.Module) -> int:

@@ -97,3 +97,22 @@ def require_within(found: Tensor, expected: Tensor, allowed: float, why: str, wh
             f"{what}: its logits differ from the source's {by}, more than the {allowed:.0e} {why}; nothing was written"
         )
     return measured
+
+
+def require_arrived(found: Tensor, expected: Tensor, base: Tensor, what: str) -> float:
+    """How much of what a finetune changes in the base's logits is in what was made of it: 1, but for rounding.
+
+    Rounding moves logits in directions of its own. Along the finetune's a wrong scale shows that the norm of the
+    difference hides in the rounding.
+
+    Raises:
+        UserError: it is not 1 within 5 %, and a tenth of how large the rounding is beside the change.
+    """
+    change = (expected - base).flatten()
+    if not change.any():
+        return 1.0
+    arrived = ((found - base).flatten() @ change / (change @ change)).item()
+    allowed = 0.05 + 0.1 * ((found - expected).norm() / change.norm()).item()
+    if not abs(arrived - 1) <= allowed:
+        raise UserError(f"{what}: {arrived:.0%} of the finetune's change of the logits arrived; nothing was written")
+    return arrived

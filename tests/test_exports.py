@@ -427,6 +427,27 @@ def test_card_figures_and_further_finetuning(cli, bases, tmp_path):
     cli("finetune/lora.py", **more | other).refused("--lora_r 4", "has 8", code=2)
 
 
+def test_a_wrong_scale_shows_behind_rounding(cli, bases, tmp_path, monkeypatch):
+    """A merge into bfloat16 of a finetune that moves the logits by less than bfloat16 may."""
+    base = tmp_path / "base"
+    shutil.copytree(bases["llama"], base)
+    hf_files.convert(base, hf_files.StoredWeights(base), torch.bfloat16)
+    path = lora_file(base, tmp_path / "run", replace(EVERYTHING, alpha=0.4))
+    flags = {"checkpoint_dir": base, "lora_path": path}
+    merged = cli(MERGE, **flags, out_dir=tmp_path / "right")
+    figures = json.loads((tmp_path / "right" / "export.json").read_text())
+    assert merged.code == 0 and figures["finetune_arrived"] == pytest.approx(1, abs=0.05), merged.err
+    plain = lora.LoRALinear.merged
+
+    def halved(layer):
+        layer.scale *= 0.5
+        return plain(layer)
+
+    monkeypatch.setattr(lora.LoRALinear, "merged", halved)
+    cli(MERGE, **flags, out_dir=tmp_path / "wrong").refused("of the finetune's change of the logits arrived")
+    assert not (tmp_path / "wrong").exists()
+
+
 @torch.no_grad()
 def test_gate_catches_nan(bases):
     model = GPT.from_checkpoint(bases["llama"])
