@@ -34,7 +34,6 @@ def write(
     use: str,
     library: str,
     figures: dict[str, Any],
-    remarks: list[str] | None = None,
 ) -> None:
     """Write README.md, with loss.png and the base's licence where there is one, and export.json.
 
@@ -64,7 +63,7 @@ def write(
     parts = [
         "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in head.items() if value) + "---",
         f"# {name}",
-        f"Made by Lit-GPT from {repository(base) or base.name}." + "".join(f" {remark}" for remark in remarks or ()),
+        f"Made by Lit-GPT from {repository(base) or base.name}.",
         f"```python\n{use}\n```",
         training_data(run),
         table("Hyperparameters", {k: v for k, v in run.items() if k in SHOWN or k.startswith(("lora_", "adapter_"))}),

@@ -238,6 +238,8 @@ def byte_level_fields(path: Path, stored: dict[str, Any]) -> dict[str, Any]:
         )
     if stored.get("normalizer") not in (None, {"type": "NFC"}):
         raise UserError(f"{path}: has a normalizer, {stored['normalizer'].get('type')}, and llama.cpp would have none")
+    if stored.get("normalizer"):
+        print(f"{path}: brings text into Unicode's form NFC, and llama.cpp does not; most text is in it")
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in stored["model"]["merges"]]
     return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.merges": merges}
 

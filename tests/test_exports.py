@@ -21,12 +21,12 @@ from lit_gpt import (
     checkpoint,
     exports,
     gguf_layout,
+    gguf_writer,
     hf_files,
     lora,
     parity,
     peft_files,
     variants,
-    weights,
 )
 from lit_gpt.errors import UserError
 from lit_gpt.prompts import PromptStyle
@@ -153,7 +153,7 @@ def test_an_adapter_of_peft_computes_the_same_here(bases, tmp_path, case):
     assert settings.dropout == 0.1 and (case not in ("all linear", "head") or (settings.r, settings.alpha) == (4, 10))
 
 
-def test_what_an_adapter_leaves_out_never_trains(bases, tmp_path, cli):
+def test_what_an_adapter_leaves_out_never_trains(bases, tmp_path):
     """Ranks that it has not, and projections and layers that it does not adapt: zero, and zero after training."""
     fields = {"target_modules": ["q_proj", "v_proj", "down_proj"], "rank_pattern": {"v_proj": 2}}
     trained_adapter(bases["llama"], tmp_path / "peft", layers_to_transform=[1], **fields)
@@ -252,60 +252,55 @@ WRONG = ["tensor transposed", "scaling forgotten", "template lost", "tokenizer s
 KINDS = ["hf", "peft", "gguf", "merged"]
 
 
-def spoil(monkeypatch, how: str, base: Path) -> None:
-    """Have all writers make one mistake."""
-    if how == "tensor transposed":
-        real, to_gguf, to_peft = weights.to_hf, gguf_layout.Place.to_gguf, peft_files.to_peft
+O_PROJ = ("model.layers.0.self_attn.o_proj", "blk.0.attn_output")  # square: transposed, it fits
 
-        def turned(name, t):
-            return t.T if name in ("model.layers.0.self_attn.o_proj.weight", "blk.0.attn_output.weight") else t
 
-        def merged(layer, real=lora.LoRALinear.merged):
-            return real(layer).T if layer.in_features == layer.out_features == 64 else real(layer)
+def turned(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.T if name.removesuffix(".weight") in O_PROJ else tensor
 
-        def pairs(model):
-            found = to_peft(model)
-            A, B = found["model.layers.0.self_attn.o_proj"]
-            return found | {"model.layers.0.self_attn.o_proj": (B.T, A.T)}
 
-        monkeypatch.setattr(hf_files.weights, "to_hf", lambda *a: ((k, turned(k, t)) for k, t in real(*a)))
-        monkeypatch.setattr(parity.weights, "to_hf", real) if parity.weights is not hf_files.weights else None
-        monkeypatch.setattr(gguf_layout.Place, "to_gguf", lambda place, t: turned(place.name, to_gguf(place, t)))
-        monkeypatch.setattr(lora.LoRALinear, "merged", merged)
-        monkeypatch.setattr(peft_files, "to_peft", pairs)
-    elif how == "scaling forgotten":
-        config = peft_files.adapter_config
-        monkeypatch.setattr(peft_files, "adapter_config", lambda *a: (c := config(*a)) | {"lora_alpha": c["r"]})
-        plain = lora.LoRALinear.merged
+def spoil(patch: pytest.MonkeyPatch, how: str, base: Path) -> None:
+    """Have the writer of each kind make one mistake."""
+    shards, merged, to_gguf = hf_files.write_shards, lora.LoRALinear.merged, gguf_layout.Place.to_gguf
+    to_peft, adapter_config, side_files = peft_files.to_peft, peft_files.adapter_config, hf_files.copy_side_files
 
-        def merged(layer):
-            layer.scale = 1.0
-            return plain(layer)
-
-        monkeypatch.setattr(lora.LoRALinear, "merged", merged)
-        monkeypatch.setattr(gguf_layout, "interleave", lambda tensor, heads: tensor)  # what has no scale: another slip
-        real = hf_files.write_shards
-        monkeypatch.setattr(
-            hf_files,
-            "write_shards",
-            lambda d, ts, n: real(d, ((k, t * 2 if "ln" in k or "norm" in k else t) for k, t in ts), n),
+    def on_shards(change) -> None:
+        patch.setattr(
+            hf_files, "write_shards", lambda d, tensors, n: shards(d, ((k, change(k, t)) for k, t in tensors), n)
         )
+
+    if how == "tensor transposed":
+        on_shards(turned)
+        patch.setattr(gguf_layout.Place, "to_gguf", lambda place, t: turned(place.name, to_gguf(place, t)))
+        patch.setattr(
+            lora.LoRALinear, "merged", lambda x: merged(x).T if x.in_features == x.out_features else merged(x)
+        )
+        pairs = {O_PROJ[0]: lambda A, B: (B.T, A.T)}
+        same = lambda A, B: (A, B)  # noqa: E731
+        patch.setattr(peft_files, "to_peft", lambda m: {k: pairs.get(k, same)(*v) for k, v in to_peft(m).items()})
+    elif how == "scaling forgotten":
+
+        def unscaled(layer):
+            layer.scale = 1.0
+            return merged(layer)
+
+        patch.setattr(lora.LoRALinear, "merged", unscaled)
+        patch.setattr(peft_files, "adapter_config", lambda *a: (c := adapter_config(*a)) | {"lora_alpha": c["r"]})
+        # what has no scale: the order of rotated rows, and norms twice as large
+        patch.setattr(gguf_layout, "interleave", lambda tensor, heads: tensor)
+        on_shards(lambda name, tensor: tensor * 2 if "norm" in name else tensor)
     elif how == "template lost":
-        monkeypatch.setattr(PromptStyle, "write_template", lambda *a: None)
-        monkeypatch.setattr(PromptStyle, "for_others", lambda *a: "")
-        monkeypatch.setattr(PromptStyle, "save", lambda *a: None)
+        for name, nothing in (("write_template", None), ("save", None), ("for_others", "")):
+            patch.setattr(PromptStyle, name, lambda *a, nothing=nothing: nothing)
     else:
-        real = hf_files.copy_side_files
+        other, fields = base.parent / "other", gguf_writer.vocabulary_fields
 
         def swapped(source, target, *names):
-            real(source, target, *names)
-            shutil.copyfile(base.parent / "other" / "tokenizer.json", target / "tokenizer.json")
+            side_files(source, target, *names)
+            shutil.copyfile(other / "tokenizer.json", target / "tokenizer.json")
 
-        monkeypatch.setattr(hf_files, "copy_side_files", swapped)
-        from lit_gpt import gguf_writer
-
-        fields = gguf_writer.vocabulary_fields
-        monkeypatch.setattr(gguf_writer, "vocabulary_fields", lambda d, *a: fields(base.parent / "other", *a))
+        patch.setattr(hf_files, "copy_side_files", swapped)
+        patch.setattr(gguf_writer, "vocabulary_fields", lambda folder, *a: fields(other, *a))
 
 
 def finetuned(base: Path, root: Path) -> Path:
