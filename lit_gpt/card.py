@@ -13,10 +13,11 @@ from lit_gpt.tokenizer import Tokenizer, has_tokenizer
 # What a finetune leaves in its out_dir, and the folder made from it keeps, for the card of what is made from that.
 RUN_FILES = ("hyperparameters.json", "summary.json", "metrics.csv", "loss.png")
 PACKAGES = ("torch", "transformers", "peft", "gguf", "tokenizers")
-SHOWN = (  # of the hyperparameters; those of LoRA besides
+SHOWN = (  # of the hyperparameters; those of the method besides
     "learning_rate", "weight_decay", "warmup_steps", "schedule", "optimizer", "epochs", "max_steps", "batch_size",
     "precision", "seed",
 )  # fmt: skip
+OF_METHOD = ("lora_", "adapter_")
 AUDIT = ("rows_kept", "tokens", "tokens_supervised")
 
 
@@ -51,6 +52,7 @@ def write(
         "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir())},
     }
     run, summary = read(run_dir / "hyperparameters.json"), read(run_dir / "summary.json")
+    run.pop("lora_path", None)  # a place on this machine
     base = Path(run.get("checkpoint_dir") or checkpoint_dir)
     licence = licence_of(base, folder)
     head = {
@@ -66,7 +68,7 @@ def write(
         f"Made by Lit-GPT from {repository(base) or base.name}.",
         f"```python\n{use}\n```",
         training_data(run),
-        table("Hyperparameters", {k: v for k, v in run.items() if k in SHOWN or k.startswith(("lora_", "adapter_"))}),
+        table("Hyperparameters", {k: v for k, v in run.items() if k in SHOWN or k.startswith(OF_METHOD)}),
         losses(summary, run_dir, folder),
         checked(figures),
         f"## Licence\n\n{licence or 'The folder of the base does not tell one.'}",
