@@ -15,8 +15,8 @@ from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.gguf_layout import ROPE_FACTORS, Layout, layout_of, places
 from lit_gpt.gguf_tokenizer import vocabulary_fields
-from lit_gpt.model import rope_frequencies
 from lit_gpt.prompts import PromptStyle
+from lit_gpt.rope import rope_frequencies
 from lit_gpt.tokenizer import Tokenizer
 
 KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}

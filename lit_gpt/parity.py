@@ -23,8 +23,9 @@ from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.gguf_reader import GGUFFile
 from lit_gpt.gguf_tokenizer import Vocabulary
-from lit_gpt.model import GPT, rope_frequencies
+from lit_gpt.model import GPT
 from lit_gpt.prompts import FILE, Message, PromptStyle
+from lit_gpt.rope import rope_frequencies
 from lit_gpt.tokenizer import Tokenizer, has_tokenizer
 
 TEXTS = (

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import LAYOUTS as ALL_LAYOUTS
 from conftest import bpe_tokenizer, tiny_hf_model
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
@@ -38,7 +39,10 @@ LORA = "lit_model_lora_finetuned.pth"
 
 def make_base(folder: Path, family: str = "llama", layout: str = "llama3", **fields) -> Path:
     """A converted tiny checkpoint with a tokenizer."""
-    tiny_hf_model(family, layout, vocab_size=320, max_position_embeddings=256, **fields).save_pretrained(folder)
+    fields |= {"vocab_size": 320} | (
+        {"max_position_embeddings": 256} if family in ("llama", "falcon", "gpt_neox") else {}
+    )
+    tiny_hf_model(family, layout, **fields).save_pretrained(folder)
     bpe_tokenizer(folder)
     hf_files.convert(folder, hf_files.StoredWeights(folder))
     return folder
@@ -89,6 +93,19 @@ def test_peft_computes_the_same(bases, tmp_path, family, config):
     assert (fields["bias"], fields["task_type"], fields["peft_type"]) == ("none", "CAUSAL_LM", "LORA")
     if family == "llama":
         assert (fields["r"], fields["lora_alpha"], fields["rank_pattern"]) == (4, 6, {})
+
+
+@pytest.mark.parametrize("family", sorted({family for family, _ in ALL_LAYOUTS}))
+def test_every_family_goes_through_the_gate(tmp_path, family):
+    """The first layout of each: as transformers' folder and as an adapter. Experts have no linear layer for one."""
+    base = make_base(tmp_path / "base", family, dict(reversed(ALL_LAYOUTS))[family])
+    assert exports.to_hf(base, tmp_path / "hf")["reader"] == "transformers"
+    experts = GPT.from_checkpoint(base).config.mlp_class == "MoE"
+    if experts:
+        with pytest.raises(UserError, match="LoRA of .* cannot be a PEFT adapter"):
+            exports.to_peft(base, lora_file(base, tmp_path / "run"), tmp_path / "peft")
+    path = lora_file(base, tmp_path / "further", replace(EVERYTHING, mlp=not experts))
+    assert exports.to_peft(base, path, tmp_path / "peft")["reader"] == "PEFT"
 
 
 @pytest.mark.parametrize("family", ["llama", "falcon", "gpt_neox"])
