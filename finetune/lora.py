@@ -16,6 +16,7 @@ checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder 
 data_dir: Path = Path("data/alpaca")  # prepared data, from one of the prepare scripts
 out_dir: Path = Path("out/lora/alpaca")  # folder to write
 resume: Literal["no", "auto"] = "no"  # auto: go on from the newest state in out_dir, if there is one
+lora_path: Path | None = None  # begin with these LoRA weights, of the same base and settings (null: new ones)
 # LoRA: update each chosen projection by (lora_alpha / lora_r) B A
 lora_r: PositiveInt = 8  # rank of the updates
 lora_alpha: PositiveFloat = 16  # scale of the updates, divided by lora_r

@@ -18,10 +18,11 @@ from lit_gpt.errors import UserError
 SHARD_BYTES = 2 * 10**9
 INDEX = "model.safetensors.index.json"
 # What a checkpoint folder carries along unchanged.
-SIDE_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "generation_config.json", "config.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "vocab.json", "merges.txt",
 )  # fmt: skip
+SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", "config.json")
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -188,8 +189,8 @@ def export(checkpoint_dir: Path, out_dir: Path, lit: Mapping[str, Tensor], shard
     write_shards(out_dir, weights.to_hf(config, lit), shard_bytes)
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    for name in SIDE_FILES:
+def copy_side_files(source: Path, target: Path, names: tuple[str, ...] = SIDE_FILES) -> None:
+    for name in names:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, Path(target) / name)
 

@@ -27,7 +27,7 @@ from lit_gpt.prompts import PromptStyle
 from lit_gpt.records import Records, StopSignals
 from lit_gpt.states import States
 from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.variants import Method, file_contents, load_trained, trained_state
+from lit_gpt.variants import Method, file_contents, load_trained, read_file, trained_state
 
 
 def finetune(hp: SimpleNamespace, method: Method) -> None:
@@ -305,6 +305,7 @@ class Run:
         """Go on from the newest whole state in out_dir if `--resume auto` finds one, else begin."""
         found = self.states.newest() if self.hp.resume == "auto" else None
         if found is None:
+            self.begin()
             return self.records.start()
         path, contents = found
         resume = contents["resume"]
@@ -313,6 +314,21 @@ class Run:
         self.step = resume["step"]
         self.records.go_on(self.step, resume["progress"])
         self.fabric.print(f"resumed after step {self.step} from {path}")
+
+    def begin(self) -> None:
+        """Where --lora_path is given, take over what an earlier run has trained.
+
+        Raises:
+            UserError: that is of another base, or the flags say otherwise than its settings.
+        """
+        path, settings = getattr(self.hp, "lora_path", None), self.states.identity["settings"]
+        if path is None:
+            return
+        record = read_file(path, "lora", self.states.identity["base"])
+        for name, value in record["hyperparameters"].items():
+            if name != "dropout" and settings.get(name) != value:
+                raise UsageError(f"--lora_{name} {settings.get(name)}: {path} has {str(value).lower()}; give that")
+        load_trained(self.model, record["state"], path)
 
     def where_better(self) -> str:
         """A remark, if an earlier state had a lower validation loss than the last."""

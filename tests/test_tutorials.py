@@ -24,7 +24,7 @@ import torch
 from conftest import ROOT
 from hub import Hub
 
-from lit_gpt import data, devices, train
+from lit_gpt import data, devices, prompts, train
 from lit_gpt.cli import parse
 from lit_gpt.errors import UserError
 
@@ -53,6 +53,7 @@ if importlib.util.find_spec("bitsandbytes") is None:
 
 FINETUNE = f"python finetune/lora.py --checkpoint_dir {BASE} --data_dir data/alpaca --max_steps 2 --warmup_steps 0 "
 FILMS = f"python scripts/prepare_json.py --checkpoint_dir {BASE} --json_path films.jsonl --destination_path "
+EXPORT = "python scripts/convert_lit_checkpoint.py --checkpoint_dir out/falcon-7b-alpaca "
 SLURM = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_ID": "12345"}
 
 
@@ -94,6 +95,12 @@ def two_ranks(**flags) -> Callable[[], None]:
         print(f"error: {refused.value}")
 
     return check
+
+
+def lost_template() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts.PromptStyle, "write_template", lambda *_: None)
+        in_process((EXPORT + "--out_dir out/x").split()[1:])
 
 
 def lost_rank() -> None:  # tests/test_devices.py kills one
@@ -147,6 +154,15 @@ MISTAKES = {
         out_of_memory,
         without_bitsandbytes,
         FINETUNE.replace("lora", "full") + "--out_dir out/x --optimizer_in_backward true --batch_size 8",
+    ],
+    "export.md": [
+        lost_template,
+        EXPORT + "--out_dir out/falcon-7b-alpaca-hf",
+        f"{EXPORT} --out_dir out/x --format gguf --lora_path out/lora/alpaca/lit_model_lora_finetuned.pth",
+        FINETUNE + "--out_dir out/x --lora_r 4 --lora_path out/lora/from-peft/lit_model_lora_finetuned.pth",
+        edit("out/falcon-7b-alpaca-peft/adapter_config.json", lambda text: text.replace('dora": false', 'dora": true')),
+        f"python scripts/convert_peft_adapter.py --checkpoint_dir {BASE} --out_dir out/x "
+        "--peft_dir out/falcon-7b-alpaca-peft",
     ],
     "custom_data.md": [
         FILMS.replace("films.jsonl", "quiz.csv") + "data/x",

@@ -5,6 +5,7 @@ from typing import Any
 
 from lit_gpt.config import Config
 from lit_gpt.families import llama, windows
+from lit_gpt.gguf_layout import Layout
 from lit_gpt.weights import Table
 
 MODEL_TYPES = ("qwen2", "qwen3")
@@ -50,6 +51,12 @@ def weights(config: Config) -> Table:
     attention = "model.layers.{}.self_attn."
     norms = {"h.{}.attn.qk_norm.q": attention + "q_norm", "h.{}.attn.qk_norm.k": attention + "k_norm"}
     return {**llama.weights(config), **norms}
+
+
+def gguf(config: Config) -> Layout:
+    if config.qkv_bias:
+        return Layout("qwen2")
+    return Layout("qwen3", unread="" if config.head_size == 128 else "takes the size of heads to be 128")
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:
