@@ -51,16 +51,28 @@ def generate(
             f"the prompt's {len(prompt)} tokens and --max_new_tokens {max_new_tokens} exceed the model's context of "
             f"{limit}; shorten the prompt or ask for fewer tokens"
         )
-    device, stops = model.wte.weight.device, set(stop_ids)
+    stops = set(stop_ids)
     cache = cache or model.kv_cache(1, len(prompt) + max_new_tokens)
-    idx = torch.tensor([prompt[cache[0].length :]], device=device)
-    for _ in range(max_new_tokens):
-        logits = model(idx, cache=cache, last=True)[0, -1]
-        idx = sample(logits, temperature, top_k, top_p, generator).view(1, 1)
-        token = int(idx)
+    prompts, sampling = [prompt[cache[0].length :]], (temperature, top_k, top_p, generator)
+    for (token,) in decode(model, prompts, max_new_tokens, cache, *sampling):
         if token in stops:
             return
         yield token
+
+
+@torch.no_grad()
+def decode(model: GPT, prompts: list[list[int]], steps: int, cache: KVCache, *sampling: Any) -> Iterator[list[int]]:
+    """The next token of each prompt, `steps` times.
+
+    Args:
+        prompts: token ids, as many in each; `cache` holds what comes before them, and has room for the answers.
+        sampling: of `sample`, after the logits.
+    """
+    idx = torch.tensor(prompts, device=model.wte.weight.device)
+    for _ in range(steps):
+        logits = model(idx, cache=cache, last=True)[:, -1]
+        idx = torch.stack([sample(row, *sampling) for row in logits])
+        yield idx.flatten().tolist()
 
 
 def sample(

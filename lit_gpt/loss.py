@@ -28,6 +28,21 @@ def summed_cross_entropy(head: nn.Module, hidden: Tensor, labels: Tensor) -> Ten
     return torch.stack(losses).sum() if losses else hidden.new_zeros((), dtype=torch.float32)
 
 
+def log_probabilities(head: nn.Module, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-probability of each label, float32 (n,), and whether it is the likeliest, bool (n,); arguments as above.
+
+    Of equal logits the first is the likeliest, as for `argmax`.
+    """
+    found = []
+    for rows, row_labels in _chunks(head, hidden, labels, trained=False):
+        logits = head(rows).float()
+        log_p = -F.cross_entropy(logits, row_labels, reduction="none")
+        found.append((log_p, logits.argmax(-1) == row_labels))
+    if not found:
+        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.bool)
+    return tuple(map(torch.cat, zip(*found, strict=True)))
+
+
 def _loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
 

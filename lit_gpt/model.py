@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lit_gpt import fused
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
-from lit_gpt.loss import summed_cross_entropy
+from lit_gpt.loss import log_probabilities, summed_cross_entropy
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -119,15 +119,26 @@ class GPT(nn.Module):
             logits (B, T, padded_vocab_size), (B, 1, padded_vocab_size) with `last`; with `targets` their summed
             cross-entropy in nats, a float32 scalar.
         """
+        x = self.hidden(idx, segments, cache)
+        x = self.ln_f(x[:, -1:] if last else x)
+        if targets is not None:
+            return summed_cross_entropy(self.lm_head, x.flatten(0, 1)[targets.positions], targets.labels)
+        return self.lm_head(x)
+
+    def hidden(self, idx: Tensor, segments: Segments | None = None, cache: KVCache | None = None) -> Tensor:
+        """What the last block gives, (B, T, n_embd), before the norm and the head; arguments as in `forward`."""
         positions = segments.positions if segments else torch.arange(idx.size(1), device=idx.device)
         x = self.wte(idx)  # (B, T, n_embd)
         rotation = self.rope(positions + cache[0].length if cache else positions, x.dtype)
         for layer, block in enumerate(self.h):
             x = block(x, rotation, segments, cache[layer] if cache else None)
-        x = self.ln_f(x[:, -1:] if last else x)
-        if targets is not None:
-            return summed_cross_entropy(self.lm_head, x.flatten(0, 1)[targets.positions], targets.labels)
-        return self.lm_head(x)
+        return x
+
+    @torch.no_grad()
+    def score(self, idx: Tensor, segments: Segments, targets: Targets) -> tuple[Tensor, Tensor]:
+        """The log-probability of each target, float32 (n,), and whether it is the likeliest token, bool (n,)."""
+        x = self.hidden(idx, segments).flatten(0, 1)[targets.positions]
+        return log_probabilities(self.lm_head, self.ln_f(x), targets.labels)
 
     def kv_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` sequences of up to `max_length` tokens, in the model's dtype and place."""
