@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_gpt import loggers
+from lit_gpt.charts import smooth
 from lit_gpt.checkpoint import atomic
 from lit_gpt.errors import UserError
 from lit_gpt.memory import peak_memory_bytes
@@ -192,24 +193,29 @@ def write_json(path: Path, contents: dict[str, Any]) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """The learning curves, over tokens."""
+    """The learning curves, over tokens: each logged training loss, their running mean, and the validation loss."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import EngFormatter
 
+    losses, validations = (
+        [(int(row["tokens"] or 0), float(row[column])) for row in rows if row[column] != ""]
+        for column in ("loss", "val_loss")
+    )
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for column, style in (
-        ("loss", {"color": "tab:blue", "alpha": 0.6}),
-        ("val_loss", {"color": "tab:red", "marker": "o"}),
-    ):
-        points = [(int(row["tokens"] or 0), float(row[column])) for row in rows if row[column] != ""]
-        axes.plot(*zip(*points, strict=True), label={"loss": "training", "val_loss": "validation"}[column], **style)
-    axes.set(xlabel="tokens", ylabel="loss (nats per supervised token)")
+    axes.plot(*zip(*losses, strict=True), color="tab:blue", alpha=0.3, linewidth=1)
+    axes.plot(*zip(*smooth(losses), strict=True), color="tab:blue", linewidth=2, label="training")
+    axes.plot(*zip(*validations, strict=True), color="tab:red", linewidth=1.5, marker="o", label="validation")
+    axes.set(xlabel="tokens", ylabel="loss (nats per supervised token)", title=path.parent.name)
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlim(left=0)
+    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(frameon=False)
     with atomic(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+        figure.savefig(temporary, format="png", dpi=150)
     pyplot.close(figure)
 
 
