@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -89,9 +90,21 @@ def random_bits(n: int, kept: int, device: torch.device) -> Tensor:
     bits = torch.zeros(words, dtype=torch.int64)
     for digit in range(DROPOUT_STEPS.bit_length() - 1):
         if kept % 2 ** (digit + 1):  # before the last digit that is 1, all is 0 still
-            fair = torch.randint(-(2**63), 2**63 - 1, bits.shape)
-            bits = bits | fair if kept >> digit & 1 else bits & fair
+            fair = fair_words(words)
+            bits = bits.bitwise_or_(fair) if kept >> digit & 1 else bits.bitwise_and_(fair)
     return bits
+
+
+@torch.library.custom_op("lit_gpt::fair_words", mutates_args=())
+def fair_words(n: int) -> Tensor:
+    """Random int64 (n,) on the CPU, seeded by torch's generator, whose own words take four times as long."""
+    seed = int(torch.randint(2**63 - 1, ()))
+    return torch.from_numpy(np.random.SFC64(seed).random_raw(n).view(np.int64))
+
+
+@fair_words.register_fake
+def _(n: int) -> Tensor:
+    return torch.empty(n, dtype=torch.int64)
 
 
 def _packed(bools: Tensor) -> Tensor:
@@ -255,12 +268,12 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, window, lengths):
         ctx.window, ctx.lengths, kept = window, lengths, []
         with torch.autocast(q.device.type, enabled=False):
-            values, y = _by_group(v, v).to(_wide(v)), torch.empty_like(_by_group(q, k))
+            values, y = _by_group(v, v), torch.empty_like(_by_group(q, k))
             probabilities = _Probabilities(q, k, window)
             for block in _blocks(lengths, window):
                 p = probabilities.of(block)
                 y[:, probabilities.rows(block)] = p @ values[:, block.keys]
-                kept += [p.to(q.dtype)] if block.short else []
+                kept += [p] if block.short else []
         ctx.save_for_backward(q, k, v, *kept)
         return _by_head(y, q)
 
@@ -269,16 +282,15 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, *kept = ctx.saved_tensors
         queries, keys_, values, grad = (_by_group(x, k) for x in (q, k, v, grad))
-        wide_grad, values = grad.to(_wide(grad)), values.to(_wide(values))
         q_grad = torch.empty_like(queries)
         k_grad, v_grad = (torch.zeros_like(x, dtype=_wide(x)) for x in (keys_, values))
         probabilities, kept = _Probabilities(q, k, ctx.window), iter(kept)
         for block in _blocks(ctx.lengths, ctx.window):
             p = next(kept) if block.short else probabilities.of(block)
             rows, keys = probabilities.rows(block), block.keys
-            v_grad[:, keys] += p.to(v.dtype).mT @ grad[:, rows]
-            p_grad = wide_grad[:, rows] @ values[:, keys].mT
-            scores_grad = torch._softmax_backward_data(p_grad, p.to(p_grad.dtype), -1, p_grad.dtype).to(q.dtype)
+            v_grad[:, keys] += p.mT @ grad[:, rows]
+            p_grad = grad[:, rows] @ values[:, keys].mT
+            scores_grad = torch._softmax_backward_data(p_grad, p, -1, p.dtype)
             q_grad[:, rows] = scores_grad @ keys_[:, keys]
             k_grad[:, keys] += scores_grad.mT @ queries[:, rows]
         scale = q.size(-1) ** -0.5
@@ -312,7 +324,7 @@ def _blocks(lengths: tuple[int, ...], window: int | None) -> Iterator[_Block]:
 
 
 class _Probabilities:
-    """Softmax of the scores of a block's queries, in float32 or wider."""
+    """Softmax of the scores of a block's queries, computed in float32 or wider, in the dtype of the arithmetic."""
 
     def __init__(self, q: Tensor, k: Tensor, window: int | None) -> None:
         self.q, self.k, self.window, self.heads = q, k, window, q.size(1) // k.size(1)
@@ -333,7 +345,7 @@ class _Probabilities:
         by_query[..., before:] += self.later[:n, :n].unsqueeze(1)
         if self.window is not None and seen > self.window:
             by_query += scores.new_full((n, seen), -torch.inf).tril_(before - self.window).unsqueeze(1)
-        return scores.softmax(-1)
+        return scores.softmax(-1).to(self.q.dtype)
 
     @cached_property
     def later(self) -> Tensor:
