@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
 from tqdm import tqdm
 
-from lit_gpt import data, lora, variants
+from lit_gpt import data, variants
 from lit_gpt.checkpoint import atomic, check_checkpoint_dir
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation import decode, default_device, dtype_of
@@ -62,7 +62,6 @@ def load_harness(hp: SimpleNamespace) -> "Harness":
     place, tokenizer = {"dtype": dtype_of(hp), "device": default_device()}, Tokenizer(hp.checkpoint_dir)
     if hp.finetuned_path:
         model, record = variants.load_model(hp.checkpoint_dir, hp.finetuned_path, None, **place)
-        lora.merge(model)
         style = PromptStyle.from_dict(record["prompt_style"])
     else:
         model = GPT.from_checkpoint(hp.checkpoint_dir, **place)
