@@ -102,7 +102,8 @@ def report(hp: SimpleNamespace) -> None:
     if hp.report_path.exists() and GENERATOR not in hp.report_path.read_text(encoding="utf-8", errors="replace")[:500]:
         raise UserError(f"--report_path {hp.report_path}: holds something else than a report; choose another")
     common = Path(commonpath([folder.parent for folder in folders]))
-    runs = [read_run(f, str(f.relative_to(common)), i % COLOURS) for i, f in enumerate(folders)]
+    names = [str(folder.relative_to(common)) for folder in folders]
+    runs = [read_run(f, name, i % COLOURS) for i, (f, name) in enumerate(zip(hp.out_dirs, names, strict=True))]
     with atomic(hp.report_path) as temporary:
         temporary.write_text(page(runs), encoding="utf-8")
     for run in runs:
