@@ -174,10 +174,8 @@ class Records:
         if self.probed:
             first, last = self.probed[0], self.probed[-1]
             summary |= {"probe_loss_first": first, "probe_loss_last": last}
-            print(
-                f"probe {self.hp.probe_path}: loss {first:.3f} -> {last:.3f}, "
-                f"perplexity {math.exp(first):.2f} -> {math.exp(last):.2f}"
-            )
+            before, after = (math.exp(loss) if loss < 700 else math.inf for loss in (first, last))
+            print(f"probe {self.hp.probe_path}: loss {first:.3f} -> {last:.3f}, perplexity {before:.2f} -> {after:.2f}")
         write_json(self.hp.out_dir / "summary.json", summary)
         plot(self.rows, self.hp.out_dir / "loss.png")
         print(

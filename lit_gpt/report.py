@@ -159,9 +159,10 @@ def status(folder: Path, rows: list[dict], hyperparameters: dict[str, Any], summ
         return "finished"
     steps, planned = int(rows[-1]["step"]) if rows else 0, hyperparameters.get("max_steps")
     done = f"{steps:,} of {planned:,} steps" if planned else f"{steps:,} steps"
-    broken = sorted(folder.glob("batch_of_step_*.pth"))
-    if broken:
-        return f"failed after {done}: the loss was not a number, see {broken[-1].name}"
+    for path in folder.glob("batch_of_step_*.pth"):
+        step = path.stem.removeprefix("batch_of_step_")
+        if step.isdecimal() and int(step) > steps:  # else the run has gone on since
+            return f"failed after {done}: the loss was not a number, see {path.name}"
     silent = max(0.0, time.time() - (folder / "metrics.csv").stat().st_mtime)
     times = [row["seconds"] for row in rows]
     usual = max((b - a for a, b in zip(times, times[1:], strict=False)), default=0.0)

@@ -129,11 +129,12 @@ def test_the_page_stands_alone(report, tmp_path):
 
 
 def test_names_and_values_are_escaped(report, tmp_path):
-    a = make_run(tmp_path / EVIL.replace("/", "|"), data_dir=EVIL, optimizer_args={EVIL: [EVIL]})
+    a = make_run(tmp_path / EVIL.replace("/", "|"), data_dir=EVIL, optimizer_args={EVIL: [EVIL]}, **{EVIL: 1})
     (a / "summary.json").write_text(json.dumps({"steps": 30, "method": EVIL}))
     code, _, page = report(a, make_run(tmp_path / "b"))
     assert code == 0 and not any(tag == "script" for tag, _ in page.tags)
-    assert EVIL.replace("/", "|") in page.texts and EVIL in page.texts  # read back as they were
+    assert EVIL.replace("/", "|") in page.texts  # read back as they were
+    assert page.texts.count(EVIL) == 3  # the method, and a hyperparameter's name and value
 
 
 def test_runs_that_have_not_ended(report, tmp_path):
@@ -149,6 +150,7 @@ def test_runs_that_have_not_ended(report, tmp_path):
     broken = make_run(tmp_path / "broken", 7, finished=False)
     (broken / "batch_of_step_8.pth").touch()
     longer = make_run(tmp_path / "longer", 12)
+    (longer / "batch_of_step_8.pth").touch()
     (longer / "summary.json").write_text('{"steps": 10}')
     empty = make_run(tmp_path / "empty", 0, finished=False)
     (empty / "metrics.csv").write_text(",".join(COLUMNS) + "\n")
