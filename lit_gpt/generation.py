@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_gpt.checkpoint import DTYPES
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.memory import peak_memory_bytes
-from lit_gpt.model import GPT, KVCache
+from lit_gpt.model import GPT, KVCache, forget
 from lit_gpt.prompts import PromptStyle, instruction_messages
 from lit_gpt.tokenizer import Tokenizer
 
@@ -53,8 +53,7 @@ def generate(
         )
     stops = set(stop_ids)
     cache = cache or model.kv_cache(1, len(prompt) + max_new_tokens)
-    prompts, sampling = [prompt[cache[0].length :]], (temperature, top_k, top_p, generator)
-    for (token,) in decode(model, prompts, max_new_tokens, cache, *sampling):
+    for (token,) in decode(model, [prompt], max_new_tokens, cache, temperature, top_k, top_p, generator):
         if token in stops:
             return
         yield token
@@ -65,14 +64,19 @@ def decode(model: GPT, prompts: list[list[int]], steps: int, cache: KVCache, *sa
     """The next token of each prompt, `steps` times.
 
     Args:
-        prompts: token ids, as many in each; `cache` holds what comes before them, and has room for the answers.
+        prompts: token ids, as many in each; `cache` may hold a beginning of them, and has room for the answers.
         sampling: of `sample`, after the logits.
     """
-    idx = torch.tensor(prompts, device=model.wte.weight.device)
+    rows = [list(prompt) for prompt in prompts]
     for _ in range(steps):
+        if model.outdated(cache, len(rows[0])):
+            forget(cache, 0)
+        idx = torch.tensor([row[cache[0].length :] for row in rows], device=model.wte.weight.device)
         logits = model(idx, cache=cache, last=True)[:, -1]
-        idx = torch.stack([sample(row, *sampling) for row in logits])
-        yield idx.flatten().tolist()
+        tokens = torch.cat([sample(row, *sampling) for row in logits]).tolist()
+        yield tokens
+        for row, token in zip(rows, tokens, strict=True):
+            row.append(token)
 
 
 def sample(
