@@ -17,7 +17,7 @@ from lit_gpt.alibi import with_alibi
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.fused import Scores
-from lit_gpt.loss import summed_cross_entropy
+from lit_gpt.loss import log_probabilities, summed_cross_entropy
 from lit_gpt.moe import Experts, Router
 from lit_gpt.rope import RotaryEmbedding
 
@@ -149,6 +149,21 @@ class GPT(nn.Module):
             UserError: more tokens than the model has learned positions.
             ValueError: the cache is `outdated`.
         """
+        x = self.hidden(idx, segments, cache)
+        x = self.ln_f(x[:, -1:] if last else x)
+        if targets is not None:
+            x = x.flatten(0, 1)[targets.positions]
+            return summed_cross_entropy(self.lm_head, x, targets.labels, self.finish)
+        return self.finish(self.lm_head(x))
+
+    @torch.no_grad()
+    def score(self, idx: Tensor, segments: Segments, targets: Targets) -> tuple[Tensor, Tensor]:
+        """The log-probability of each target, float32 (n,), and whether it is the likeliest token, bool (n,)."""
+        x = self.ln_f(self.hidden(idx, segments).flatten(0, 1)[targets.positions])
+        return log_probabilities(self.lm_head, x, targets.labels, self.finish)
+
+    def hidden(self, idx: Tensor, segments: Segments | None = None, cache: KVCache | None = None) -> Tensor:
+        """What the last block gives, (B, T, n_embd), before norm and head; arguments and errors as of `forward`."""
         if segments is not None:
             positions, lengths = segments.positions, segments.lengths
         else:
@@ -163,11 +178,7 @@ class GPT(nn.Module):
         rotations = self.rotations(positions, lengths, x.dtype)
         for layer, (block, rotation) in enumerate(zip(self.h, rotations, strict=True)):
             x = block(x, rotation, segments, cache[layer] if cache else None)
-        x = self.ln_f(x[:, -1:] if last else x)
-        if targets is not None:
-            x = x.flatten(0, 1)[targets.positions]
-            return summed_cross_entropy(self.lm_head, x, targets.labels, self.finish)
-        return self.finish(self.lm_head(x))
+        return x
 
     def embed(self, idx: Tensor, positions: Tensor, lengths: tuple[int, ...]) -> Tensor:
         x, scale, limit = self.wte(idx), self.config.embedding_scale, self.config.block_size

@@ -40,6 +40,7 @@ EXTRA = {
     "finetune/": "--warmup_steps 0",
     "generate/": "--max_new_tokens 4",
     "chat/": "--max_new_tokens 4",
+    "eval/": f"--include_path {ROOT}/tests/lm_eval_tasks --tasks animals_choice,animals_answer",
 }
 STEPS = {"resume.md": 40}  # enough to be stopped in between; elsewhere 2
 # two processes on one machine, whatever the page has
@@ -48,8 +49,14 @@ LAUNCHED = {
     "fabric": "--main-port {port}",
 }
 REFUSED = {"--strategy deepspeed": "DeepSpeed needs CUDA"}  # for want of what is not here
-if importlib.util.find_spec("bitsandbytes") is None:
-    REFUSED["--optimizer adamw8bit"] = "needs bitsandbytes"
+EXTRAS = {
+    "--optimizer adamw8bit": "bitsandbytes",
+    "--logger tensorboard": "tensorboard",
+    "eval/lm_eval_harness.py": "lm_eval",
+}
+for used, module in EXTRAS.items():
+    if importlib.util.find_spec(module) is None:
+        REFUSED[used] = f"needs {module.replace('_', '-')}"
 
 FINETUNE = f"python finetune/lora.py --checkpoint_dir {BASE} --data_dir data/alpaca --max_steps 2 --warmup_steps 0 "
 FILMS = f"python scripts/prepare_json.py --checkpoint_dir {BASE} --json_path films.jsonl --destination_path "
@@ -80,10 +87,18 @@ def out_of_memory() -> None:
         in_process((FINETUNE + "--out_dir out/oom").split()[1:])
 
 
-def without_bitsandbytes() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "bitsandbytes", None)
-        in_process((FINETUNE + "--out_dir out/b --optimizer adamw8bit").split()[1:])
+def without(package: str, command: str) -> Callable[[], None]:
+    def refuse() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            in_process(shlex.split(command)[1:])
+
+    return refuse
+
+
+def probe_with_another_column() -> None:
+    Path("probe.csv").write_text("txt\nThe cat sat.\n")
+    in_process((FINETUNE + "--out_dir out/x --probe_path probe.csv").split()[1:])
 
 
 def two_ranks(**flags) -> Callable[[], None]:
@@ -150,9 +165,17 @@ MISTAKES = {
         damage_states,
         FINETUNE + "--out_dir out/lora/alpaca --resume auto --max_steps 40 --batch_size 4",
     ],
+    "evaluate.md": [
+        probe_with_another_column,
+        without("lm_eval", f"python eval/lm_eval_harness.py --checkpoint_dir {BASE} --tasks gsm8k"),
+    ],
+    "monitor.md": [
+        "python scripts/report.py data/alpaca",
+        without("wandb", FINETUNE + "--out_dir out/x --logger wandb"),
+    ],
     "out_of_memory.md": [
         out_of_memory,
-        without_bitsandbytes,
+        without("bitsandbytes", FINETUNE + "--out_dir out/b --optimizer adamw8bit"),
         FINETUNE.replace("lora", "full") + "--out_dir out/x --optimizer_in_backward true --batch_size 8",
     ],
     "export.md": [
@@ -201,7 +224,7 @@ def is_plan(command: str) -> bool:
 @pytest.fixture
 def place(llama, tmp_path, monkeypatch) -> Path:
     """A folder like the repository's root, with rows in Alpaca's form."""
-    for name in ("scripts", "finetune", "generate", "chat", "lit_gpt"):
+    for name in ("scripts", "finetune", "generate", "chat", "eval", "tests", "lit_gpt"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "data").mkdir()
     words = [f"{a}{b}" for a in ("cat", "dog", "cow", "hen", "fox") for b in "abcdef"]
