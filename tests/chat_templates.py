@@ -1,7 +1,7 @@
 """Chat templates of the structure that the model families use, and conversations to render.
 
-Beside each template stands, in Python, what it writes: pieces of text, each with whether the assistant generates it. The
-two were written apart, so that one checks the other.
+Beside each template stands, in Python, what it writes: pieces of text, each with whether the assistant generates it.
+The two were written apart, so that one checks the other.
 """
 
 import json
@@ -136,7 +136,8 @@ LLAMA2 = """
     {%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}
         {{- raise_exception('roles must alternate') }}
     {%- endif %}
-    {%- if loop.index0 == 0 and system != false %}{% set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + m['content'] %}
+    {%- if loop.index0 == 0 and system != false %}
+        {%- set content = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' + m['content'] %}
     {%- else %}{% set content = m['content'] %}{% endif %}
     {%- if m['role'] == 'user' %}{{- bos_token + '[INST] ' + content.strip() + ' [/INST]' }}
     {%- elif m['role'] == 'assistant' %}{{- ' ' + content.strip() + ' ' + eos_token }}{% endif %}
@@ -428,7 +429,7 @@ CONVERSATIONS: dict[str, tuple[Messages, Any]] = {
     "spaces around": (talk("  a ", "  b  ", " c\n", "\td \n"), None),
     "blank lines around": (talk("\n\na\n\n", "\n\nb\n\n", "c", "\nd\n"), None),
     "blanks alone": (talk("a", "  ", "b", " \n "), None),
-    "lines and code": (talk("Code?", "```py\nfor i in x:\n    print(i)\n```\n\nDone.", "ok", "{{ no }} {% raw %}"), None),
+    "lines and code": (talk("Code?", "```py\nfor i in x:\n    i()\n```\n\nDone.", "ok", "{{ no }} {% raw %}"), None),
     "a question last": (talk("a", "b", "c"), None),
     "reasoning": (talk("2+2?", "<think>\nAdd.\n</think>\n\n4", "3+3?", "<think>\nAdd again.\n</think>\n\n6"), None),
     "reasoning apart": (

@@ -1,10 +1,9 @@
 """Chat templates against transformers: the same tokens, the assistant's turns supervised, and no code of theirs run."""
 
-import json
 from pathlib import Path
 
 import pytest
-from chat_templates import CONVERSATIONS, FAMILIES, SPECIAL, Family, talk
+from chat_templates import CONVERSATIONS, FAMILIES, SPECIAL, Family
 from jinja2 import TemplateError
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Tokens
@@ -73,7 +72,7 @@ def marked(tokenizer, sample) -> str:
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_prompts(case, name):
-    """What is generated from equals transformers', and is what precedes the answer in training unless it is said not to."""
+    """What is generated from equals transformers', and precedes the answer in training too, or the audit counts it."""
     family, theirs, ours, style = case
     messages, tools = CONVERSATIONS[name]
     try:
