@@ -79,7 +79,7 @@ class Audit:
                 middle.append(length)
             if 2 * seen > rows:
                 break
-        return sum(middle) / len(middle) if middle else 0
+        return sum(middle) / 2 if len(middle) > 1 else sum(middle)
 
 
 class SplitWriter:

@@ -263,7 +263,7 @@ class Tokenization:
         for (conversation, rendered, split, times), encoding in zip(self.batch, encodings, strict=True):
             encoded = supervision.encode(rendered, encoding, self.tokenizer, self.style.stop_ids)
             sample = self.cut(encoded, split.audit, conversation.where, times)
-            if sample and self.seen and not self.seen.add(repr(sample).encode()):
+            if sample and self.seen and not self.seen.add(array("i", sample[0]).tobytes() + bytes(sample[1])):
                 split.audit.drop("duplicate", times)
             elif sample:
                 split.append(*sample, times)

@@ -6,7 +6,7 @@ styles that set them apart.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -138,12 +138,12 @@ class PromptStyle:
 
     def encode_prompt(self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = None) -> list[int]:
         """Token ids up to where the assistant answers."""
-        return self.encode([self.render(messages, tokenizer, True, tools)], tokenizer)[0].ids
+        return next(self.encode([self.render(messages, tokenizer, True, tools)], tokenizer)).ids
 
     def encode_sample(self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = None) -> Encoded:
         """Token ids of a conversation, tokenized once and whole, and what of them is to be learnt."""
         rendered = self.render_sample(messages, tokenizer, tools)
-        return supervision.encode(rendered, self.encode([rendered.text], tokenizer)[0], tokenizer, self.stop_ids)
+        return supervision.encode(rendered, next(self.encode([rendered.text], tokenizer)), tokenizer, self.stop_ids)
 
     def render_sample(self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = None) -> Rendered:
         """The text of a conversation and where in it each assistant's turn lies.
@@ -163,7 +163,7 @@ class PromptStyle:
         left_out = not supervision.shown(others, text)
         return Rendered(text, turns, self._apply("generated", messages, tokenizer, False, tools), left_out)
 
-    def encode(self, texts: Sequence[str], tokenizer: Tokenizer) -> list[Encoding]:
+    def encode(self, texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[Encoding]:
         """Ids and places of rendered texts."""
         return tokenizer.encode_batch(texts, bos=False if self.own_bos else None)
 

@@ -12,6 +12,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 from lit_gpt.errors import UserError
@@ -20,6 +21,7 @@ from lit_gpt.tokenizer import Encoding, Tokenizer
 Message = dict[str, Any]
 Render = Callable[..., str]  # of messages; with answer=True as a prompt, up to where the assistant answers
 MARKS = tuple(f"\U0010fffd{secrets.token_hex(8)}{end}\U0010fffd" for end in "<>")
+BEGIN, END = itemgetter(0), itemgetter(1)
 REASONING = ("reasoning_content", "thinking", "reasoning")  # the names under which a message's reasoning goes
 
 
@@ -161,15 +163,15 @@ def encode(rendered: Rendered, encoding: Encoding, tokenizer: Tokenizer, stop_id
 
 def find_answer(turn: Turn, text: str, encoding: Encoding, tokenizer: Tokenizer, stop_ids: Sequence[int]) -> Answer:
     """A turn's tokens."""
-    begins, ends = zip(*encoding.offsets, strict=True) if encoding.offsets else ((), ())
-    first = bisect_left(begins, turn.start)
-    while first and ends[first - 1] > turn.start:  # a token in which prompt and answer are one
+    ids, offsets = encoding
+    first = bisect_left(offsets, turn.start, key=BEGIN)
+    while first and offsets[first - 1][1] > turn.start:  # a token in which prompt and answer are one
         first -= 1
-    stop = bisect_right(ends, turn.limit, lo=first)
-    for i in range(bisect_left(begins, turn.end), len(begins)):
-        if begins[i] > turn.limit:
+    stop = bisect_right(offsets, turn.limit, lo=first, key=END)
+    for i in range(bisect_left(offsets, turn.end, key=BEGIN), len(ids)):
+        if offsets[i][0] > turn.limit:
             break
-        if encoding.ids[i] in stop_ids:  # what the template writes after it is never generated
+        if ids[i] in stop_ids:  # what the template writes after it is never generated
             stop = i + 1
             break
     same = not turn.displaced and same_tokens(text, turn.start, encoding, first, tokenizer)
@@ -193,7 +195,7 @@ def same_tokens(text: str, stop: int, encoding: Encoding, first: int, tokenizer:
 
 @lru_cache(maxsize=256)
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode_batch([text], bos=False)[0].ids
+    return next(tokenizer.encode_batch([text], bos=False)).ids
 
 
 def taught(answer: Answer, rendered: Rendered, encoding: Encoding, stop_ids: Sequence[int]) -> list[int]:

@@ -90,22 +90,20 @@ class Tokenizer:
             if wanted and known is None:
                 where = self.checkpoint_dir / "tokenizer_config.json"
                 raise UserError(f"{where}: {name}=True needs a {name}_token, and none is set; set one")
-        ids = self.encode_batch([text], bos)[0].ids
+        ids = next(self.encode_batch([text], bos)).ids
         if eos and ids[-1:] != [self.eos_id]:
             ids = ids + [self.eos_id]
         return torch.tensor(ids, dtype=torch.long)
 
-    def encode_batch(self, texts: Sequence[str], bos: bool | None = None) -> list[Encoding]:
+    def encode_batch(self, texts: Sequence[str], bos: bool | None = None) -> Iterator[Encoding]:
         """As `encode`, for many texts on as many cores as there are, with the ids' places in the text."""
         lead = [] if bos is False else self._lead
         if bos and self.bos_id not in lead:
             lead = [self.bos_id]
-        encodings = []
         for text, spans in zip(texts, self._tokens.encode_batch(texts, add_special_tokens=False), strict=True):
             ids, offsets = self._sentencepiece(text, spans) if self._spm else (spans.ids, spans.offsets)
             missing = lead if ids[:1] != lead[:1] else []
-            encodings.append(Encoding(missing + ids, [(0, 0)] * len(missing) + offsets))
-        return encodings
+            yield Encoding(missing + ids, [(0, 0)] * len(missing) + offsets)
 
     def decode(self, ids: Sequence[int] | torch.Tensor, skip_special_tokens: bool = True) -> str:
         """The text of ids of shape (T,). Ids past the vocabulary (padded embedding rows) have no text."""
