@@ -167,6 +167,16 @@ class PromptStyle:
         """Ids and places of rendered texts."""
         return tokenizer.encode_batch(texts, bos=False if self.own_bos else None)
 
+    def portable_template(self, tokenizer: Tokenizer) -> str | None:
+        """The template as transformers' `apply_chat_template` needs it to make the same tokens; None: the checkpoint's
+        own, which it has already."""
+        if self.own_bos:
+            return None
+        before = "{{ bos_token }}" if tokenizer.adds_bos else ""
+        if tokenizer.eos_token != tokenizer.named_tokens.get("eos_token"):
+            before = f"{{%- set eos_token = {json.dumps(tokenizer.eos_token)} %}}" + before
+        return before + self.template
+
     def find_stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The end token, and the special token with which the template closes an answer if that is another."""
         answer = "Quux"  # a word that no template writes

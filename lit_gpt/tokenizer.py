@@ -132,6 +132,11 @@ class Tokenizer:
         if rest := self._text_after(shown, held):
             yield rest
 
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the checkpoint itself puts a BOS before a text."""
+        return self._lead == [self.bos_id]
+
     def token_id(self, token: str) -> int | None:
         """The id of a token, spelled as in the vocabulary, or None."""
         return self._tokens.token_to_id(token)

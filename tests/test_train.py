@@ -326,7 +326,7 @@ def test_the_best_state_stays(cli, flags, llama):
         "eval_interval": 2,
         "save_interval": 2,
         "keep": 1,
-        "learning_rate": 0.5,
+        "learning_rate": 1.0,
         "weight_decay": 3.0,
         "schedule": "constant",
         "max_steps": 6,
