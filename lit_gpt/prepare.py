@@ -244,7 +244,8 @@ class Tokenization:
             BadRow: the template refuses it, unless `skip_bad_rows`.
         """
         where, messages, tools = conversation
-        if not any(m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls")) for m in messages):
+        theirs = [message for message in messages if message["role"] == "assistant"]
+        if not any(message.get("content", "").strip() or message.get("tool_calls") for message in theirs):
             return split.audit.drop("empty answer", times)
         try:
             rendered = self.style.render_sample(messages, self.tokenizer, tools)
