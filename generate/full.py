@@ -22,6 +22,7 @@ top_k: PositiveInt | None = 200  # sample among this many likeliest tokens (null
 top_p: ClosedUnitInterval = 1.0  # sample among the likeliest tokens of together this probability
 seed: NonNegativeInt = 1234  # of the sampling
 precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and arithmetic
+compile: bool = False  # compile the step of one token: takes seconds at first, then answers come faster
 
 
 def main(hp: SimpleNamespace) -> None:

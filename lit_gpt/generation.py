@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt.checkpoint import DTYPES
+from lit_gpt.decoding import CompiledStep
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.memory import peak_memory_bytes
 from lit_gpt.model import GPT, KVCache, forget
@@ -30,6 +31,7 @@ def generate(
     stop_ids: Iterable[int] = (),
     generator: torch.Generator | None = None,
     cache: KVCache | None = None,
+    step: CompiledStep | None = None,
 ) -> Iterator[int]:
     """Token ids that continue `prompt`, one by one, until a stop id (not yielded) or `max_new_tokens`.
 
@@ -41,6 +43,7 @@ def generate(
         generator: on the model's device; None: torch's own.
         cache: holds a beginning of the prompt, shorter than it, and has room for the rest and the answer; all that is
             fed is added. None: a new one.
+        step: takes the place of the model after the prompt.
 
     Raises:
         UserError: prompt and answer do not fit the model's context.
@@ -53,26 +56,34 @@ def generate(
         )
     stops = set(stop_ids)
     cache = cache or model.kv_cache(1, len(prompt) + max_new_tokens)
-    for (token,) in decode(model, [prompt], max_new_tokens, cache, temperature, top_k, top_p, generator):
+    for (token,) in decode(model, [prompt], max_new_tokens, cache, temperature, top_k, top_p, generator, step=step):
         if token in stops:
             return
         yield token
 
 
 @torch.no_grad()
-def decode(model: GPT, prompts: list[list[int]], steps: int, cache: KVCache, *sampling: Any) -> Iterator[list[int]]:
+def decode(
+    model: GPT,
+    prompts: list[list[int]],
+    steps: int,
+    cache: KVCache,
+    *sampling: Any,
+    step: CompiledStep | None = None,
+) -> Iterator[list[int]]:
     """The next token of each prompt, `steps` times.
 
     Args:
         prompts: token ids, as many in each; `cache` may hold a beginning of them, and has room for the answers.
         sampling: of `sample`, after the logits.
+        step: gives the logits that follow a single token, for a single prompt.
     """
     rows = [list(prompt) for prompt in prompts]
     for _ in range(steps):
         if model.outdated(cache, len(rows[0])):
             forget(cache, 0)
         idx = torch.tensor([row[cache[0].length :] for row in rows], device=model.wte.weight.device)
-        logits = model(idx, cache=cache, last=True)[:, -1]
+        logits = step(idx, cache) if step and idx.size(1) == 1 else model(idx, cache=cache, last=True)[:, -1]
         tokens = torch.cat([sample(row, *sampling) for row in logits]).tolist()
         yield tokens
         for row, token in zip(rows, tokens, strict=True):
@@ -125,7 +136,10 @@ def read_prompt(hp: SimpleNamespace) -> str:
 def sampling_options(hp: SimpleNamespace, model: GPT) -> dict[str, Any]:
     """The options of `generate` that a script's flags set."""
     generator = torch.Generator(model.wte.weight.device).manual_seed(hp.seed)
-    return {"temperature": hp.temperature, "top_k": hp.top_k, "top_p": hp.top_p, "generator": generator}
+    step = CompiledStep(model) if hp.compile else None
+    return {
+        "temperature": hp.temperature, "top_k": hp.top_k, "top_p": hp.top_p, "generator": generator, "step": step,
+    }  # fmt: skip
 
 
 def answer(hp: SimpleNamespace, text: str, model: GPT, tokenizer: Tokenizer, style: PromptStyle) -> None:

@@ -270,7 +270,7 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, sum(self.sizes), bias=config.qkv_bias)
         self.qk_norm = QKNorm(config) if config.qk_norm else None
         self.proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
-        self.prefix: nn.Module | None = None  # adds to what the queries find; see lit_gpt.adapter
+        self.register_module("prefix", None)  # adds to what the queries find; see lit_gpt.adapter
 
     def forward(
         self, x: Tensor, rotation: Rotation | None, segments: Segments | None, cache: LayerCache | OneMore | None

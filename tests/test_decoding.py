@@ -1,0 +1,50 @@
+"""The compiled step of one token: the same tokens as without."""
+
+import pytest
+import torch
+from conftest import tiny_hf_model
+
+from lit_gpt import GPT, adapter, adapter_v2, hf_files, lora
+from lit_gpt.decoding import CompiledStep
+from lit_gpt.errors import UsageError
+from lit_gpt.generation import generate
+
+
+def model_of(family: str, layout: str, folder, **fields) -> GPT:
+    tiny_hf_model(family, layout, **fields).save_pretrained(folder)
+    hf_files.convert(folder, hf_files.StoredWeights(folder))
+    return GPT.from_checkpoint(folder)
+
+
+def changed(model: GPT) -> GPT:
+    """With all that can be attached, none of it at its start."""
+    lora.attach(model, lora.LoRAConfig(r=4, key=True, projection=True, mlp=True, head=True))
+    adapter.attach(model, adapter.AdapterConfig(start_layer=1))
+    adapter_v2.attach(model, adapter_v2.CONFIG(start_layer=1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "family, layout, methods", [("llama", "mistral", True), ("gemma", "gemma2", False), ("falcon", "7b", False)]
+)
+def test_compiled_tokens_are_the_same(family, layout, methods, tmp_path):
+    """Past the window of Mistral and of Gemma 2; with caches of several sizes, compiled once."""
+    model = model_of(family, layout, tmp_path)
+    model = changed(model) if methods else model
+    step = CompiledStep(model)
+    for prompt, new in ([5], 20), (list(range(40)), 9), ([7, 8, 9], 30):
+        expected = list(generate(model, prompt, new, temperature=0))
+        assert list(generate(model, prompt, new, temperature=0, step=step)) == expected
+
+
+def test_what_cannot_be_compiled_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="routed experts"):
+        CompiledStep(model_of("mixtral", "mixtral", tmp_path / "moe"))
+    model = model_of("llama", "llama", tmp_path / "llama")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UsageError, match="C\\+\\+ compiler"):
+        CompiledStep(model)
