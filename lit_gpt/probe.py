@@ -8,15 +8,16 @@ import torch
 
 from lit_gpt import data
 from lit_gpt.errors import UserError
-from lit_gpt.prepare import check_messages, read_rows
+from lit_gpt.prepare import read_messages, read_tools
 from lit_gpt.prompts import PromptStyle
+from lit_gpt.rows import Row, Source
 from lit_gpt.tokenizer import Tokenizer
 
 WINDOW = 1024  # tokens: the longest piece of a text, and about what is computed at once
 
 
 class Probe(Sequence[data.Sample]):
-    """The rows of a .json, .jsonl or .csv file: {"text": ...} or {"messages": [...]}.
+    """The rows of a .json, .jsonl, .csv or .parquet file: {"text": ...} or {"messages": [...]}.
 
     Of a text every token is supervised that has one before it; a long one is cut into pieces that share one token. Of
     messages the answers are supervised, as in training, within the first `limit` tokens, which the model takes.
@@ -26,27 +27,42 @@ class Probe(Sequence[data.Sample]):
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, style: PromptStyle, limit: int) -> None:
-        split, window = data.Split(), min(WINDOW, limit)
-        for where, row in read_rows(path):
-            if isinstance(row.get("text"), str):
-                ids = tokenizer.encode(row["text"]).to(torch.int32)
-                pieces = [ids[i : i + window] for i in range(0, len(ids) - 1, window - 1)]
-                split.tokens += pieces
-                split.supervised += [torch.ones(len(piece), dtype=torch.uint8) for piece in pieces]
-            elif "messages" in row:
-                messages = check_messages(where, row["messages"])
-                data.add_sample(split, messages, tokenizer, style, limit, mask_inputs=True, allow_unsupervised=True)
-            else:
-                raise UserError(f"--probe_path {where}: expected the field 'text', with text, or 'messages'")
-        self.samples = [data.Sample(*pair) for pair in zip(split.tokens, split.supervised, strict=True)]
-        self.lengths = [len(ids) for ids in split.tokens]
+        self.tokenizer, self.style, self.limit = tokenizer, style, limit
+        self.cut = self.dropped = 0  # conversations that lost their end; those without an answer to learn
+        self.samples = [sample for row in Source(str(path)).rows() for sample in self.samples_of(row)]
+        self.lengths = [len(sample.tokens) for sample in self.samples]
         self.supervised_tokens = data.supervised_count(self.samples)
         if not self.supervised_tokens:
             raise UserError(f"--probe_path {path}: has no token to predict; expected texts, or messages with answers")
-        self.tokens = torch.cat(split.tokens)
-        self.lost = split.audit.truncated, sum(split.audit.dropped.values())
-        contents = (torch.cat(split.supervised), self.tokens, torch.tensor(self.lengths))
+        self.tokens = torch.cat([sample.tokens for sample in self.samples])
+        supervised = torch.cat([sample.supervised for sample in self.samples])
+        contents = (supervised, self.tokens, torch.tensor(self.lengths))
         self.fingerprint = hashlib.sha256(b"".join(t.numpy().tobytes() for t in contents)).hexdigest()[:16]
+
+    def samples_of(self, row: Row) -> list[data.Sample]:
+        try:
+            if row.problem:
+                raise ValueError(row.problem)
+            if isinstance(row.fields.get("text"), str):
+                return self.pieces(row.fields["text"])
+            if row.fields.get("messages") is None:
+                raise ValueError("expected the field 'text', with text, or 'messages'")
+            messages, tools = read_messages(row.fields["messages"]), read_tools(row.fields.get("tools"))
+            encoded = self.style.encode_sample(messages, self.tokenizer, tools)
+        except (TypeError, ValueError, UserError) as error:
+            raise UserError(f"--probe_path {row.where}: {error}") from None
+        self.cut += len(encoded.ids) > self.limit
+        ids = torch.tensor(encoded.ids[: self.limit], dtype=torch.int32)
+        learnt = torch.tensor(encoded.learnt[: self.limit], dtype=torch.uint8)
+        if learnt[1:].any():
+            return [data.Sample(ids, learnt)]
+        self.dropped += 1
+        return []
+
+    def pieces(self, text: str) -> list[data.Sample]:
+        ids, window = self.tokenizer.encode(text).to(torch.int32), min(WINDOW, self.limit)
+        pieces = [ids[i : i + window] for i in range(0, len(ids) - 1, window - 1)]
+        return [data.Sample(piece, torch.ones(len(piece), dtype=torch.uint8)) for piece in pieces]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -55,5 +71,5 @@ class Probe(Sequence[data.Sample]):
         return self.samples[i]
 
     def describe(self) -> str:
-        cut, dropped = self.lost
-        return f"{self.supervised_tokens:,} supervised tokens; {cut} conversations cut, {dropped} without an answer"
+        lost = f"{self.cut} conversations cut, {self.dropped} without an answer"
+        return f"{self.supervised_tokens:,} supervised tokens; {lost}"

@@ -19,6 +19,7 @@ from lm_eval.tasks import TaskManager
 
 from lit_gpt.generation import generate
 from lit_gpt.harness import load_harness
+from lit_gpt.prompts import PromptStyle
 
 SCRIPT, TASKS = "eval/lm_eval_harness.py", ROOT / "tests/lm_eval_tasks"
 CHATML = (
@@ -185,10 +186,8 @@ def test_a_finetuned_file_gives_the_figures_of_its_export(cli, llama, tmp_path):
     torch.manual_seed(1)
     trained = {name: torch.randn_like(tensor) / 4 for name, tensor in variants.trained_state(model).items()}
     path = tmp_path / "lora.pth"
-    record = {
-        "hyperparameters": vars(config),
-        "prompt_style": {"name": "plain", "template": "", "own_bos": False, "stop_ids": []},
-    }
+    style = PromptStyle.from_name("plain", Tokenizer(llama)).to_dict()
+    record = {"hyperparameters": vars(config), "prompt_style": style}
     variants.save_file(path, "lora", checkpoint.fingerprint(state), trained, **record)
     merged, exported = tmp_path / "merged", tmp_path / "exported"
     assert cli("scripts/merge_lora.py", checkpoint_dir=llama, lora_path=path, out_dir=merged).code == 0
