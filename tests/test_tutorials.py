@@ -193,7 +193,7 @@ MISTAKES = {
         FILMS + "data/x --max_seq_length 20",
         edit("films.jsonl", lambda text: text.replace(", ", " ")),
         FILMS + "data/x",
-        edit("chats.json", lambda text: text.replace("role", "from")),
+        edit("chats.json", lambda text: text.replace("role", "speaker")),
         FILMS.replace("films.jsonl", "chats.json") + "data/x",
     ],
 }
