@@ -49,7 +49,7 @@ def write(
     figures = {
         **figures,
         "versions": versions(),
-        "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir())},
+        "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()},
     }
     run, summary = read(run_dir / "hyperparameters.json"), read(run_dir / "summary.json")
     run.pop("lora_path", None)  # a place on this machine

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lit_gpt import checkpoint, prompts, weights
+from lit_gpt import checkpoint, weights
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
-from lit_gpt.tokenizer import CHAT_TEMPLATE_DIR, Tokenizer
+from lit_gpt.tokenizer import CHAT_TEMPLATE_DIR
 
 SHARD_BYTES = 2 * 10**9
 INDEX = "model.safetensors.index.json"
@@ -182,29 +182,12 @@ def export(checkpoint_dir: Path, out_dir: Path, lit: Mapping[str, Tensor], shard
     config = Config.from_checkpoint(checkpoint_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     copy_side_files(checkpoint_dir, out_dir)
-    export_prompt_style(checkpoint_dir, out_dir)
     hf_config = read_json(Path(checkpoint_dir) / "config.json")
     hf_config |= {"tie_word_embeddings": config.tie_embeddings, "dtype": str(lit["wte.weight"].dtype).split(".")[1]}
     hf_config.pop("torch_dtype", None)
     hf_config.pop("auto_map", None)  # points to code that is not here; transformers knows the architecture itself
     (out_dir / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
     write_shards(out_dir, weights.to_hf(config, lit), shard_bytes)
-
-
-def export_prompt_style(checkpoint_dir: Path, out_dir: Path) -> None:
-    """What a finetune has left of its prompt style, as transformers reads it: a chat template, and its end tokens."""
-    if not (Path(checkpoint_dir) / prompts.FILE).is_file():
-        return
-    tokenizer = Tokenizer(checkpoint_dir)
-    style = prompts.PromptStyle.from_checkpoint(checkpoint_dir, tokenizer)
-    if template := style.portable_template(tokenizer):
-        (out_dir / "chat_template.jinja").write_text(template, encoding="utf-8")
-        shutil.rmtree(out_dir / CHAT_TEMPLATE_DIR, ignore_errors=True)
-    path, ends = out_dir / "generation_config.json", prompts.generation_stop_ids(checkpoint_dir)
-    if set(style.stop_ids) - set(ends):
-        settings = read_json(path) if path.is_file() else {}
-        settings["eos_token_id"] = list(dict.fromkeys((*ends, *style.stop_ids)))
-        path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def copy_side_files(source: Path, target: Path, names: tuple[str, ...] = SIDE_FILES) -> None:

@@ -6,6 +6,7 @@ styles that set them apart.
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -16,7 +17,7 @@ from lit_gpt import supervision
 from lit_gpt.errors import UserError
 from lit_gpt.supervision import REASONING, Encoded, Message, Rendered
 from lit_gpt.templates import Template
-from lit_gpt.tokenizer import Encoding, Tokenizer
+from lit_gpt.tokenizer import CHAT_TEMPLATE_DIR, Encoding, Tokenizer
 
 Tools = list[dict[str, Any]] | None  # the tools of a conversation as JSON schemas
 FILE = "prompt_style.json"
@@ -109,16 +110,15 @@ class PromptStyle:
         return asdict(self) | {"stop_ids": list(self.stop_ids)}
 
     def write_template(self, folder: Path, tokenizer: Tokenizer) -> None:
-        """Write the template into a folder as transformers, vLLM and llama.cpp take it.
-
-        They put no BOS of the tokenizer's own before a rendered conversation, so it is written into the template.
-        """
-        if self.for_others(tokenizer) != tokenizer.chat_template:
-            (folder / "chat_template.jinja").write_text(self.for_others(tokenizer), encoding="utf-8")
-            settings = folder / "tokenizer_config.json"
-            fields = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-            if fields.pop("chat_template", None) is not None:  # it would be a second one
-                settings.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        """Write the template into a folder as transformers, vLLM and llama.cpp take it, in place of others there."""
+        if self.for_others(tokenizer) == tokenizer.chat_template:
+            return
+        (folder / "chat_template.jinja").write_text(self.for_others(tokenizer), encoding="utf-8")
+        shutil.rmtree(folder / CHAT_TEMPLATE_DIR, ignore_errors=True)
+        settings = folder / "tokenizer_config.json"
+        fields = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        if fields.pop("chat_template", None) is not None:
+            settings.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def write_stops(self, folder: Path) -> None:
         """Have generation_config.json name the ids that end an answer."""
@@ -129,9 +129,7 @@ class PromptStyle:
             path.write_text(json.dumps(fields | {"eos_token_id": stops}, indent=2) + "\n", encoding="utf-8")
 
     def for_others(self, tokenizer: Tokenizer) -> str:
-        leads = not self.own_bos and tokenizer.bos_id is not None
-        leads = leads and tokenizer.encode("a")[:1].tolist() == [tokenizer.bos_id]
-        return ("{{ bos_token }}" if leads else "") + self.template
+        return self.portable_template(tokenizer) or self.template
 
     @cached_property
     def _compiled(self) -> Template:

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from conftest import LAYOUTS as ALL_LAYOUTS
 from conftest import bpe_tokenizer, tiny_hf_model
@@ -14,6 +15,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_families import off
 from test_lora import EVERYTHING, ONE_EACH, SWITCHES
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_gpt import (
@@ -389,6 +391,11 @@ def test_flags_that_do_not_go_together(cli, bases, tmp_path):
 def test_the_template_and_end_tokens_of_a_finetune_go_along(bases, tmp_path):
     """transformers renders the finetune's own prompt, with the BOS that the tokenizer adds to it here."""
     folder = finetuned(bases["llama"], tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.post_processor = TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 0)])
+    backend.save(str(folder / "tokenizer.json"))
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"bos_token": "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     style = replace(PromptStyle.from_name("alpaca", Tokenizer(folder)), stop_ids=(0, 7))
     style.save(folder)
     exports.to_hf(folder, tmp_path / "hf")
@@ -396,6 +403,7 @@ def test_the_template_and_end_tokens_of_a_finetune_go_along(bases, tmp_path):
     for messages in parity.CONVERSATIONS:
         found = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert found == style.encode_prompt(messages, Tokenizer(folder)) and len(found) > 20
+        assert found[0] == 0 and 0 not in found[1:2]
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").generation_config.eos_token_id[:2] == [0, 7]
 
 
