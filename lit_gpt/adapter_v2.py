@@ -12,6 +12,7 @@ from torch.func import functional_call
 from lit_gpt import adapter, fused
 from lit_gpt.adapter import AdapterConfig
 from lit_gpt.model import GPT, RMSNorm
+from lit_gpt.quantize import QuantizedLinear
 from lit_gpt.variants import train_only_what_is_attached
 
 METHOD = "adapter_v2"
@@ -52,7 +53,7 @@ def attach(model: GPT, config: AdapterConfig) -> GPT:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.LayerNorm | RMSNorm):
             model.set_submodule(name, TrainedNorm(module))
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear | QuantizedLinear):
             model.set_submodule(name, ScaledLinear(module))
     train_only_what_is_attached(model)
     return model

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lit_gpt import adapter, lora
+from lit_gpt import adapter, lora, quantize
 from lit_gpt.config import Config
 from lit_gpt.memory import recompute_blocks
 from lit_gpt.model import GPT, Segments, Targets
@@ -153,10 +153,11 @@ def simulate(
     config: Config, method: Method, hp: SimpleNamespace, lengths: list[int], supervised: int, cuda: bool
 ) -> Plan:
     with torch.device("meta"):
-        model = method.attach(GPT(config).to(method.stored(hp)))
+        base = GPT(config).to(method.stored(hp))
+        model = method.attach(quantize.attach(base, method.quantize) if method.quantize else base)
     if hp.activation_checkpointing:
         recompute_blocks(model)
-    counts = size(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    counts = quantize.count_parameters(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
     with FakeTensorMode(), Live() as live, kernels_of(cuda):
         parameters = materialize(model)
         row = row_like(lengths, supervised)
