@@ -193,3 +193,188 @@ def test_a_quantized_model_is_that_of_its_dequantized_weights(tiny: Tiny, name):
 def tensors_of(model: GPT) -> list[torch.Tensor]:
     layers = [module for module in model.modules() if isinstance(module, quantize.Quantized)]
     return [layer.get_parameter(key) for layer in layers for key in layer.keys]
+
+
+ATTACH = {
+    "lora": lambda model: lora.attach(model, EVERYTHING),
+    "adapter": lambda model: adapter.attach(model, adapter.AdapterConfig(4, 1)),
+    "adapter_v2": lambda model: adapter_v2.attach(model, adapter.AdapterConfig(4, 1)),
+}
+
+
+@pytest.mark.parametrize("method", ATTACH)
+def test_methods_on_a_quantized_base(llama, method):
+    """Fresh they give the base's logits exactly; gradients are those over its dequantized weights."""
+    idx = torch.arange(3, 43).unsqueeze(0)
+    targets = Targets(torch.arange(39), idx[0, 1:])
+    base = GPT.from_checkpoint(llama, quantize="nf4")
+    plain, model = plain_like(base), copy.deepcopy(base)
+    with torch.no_grad():
+        expected = base(idx)
+    losses, grads = [], []
+    for candidate in (model, plain):
+        torch.manual_seed(1)
+        candidate = ATTACH[method](candidate).eval()
+        with torch.no_grad():
+            assert candidate is plain or torch.equal(candidate(idx), expected)
+            for name, parameter in candidate.named_parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)), alpha=0.1)
+        loss = candidate(idx, targets=targets)
+        loss.backward()
+        losses.append(loss.item())
+        grads.append({name: p.grad for name, p in candidate.named_parameters() if p.requires_grad})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert grads[0].keys() == grads[1].keys() and all(off(grads[0][k], grads[1][k]) < 1e-4 for k in grads[0])
+
+
+@torch.no_grad()
+def test_lora_merges_into_the_dequantized_weights(tiny: Tiny):
+    model, idx = lora.attach(quantized(tiny, "nf4"), EVERYTHING).eval(), tokens(tiny.hf)
+    for layer in lora.lora_layers(model).values():
+        nn.init.normal_(layer.lora_B, std=0.1)
+    unmerged = model(idx)
+    merged = lora.merge(model)
+    assert not lora.lora_layers(merged) and off(merged(idx), unmerged) < 1e-5
+
+
+@pytest.fixture
+def stored(cli, llama, tmp_path):
+    """A quantized checkpoint folder."""
+    result = cli("scripts/quantize.py", checkpoint_dir=llama, out_dir=tmp_path / "q", quantize="nf4")
+    assert result.code == 0 and "wrote" in result.out, result.err
+    return tmp_path / "q"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_stored_model_is_the_one_quantized_on_the_fly(cli, llama, tmp_path, name):
+    assert cli("scripts/quantize.py", checkpoint_dir=llama, out_dir=tmp_path / "q", quantize=name).code == 0
+    for dtype in (None, torch.bfloat16):
+        a, b = GPT.from_checkpoint(tmp_path / "q", dtype), GPT.from_checkpoint(llama, dtype, quantize=name)
+        assert identical(a.state_dict(), b.state_dict())
+    record = json.loads((tmp_path / "q" / "lit_quantize.json").read_text())
+    assert record["source"] == checkpoint.fingerprint(checkpoint.load_state(llama))
+
+
+def test_qlora_from_start_to_end(cli, flags, llama, stored):  # noqa: F811
+    """It learns; killed and resumed it ends with the same bits; on the stored checkpoint it gives the same; the file
+    answers as trained, and merged it is the same function."""
+    result = cli("finetune/lora.py", **flags, quantize="nf4")
+    out = flags["out_dir"]
+    assert result.code == 0 and "of 112,448 parameters" in result.out.replace("115,", "112,"), result.out
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["val_loss_last"] < summary["val_loss_first"] - 0.5
+    killed = flags | {"out_dir": out.with_name("killed"), "resume": "auto", "quantize": "nf4"}
+    process = spawn("finetune/lora.py", **killed)
+    wait_for_step(process, killed["out_dir"], 4)
+    process.kill()
+    process.communicate()
+    on_stored = {k: v for k, v in killed.items() if k != "quantize"} | {"checkpoint_dir": stored}
+    assert "resumed" in cli("finetune/lora.py", **on_stored, activation_checkpointing="true").out
+    assert identical(final(out), final(killed["out_dir"]))
+    cli("finetune/lora.py", **killed | {"quantize": "int8"}).refused("another quantization")
+
+    path, place = out / "lit_model_lora_finetuned.pth", {"temperature": 0, "max_new_tokens": 8, "precision": "fp32"}
+    assert checkpoint.load(path)["quantize"] == "nf4"
+    merged = out.with_name("merged")
+    result = cli("scripts/merge_lora.py", checkpoint_dir=stored, lora_path=path, out_dir=merged)
+    assert result.code == 0, result.err
+    assert not quantize.is_quantized(GPT.from_checkpoint(merged)) and checkpoint.load_state(merged)
+    model, _ = variants.load_model(llama, path, "lora")  # without being told how its base was quantized
+    with torch.no_grad():
+        idx = torch.arange(5, 45).unsqueeze(0)
+        assert quantize.is_quantized(model) and off(GPT.from_checkpoint(merged)(idx), model(idx)) < 1e-5
+    answers = [
+        cli("generate/lora.py", checkpoint_dir=folder, lora_path=path, prompt="describe the cat 1", **place, **more).out
+        for folder in (llama, stored) for more in ({}, {"merge": "true"})
+    ]  # fmt: skip
+    answers += [cli("generate/full.py", checkpoint_dir=merged, prompt="describe the cat 1", **place).out]
+    assert len(set(answers)) == 1 and answers[0]
+    cli("generate/lora.py", checkpoint_dir=llama, lora_path=path, quantize="int8").refused("--prompt", code=2)
+    cli("generate/lora.py", checkpoint_dir=llama, lora_path=path, quantize="int8", prompt="x").refused(
+        "lit_model_lora_finetuned.pth", "nf4", "int8"
+    )
+
+
+def test_bad_input(cli, flags, llama, stored, tmp_path):  # noqa: F811
+    cli("generate/base.py", checkpoint_dir=stored, prompt="x", quantize="nf4").refused("already", "nf4", code=2)
+    cli("scripts/quantize.py", checkpoint_dir=stored, out_dir=tmp_path / "x").refused("already", code=2)
+    cli("scripts/quantize.py", checkpoint_dir=llama).refused("--out_dir", code=2)
+    cli("scripts/quantize.py", checkpoint_dir=llama, out_dir=stored).refused("not an empty folder")
+    cli("scripts/quantize.py", checkpoint_dir=llama, quantize="int3").refused("--quantize", "nf4-dq", "int3", code=2)
+    cli("scripts/convert_lit_checkpoint.py", checkpoint_dir=stored, out_dir=tmp_path / "x").refused("is quantized")
+    full = {k: v for k, v in flags.items() if not k.startswith("lora")}
+    cli("finetune/full.py", **full, quantize="nf4").refused("--quantize nf4", "finetune/lora.py", code=2)
+    cli("finetune/full.py", **full | {"checkpoint_dir": stored}).refused("cannot train", code=2)
+    for strategy in ("fsdp", "deepspeed"):
+        hp = SimpleNamespace(quantize="nf4", strategy=strategy, checkpoint_dir=llama)
+        with pytest.raises(UsageError, match=f"--strategy {strategy}"):
+            check_quantized(hp, variants.Method("lora", attach=lambda model: model), "nf4")
+    record = json.loads((stored / "lit_quantize.json").read_text())
+    for change, words in (({"format_version": 9}, "version 9, expected 1"), ({"quantize": "int3"}, "'int3'")):
+        (stored / "lit_quantize.json").write_text(json.dumps(record | change))
+        cli("generate/base.py", checkpoint_dir=stored, prompt="x").refused("lit_quantize.json", words)
+    (stored / "lit_quantize.json").write_text("{")
+    cli("generate/base.py", checkpoint_dir=stored, prompt="x").refused("lit_quantize.json", "quantize again")
+
+
+def test_weights_that_are_not_numbers(cli, llama, tmp_path):
+    folder = tmp_path / "c"
+    shutil.copytree(llama, folder)
+    state = {name: tensor.clone() for name, tensor in checkpoint.load_state(llama).items()}
+    state["h.1.mlp.proj.weight"][0, 0] = math.nan
+    checkpoint.save(folder / "lit_model.pth", state)
+    cli("scripts/quantize.py", checkpoint_dir=folder, out_dir=tmp_path / "x").refused("h.1.mlp.proj.weight")
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_plan_knows_the_quantized_size(cli, stored):
+    flags = {"method": "lora", "micro_batch_size": 1, "max_seq_length": 64, "json": "true"}  # noqa: F811
+    plain, small = (
+        json.loads(cli("scripts/plan.py", model="pythia-70m", **flags, **more).out)
+        for more in ({}, {"quantize": "nf4"})
+    )
+    config = Config.from_name("pythia-70m")
+    tables, blocks = 2 * config.padded_vocab_size * config.n_embd, 12 * config.n_embd**2 * config.n_layer
+    assert small["parameters"] == plain["parameters"] and small["trainable"] == plain["trainable"]
+    assert plain["weights"] - small["weights"] == pytest.approx(tables + blocks * (2 - 4.5 / 8), rel=0.02)
+    found = json.loads(cli("scripts/plan.py", checkpoint_dir=stored, **flags).out)
+    model = GPT.from_checkpoint(stored, torch.bfloat16)
+    held = sum(p.nbytes for p in model.parameters())
+    assert found["weights"] == pytest.approx(held + 4 * found["trainable"], rel=0.02)
+
+
+WATCH = """
+import sys, torch
+from lit_gpt import GPT
+from lit_gpt.memory import field, restart
+torch.set_num_threads(1)
+big, small, name = sys.argv[1:]
+GPT.from_checkpoint(small, torch.bfloat16, quantize=name)
+before = restart(torch.nn.Module())
+anonymous = field("RssAnon")
+model = GPT.from_checkpoint(big, torch.bfloat16, quantize=name)
+print(field("VmHWM") - before, sum(p.nbytes for p in model.parameters()), field("RssAnon") - anonymous)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
+def test_loading_needs_one_blocks_size_beside_the_result(llama, tmp_path):
+    """Peak resident memory while a bf16 checkpoint is quantized, pages of the mapped file included."""
+    config = replace(
+        Config.from_checkpoint(llama), n_layer=24, n_embd=512, n_head=8, n_query_groups=8, head_size=64,
+        intermediate_size=1536,
+    )  # fmt: skip
+    folder = tmp_path / "big"
+    shutil.copytree(llama, folder)
+    with torch.device("meta"):
+        layout = GPT(config).bfloat16().state_dict()
+    checkpoint.write_streamed(folder / "lit_model.pth", layout, ((k, torch.randn(t.shape)) for k, t in layout.items()))
+    (folder / "lit_config.json").write_text(config.to_json())
+    block = sum(t.nbytes for k, t in layout.items() if k.startswith("h.0."))
+    size = sum(t.nbytes for t in layout.values())
+    argv = [sys.executable, "-c", WATCH, str(folder), str(llama), "nf4"]
+    took, weights, grown = map(int, subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split())
+    assert weights < 0.3 * size
+    print(took, weights, grown, block, size)
+    assert took < weights + block + 2e6 * 8
