@@ -40,7 +40,10 @@ class Base:
         state, config = checkpoint.load_state(checkpoint_dir, quantized=True), Config.from_checkpoint(checkpoint_dir)
         found = checkpoint.quantization(checkpoint_dir)
         if not found:
-            return cls(Path(checkpoint_dir), config, state, checkpoint.fingerprint(state), quantize)
+            base = cls(Path(checkpoint_dir), config, state, checkpoint.fingerprint(state), quantize)
+            for tensor in state.values() if quantize else ():
+                release(tensor)
+            return base
         if quantize:
             raise UsageError(
                 f"--quantize {quantize}: {checkpoint_dir} is quantized already ({found['quantize']}); leave the flag "
@@ -93,9 +96,8 @@ class Base:
             if kind != "weight" or not isinstance(module, quantize.Quantized):
                 yield name, tensor
                 continue
-            found = quantize.encode(tensor, module.format, dtype, device and torch.device(device))
-            release(tensor)
-            if not all(part.isfinite().all() for part in found.values()):
+            found = quantize.encode(tensor, module.format, dtype, device and torch.device(device), done=release)
+            if not all(part.isfinite().all() for part in found.values() if part.is_floating_point()):
                 raise UserError(f"{self.checkpoint_dir / 'lit_model.pth'}: {name} holds values that are not numbers")
             yield from ((f"{path}.{key}", part) for key, part in found.items())
 

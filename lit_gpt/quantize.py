@@ -5,7 +5,7 @@ head are kept in int8 whatever the format, for few bits hurt them most; tied one
 stay as they are. A quantized layer is frozen, and methods wrap it as they wrap any other.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from statistics import NormalDist
 from typing import Any
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 GROUP = 64  # weights of a row that share a scale, in the formats of 4 bits
 SCALES = 256  # scales that share a scale of their own, in double quantization
-PIECE, CPU_PIECE = 2**26, 2**20  # weights that are worked on at a time, in float32
+PIECE, CPU_PIECE = 2**26, 2**22  # weights that are turned back at a time, in float32
 
 Tensors = dict[str, Tensor]
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
@@ -194,25 +194,34 @@ def halves(pairs: Tensor) -> Tensor:
     return torch.stack((pairs >> 4, pairs & 15), -1).flatten(-2)
 
 
-def spans(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
-    step = max(1, (CPU_PIECE if device.type == "cpu" else PIECE) // columns)
+def spans(rows: int, columns: int, device: torch.device, cut: int = 1) -> Iterator[slice]:
+    """Pieces of a weight, `cut` times smaller than may be."""
+    step = max(1, (CPU_PIECE if device.type == "cpu" else PIECE) // cut // columns)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 @torch.no_grad()
-def encode(weight: Tensor, name: str, dtype: torch.dtype, device: torch.device | None = None) -> Tensors:
+def encode(
+    weight: Tensor,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    done: Callable[[Tensor], None] = lambda rows: None,
+) -> Tensors:
     """The tensors that stand for a weight (rows, columns) in a format, on `device`; a piece at a time is float32.
 
     Args:
         dtype: of the tensors whose dtype the format leaves open.
+        done: called with each piece of the weight when it is no longer needed.
     """
     quantizer, device = FORMATS[name], device or weight.device
     found: Tensors = {}
-    for span in spans(*weight.shape, device):
+    for span in spans(*weight.shape, device, cut=8):  # it takes several tensors of that size
         for key, part in quantizer.encode(weight[span].to(device, torch.float32)).items():
             if key not in found:
                 found[key] = part.new_empty(len(weight), *part.shape[1:])
             found[key][span] = part
+        done(weight[span])
     layout = quantizer.layout(*weight.shape)
     return {key: tensor.to(layout[key][1] or dtype) for key, tensor in quantizer.pack(found).items()}
 

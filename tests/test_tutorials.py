@@ -135,6 +135,14 @@ MISTAKES = {
         (SLURM | {"SLURM_NTASKS_PER_NODE": "2"}, FINETUNE + "--out_dir out/x"),
         (SLURM, FINETUNE + "--out_dir out/x --devices 2"),
     ],
+    "quantize.md": [
+        f"python generate/base.py --checkpoint_dir {BASE}-nf4 --quantize nf4 --prompt x",
+        f"python generate/lora.py --checkpoint_dir {BASE} --quantize int8 --prompt x "
+        "--lora_path out/lora/qlora/lit_model_lora_finetuned.pth",
+        FINETUNE.replace("lora", "full") + "--out_dir out/x --quantize nf4",
+        FINETUNE + "--out_dir out/x --quantize nf4 --strategy fsdp",
+        f"python scripts/convert_lit_checkpoint.py --checkpoint_dir {BASE}-nf4 --out_dir out/x",
+    ],
     "resume.md": [
         FINETUNE + "--out_dir out/lora/alpaca --resume auto --max_steps 40 --batch_size 4 --learning_rate 0.1",
         FINETUNE + "--out_dir out/lora/alpaca",
@@ -185,7 +193,7 @@ def is_plan(command: str) -> bool:
 @pytest.fixture
 def place(llama, tmp_path, monkeypatch) -> Path:
     """A folder like the repository's root, with rows in Alpaca's form."""
-    for name in ("scripts", "finetune", "generate", "chat", "lit_gpt"):
+    for name in ("scripts", "finetune", "generate", "chat", "eval", "lit_gpt"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "data").mkdir()
     words = [f"{a}{b}" for a in ("cat", "dog", "cow", "hen", "fox") for b in "abcdef"]
