@@ -17,6 +17,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from peers.environment import random_model
+
 from lit_gpt.cli import PositiveInt, run
 from lit_gpt.errors import UsageError, UserError
 
@@ -42,15 +44,10 @@ def main(hp: SimpleNamespace) -> None:
         raise UsageError("--model: expected either it, or --checkpoint_dir and --data_dir")
     with tempfile.TemporaryDirectory() as folder:
         if hp.model:
-            make_synthetic(hp, Path(folder))
+            rows = hp.steps * hp.batch_size
+            hp.checkpoint_dir, hp.data_dir = random_model(hp.model, {}, rows, 1337, Path(folder))
         found = {method: measure(method, hp, Path(folder), torch.cuda.is_available()) for method in METHODS}
     report(hp, found, "methods_cuda" if torch.cuda.is_available() else "methods_cpu")
-
-
-def make_synthetic(hp: SimpleNamespace, folder: Path) -> None:
-    what = {"model": hp.model, "fields": {}, "rows": hp.steps * hp.batch_size, "seed": 1337, "folder": str(folder)}
-    call([Path(__file__).parent / "peers" / "synthetic.py", json.dumps(what)])
-    hp.checkpoint_dir, hp.data_dir = folder / "checkpoint", folder / "data"
 
 
 def measure(method: str, hp: SimpleNamespace, folder: Path, cuda: bool) -> dict[str, Any]:

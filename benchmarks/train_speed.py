@@ -60,11 +60,14 @@ KNOWN = ("ours", "peft", "peft_tuned", "litgpt")
 def main(hp: SimpleNamespace) -> None:
     names = check(hp)
     from peers import report
+    from peers.environment import random_model
 
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
         if hp.model:
-            make_synthetic(hp, folder)
+            rows = (hp.warmup + hp.steps) * hp.batch_size
+            made = random_model(hp.model, json.loads(hp.model_fields), rows, hp.seed, folder)
+            hp.checkpoint_dir, hp.data_dir = made
         work = Work(hp, folder)
         pythons, left_out = find_peers(hp, names, folder, work.job)
         names = [name for name in names if name in pythons]
@@ -111,25 +114,6 @@ def check_model(hp: SimpleNamespace) -> None:
         good = False
     if not good:
         raise UsageError(f"--model_fields: expected JSON such as {{\"num_hidden_layers\": 2}}, got '{hp.model_fields}'")
-
-
-def make_synthetic(hp: SimpleNamespace, folder: Path) -> None:
-    """Point the flags to a random checkpoint and random rows. In a process of its own, whose memory goes with it."""
-    from peers.environment import run as call
-
-    rows = (hp.warmup + hp.steps) * hp.batch_size
-    what = {
-        "model": hp.model,
-        "fields": json.loads(hp.model_fields),
-        "rows": rows,
-        "seed": hp.seed,
-        "folder": str(folder),
-    }
-    call(
-        f"making a random {hp.model}",
-        [sys.executable, Path(__file__).parent / "peers" / "synthetic.py", json.dumps(what)],
-    )
-    hp.checkpoint_dir, hp.data_dir = folder / "checkpoint", folder / "data"
 
 
 class Work:

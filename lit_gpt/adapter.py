@@ -8,11 +8,10 @@ at zero. A freshly attached model therefore gives exactly the base's logits.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt.errors import UsageError
-from lit_gpt.model import GPT, CausalSelfAttention
+from lit_gpt.model import GPT, CausalSelfAttention, weigh
 from lit_gpt.variants import train_only_what_is_attached
 
 METHOD = "adapter"
@@ -43,11 +42,10 @@ class AdapterPrompt(nn.Module):
     def forward(self, q: Tensor, attention: CausalSelfAttention) -> Tensor:
         """What queries (B, n_head, T, head_size) find in the prompt: the same shape, gated."""
         # Computed anew each time: keys kept from an evaluation would leave the prompt without a gradient.
-        _, k, v = attention.qkv(self.prompt.to(q.dtype)).split(attention.sizes, dim=-1)
-        shape = (1, len(self.prompt), attention.n_query_groups, attention.head_size)
-        k, v = (x.view(shape).transpose(1, 2).expand(q.size(0), -1, -1, -1) for x in (k, v))
-        found = F.scaled_dot_product_attention(q, k, v, enable_gqa=attention.n_head != attention.n_query_groups)
-        return found * self.gate.to(q.dtype).view(1, -1, 1, 1)
+        # Made as the layer makes its own, norms included, but at no position.
+        _, k, v = attention.heads(self.prompt.to(q.dtype).unsqueeze(0), rotation=None)
+        k, v = (x.expand(q.size(0), -1, -1, -1) for x in (k, v))
+        return weigh(q, k, v, attention.scores) * self.gate.to(q.dtype).view(1, -1, 1, 1)
 
 
 def attach(model: GPT, config: AdapterConfig) -> GPT:

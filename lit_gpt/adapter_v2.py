@@ -12,6 +12,7 @@ from torch.func import functional_call
 from lit_gpt import adapter, fused
 from lit_gpt.adapter import AdapterConfig
 from lit_gpt.model import GPT, RMSNorm
+from lit_gpt.moe import Experts, Routes
 from lit_gpt.quantize import QuantizedLinear
 from lit_gpt.variants import train_only_what_is_attached
 
@@ -20,19 +21,35 @@ CONFIG = AdapterConfig
 
 
 class ScaledLinear(nn.Module):
-    """A linear layer, or what wraps one, with a scale and a bias per output. Both are kept in float32."""
+    """A linear layer, or what wraps one, with a scale and a bias per output. Both are kept in float32.
+
+    Args:
+        experts: how many there are, in a layer of experts; the first dimension of scale and bias then.
+    """
 
     trained_parameters = ("scale", "shift")
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, linear: nn.Module, *experts: int) -> None:
         super().__init__()
         self.linear, self.in_features, self.out_features = linear, linear.in_features, linear.out_features
         device = next(linear.parameters()).device
-        self.scale = nn.Parameter(torch.ones(linear.out_features, device=device, dtype=torch.float32))
-        self.shift = nn.Parameter(torch.zeros(linear.out_features, device=device, dtype=torch.float32))
+        self.scale = nn.Parameter(torch.ones(*experts, linear.out_features, device=device, dtype=torch.float32))
+        self.shift = nn.Parameter(torch.zeros(*experts, linear.out_features, device=device, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         return fused.scaled(self.linear(x), self.scale, self.shift)
+
+
+class ScaledExperts(ScaledLinear):
+    """The same for each expert of a layer: (n_expert, out_features)."""
+
+    def __init__(self, linear: Experts) -> None:
+        super().__init__(linear, linear.n_expert)
+        self.n_expert = linear.n_expert
+
+    def forward(self, x: Tensor, routes: Routes) -> Tensor:
+        rows = self.linear(x, routes).split(routes.counts)
+        return torch.cat([fused.scaled(*expert) for expert in zip(rows, self.scale, self.shift, strict=True)])
 
 
 class TrainedNorm(nn.Module):
@@ -55,5 +72,7 @@ def attach(model: GPT, config: AdapterConfig) -> GPT:
             model.set_submodule(name, TrainedNorm(module))
         elif isinstance(module, nn.Linear | QuantizedLinear):
             model.set_submodule(name, ScaledLinear(module))
+        elif isinstance(module, Experts):
+            model.set_submodule(name, ScaledExperts(module))
     train_only_what_is_attached(model)
     return model

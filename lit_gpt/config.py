@@ -1,7 +1,7 @@
 """What a model is made of. Which checkpoints exist is the families' business (lit_gpt/families)."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +28,41 @@ class Config:
     n_query_groups: int = 0  # key and value heads; 1: multi-query, 0: one per head (multi-head)
     head_size: int = 0  # 0: n_embd // n_head
     # positions
+    learned_positions: bool = False  # an embedding of block_size positions, which no sequence may exceed
+    alibi: bool = False  # nearer keys weigh more, by a slope per head
     rotary_percentage: float = 1.0
     rope_base: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
+    local_rope_base: float | None = None  # of layers with the window, which then scale nothing; None: as elsewhere
+    unrotated_layers: list[int] = field(default_factory=list)  # these have no positions (Kazemnejad et al. 2023, NoPE)
+    # attention
     sliding_window: int | None = None  # a token sees this many, itself included
+    global_layers: list[int] = field(default_factory=list)  # these see all tokens in spite of the window
+    attention_scale: float | None = None  # of the scores; None: head_size ** -0.5
+    attention_softcap: float | None = None  # see lit_gpt.fused.Scores
+    qk_norm: str | None = None  # over the "projection"s of queries and keys, each "head", or "heads": own weights each
     # block
     parallel_residual: bool = False
     shared_attention_norm: bool = False  # with parallel_residual: attention and MLP read one norm
-    norm_class: str = "LayerNorm"  # or RMSNorm
+    norm_class: str = "LayerNorm"  # a key of lit_gpt.model.NORMS
     norm_eps: float = 1e-5
-    mlp_class: str = "GptNeoxMLP"  # or SwiGLU
+    pre_norm: bool = True  # attention and MLP read norms of the stream
+    post_norm: bool = False  # norms of what attention and MLP give are added to it
+    residual_scale: float = 1.0  # of what attention and MLP add, with sequential residuals
+    mlp_class: str = "GptNeoxMLP"  # or SwiGLU, MoE
     activation: str = "gelu"  # a key of lit_gpt.model.ACTIVATIONS
-    intermediate_size: int = 0  # 0: 4 * n_embd
+    intermediate_size: int = 0  # 0: 4 * n_embd; of MoE: each expert's
+    n_expert: int = 0  # of MoE
+    n_expert_per_token: int = 0
+    norm_expert_weights: bool = True  # the weights of a token's experts sum to 1
     bias: bool = False  # of the MLP's linear layers
     qkv_bias: bool = False
     proj_bias: bool = False  # of the attention's output projection
+    # the ends
+    embedding_scale: float = 1.0
     head_bias: bool = False
+    logit_divisor: float = 1.0
+    logit_softcap: float | None = None  # c, by which a logit x becomes c * tanh(x / c)
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
@@ -58,6 +77,10 @@ class Config:
     def rope_n_elem(self) -> int:
         """Elements of each head that are rotated."""
         return int(self.rotary_percentage * self.head_size)
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens one sees in this layer, itself included; None: all before it."""
+        return None if layer in self.global_layers else self.sliding_window
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:

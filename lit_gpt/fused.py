@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -89,9 +90,21 @@ def random_bits(n: int, kept: int, device: torch.device) -> Tensor:
     bits = torch.zeros(words, dtype=torch.int64)
     for digit in range(DROPOUT_STEPS.bit_length() - 1):
         if kept % 2 ** (digit + 1):  # before the last digit that is 1, all is 0 still
-            fair = torch.randint(-(2**63), 2**63 - 1, bits.shape)
-            bits = bits | fair if kept >> digit & 1 else bits & fair
+            fair = fair_words(words)
+            bits = bits.bitwise_or_(fair) if kept >> digit & 1 else bits.bitwise_and_(fair)
     return bits
+
+
+@torch.library.custom_op("lit_gpt::fair_words", mutates_args=())
+def fair_words(n: int) -> Tensor:
+    """Random int64 (n,) on the CPU, seeded by torch's generator, whose own words take four times as long."""
+    seed = int(torch.randint(2**63 - 1, ()))
+    return torch.from_numpy(np.random.SFC64(seed).random_raw(n).view(np.int64))
+
+
+@fair_words.register_fake
+def _(n: int) -> Tensor:
+    return torch.empty(n, dtype=torch.int64)
 
 
 def _packed(bools: Tensor) -> Tensor:
@@ -133,19 +146,25 @@ class _Scaled(torch.autograd.Function):
         return grad * scale.to(grad.dtype), scale_grad, total * scale
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / rms(x) (Zhang & Sennrich 2019), the mean square in float32; x: (..., size), weight: (size,)."""
-    return _RMSNorm.apply(x, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """(offset + weight) * x / rms(x) (Zhang & Sennrich 2019); x: (..., size), weight: (size,).
+
+    The mean square is taken in float32, and with an offset, to which narrow weights would be lost, so is all.
+    """
+    return _RMSNorm.apply(x, weight, eps, offset)
 
 
 class _RMSNorm(torch.autograd.Function):
     """Keeps x and the inverse of the rms."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def forward(ctx, x, weight, eps, offset):
         wide = x.float()
         inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, inverse, weight)
+        ctx.offset = offset
+        if offset:
+            return (wide * inverse).mul_(offset + weight.float()).to(x.dtype)
         return weight * (wide * inverse).to(x.dtype)
 
     @staticmethod
@@ -157,10 +176,10 @@ class _RMSNorm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             weight_grad = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            wide = grad.to(torch.float32, copy=True).mul_(weight)
+            wide = grad.to(torch.float32, copy=True).mul_(ctx.offset + weight.float() if ctx.offset else weight)
             along = (wide * normed).mean(-1, keepdim=True)
             x_grad = wide.addcmul_(normed, along, value=-1).mul_(inverse).to(x.dtype)
-        return x_grad, weight_grad, None
+        return x_grad, weight_grad, None, None
 
 
 def gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor], gradient: Callable[..., Tensor]) -> Tensor:
@@ -228,39 +247,53 @@ def _turn(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int) -> 
     return qkv
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, lengths: tuple[int, ...]) -> Tensor:
+@dataclass(frozen=True)
+class Scores:
+    """How a query scores the keys, before the softmax.
+
+    scale: of the product of query and key.
+    window: how many positions a query sees, its own included; None: all before it.
+    softcap: c, by which a score s becomes c * tanh(s / c) (Gemma Team 2024, Gemma 2); None: it does not.
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, lengths: tuple[int, ...]) -> Tensor:
     """Causal attention within each of the samples that make up a row, as products of whole matrices.
 
     On a CPU this takes half the time of torch's scaled_dot_product_attention, whose backward pass is slow there.
 
     Args:
         q: (B, n_head, T, head_size). k, v: (B, n_query_groups, T, head_size).
-        window: how many positions a query sees, its own included; None: all before it.
         lengths: of the samples; their sum is T.
 
     Returns:
         (B, n_head, T, head_size). Scores and softmax are float32, or float64 for such input.
     """
-    return _Attention.apply(q, k, v, window, lengths)
+    return _Attention.apply(q, k, v, scores, lengths)
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps q, k and v; and the probabilities of short samples, while those of longer ones are computed again.
+    """Keeps q, k and v; and the probabilities of short samples, while those of longer ones are computed again, and with
+    a soft cap all.
 
     All is laid out by group of heads that share keys and values, queries of one position next to each other, so that
     queries and keys of a block are slices: q as (B * n_query_groups, T * heads of a group, head_size).
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, window, lengths):
-        ctx.window, ctx.lengths, kept = window, lengths, []
+    def forward(ctx, q, k, v, scores, lengths):
+        ctx.scores, ctx.lengths, kept = scores, lengths, []
         with torch.autocast(q.device.type, enabled=False):
             values, y = _by_group(v, v).to(_wide(v)), torch.empty_like(_by_group(q, k))
-            probabilities = _Probabilities(q, k, window)
-            for block in _blocks(lengths, window):
-                p = probabilities.of(block)
+            probabilities = _Probabilities(q, k, scores)
+            for block in _blocks(lengths, scores):
+                p, _ = probabilities.of(block)
                 y[:, probabilities.rows(block)] = p @ values[:, block.keys]
-                kept += [p.to(q.dtype)] if block.short else []
+                kept += [p.to(q.dtype)] if block.kept else []
         ctx.save_for_backward(q, k, v, *kept)
         return _by_head(y, q)
 
@@ -269,71 +302,78 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, *kept = ctx.saved_tensors
         queries, keys_, values, grad = (_by_group(x, k) for x in (q, k, v, grad))
-        wide_grad, values = grad.to(_wide(grad)), values.to(_wide(values))
         q_grad = torch.empty_like(queries)
         k_grad, v_grad = (torch.zeros_like(x, dtype=_wide(x)) for x in (keys_, values))
-        probabilities, kept = _Probabilities(q, k, ctx.window), iter(kept)
-        for block in _blocks(ctx.lengths, ctx.window):
-            p = next(kept) if block.short else probabilities.of(block)
+        probabilities, kept = _Probabilities(q, k, ctx.scores), iter(kept)
+        for block in _blocks(ctx.lengths, ctx.scores):
+            p, slope = (next(kept), None) if block.kept else probabilities.of(block)
+            p = p.to(q.dtype)
             rows, keys = probabilities.rows(block), block.keys
-            v_grad[:, keys] += p.to(v.dtype).mT @ grad[:, rows]
-            p_grad = wide_grad[:, rows] @ values[:, keys].mT
-            scores_grad = torch._softmax_backward_data(p_grad, p.to(p_grad.dtype), -1, p_grad.dtype).to(q.dtype)
+            v_grad[:, keys] += p.mT @ grad[:, rows]
+            p_grad = grad[:, rows] @ values[:, keys].mT
+            scores_grad = torch._softmax_backward_data(p_grad, p, -1, p.dtype)
+            scores_grad = scores_grad if slope is None else scores_grad.mul_(slope)
             q_grad[:, rows] = scores_grad @ keys_[:, keys]
             k_grad[:, keys] += scores_grad.mT @ queries[:, rows]
-        scale = q.size(-1) ** -0.5
+        scale = ctx.scores.scale
         grads = (q_grad.mul_(scale), q), (k_grad.mul_(scale), k), (v_grad, v)
         return *(_by_head(x, like) for x, like in grads), None, None
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries from `begin` to `end`, which see keys from `first` on; `short`: of a short sample."""
+    """Queries from `begin` to `end`, which see keys from `first` on; `kept`: their probabilities are."""
 
     begin: int
     end: int
     first: int
-    short: bool
+    kept: bool
 
     @property
     def keys(self) -> slice:
         return slice(self.first, self.end)
 
 
-def _blocks(lengths: tuple[int, ...], window: int | None) -> Iterator[_Block]:
-    start = 0
+def _blocks(lengths: tuple[int, ...], scores: Scores) -> Iterator[_Block]:
+    start, window = 0, scores.window
     for length in lengths:
         n = -(-length // QUERY_BLOCK)
         for i in range(n):
             begin, end = start + length * i // n, start + length * (i + 1) // n
             first = start if window is None else max(start, begin - window + 1)
-            yield _Block(begin, end, first, length <= SHORT)
+            yield _Block(begin, end, first, length <= SHORT and scores.softcap is None)
         start += length
 
 
 class _Probabilities:
     """Softmax of the scores of a block's queries, in float32 or wider."""
 
-    def __init__(self, q: Tensor, k: Tensor, window: int | None) -> None:
-        self.q, self.k, self.window, self.heads = q, k, window, q.size(1) // k.size(1)
+    def __init__(self, q: Tensor, k: Tensor, scores: Scores) -> None:
+        self.q, self.k, self.heads = q, k, q.size(1) // k.size(1)
+        self.scale, self.window, self.softcap = scores.scale, scores.window, scores.softcap
 
     @cached_property
     def scaled(self) -> tuple[Tensor, Tensor]:
         wide = _wide(self.q)
-        return _by_group(self.q, self.k).to(wide) * self.q.size(-1) ** -0.5, _by_group(self.k, self.k).to(wide)
+        return _by_group(self.q, self.k).to(wide) * self.scale, _by_group(self.k, self.k).to(wide)
 
     def rows(self, block: _Block) -> slice:
         return slice(block.begin * self.heads, block.end * self.heads)
 
-    def of(self, block: _Block) -> Tensor:
+    def of(self, block: _Block) -> tuple[Tensor, Tensor | None]:
+        """The probabilities; and the soft cap's slope at each score, if there is one."""
         queries, keys = self.scaled
         n, seen, before = block.end - block.begin, block.end - block.first, block.begin - block.first
-        scores = queries[:, self.rows(block)] @ keys[:, block.keys].mT
+        scores, slope = queries[:, self.rows(block)] @ keys[:, block.keys].mT, None
+        if self.softcap is not None:
+            scores = scores.div_(self.softcap).tanh_()
+            slope = 1 - scores.square()
+            scores = scores.mul_(self.softcap)
         by_query = scores.view(-1, n, self.heads, seen)
         by_query[..., before:] += self.later[:n, :n].unsqueeze(1)
         if self.window is not None and seen > self.window:
             by_query += scores.new_full((n, seen), -torch.inf).tril_(before - self.window).unsqueeze(1)
-        return scores.softmax(-1)
+        return scores.softmax(-1), slope
 
     @cached_property
     def later(self) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_gpt.checkpoint import DTYPES
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.memory import peak_memory_bytes
-from lit_gpt.model import GPT, KVCache
+from lit_gpt.model import GPT, KVCache, forget
 from lit_gpt.prompts import PromptStyle, instruction_messages
 from lit_gpt.tokenizer import Tokenizer
 
@@ -51,16 +51,18 @@ def generate(
             f"the prompt's {len(prompt)} tokens and --max_new_tokens {max_new_tokens} exceed the model's context of "
             f"{limit}; shorten the prompt or ask for fewer tokens"
         )
-    device, stops = model.wte.weight.device, set(stop_ids)
+    device, stops, tokens = model.wte.weight.device, set(stop_ids), list(prompt)
     cache = cache or model.kv_cache(1, len(prompt) + max_new_tokens)
-    idx = torch.tensor([prompt[cache[0].length :]], device=device)
     for _ in range(max_new_tokens):
+        if model.outdated(cache, len(tokens)):
+            forget(cache, 0)
+        idx = torch.tensor([tokens[cache[0].length :]], device=device)
         logits = model(idx, cache=cache, last=True)[0, -1]
-        idx = sample(logits, temperature, top_k, top_p, generator).view(1, 1)
-        token = int(idx)
+        token = int(sample(logits, temperature, top_k, top_p, generator))
         if token in stops:
             return
         yield token
+        tokens.append(token)
 
 
 def sample(

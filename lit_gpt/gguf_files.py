@@ -19,7 +19,7 @@ from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.gguf_reader import GGUFFile
 from lit_gpt.gguf_tokenizer import Vocabulary, build_tokenizer, tokenizer_config
-from lit_gpt.model import rope_llama3
+from lit_gpt.rope import rope_llama3
 
 
 def convert(gguf_path: Path, checkpoint_dir: Path, dtype: torch.dtype) -> Config:

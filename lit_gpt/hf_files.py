@@ -50,6 +50,25 @@ class StoredWeights(Mapping[str, Tensor]):
         return self.shards[name].dtype(name)
 
 
+class Renamed(Mapping[str, Tensor]):
+    """Stored tensors under other names: {new: stored}."""
+
+    def __init__(self, stored: Mapping[str, Tensor], names: dict[str, str]) -> None:
+        self.stored, self.names = stored, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.stored[self.names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.stored.dtype(self.names[name])
+
+
 def shard_paths(folder: Path) -> list[Path]:
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         index = folder / f"{stem}{suffix}.index.json"
@@ -111,7 +130,9 @@ def convert(checkpoint_dir: Path, hf: StoredWeights, dtype: torch.dtype | None =
         UserError: what config.json, the family's table and the tensors do not agree on. Nothing is written then.
     """
     folder = Path(checkpoint_dir)
-    config = weights.as_stored(Config.from_hf(read_json(folder / "config.json"), name=folder.name), hf)
+    config = Config.from_hf(read_json(folder / "config.json"), name=folder.name)
+    hf = Renamed(hf, weights.full_names(config, hf))
+    config = weights.as_stored(config, hf)
     weights.check_names(config, set(hf))
     layout = {
         row.lit: torch.empty(row.shape, dtype=dtype or widest([hf.dtype(name) for name in row.hf]), device="meta")

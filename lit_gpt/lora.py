@@ -11,12 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt import checkpoint, fused
 from lit_gpt.config import Config
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.model import GPT
+from lit_gpt.moe import Experts, Router, Routes, grouped_product
 from lit_gpt.quantize import Quantized, QuantizedLinear, weight_of
 from lit_gpt.variants import train_only_what_is_attached
 
@@ -55,22 +57,23 @@ class LoRALinear(nn.Module):
         linear: the base, a module from (..., in_features) to (..., out_features).
         parts: (start, stop) of the rows of each projection within the layer that is adapted; each has its own A and B,
             while the product with all A's is one.
+        experts: how many there are, in a layer of experts; the first dimension of A and B then.
 
     The update is kept in float32 and cast to the input's dtype for its products.
     """
 
     trained_parameters = ("lora_A", "lora_B")
 
-    def __init__(self, linear: nn.Linear, parts: list[tuple[int, int]], config: LoRAConfig) -> None:
+    def __init__(self, linear: nn.Module, parts: list[tuple[int, int]], config: LoRAConfig, *experts: int) -> None:
         super().__init__()
         self.linear, self.parts, self.r = linear, parts, config.r
         self.scale = config.alpha / config.r
         self.dropout = config.dropout
         self.in_features, self.out_features = linear.in_features, linear.out_features
         new = {"device": next(linear.parameters()).device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(len(parts) * config.r, linear.in_features, **new))
-        self.lora_B = nn.Parameter(torch.zeros(sum(stop - start for start, stop in parts), config.r, **new))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.lora_A = nn.Parameter(torch.empty(*experts, len(parts) * config.r, linear.in_features, **new))
+        self.lora_B = nn.Parameter(torch.zeros(*experts, sum(stop - start for start, stop in parts), config.r, **new))
+        nn.init.kaiming_uniform_(self.lora_A.detach().flatten(0, -2), a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
         rows, dropout = x.reshape(-1, self.in_features), self.dropout if self.training else 0.0
@@ -79,25 +82,41 @@ class LoRALinear(nn.Module):
         return y.view(*x.shape[:-1], self.out_features)
 
     def split_B(self) -> tuple[Tensor, ...]:
-        return self.lora_B.split([stop - start for start, stop in self.parts])
+        return self.lora_B.split([stop - start for start, stop in self.parts], dim=-2)
 
     def merged(self) -> Tensor:
-        """The base's weight plus the updates, (out_features, in_features), computed in float32.
+        """The base's weight plus the updates, of its shape, computed in float32.
 
         In the base's dtype; of a quantized base it is the dequantized weight, and stays float32.
         """
         base = weight_of(self.linear)
         weight = base.to(torch.float32, copy=True)  # the original may be tied, or mapped
         with torch.no_grad():
-            for (start, stop), A, B in zip(self.parts, self.lora_A.split(self.r), self.split_B(), strict=True):
-                weight[start:stop] += self.scale * (B @ A)
+            for (start, stop), A, B in zip(self.parts, self.lora_A.split(self.r, dim=-2), self.split_B(), strict=True):
+                weight[..., start:stop, :] += self.scale * (B @ A)
         return weight.to(base.dtype)
+
+
+class LoRAExperts(LoRALinear):
+    """The same for each expert of a layer, whose A and B are its own: (n_expert, ...)."""
+
+    def __init__(self, linear: nn.Module, parts: list[tuple[int, int]], config: LoRAConfig) -> None:
+        super().__init__(linear, parts, config, linear.n_expert)
+        self.n_expert = linear.n_expert
+
+    def forward(self, x: Tensor, routes: Routes) -> Tensor:
+        dropped = F.dropout(x, self.dropout, self.training)
+        low = grouped_product(dropped, self.lora_A, routes.counts).split(self.r, dim=-1)
+        updates = [grouped_product(*pair, routes.counts) for pair in zip(low, self.split_B(), strict=True)]
+        return self.linear(x, routes).add(torch.cat(updates, dim=-1), alpha=self.scale)
 
 
 def attach(model: GPT, config: LoRAConfig) -> GPT:
     """Wrap the chosen projections of `model`, in place, and let only the updates train."""
     for path, parts in targets(model, config):
-        model.set_submodule(path, LoRALinear(model.get_submodule(path), parts, config))
+        layer = model.get_submodule(path)
+        wrapper = LoRAExperts if hasattr(layer, "n_expert") else LoRALinear
+        model.set_submodule(path, wrapper(layer, parts, config))
     train_only_what_is_attached(model)
     return model
 
@@ -113,6 +132,8 @@ def targets(model: GPT, config: LoRAConfig) -> Iterator[tuple[str, list[tuple[in
         if config.projection:
             yield f"h.{layer}.attn.proj", [(0, block.attn.proj.out_features)]
         for name, linear in block.mlp.named_children() if config.mlp else ():
+            if isinstance(linear, Router):  # which experts a token goes to stays the base's choice
+                continue
             n = linear.out_features
             halves = [(0, n // 2), (n // 2, n)] if name == "gate_up" else [(0, n)]  # gate and up have an update each
             yield f"h.{layer}.mlp.{name}", halves
@@ -129,12 +150,13 @@ def merge(model: GPT) -> GPT:
     remain."""
     config = merged_config(model)
     for path, layer in lora_layers(model).items():
-        if not isinstance(layer.linear, nn.Linear | QuantizedLinear):
+        if not isinstance(layer.linear, nn.Linear | Experts | QuantizedLinear):
             raise UserError(f"LoRA cannot be merged into {path}, which another method has changed; leave it apart")
-        dtype = model.dtype if isinstance(layer.linear, Quantized) else None
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(layer.merged().to(dtype), requires_grad=False)
-        linear.bias = layer.linear.bias
+        linear, weight = layer.linear, layer.merged()
+        if isinstance(linear, Quantized):
+            linear, weight = nn.Linear(*weight.shape[::-1], bias=False, device="meta"), weight.to(model.dtype)
+            linear.bias = layer.linear.bias
+        linear.weight = nn.Parameter(weight, requires_grad=False)
         model.set_submodule(path, linear)
     model.config = config
     return model

@@ -1,5 +1,7 @@
 """Cross-entropy from hidden states, without ever holding the logits of a whole batch."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,13 +14,16 @@ from lit_gpt.quantize import held
 MAX_LOGITS = 2**22
 
 
-def summed_cross_entropy(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    """Sum over n tokens of the cross-entropy of `head(hidden)`, in nats.
+def summed_cross_entropy(
+    head: nn.Module, hidden: Tensor, labels: Tensor, finish: Callable[[Tensor], Tensor] = lambda logits: logits
+) -> Tensor:
+    """Sum over n tokens of the cross-entropy of `finish(head(hidden))`, in nats.
 
     Args:
-        head: any module from (n, n_embd) to logits (n, vocabulary).
+        head: any module from (n, n_embd) to (n, vocabulary).
         hidden: (n, n_embd).
         labels: int64 (n,).
+        finish: from what the head gives to logits.
 
     Returns:
         float32 scalar. Logits are turned to float32 before the softmax.
@@ -26,13 +31,10 @@ def summed_cross_entropy(head: nn.Module, hidden: Tensor, labels: Tensor) -> Ten
     parameters = [p for p in head.parameters() if p.requires_grad]
     with held(head, hidden.dtype):
         if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
-            return _ChunkedLoss.apply(head, labels, hidden, *parameters)
-        losses = [_loss(head, *chunk) for chunk in _chunks(head, hidden, labels, trained=False)]
+            return _ChunkedLoss.apply(head, finish, labels, hidden, *parameters)
+        chunks = _chunks(head, hidden, labels, trained=False)
+        losses = [F.cross_entropy(finish(head(h)).float(), y, reduction="sum") for h, y in chunks]
     return torch.stack(losses).sum() if losses else hidden.new_zeros((), dtype=torch.float32)
-
-
-def _loss(head: nn.Module, hidden: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,14 +60,14 @@ class _ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, head, labels, hidden, *parameters):
+    def forward(ctx, head, finish, labels, hidden, *parameters):
         total = hidden.new_zeros((), dtype=torch.float32)
         grads = [torch.zeros_like(p) for p in parameters]
         hidden_grads = []
         for rows, row_labels in _chunks(head, hidden, labels, trained=sum(p.numel() for p in parameters) > MAX_LOGITS):
             with torch.enable_grad():
                 rows = rows.detach().requires_grad_()
-                logits = head(rows)
+                logits = finish(head(rows))
             loss, logits_grad = _loss_and_gradient(logits.detach(), row_labels)
             row_grad, *parameter_grads = torch.autograd.grad(logits, [rows, *parameters], logits_grad)
             total += loss
@@ -77,4 +79,4 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, factor):
-        return None, None, *(grad * factor.to(grad.dtype) for grad in ctx.saved_tensors)
+        return None, None, None, *(grad * factor.to(grad.dtype) for grad in ctx.saved_tensors)

@@ -3,9 +3,8 @@
 Finetuning methods attach from outside: by wrapping linear layers and norms, or as an attention's `prefix`.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,9 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt import fused
+from lit_gpt.alibi import with_alibi
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
+from lit_gpt.fused import Scores
 from lit_gpt.loss import summed_cross_entropy
+from lit_gpt.moe import Experts, Router
+from lit_gpt.rope import RotaryEmbedding
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -31,6 +34,9 @@ ACTIVATION_GRADIENTS = {
     "relu": partial(torch.ops.aten.threshold_backward, threshold=0),
     "silu": torch.ops.aten.silu_backward,
 }
+
+
+Rotation = tuple[Tensor, Tensor]  # cosine and sine, see RotaryEmbedding
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,7 @@ class LayerCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)  # (B, n_query_groups, max_length, head_size)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
+        self.long = False  # whether the keys are rotated as those of a long sequence; see GPT.outdated
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of new tokens, return those of all."""
@@ -87,10 +94,14 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.learned_positions else None
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.head_bias)
         self.rope = RotaryEmbedding(config)
+        self.local_rope = self.rope
+        if config.local_rope_base is not None:
+            self.local_rope = RotaryEmbedding(replace(config, rope_base=config.local_rope_base, rope_scaling=None))
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -119,16 +130,60 @@ class GPT(nn.Module):
         Returns:
             logits (B, T, padded_vocab_size), (B, 1, padded_vocab_size) with `last`; with `targets` their summed
             cross-entropy in nats, a float32 scalar.
+
+        Raises:
+            UserError: more tokens than the model has learned positions.
+            ValueError: the cache is `outdated`.
         """
-        positions = segments.positions if segments else torch.arange(idx.size(1), device=idx.device)
-        x = self.wte(idx)  # (B, T, n_embd)
-        rotation = self.rope(positions + cache[0].length if cache else positions, x.dtype)
-        for layer, block in enumerate(self.h):
+        if segments is not None:
+            positions, lengths = segments.positions, segments.lengths
+        else:
+            start = cache[0].length if cache else 0
+            length = start + idx.size(1)
+            if cache and self.outdated(cache, length):
+                raise ValueError(f"with {length} tokens other angles hold: forget the cache and give all tokens")
+            if cache:
+                cache[0].long = self.rope.is_long(length)
+            positions, lengths = torch.arange(start, length, device=idx.device), (length,)
+        x = self.embed(idx, positions, lengths)  # (B, T, n_embd)
+        rotations = self.rotations(positions, lengths, x.dtype)
+        for layer, (block, rotation) in enumerate(zip(self.h, rotations, strict=True)):
             x = block(x, rotation, segments, cache[layer] if cache else None)
         x = self.ln_f(x[:, -1:] if last else x)
         if targets is not None:
-            return summed_cross_entropy(self.lm_head, x.flatten(0, 1)[targets.positions], targets.labels)
-        return self.lm_head(x)
+            x = x.flatten(0, 1)[targets.positions]
+            return summed_cross_entropy(self.lm_head, x, targets.labels, self.finish)
+        return self.finish(self.lm_head(x))
+
+    def embed(self, idx: Tensor, positions: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        x, scale, limit = self.wte(idx), self.config.embedding_scale, self.config.block_size
+        if scale != 1.0:
+            x = x * torch.tensor(scale, dtype=x.dtype)  # rounded as the weights are, since the models were trained so
+        if self.wpe is None:
+            return x
+        if max(lengths) > limit:
+            raise UserError(f"{max(lengths)} tokens exceed the model's {limit} learned positions; give it fewer")
+        return x + self.wpe(positions)
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """Logits from what the head gives. Not part of the head: LoRA and Adapter v2 change its output before this."""
+        divisor, cap = self.config.logit_divisor, self.config.logit_softcap
+        logits = logits if divisor == 1.0 else logits / divisor
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def rotations(self, positions: Tensor, lengths: tuple[int, ...], dtype: torch.dtype) -> list[Rotation | None]:
+        """Of each layer, if it has one; see RotaryEmbedding."""
+        everywhere = within = self.rope(positions, lengths, dtype)
+        if self.local_rope is not self.rope:
+            within = self.local_rope(positions, lengths, dtype)
+        layers, unrotated = range(len(self.h)), self.config.unrotated_layers
+        kinds = [everywhere if self.config.window(layer) is None else within for layer in layers]
+        return [None if layer in unrotated else kinds[layer] for layer in layers]
+
+    def outdated(self, cache: KVCache, length: int) -> bool:
+        """Whether a sequence that grows to `length` tokens must be read again, since its keys in the cache are rotated
+        by other angles than LongRoPE has for that length."""
+        return cache[0].length > 0 and cache[0].long != self.rope.is_long(length)
 
     def kv_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` sequences of up to `max_length` tokens, in the model's dtype and place."""
@@ -164,83 +219,116 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        self.parallel = config.parallel_residual
-        self.norm_1 = norm(config)
-        self.attn = CausalSelfAttention(config)
-        self.norm_2 = None if config.shared_attention_norm else norm(config)
+        self.parallel, self.scale = config.parallel_residual, config.residual_scale
+        pre, post = (partial(norm, config) if there else nn.Identity for there in (config.pre_norm, config.post_norm))
+        self.norm_1 = pre()
+        self.attn = CausalSelfAttention(config, layer)
+        self.post_norm_1 = post()
+        self.norm_2 = None if config.shared_attention_norm else pre()
         self.mlp = MLPS[config.mlp_class](config)
+        self.post_norm_2 = post()
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], segments: Segments | None, cache: LayerCache | None
+        self, x: Tensor, rotation: Rotation | None, segments: Segments | None, cache: LayerCache | None
     ) -> Tensor:
         n_1 = self.norm_1(x)
-        h = self.attn(n_1, rotation, segments, cache)
+        h = self.post_norm_1(self.attn(n_1, rotation, segments, cache))
         if self.parallel:
-            return x + h + self.mlp(n_1 if self.norm_2 is None else self.norm_2(x))
-        x = x + h
-        return x + self.mlp(self.norm_2(x))
+            return x + h + self.post_norm_2(self.mlp(n_1 if self.norm_2 is None else self.norm_2(x)))
+        x = torch.add(x, h, alpha=self.scale)
+        return torch.add(x, self.post_norm_2(self.mlp(self.norm_2(x))), alpha=self.scale)
 
 
 class CausalSelfAttention(nn.Module):
     """Attention with one query head per head and `n_query_groups` key and value heads (Ainslie et al. 2023, GQA)."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.n_head, self.n_query_groups, self.head_size = config.n_head, config.n_query_groups, config.head_size
-        self.sizes, self.window = config.qkv_sizes, config.sliding_window
+        self.sizes = config.qkv_sizes
+        scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
+        self.scores = Scores(scale, config.window(layer), config.attention_softcap)
+        self.alibi = config.alibi
         # one product for all: rows of the queries, then of the keys, then of the values
         self.qkv = nn.Linear(config.n_embd, sum(self.sizes), bias=config.qkv_bias)
+        self.qk_norm = QKNorm(config) if config.qk_norm else None
         self.proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
         self.prefix: nn.Module | None = None  # adds to what the queries find; see lit_gpt.adapter
 
     def forward(
-        self, x: Tensor, rotation: tuple[Tensor, Tensor], segments: Segments | None, cache: LayerCache | None
+        self, x: Tensor, rotation: Rotation | None, segments: Segments | None, cache: LayerCache | None
     ) -> Tensor:
-        B, T, _ = x.shape
-        qkv = fused.rotate(self.qkv(x), *rotation, self.n_head + self.n_query_groups, self.head_size)
-        q, k, v = qkv.split(self.sizes, dim=-1)
-        q = q.view(B, T, self.n_head, self.head_size).transpose(1, 2)  # (B, n_head, T, head_size)
-        k = k.view(B, T, self.n_query_groups, self.head_size).transpose(1, 2)  # (B, n_query_groups, T, head_size)
-        v = v.view(B, T, self.n_query_groups, self.head_size).transpose(1, 2)
+        q, k, v = self.heads(x, rotation)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = attend(q, k, v, self.window) if segments is None else attend_packed(q, k, v, self.window, segments)
+        heads = q, k, v
+        if self.alibi:
+            positions = segments.positions if segments else torch.arange(k.size(2), device=k.device)
+            heads = with_alibi(q, k, v, self.scores.scale, positions)
+        y = attend(*heads, self.scores) if segments is None else attend_packed(*heads, self.scores, segments)
+        if self.alibi:
+            y = y[..., : self.head_size]
         if self.prefix is not None:
             y = y + self.prefix(q, self)
-        return self.proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size))
+        return self.proj(y.transpose(1, 2).flatten(2))
+
+    def heads(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, n_head, T, head_size), keys and values (B, n_query_groups, T, head_size) of x (B, T, n_embd)."""
+        qkv = self.qkv(x)
+        if self.qk_norm is not None:
+            q, k, v = qkv.split(self.sizes, dim=-1)
+            qkv = torch.cat((*self.qk_norm(q, k), v), dim=-1)
+        if rotation is not None:
+            qkv = fused.rotate(qkv, *rotation, self.n_head + self.n_query_groups, self.head_size)
+        return tuple(y.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for y in qkv.split(self.sizes, dim=-1))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
     """Causal attention of queries that are the last T of S positions.
 
     Args:
         q: (B, n_head, T, head_size). k, v: (B, n_query_groups, S, head_size).
-        window: how many positions a query sees, its own included; None: all before it.
     """
-    T, S = q.size(2), k.size(2)
-    if T == S and trains_on_cpu(q):
-        return fused.attention(q, k, v, window, (T,))
-    gqa = q.size(1) != k.size(1)
+    T, S, window = q.size(2), k.size(2), scores.window
+    if T == S and by_products(q, scores):
+        return fused.attention(q, k, v, scores, (T,))
     if T == 1:
         first = 0 if window is None else max(0, S - window)
-        return F.scaled_dot_product_attention(q, k[:, :, first:], v[:, :, first:], enable_gqa=gqa)
+        return weigh(q, k[:, :, first:], v[:, :, first:], scores)
     if T == S and (window is None or S <= window):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        gqa = q.size(1) != k.size(1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=gqa)
     behind = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)
-    seen = behind >= 0 if window is None else (behind >= 0) & (behind < window)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=gqa)
+    return weigh(q, k, v, scores, behind >= 0 if window is None else (behind >= 0) & (behind < window))
 
 
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, window: int | None, segments: Segments) -> Tensor:
+def weigh(q: Tensor, k: Tensor, v: Tensor, scores: Scores, seen: Tensor | None = None) -> Tensor:
+    """Attention of queries (B, n_head, T, head_size) to the keys that they see: bool (T, S); None: to all."""
+    if scores.softcap is None:
+        gqa = q.size(1) != k.size(1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scores.scale, enable_gqa=gqa)
+    grouped = q.unflatten(1, (k.size(1), -1))  # (B, n_query_groups, heads of a group, T, head_size)
+    found = (grouped.flatten(2, 3) @ k.mT).float() * scores.scale
+    found = (scores.softcap * torch.tanh(found / scores.softcap)).unflatten(2, grouped.shape[2:4])
+    found = found if seen is None else found.masked_fill(~seen, -torch.inf)
+    return (found.softmax(-1).to(v.dtype).flatten(2, 3) @ v).view_as(q)
+
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, scores: Scores, segments: Segments) -> Tensor:
     """Causal attention within each sample of a packed row; shapes as in `attend`, with B = 1 and S = T."""
-    if flash_takes(q):
-        return attend_varlen(q, k, v, window, segments)
-    if trains_on_cpu(q):
-        return fused.attention(q, k, v, window, segments.lengths)
+    if scores.softcap is None and flash_takes(q):
+        return attend_varlen(q, k, v, scores, segments)
+    if by_products(q, scores):
+        return fused.attention(q, k, v, scores, segments.lengths)
     parts = zip(*(x.split(segments.lengths, dim=2) for x in (q, k, v)), strict=True)
-    return torch.cat([attend(*part, window) for part in parts], dim=2)
+    return torch.cat([attend(*part, scores) for part in parts], dim=2)
+
+
+def by_products(q: Tensor, scores: Scores) -> bool:
+    """Whether to attend by products of whole matrices: where torch's own kernel is slow, or knows no soft cap."""
+    return trains_on_cpu(q) or scores.softcap is not None
 
 
 def trains_on_cpu(q: Tensor) -> bool:
@@ -255,15 +343,16 @@ def flash_takes(q: Tensor) -> bool:
     return torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def attend_varlen(q: Tensor, k: Tensor, v: Tensor, window: int | None, segments: Segments) -> Tensor:
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, scores: Scores, segments: Segments) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     heads = q.size(1)
     # every release that has varlen_attn takes equal head counts; grouped ones came later
     k, v = (x.repeat_interleave(heads // x.size(1), dim=1) for x in (k, v))
     rows = (x.squeeze(0).transpose(0, 1).contiguous() for x in (q, k, v))  # (T, n_head, head_size)
-    longest, span = max(segments.lengths), (-1 if window is None else window - 1, 0)
-    y = varlen_attn(*rows, segments.offsets, segments.offsets, longest, longest, window_size=span)
+    longest, span = max(segments.lengths), (-1 if scores.window is None else scores.window - 1, 0)
+    options = {"scale": scores.scale, "window_size": span}
+    y = varlen_attn(*rows, segments.offsets, segments.offsets, longest, longest, **options)
     return y.transpose(0, 1).unsqueeze(0)
 
 
@@ -298,99 +387,89 @@ class SwiGLU(nn.Module):
         return self.proj(fused.gated(self.gate_up(x), self.activation, self.gradient))
 
 
-MLPS = {"GptNeoxMLP": GptNeoxMLP, "SwiGLU": SwiGLU}
+class MoE(nn.Module):
+    """Many SwiGLUs, the experts; each token goes through a few of them (Jiang et al. 2024, Mixtral of Experts).
+
+    Training has no loss besides that of the tokens. transformers' one that balances the experts' load is off as well,
+    unless `output_router_logits` asks for it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        n, inner = config.n_expert, config.intermediate_size
+        self.router = Router(config.n_embd, n, config.n_expert_per_token, config.norm_expert_weights)
+        self.gate_up = Experts(n, config.n_embd, 2 * inner)
+        self.proj = Experts(n, inner, config.n_embd)
+        self.activation, self.gradient = activation(config), ACTIVATION_GRADIENTS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        weights, routes = self.router(tokens)
+        gate_up = self.gate_up(routes.dispatch(tokens), routes)
+        y = self.proj(fused.gated(gate_up, self.activation, self.gradient), routes)
+        return routes.combine(y, weights).view_as(x)
+
+
+MLPS = {"GptNeoxMLP": GptNeoxMLP, "SwiGLU": SwiGLU, "MoE": MoE}
 
 
 class RMSNorm(nn.Module):
     """Zhang & Sennrich 2019; the mean square is taken in float32."""
 
+    offset = 0.0  # added to the weight
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - self.offset))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused.rms_norm(x, self.weight, self.eps)
+        return fused.rms_norm(x, self.weight, self.eps, self.offset)
 
 
-def norm(config: Config) -> nn.Module:
-    return {"LayerNorm": nn.LayerNorm, "RMSNorm": RMSNorm}[config.norm_class](config.n_embd, eps=config.norm_eps)
+class UnitOffsetRMSNorm(RMSNorm):
+    """Gemma's, whose stored weight is the distance from 1."""
+
+    offset = 1.0
 
 
-class RotaryEmbedding(nn.Module):
-    """Rotary position embedding (Su et al. 2021, RoFormer), rotating the two halves of the rotated elements."""
+NORMS = {
+    "LayerNorm": nn.LayerNorm,
+    "BiaslessLayerNorm": partial(nn.LayerNorm, bias=False),
+    "RMSNorm": RMSNorm,
+    "UnitOffsetRMSNorm": UnitOffsetRMSNorm,
+}
+
+
+def norm(config: Config, size: int | None = None) -> nn.Module:
+    return NORMS[config.norm_class](size or config.n_embd, eps=config.norm_eps)
+
+
+class QKNorm(nn.Module):
+    """Norms of queries and keys (Dehghani et al. 2023), over the whole projections or over each head."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.frequencies, self.attention_factor = rope_frequencies(config)
+        sizes, head_size = config.qkv_sizes[:2], config.head_size
+        self.widths = sizes if config.qk_norm == "projection" else (head_size, head_size)
+        if config.qk_norm == "heads":
+            self.q, self.k = (LayerNorms(n // head_size, head_size, config.norm_eps) for n in sizes)
+        else:
+            self.q, self.k = (norm(config, width) for width in self.widths)
 
-    def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine for int64 `positions` (T,) or (B, T): each (..., T, rope_n_elem) of `dtype`."""
-        # not a buffer: it must stay float32 whatever the model is cast to, and needs no place in a checkpoint
-        self.frequencies = self.frequencies.to(positions.device)
-        angles = positions[..., None].float() * self.frequencies
-        angles = torch.cat((angles, angles), dim=-1)
-        return tuple((f(angles) * self.attention_factor).to(dtype) for f in (torch.cos, torch.sin))
-
-
-def rope_frequencies(config: Config) -> tuple[Tensor, float]:
-    """Angle per position of each rotated pair, float32 (rope_n_elem / 2,), and the factor on cosine and sine."""
-    with torch.device("cpu"):  # also for a model on the meta device: these are computed, not loaded
-        n, base = config.rope_n_elem, config.rope_base
-        frequencies = 1.0 / base ** (torch.arange(0, n, 2, dtype=torch.int64).float() / n)
-        scaling = config.rope_scaling
-        if not scaling:
-            return frequencies, 1.0
-        if scaling["rope_type"] not in ROPE_SCALING:
-            known = ", ".join(ROPE_SCALING)
-            raise UserError(
-                f"config.json: rope_type '{scaling['rope_type']}' is not supported; expected one of {known}"
-            )
-        try:
-            return ROPE_SCALING[scaling["rope_type"]](frequencies, scaling, config)
-        except KeyError as missing:
-            raise UserError(f"config.json: rope_type '{scaling['rope_type']}' needs the field {missing}") from None
+    def forward(self, *qk: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed queries and keys, of the shapes that they had: (B, T, heads * head_size)."""
+        parts = zip((self.q, self.k), qk, self.widths, strict=True)
+        # under autocast norms give float32, in which attention would be slow
+        return tuple(norm(x.unflatten(-1, (-1, width))).flatten(-2).to(x.dtype) for norm, x, width in parts)
 
 
-def rope_linear(frequencies: Tensor, scaling: dict, config: Config) -> tuple[Tensor, float]:
-    """Position interpolation (Chen et al. 2023)."""
-    return frequencies / scaling["factor"], 1.0
+class LayerNorms(nn.LayerNorm):
+    """A LayerNorm for each of `n` heads, without bias; x: (..., n, size)."""
 
+    def __init__(self, n: int, size: int, eps: float) -> None:
+        super().__init__(size, eps=eps, elementwise_affine=False)
+        self.weight = nn.Parameter(torch.ones(n * size))
 
-def rope_llama3(frequencies: Tensor, scaling: dict, config: Config) -> tuple[Tensor, float]:
-    """Llama 3.1: long waves are interpolated, short ones kept, those between blended."""
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (keep + (1 - keep) / scaling["factor"]), 1.0
-
-
-def rope_yarn(frequencies: Tensor, scaling: dict, config: Config) -> tuple[Tensor, float]:
-    """YaRN (Peng et al. 2023), equations 17 to 22."""
-    n, factor = config.rope_n_elem, scaling["factor"]
-    original = scaling.get("original_max_position_embeddings") or config.block_size
-
-    def pair_turning(times: float) -> float:  # the pair that turns so often within the original context
-        return n * math.log(original / (times * 2 * math.pi)) / (2 * math.log(config.rope_base))
-
-    low, high = pair_turning(scaling.get("beta_fast") or 32), pair_turning(scaling.get("beta_slow") or 1)
-    if scaling.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, n - 1)
-    ramp = ((torch.arange(n // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
-    return frequencies * (1 - ramp) + frequencies / factor * ramp, yarn_attention_factor(scaling)
-
-
-def yarn_attention_factor(scaling: dict) -> float:
-    if scaling.get("attention_factor") is not None:
-        return scaling["attention_factor"]
-
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
-
-    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
-    return mscale(1.0)
-
-
-ROPE_SCALING = {"linear": rope_linear, "llama3": rope_llama3, "yarn": rope_yarn}
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, eps=self.eps) * self.weight.view(x.shape[-2:])

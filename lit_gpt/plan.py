@@ -158,7 +158,7 @@ def simulate(
     if hp.activation_checkpointing:
         recompute_blocks(model)
     counts = quantize.count_parameters(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    with FakeTensorMode(), Live() as live, kernels_of(cuda):
+    with FakeTensorMode(), Live() as live, kernels_of(cuda), mock.patch("lit_gpt.moe.rows_per_expert", evenly):
         parameters = materialize(model)
         row = row_like(lengths, supervised)
         weights = live.now
@@ -188,7 +188,8 @@ def materialize(model: nn.Module) -> list[nn.Parameter]:
                 like = torch.empty(parameter.shape, dtype=parameter.dtype)
                 made[parameter] = nn.Parameter(like, requires_grad=parameter.requires_grad)
             module._parameters[name] = made.get(parameter)
-    model.rope.frequencies = torch.empty(model.rope.frequencies.shape)
+    for rope in (model.rope, model.local_rope):
+        rope.frequencies = torch.empty(rope.frequencies.shape)
     return [parameter for parameter in made.values() if parameter.requires_grad]
 
 
@@ -258,6 +259,15 @@ def kernels_of(cuda: bool) -> Iterator[None]:
     flash = mock.patch("lit_gpt.model.flash_takes", lambda q: q.size(-1) <= 256)
     with flash, mock.patch("lit_gpt.quantize.CPU_PIECE", quantize.PIECE):
         yield
+
+
+def evenly(experts: Tensor, n_expert: int) -> list[int]:
+    """In the place of the router's choice, which wants contents: each expert gets as many rows as the others.
+
+    What a step holds does not depend on that, for all rows lie in one tensor, sorted by expert.
+    """
+    rows = len(experts)
+    return [rows * (i + 1) // n_expert - rows * i // n_expert for i in range(n_expert)]
 
 
 class Live(TorchDispatchMode):

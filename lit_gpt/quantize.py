@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lit_gpt.errors import UsageError
+
 GROUP = 64  # weights of a row that share a scale, in the formats of 4 bits
 SCALES = 256  # scales that share a scale of their own, in double quantization
 PIECE, CPU_PIECE = 2**26, 2**22  # weights that are turned back at a time, in float32
@@ -328,7 +330,13 @@ def held(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 def attach(model: nn.Module, format: str) -> nn.Module:
-    """Quantize a GPT, in place, before any method is attached to it."""
+    """Quantize a GPT, in place, before any method is attached to it.
+
+    Raises:
+        UsageError: it has routed experts, which would stay as they are.
+    """
+    if model.config.n_expert:
+        raise UsageError(f"--quantize {format}: {model.config.name} has routed experts, which cannot be quantized yet")
     for path, module in list(model.h.named_modules()):
         if isinstance(module, nn.Linear):
             model.h.set_submodule(path, QuantizedLinear(module, format))

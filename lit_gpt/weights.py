@@ -4,7 +4,7 @@ A table maps each module of the GPT to the place of its tensors in the Hugging F
 layouts below; "{}" stands for the layer. What the table does not name is an error, never skipped.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
@@ -39,6 +39,28 @@ class Stacked(Place):
 
     def to_hf(self, tensor: Tensor) -> list[Tensor]:
         return list(tensor.split(self.sizes))
+
+
+@dataclass(frozen=True)
+class Transposed(Place):
+    """A linear layer whose weight is stored as (in_features, out_features)."""
+
+    def to_lit(self, tensors: list[Tensor]) -> Tensor:
+        return tensors[0].t()
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor.t()]
+
+
+@dataclass(frozen=True)
+class PerExpert(Stacked):
+    """Of each expert the same modules: the first expert's, then the second's and so on. `sizes` are of one expert."""
+
+    def to_lit(self, tensors: list[Tensor]) -> Tensor:
+        return torch.cat(tensors).unflatten(0, (-1, sum(self.sizes)))  # (experts, out_features, in_features)
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        return list(tensor.flatten(0, 1).split(self.sizes * len(tensor)))
 
 
 @dataclass(frozen=True)
@@ -120,6 +142,17 @@ def as_stored(config: Config, hf: Mapping[str, Tensor]) -> Config:
 
 def _head(config: Config) -> str:
     return next(row.hf[0] for row in rows(replace(config, tie_embeddings=False)) if row.lit == "lm_head.weight")
+
+
+def full_names(config: Config, stored: Iterable[str]) -> dict[str, str]:
+    """{name as the table has it: name in the file}. A file that was saved from a model without its head, such as those
+    of GPT-2, leaves out the first part of the names."""
+    table = [row.hf for row in rows(config)]
+    prefix = table[0][0].split(".")[0] + "."  # of the embedding
+    named = {hf for names in table for hf in names}
+    if any(name.startswith(prefix) for name in stored):
+        prefix = ""
+    return {name if name in named else prefix + name: name for name in stored}
 
 
 def _some(names: list[str]) -> str:

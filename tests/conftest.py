@@ -31,7 +31,8 @@ def tiny_hf_model(family: str, layout: str, **fields) -> torch.nn.Module:
     model = AutoModelForCausalLM.from_config(module.tiny_hf(**fields)[layout]).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.normal_(std=0.15).add_(1.0 if parameter.ndim == 1 else 0.0)
+            center = parameter.mean() if parameter.ndim == 1 else 0.0  # 1 of a norm's weight, or 0 if 1 is added to it
+            parameter.normal_(std=0.15).add_(center)
     return model
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import Tiny, tiny_hf_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_gpt import GPT, Config, hf_files, weights
 from lit_gpt.checkpoint import load_state
@@ -24,9 +24,15 @@ def tokens(model, rows=2, length=40) -> torch.Tensor:
     return torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
+def in_steps(idx: torch.Tensor) -> list[torch.Tensor]:
+    """Prompt at once, then some tokens together, then one by one. The prompt is beyond all original contexts: LongRoPE
+    rotates other tokens otherwise."""
+    return [idx[:, :33], idx[:, 33:36], *idx[:, 36:].split(1, dim=1)]
+
+
 @torch.no_grad()
 def test_logits_equal_transformers(tiny: Tiny):
-    """Beyond the window (5) of Mistral and the original context (16, 32) of YaRN and Llama 3."""
+    """Beyond all windows (5) and original contexts (16, 32)."""
     model, idx = GPT.from_checkpoint(tiny.folder), tokens(tiny.hf)
     expected = tiny.hf(idx).logits
     assert off(model(idx), expected) < TOLERANCE
@@ -35,11 +41,9 @@ def test_logits_equal_transformers(tiny: Tiny):
 
 @torch.no_grad()
 def test_cache_changes_nothing(tiny: Tiny):
-    """Prompt at once, then some tokens together, then one by one."""
     model, idx = GPT.from_checkpoint(tiny.folder), tokens(tiny.hf)
     cache = model.kv_cache(2, idx.size(1))
-    steps = [idx[:, :17], idx[:, 17:24], *idx[:, 24:].split(1, dim=1)]
-    found = torch.cat([model(step, cache=cache) for step in steps], dim=1)
+    found = torch.cat([model(step, cache=cache) for step in in_steps(idx)], dim=1)
     assert off(found, tiny.hf(idx).logits) < TOLERANCE
 
 
@@ -122,21 +126,72 @@ PUBLISHED = {
     "SmolLM2-135M": 134_515_008,
     "SmolLM2-360M": 361_821_120,
     "SmolLM2-1.7B": 1_711_376_384,
+    "Qwen2-0.5B": 494_032_768,
+    "Qwen2-1.5B": 1_543_714_304,
+    "Qwen2-7B": 7_615_616_512,
+    "Qwen2.5-3B": 3_085_938_688,
+    "Qwen2.5-14B": 14_770_033_664,
+    "Qwen2.5-32B": 32_763_876_352,
+    "Qwen2.5-72B": 72_706_203_648,
+    "Qwen3-4B": 4_022_468_096,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-14B": 14_768_307_200,
+    "Qwen3-32B": 32_762_123_264,
+    "gemma-2b": 2_506_172_416,
+    "gemma-7b": 8_537_680_896,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-2-27b": 27_227_128_320,
+    "gemma-3-270m": 268_098_176,
+    "gemma-3-1b": 999_885_952,
+    "phi-1_5": 1_418_270_720,
+    "phi-2": 2_779_683_840,
+    "Phi-3-mini-4k": 3_821_079_552,
+    "Phi-3-medium-4k": 13_960_238_080,
+    "Phi-3.5-mini": 3_821_079_552,
+    "phi-4": 14_659_507_200,
+    "Phi-4-mini": 3_836_021_760,
+    "stablelm-3b-4e1t": 2_795_443_200,
+    "stablelm-2-1_6b": 1_644_515_328,
+    "OLMo-2-0425-1B": 1_484_916_736,
+    "OLMo-2-1124-7B": 7_298_617_344,
+    "OLMo-2-1124-13B": 13_716_198_400,
+    "OLMo-2-0325-32B": 32_234_279_936,
+    "granite-3.1-2b-instruct": 2_533_531_648,
+    "granite-3.1-8b-instruct": 8_170_848_256,
+    "SmolLM3-3B": 3_075_098_624,
+    "distilgpt2": 81_912_576,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "mpt-7b": 6_649_286_656,
+    "Mixtral-8x7B-v0.1": 46_702_792_704,
+    "Mixtral-8x22B-v0.1": 140_620_634_112,
+    "Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen3-235B-A22B": 235_093_634_560,
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_presets_have_the_published_size(name):
     with torch.device("meta"):
-        model = GPT(Config.from_name(name))
-    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
+        assert size(GPT(Config.from_name(name))) == PUBLISHED[name]
 
 
-def test_every_preset_makes_a_model():
-    for family in families():
-        for name in family.PRESETS:
-            with torch.device("meta"):
-                GPT(Config.from_name(name, n_layer=1))
+@pytest.mark.parametrize("family", families())
+def test_presets_are_what_transformers_takes_them_for(family):
+    """All of them: as large, also those of which no published count is at hand; and the same in the newest spelling."""
+    for name, fields in family.PRESETS.items():
+        theirs = AutoConfig.for_model(**fields)
+        assert Config.from_hf(theirs.to_dict(), name=name) == Config.from_name(name)
+        with torch.device("meta"):
+            counts = [size(GPT(Config.from_name(name))), size(AutoModelForCausalLM.from_config(theirs))]
+        assert counts[0] == counts[1], name
+
+
+def size(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
 
 
 def test_unknown_names():
@@ -161,6 +216,39 @@ def test_older_names_of_config_fields():
     assert Config.from_hf(neox).rotary_percentage == 0.5 and Config.from_hf(neox).rope_base == 2e4
     del neox["rotary_pct"]
     assert Config.from_hf(neox | {"rope_parameters": {"rope_theta": 1e4}}).rotary_percentage == 0.25
+
+
+TINY = dict(num_hidden_layers=4, num_attention_heads=2, hidden_size=8, intermediate_size=8, vocab_size=9)
+
+
+def test_which_layers_have_a_window_or_positions():
+    """By the lists of layers, or by the numbers that stand for them in older files."""
+    gemma = dict(TINY, model_type="gemma3_text", sliding_window=6, rope_local_base_freq=2e4, sliding_window_pattern=2)
+    config = Config.from_hf(gemma)
+    assert [config.window(layer) for layer in range(4)] == [6, None, 6, None] and config.local_rope_base == 2e4
+    listed = Config.from_hf(gemma | {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]})
+    assert [listed.window(layer) for layer in range(4)] == [None, None, None, 6]
+    qwen = dict(TINY, model_type="qwen2", sliding_window=6, max_window_layers=3)
+    assert Config.from_hf(qwen).sliding_window is None
+    config = Config.from_hf(qwen | {"use_sliding_window": True})
+    assert [config.window(layer) for layer in range(4)] == [None, None, None, 6]
+    assert Config.from_hf(dict(TINY, model_type="smollm3")).unrotated_layers == [3]
+    assert Config.from_hf(dict(TINY, model_type="smollm3", no_rope_layers=[0, 1, 1, 0])).unrotated_layers == [0, 3]
+    assert Config.from_hf(dict(TINY, model_type="gemma", hidden_act="gelu")).activation == "gelu_tanh"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "words"),
+    [
+        ("qwen3", {"layer_types": ["linear_attention"] * 4}, "layer_types .'linear_attention'."),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}}, "of sliding_attention"),
+        ("gemma2", {"hidden_activation": "gelu_10"}, "activation 'gelu_10'"),
+    ],
+)
+def test_what_the_model_does_not_do_is_refused(kind, fields, words):
+    with pytest.raises(UserError, match=words):
+        GPT(Config.from_hf(dict(TINY, model_type=kind, sliding_window=6) | fields))
 
 
 def test_unknown_rope_scaling_is_refused():

@@ -164,20 +164,26 @@ def test_lora_layer_drops_only_when_it_trains(training):
 # attention
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, lengths: tuple[int, ...]) -> Tensor:
-    parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
-    with torch.no_grad():
-        masks = [torch.ones(n, n, dtype=torch.bool).tril() for n in lengths]
-        masks = [m if window is None else m.triu(1 - window) for m in masks]
-    return torch.cat(
-        [F.scaled_dot_product_attention(*p, attn_mask=m, enable_gqa=True) for p, m in zip(parts, masks, strict=True)], 2
-    )
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, scores: fused.Scores, lengths: tuple[int, ...]) -> Tensor:
+    found = []
+    for part in zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True):
+        q, k, v = part
+        seen = torch.ones(q.size(2), q.size(2), dtype=torch.bool).tril()
+        seen = seen if scores.window is None else seen.triu(1 - scores.window)
+        if scores.softcap is None:
+            found.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scores.scale, enable_gqa=True))
+            continue
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        s = scores.softcap * torch.tanh(q @ k.mT * scores.scale / scores.softcap)
+        found.append(s.masked_fill(~seen, -torch.inf).softmax(-1) @ v)
+    return torch.cat(found, dim=2)
 
 
 @pytest.mark.parametrize("groups", [6, 2, 1])
-@pytest.mark.parametrize("window", [None, 1, 50])
+@pytest.mark.parametrize("scores", [fused.Scores(0.25), fused.Scores(0.25, 1), fused.Scores(0.4, 50),
+                                    fused.Scores(0.4, 50, softcap=1.5)], ids=str)  # fmt: skip
 @pytest.mark.parametrize("lengths", [(1, 130, 2, 300, 17), (45,), (256, 128)], ids=str)
-def test_attention(groups, window, lengths):
+def test_attention(groups, scores, lengths):
     T, batch = sum(lengths), 2 if len(lengths) == 1 else 1
     packed = inputs((batch, T, (6 + 2 * groups) * 16))[0]
 
@@ -186,7 +192,7 @@ def test_attention(groups, window, lengths):
 
         def run(x: Tensor) -> Tensor:
             q, k, v = x.view(batch, T, -1, 16).split([6, groups, groups], dim=2)
-            return f(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), window, lengths)
+            return f(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scores, lengths)
 
         return run
 
@@ -196,8 +202,8 @@ def test_attention(groups, window, lengths):
 def test_attention_gradcheck(monkeypatch):
     monkeypatch.setattr(fused, "QUERY_BLOCK", 3)
     args = [x.detach().double().requires_grad_() for x in inputs((2, 4, 9, 3), (2, 2, 9, 3), (2, 2, 9, 3))]
-    for window in (None, 4):
-        assert gradcheck(lambda q, k, v, window=window: fused.attention(q, k, v, window, (2, 7)), args)
+    for scores in (fused.Scores(0.5), fused.Scores(0.5, window=4), fused.Scores(0.5, 4, softcap=0.8)):
+        assert gradcheck(lambda q, k, v, scores=scores: fused.attention(q, k, v, scores, (2, 7)), args)
 
 
 def test_training_attends_as_evaluation(tiny: Tiny):
@@ -209,20 +215,31 @@ def test_training_attends_as_evaluation(tiny: Tiny):
         assert off(gpt(idx, segments=segments).detach(), expected) < 1e-6
 
 
+@torch.no_grad()
+def test_attention_is_in_the_precision_of_the_arithmetic(tiny: Tiny):
+    """bfloat16 over float32 weights, as full finetuning has it; norms give float32 there."""
+    gpt = GPT.from_checkpoint(tiny.folder)
+    rotation = gpt.rotations(torch.arange(9), (9,), torch.float32)[0]
+    with torch.autocast("cpu", NARROW):
+        heads = gpt.h[0].attn.heads(torch.randn(1, 9, gpt.config.n_embd), rotation)
+    assert {x.dtype for x in heads} == {NARROW}
+
+
 # norm, gated activation, rotation
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("frozen", [(), (1,), (0,)], ids=["both", "frozen weight", "weight alone"])
-def test_rms_norm(frozen):
+def test_rms_norm(frozen, offset):
     def plain(x: Tensor, weight: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
-        return weight * wide.to(x.dtype)
+        return (wide * (offset + weight.to(wide.dtype))).to(x.dtype) if offset else weight * wide.to(x.dtype)
 
     given = inputs((2, 33, 48), (48,), frozen=frozen)
-    holds(lambda *a: fused.rms_norm(*a, 1e-5), plain, given)
+    holds(lambda *a: fused.rms_norm(*a, 1e-5, offset), plain, given)
     for x, weight in (given, [x.float() for x in given], [given[0], given[1].float()]):
-        assert torch.equal(fused.rms_norm(x, weight, 1e-5), plain(x, weight))
+        assert torch.equal(fused.rms_norm(x, weight, 1e-5, offset), plain(x, weight))
 
 
 @pytest.mark.parametrize("name", model.ACTIVATIONS)
@@ -271,8 +288,9 @@ def test_rotation(elements, shape):
 # the loss
 
 
+@pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("chunk", [7, 10**6])
-def test_loss(monkeypatch, chunk):
+def test_loss(monkeypatch, chunk, cap):
     monkeypatch.setattr("lit_gpt.loss.MAX_LOGITS", chunk * 50)
     hidden, weight = inputs((23, 16), (50, 16), frozen=(1,))
     labels = torch.randint(50, (23,))
@@ -287,11 +305,14 @@ def test_loss(monkeypatch, chunk):
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(x, self.weight)
 
+    def finish(logits: Tensor) -> Tensor:
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
     def plain(x: Tensor, weight: Tensor) -> Tensor:
-        logits = Head(weight)(x)
+        logits = finish(Head(weight)(x))
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
 
-    holds(lambda x, weight: summed_cross_entropy(Head(weight), x, labels), plain, [hidden, weight])
+    holds(lambda x, weight: summed_cross_entropy(Head(weight), x, labels, finish), plain, [hidden, weight])
 
 
 def test_loss_of_a_certain_and_of_an_impossible_token():
@@ -359,7 +380,7 @@ def test_a_block_keeps_what_it_must():
         return tensor
 
     x = torch.randn(1, row.idx.size(1), config.n_embd).bfloat16().requires_grad_()
-    rotation = gpt.rope(row.segments.positions, x.dtype)
+    rotation = gpt.rope(row.segments.positions, row.segments.lengths, x.dtype)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         gpt.train().h[0](x, rotation, row.segments, None)
     weights = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
@@ -367,6 +388,6 @@ def test_a_block_keeps_what_it_must():
     n, inner, qkv, r = config.n_embd, config.intermediate_size, sum(config.qkv_sizes), 8
     elements = 2 * n + 2 * n + qkv + n + 3 * inner  # norms, what they give, q k v, what is found, gate up and product
     masks, low, rest = (3 * n + inner) / 8, 7 * r * 2, 2 * 4 + 4 * config.head_size
-    blocks = fused._blocks(row.segments.lengths, None)
+    blocks = fused._blocks(row.segments.lengths, fused.Scores(1.0))
     probabilities = 2 * config.n_head * sum((b.end - b.begin) * (b.end - b.first) for b in blocks) / row.idx.numel()
     assert found < 1.01 * (2 * elements + masks + low + rest + probabilities)

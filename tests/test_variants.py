@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import Tiny
-from test_families import off, tokens
+from test_families import in_steps, off, tokens
 from test_lora import STYLE, train
 from test_train import data_dir, final, flags, identical, spawn, wait_for_step  # noqa: F401 (fixtures among them)
 
 from lit_gpt import GPT, Config, adapter, adapter_v2, checkpoint, lora, variants
-from lit_gpt.fused import rotate
+from lit_gpt.alibi import alibi_slopes
 
 ADAPTER = adapter.AdapterConfig(prompt_length=4, start_layer=1)
 LORA = lora.LoRAConfig(r=4, key=True, projection=True, mlp=True, head=True, dropout=0.1)
@@ -60,8 +60,7 @@ def test_only_and_all_of_the_variant_trains(tiny: Tiny, attach):
 def test_with_and_without_cache(tiny: Tiny, attach):
     model, idx = attached(tiny, attach).eval(), tokens(tiny.hf)
     cache = model.kv_cache(2, idx.size(1))
-    steps = [idx[:, :17], idx[:, 17:24], *idx[:, 24:].split(1, dim=1)]
-    assert off(torch.cat([model(step, cache=cache) for step in steps], dim=1), model(idx)) < 1e-5
+    assert off(torch.cat([model(step, cache=cache) for step in in_steps(idx)], dim=1), model(idx)) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["adapter", "adapter_v2"])
@@ -84,19 +83,23 @@ def test_adapter_follows_the_papers_equation(tiny: Tiny):
     attention, config = model.h[1].attn, model.config
     attention.prefix.gate.normal_()
     x, T, size = torch.randn(1, 9, config.n_embd), 9, config.head_size
-    rotation = model.rope(torch.arange(T), x.dtype)
-    q, k, v = attention.qkv(x)[0].split(config.qkv_sizes, dim=-1)
-    _, pk, pv = attention.qkv(attention.prefix.prompt).split(config.qkv_sizes, dim=-1)
+    rotation = model.rotations(torch.arange(T), (T,), x.dtype)[1]
+    q, k, v = (y[0] for y in attention.heads(x, rotation))  # each (heads, T, head_size)
+    _, pk, pv = (y[0] for y in attention.heads(attention.prefix.prompt[None], None))
     behind = torch.arange(T)[:, None] - torch.arange(T)
-    hidden = (behind < 0) | (behind >= (config.sliding_window or T))
+    hidden = (behind < 0) | (behind >= (config.window(1) or T))
+    slopes = alibi_slopes(config.n_head) * config.alibi
+    scale, cap = config.attention_scale or size**-0.5, config.attention_softcap or 1e6
+
+    def score(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return cap * torch.tanh(q @ k.T * scale / cap)
+
     outputs = []
     for head in range(config.n_head):
         group = head * config.n_query_groups // config.n_head
-        rows, shared = slice(head * size, (head + 1) * size), slice(group * size, (group + 1) * size)
-        turned_q, turned_k = (rotate(y[None], *rotation, 1, size)[0] for y in (q[:, rows], k[:, shared]))
-        scores = (turned_q @ turned_k.T / size**0.5).masked_fill(hidden, -torch.inf)
-        gated = (turned_q @ pk[:, shared].T / size**0.5).softmax(-1) * attention.prefix.gate[head]
-        outputs.append(torch.cat([gated, scores.softmax(-1)], dim=1) @ torch.cat([pv[:, shared], v[:, shared]]))
+        scores = (score(q[head], k[group]) - slopes[head] * behind).masked_fill(hidden, -torch.inf)
+        gated = score(q[head], pk[group]).softmax(-1) * attention.prefix.gate[head]
+        outputs.append(torch.cat([gated, scores.softmax(-1)], dim=1) @ torch.cat([pv[group], v[group]]))
     expected = F.linear(torch.cat(outputs, dim=-1), attention.proj.weight, attention.proj.bias)
     assert off(attention(x, rotation, None, None)[0], expected) < 1e-5
 

@@ -1,5 +1,6 @@
-"""LitGPT beside us: an environment of its own, and the checkpoint in its format, made by its own command."""
+"""What a benchmark makes before it begins: LitGPT's environment and its copy of the checkpoint, random checkpoints."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,17 @@ def litgpt_checkpoint(python: Path, checkpoint_dir: Path, folder: Path, name: st
     litgpt = python.parent / "litgpt"
     run(f"converting for {name}", [litgpt, "convert_to_litgpt", folder.absolute(), "--model_name", name])
     return folder.absolute()
+
+
+def random_model(model: str, fields: dict, rows: int, seed: int, folder: Path) -> tuple[Path, Path]:
+    """A checkpoint of random weights and as many random rows, made in `folder` by a process whose memory goes with it.
+
+    Args:
+        model, fields: a preset's name, and fields of config.json that replace its own.
+    """
+    what = {"model": model, "fields": fields, "rows": rows, "seed": seed, "folder": str(folder)}
+    run(f"making a random {model}", [sys.executable, Path(__file__).parent / "synthetic.py", json.dumps(what)])
+    return folder / "checkpoint", folder / "data"
 
 
 def run(what: str, argv: list) -> None:

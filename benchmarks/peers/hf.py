@@ -74,10 +74,12 @@ class Packed:
         if compile:
             self.model.base_model.compile(dynamic=True)
         if self.lent:
+            from lit_gpt.fused import Scores
             from lit_gpt.model import attend_packed
 
-            def attention(module, q, k, v, mask, **_):
-                y = attend_packed(q, k, v, getattr(module, "sliding_window", None), self.segments)
+            def attention(module, q, k, v, mask, scaling, **_):
+                scores = Scores(scaling, getattr(module, "sliding_window", None))
+                y = attend_packed(q, k, v, scores, self.segments)
                 return y.transpose(1, 2).contiguous(), None
 
             transformers.AttentionInterface.register("packed", attention)

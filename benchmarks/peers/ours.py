@@ -4,11 +4,15 @@ until it is asked for, and A starts as every contestant's does. A step's time in
 import runpy
 from pathlib import Path
 
-from protocol import Worker, set_A
+from lit_gpt import cli
+
+cli.tune_torch()  # as the script does when it is run
+
+from protocol import Worker, set_A  # noqa: E402
 
 worker = Worker()
 
-from lit_gpt import cli, lora, train  # noqa: E402  (what they print is not an answer)
+from lit_gpt import lora, train  # noqa: E402  (what they print is not an answer)
 
 FOREVER = 10**6
 SCRIPT = Path(__file__).parent.parent.parent / "finetune" / "lora.py"
@@ -20,8 +24,13 @@ def flags(job: dict) -> dict:
         **{name: job[name] for name in ("checkpoint_dir", "data_dir", "out_dir", "precision", "batch_size", "seed")},
         **{name: job[name] for name in ("lora_r", "lora_alpha", "lora_dropout", "learning_rate", "weight_decay")},
         **dict.fromkeys(("lora_key", "lora_projection", "lora_mlp"), everything),
-        # a cosine over so many steps is a constant
-        **{"max_steps": FOREVER, "warmup_steps": 0, "eval_interval": FOREVER, "save_interval": FOREVER},
+        **{
+            "schedule": "constant",
+            "max_steps": FOREVER,
+            "warmup_steps": 0,
+            "eval_interval": FOREVER,
+            "save_interval": FOREVER,
+        },
         **{"eval_samples": 1, "sample_tokens": 0, "micro_batch_tokens": job["row_tokens"]},
     }
 
@@ -34,11 +43,11 @@ def projections(path: str, job: dict) -> tuple[int, list[str]]:
     return int(layer), names.get(module, [module.removeprefix("mlp.")])
 
 
-attach, optimize, steps = lora.attach, train.Run.optimize, worker.steps()
+load, optimize, steps = train.load_to_train, train.Run.optimize, worker.steps()
 
 
-def attach_as_all(model, config):
-    model = attach(model, config)
+def load_as_all(*arguments):
+    model = load(*arguments)
     for path, layer in lora.lora_layers(model).items():
         set_A(worker.job, layer.lora_A, *projections(path, worker.job))
     worker.loaded(model)
@@ -53,6 +62,6 @@ def optimize_when_asked(run):
     return loss, tokens
 
 
-lora.attach, train.Run.optimize = attach_as_all, optimize_when_asked
+train.load_to_train, train.Run.optimize = load_as_all, optimize_when_asked
 script = runpy.run_path(str(SCRIPT))
 script["main"](cli.parse(script, [f"--{name}={value}" for name, value in flags(worker.job).items()]))

@@ -13,6 +13,7 @@ A family's file defines
 
 import difflib
 import importlib
+import json
 import pkgutil
 from collections.abc import Iterator
 from types import ModuleType
@@ -59,6 +60,18 @@ def family_of_config(config) -> ModuleType:  # a lit_gpt.Config
     return importlib.import_module(f"{__name__}.{config.family}")
 
 
+def refuse(hf: dict[str, Any], **supported: Any) -> None:
+    """Refuse a config.json of which a field asks for what the model does not do. A field that is absent does not.
+
+    Raises:
+        UserError: names the field and the only value that is supported.
+    """
+    for field, value in supported.items():
+        if hf.get(field, value) != value:
+            found, only = json.dumps(hf[field]), json.dumps(value)
+            raise UserError(f"config.json: '{field}': {found} is not supported; expected {only}")
+
+
 def rope(hf: dict[str, Any], base: str = "rope_theta", percentage: str = "partial_rotary_factor") -> dict[str, Any]:
     """The Config's rotary fields. `rope_parameters` holds them since transformers 5; before, they lay side by side.
 
@@ -73,6 +86,25 @@ def rope(hf: dict[str, Any], base: str = "rope_theta", percentage: str = "partia
         "rotary_percentage": float(fields.get("partial_rotary_factor") or hf.get(percentage) or 1.0),
         "rope_scaling": None if kind == "default" else {**scaling, "rope_type": kind},
     }
+
+
+def windows(hf: dict[str, Any], kinds: list[str]) -> dict[str, Any]:
+    """The Config's fields of a window that only some layers have.
+
+    Args:
+        kinds: of each layer "sliding_attention" or "full_attention", for files without `layer_types`.
+
+    Raises:
+        UserError: `layer_types` names another kind.
+    """
+    kinds = hf.get("layer_types") or kinds
+    unknown = set(kinds) - {"sliding_attention", "full_attention"}
+    if unknown:
+        raise UserError(f"config.json: layer_types {sorted(unknown)} are not supported")
+    if "sliding_attention" not in kinds:
+        return {"sliding_window": None}
+    everywhere = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+    return {"sliding_window": hf["sliding_window"], "global_layers": everywhere}
 
 
 def activation(name: str) -> str:

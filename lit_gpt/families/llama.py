@@ -11,7 +11,7 @@ MODEL_TYPES = ("llama", "mistral")
 DERIVED = ("*.self_attn.rotary_emb.inv_freq",)
 
 
-def _preset(
+def preset(
     layers: int, heads: int, kv_heads: int, hidden: int, intermediate: int, vocab: int = 32000, **fields: Any
 ) -> dict[str, Any]:
     return dict(
@@ -32,33 +32,33 @@ _MISTRAL = dict(model_type="mistral", max_position_embeddings=32768, rms_norm_ep
 _SMOL = dict(vocab=49152, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=100000.0,
              tie_word_embeddings=True)  # fmt: skip
 PRESETS = {
-    "llama-7b": _preset(32, 32, 32, 4096, 11008),
-    "llama-13b": _preset(40, 40, 40, 5120, 13824),
-    "llama-30b": _preset(60, 52, 52, 6656, 17920),
-    "llama-65b": _preset(80, 64, 64, 8192, 22016),
-    "Llama-2-7b": _preset(32, 32, 32, 4096, 11008, **_LLAMA_2),
-    "Llama-2-13b": _preset(40, 40, 40, 5120, 13824, **_LLAMA_2),
-    "Llama-2-70b": _preset(80, 64, 8, 8192, 28672, **_LLAMA_2),
-    "Llama-3-8B": _preset(32, 32, 8, 4096, 14336, **_LLAMA_3),
-    "Llama-3-70B": _preset(80, 64, 8, 8192, 28672, **_LLAMA_3),
-    "Llama-3.1-8B": _preset(32, 32, 8, 4096, 14336, **_LLAMA_3_1),
-    "Llama-3.1-70B": _preset(80, 64, 8, 8192, 28672, **_LLAMA_3_1),
-    "Llama-3.2-1B": _preset(16, 32, 8, 2048, 8192, **_LLAMA_3_2, head_dim=64),
-    "Llama-3.2-3B": _preset(28, 24, 8, 3072, 8192, **_LLAMA_3_2, head_dim=128),
-    "CodeLlama-7b": _preset(32, 32, 32, 4096, 11008, 32016, **_CODE),
-    "CodeLlama-13b": _preset(40, 40, 40, 5120, 13824, 32016, **_CODE),
-    "CodeLlama-34b": _preset(48, 64, 8, 8192, 22016, **_CODE),
-    "vicuna-7b-v1.5": _preset(32, 32, 32, 4096, 11008, **_LLAMA_2),
-    "vicuna-13b-v1.5": _preset(40, 40, 40, 5120, 13824, **_LLAMA_2),
-    "open_llama_3b": _preset(26, 32, 32, 3200, 8640),
-    "open_llama_7b": _preset(32, 32, 32, 4096, 11008),
-    "open_llama_13b": _preset(40, 40, 40, 5120, 13824),
-    "TinyLlama-1.1B": _preset(22, 32, 4, 2048, 5632, rms_norm_eps=1e-5),
-    "Mistral-7B-v0.1": _preset(32, 32, 8, 4096, 14336, **_MISTRAL, sliding_window=4096),
-    "Mistral-7B-v0.3": _preset(32, 32, 8, 4096, 14336, 32768, **_MISTRAL, rope_theta=1e6, sliding_window=None),
-    "SmolLM2-135M": _preset(30, 9, 3, 576, 1536, **_SMOL),
-    "SmolLM2-360M": _preset(32, 15, 5, 960, 2560, **_SMOL),
-    "SmolLM2-1.7B": _preset(24, 32, 32, 2048, 8192, **dict(_SMOL, rope_theta=130000.0)),
+    "llama-7b": preset(32, 32, 32, 4096, 11008),
+    "llama-13b": preset(40, 40, 40, 5120, 13824),
+    "llama-30b": preset(60, 52, 52, 6656, 17920),
+    "llama-65b": preset(80, 64, 64, 8192, 22016),
+    "Llama-2-7b": preset(32, 32, 32, 4096, 11008, **_LLAMA_2),
+    "Llama-2-13b": preset(40, 40, 40, 5120, 13824, **_LLAMA_2),
+    "Llama-2-70b": preset(80, 64, 8, 8192, 28672, **_LLAMA_2),
+    "Llama-3-8B": preset(32, 32, 8, 4096, 14336, **_LLAMA_3),
+    "Llama-3-70B": preset(80, 64, 8, 8192, 28672, **_LLAMA_3),
+    "Llama-3.1-8B": preset(32, 32, 8, 4096, 14336, **_LLAMA_3_1),
+    "Llama-3.1-70B": preset(80, 64, 8, 8192, 28672, **_LLAMA_3_1),
+    "Llama-3.2-1B": preset(16, 32, 8, 2048, 8192, **_LLAMA_3_2, head_dim=64),
+    "Llama-3.2-3B": preset(28, 24, 8, 3072, 8192, **_LLAMA_3_2, head_dim=128),
+    "CodeLlama-7b": preset(32, 32, 32, 4096, 11008, 32016, **_CODE),
+    "CodeLlama-13b": preset(40, 40, 40, 5120, 13824, 32016, **_CODE),
+    "CodeLlama-34b": preset(48, 64, 8, 8192, 22016, **_CODE),
+    "vicuna-7b-v1.5": preset(32, 32, 32, 4096, 11008, **_LLAMA_2),
+    "vicuna-13b-v1.5": preset(40, 40, 40, 5120, 13824, **_LLAMA_2),
+    "open_llama_3b": preset(26, 32, 32, 3200, 8640),
+    "open_llama_7b": preset(32, 32, 32, 4096, 11008),
+    "open_llama_13b": preset(40, 40, 40, 5120, 13824),
+    "TinyLlama-1.1B": preset(22, 32, 4, 2048, 5632, rms_norm_eps=1e-5),
+    "Mistral-7B-v0.1": preset(32, 32, 8, 4096, 14336, **_MISTRAL, sliding_window=4096),
+    "Mistral-7B-v0.3": preset(32, 32, 8, 4096, 14336, 32768, **_MISTRAL, rope_theta=1e6, sliding_window=None),
+    "SmolLM2-135M": preset(30, 9, 3, 576, 1536, **_SMOL),
+    "SmolLM2-360M": preset(32, 15, 5, 960, 2560, **_SMOL),
+    "SmolLM2-1.7B": preset(24, 32, 32, 2048, 8192, **dict(_SMOL, rope_theta=130000.0)),
 }
 
 

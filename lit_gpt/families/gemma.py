@@ -1,0 +1,105 @@
+"""Gemma 1, 2 and 3 (Gemma Team 2024, 2024, 2025), of Gemma 3 the models for text alone.
+
+All scale their embeddings and store a norm's weight as its distance from 1. From Gemma 2 on what attention and MLP
+give goes through norms too, and some layers have a window. Gemma 2 caps scores and logits; Gemma 3 norms queries and
+keys.
+"""
+
+from typing import Any
+
+from lit_gpt.config import Config
+from lit_gpt.errors import UserError
+from lit_gpt.families import activation, llama, rope, windows
+from lit_gpt.weights import Table
+
+MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
+DERIVED = llama.DERIVED
+
+
+def _preset(*sizes: int, **fields: Any) -> dict[str, Any]:
+    own = dict(vocab=256000, max_position_embeddings=8192, head_dim=256, tie_word_embeddings=True)
+    return llama.preset(*sizes, **own | fields)
+
+
+_CAPS = dict(final_logit_softcapping=30.0, attn_logit_softcapping=50.0)
+_GEMMA_2 = dict(_CAPS, model_type="gemma2", query_pre_attn_scalar=256, sliding_window=4096)
+_GEMMA_3 = dict(model_type="gemma3_text", vocab=262144, max_position_embeddings=32768, query_pre_attn_scalar=256,
+                sliding_window=512)  # fmt: skip
+PRESETS = {
+    "gemma-2b": _preset(18, 8, 1, 2048, 16384, model_type="gemma"),
+    "gemma-7b": _preset(28, 16, 16, 3072, 24576, model_type="gemma"),
+    "gemma-2-2b": _preset(26, 8, 4, 2304, 9216, **_GEMMA_2),
+    "gemma-2-9b": _preset(42, 16, 8, 3584, 14336, **_GEMMA_2),
+    "gemma-2-27b": _preset(46, 32, 16, 4608, 36864, **dict(_GEMMA_2, query_pre_attn_scalar=144), head_dim=128),
+    "gemma-3-270m": _preset(18, 4, 1, 640, 2048, **_GEMMA_3),
+    "gemma-3-1b": _preset(26, 4, 1, 1152, 6912, **_GEMMA_3),
+}
+
+
+def config(hf: dict[str, Any]) -> dict[str, Any]:
+    if hf.get("use_bidirectional_attention"):
+        raise UserError("config.json: 'use_bidirectional_attention' is not supported; expected a causal Gemma")
+    kind, layers = hf["model_type"], hf["num_hidden_layers"]
+    act = hf.get("hidden_act" if kind == "gemma" else "hidden_activation") or "gelu_pytorch_tanh"
+    if kind == "gemma" and act == "gelu":
+        act = "gelu_pytorch_tanh"  # what the first files mean by it
+    common = llama.config(hf) | {
+        "head_size": hf.get("head_dim") or 256,
+        "norm_class": "UnitOffsetRMSNorm",
+        "embedding_scale": hf["hidden_size"] ** 0.5,
+        "tie_embeddings": hf.get("tie_word_embeddings", True),
+        "activation": activation(act),
+    }
+    if kind == "gemma":
+        return common
+    period = 2 if kind == "gemma2" else hf.get("sliding_window_pattern") or 6
+    kinds = ["sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(layers)]
+    found = {
+        "post_norm": True,
+        "attention_scale": hf.get("query_pre_attn_scalar", 256) ** -0.5,
+        "attention_softcap": hf.get("attn_logit_softcapping"),
+        "logit_softcap": hf.get("final_logit_softcapping"),
+        **windows(hf, kinds),
+    }
+    return common | found | (_two_ropes(hf) | {"qk_norm": "head"} if kind == "gemma3_text" else {})
+
+
+def _two_ropes(hf: dict[str, Any]) -> dict[str, Any]:
+    """Gemma 3's rotary fields, in their old and new spelling."""
+    named = hf.get("rope_parameters") or {}
+    local = named.get("sliding_attention") or {}
+    if local.get("rope_type", "default") != "default":
+        raise UserError("config.json: rope_parameters of sliding_attention: expected rope_type 'default'")
+    full = rope({"rope_theta": 1e6} | hf | {"rope_parameters": named.get("full_attention")})
+    return full | {"local_rope_base": float(local.get("rope_theta") or hf.get("rope_local_base_freq") or 1e4)}
+
+
+def weights(config: Config) -> Table:
+    layer, table = "model.layers.{}.", llama.weights(config)
+    if not config.post_norm:
+        return table
+    return table | {
+        "h.{}.post_norm_1": layer + "post_attention_layernorm",
+        "h.{}.norm_2": layer + "pre_feedforward_layernorm",
+        "h.{}.post_norm_2": layer + "post_feedforward_layernorm",
+        "h.{}.attn.qk_norm.q": layer + "self_attn.q_norm",
+        "h.{}.attn.qk_norm.k": layer + "self_attn.k_norm",
+    }
+
+
+def tiny_hf(**fields: Any) -> dict[str, Any]:
+    from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig
+
+    size = dict(
+        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, head_dim=24,
+        max_position_embeddings=64, pad_token_id=None,
+    ) | fields  # fmt: skip
+    caps = dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
+    linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}
+    ropes = {"full_attention": linear, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    window = dict(num_key_value_heads=2, sliding_window=5, query_pre_attn_scalar=20)
+    return {
+        "gemma": GemmaConfig(**size, num_key_value_heads=1),
+        "gemma2": Gemma2Config(**size, **window, **caps),
+        "gemma3": Gemma3TextConfig(**size, **window, sliding_window_pattern=2, rope_parameters=ropes),
+    }

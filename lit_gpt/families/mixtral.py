@@ -1,0 +1,58 @@
+"""Mixtral (Jiang et al. 2024): Llama's attention, and eight experts of which each token goes to two."""
+
+from typing import Any
+
+from lit_gpt.config import Config
+from lit_gpt.families import llama
+from lit_gpt.weights import PerExpert, Table
+
+MODEL_TYPES = ("mixtral",)
+DERIVED = llama.DERIVED
+
+_8X7B = dict(
+    model_type="mixtral", num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, hidden_size=4096,
+    intermediate_size=14336, vocab_size=32000, max_position_embeddings=32768, rms_norm_eps=1e-5, rope_theta=1e6,
+    num_local_experts=8, num_experts_per_tok=2,
+)  # fmt: skip
+_8X22B = dict(_8X7B, num_hidden_layers=56, num_attention_heads=48, hidden_size=6144, intermediate_size=16384,
+              max_position_embeddings=65536)  # fmt: skip
+PRESETS = {
+    "Mixtral-8x7B-v0.1": _8X7B,
+    "Mixtral-8x7B-Instruct-v0.1": _8X7B,
+    "Mixtral-8x22B-v0.1": _8X22B,
+    "Mixtral-8x22B-Instruct-v0.1": dict(_8X22B, vocab_size=32768),
+}
+
+
+def config(hf: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **llama.config({"rope_theta": 1e6, "rms_norm_eps": 1e-5} | hf),  # the family's defaults
+        "sliding_window": hf.get("sliding_window"),
+        "mlp_class": "MoE",
+        "n_expert": hf.get("num_local_experts", 8),
+        "n_expert_per_token": hf.get("num_experts_per_tok", 2),
+    }
+
+
+def weights(config: Config) -> Table:
+    mlp = "model.layers.{}.block_sparse_moe."
+    return {**llama.weights(config), "h.{}.mlp.router": mlp + "gate", **experts(config, mlp, "w1", "w3", "w2")}
+
+
+def experts(config: Config, mlp: str, gate: str, up: str, proj: str) -> Table:
+    """The places of all experts, which lie apart within `mlp` and call their projections so."""
+    inner, each = config.intermediate_size, [f"{mlp}experts.{i}." for i in range(config.n_expert)]
+    return {
+        "h.{}.mlp.gate_up": PerExpert(tuple(expert + name for expert in each for name in (gate, up)), (inner, inner)),
+        "h.{}.mlp.proj": PerExpert(tuple(expert + proj for expert in each), (config.n_embd,)),
+    }
+
+
+def tiny_hf(**fields: Any) -> dict[str, Any]:
+    from transformers import MixtralConfig
+
+    size = dict(
+        vocab_size=96, hidden_size=64, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, num_local_experts=5, num_experts_per_tok=2,
+    ) | fields  # fmt: skip
+    return {"mixtral": MixtralConfig(**size)}

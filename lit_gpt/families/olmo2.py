@@ -1,0 +1,44 @@
+"""OLMo 2 (OLMo Team 2024): norms behind attention and MLP instead of before them, and of the whole query and key."""
+
+from typing import Any
+
+from lit_gpt.config import Config
+from lit_gpt.families import llama
+from lit_gpt.weights import Table
+
+MODEL_TYPES = ("olmo2",)
+DERIVED = llama.DERIVED
+
+_OWN = dict(model_type="olmo2", vocab=100352, max_position_embeddings=4096, rope_theta=500000.0)
+PRESETS = {
+    "OLMo-2-0425-1B": llama.preset(16, 16, 16, 2048, 8192, **_OWN),
+    "OLMo-2-1124-7B": llama.preset(32, 32, 32, 4096, 11008, **_OWN),
+    "OLMo-2-1124-13B": llama.preset(40, 40, 40, 5120, 13824, **_OWN),
+    "OLMo-2-0325-32B": llama.preset(64, 40, 8, 5120, 27648, **_OWN),
+}
+
+
+def config(hf: dict[str, Any]) -> dict[str, Any]:
+    own = {"qk_norm": "projection", "pre_norm": False, "post_norm": True, "norm_eps": hf.get("rms_norm_eps", 1e-5)}
+    return llama.config(hf) | own
+
+
+def weights(config: Config) -> Table:
+    layer = "model.layers.{}."
+    return {
+        **llama.weights(config),
+        "h.{}.post_norm_1": layer + "post_attention_layernorm",
+        "h.{}.post_norm_2": layer + "post_feedforward_layernorm",
+        "h.{}.attn.qk_norm.q": layer + "self_attn.q_norm",
+        "h.{}.attn.qk_norm.k": layer + "self_attn.k_norm",
+    }
+
+
+def tiny_hf(**fields: Any) -> dict[str, Any]:
+    from transformers import Olmo2Config
+
+    size = dict(
+        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, pad_token_id=None,
+    ) | fields  # fmt: skip
+    return {"olmo2": Olmo2Config(**size, num_key_value_heads=2)}

@@ -1,0 +1,71 @@
+"""Phi-1, 1.5 and 2 (Li et al. 2023): attention and MLP side by side behind one norm, biases everywhere, and only a part
+of each head rotated."""
+
+from typing import Any
+
+from lit_gpt.config import Config
+from lit_gpt.families import activation, llama, rope
+from lit_gpt.weights import Stacked, Table
+
+MODEL_TYPES = ("phi",)
+DERIVED = llama.DERIVED
+
+
+def _preset(layers: int, hidden: int, rotated: float) -> dict[str, Any]:
+    return dict(
+        model_type="phi", num_hidden_layers=layers, num_attention_heads=32, hidden_size=hidden,
+        intermediate_size=4 * hidden, vocab_size=51200, max_position_embeddings=2048, layer_norm_eps=1e-5,
+        partial_rotary_factor=rotated,
+    )  # fmt: skip
+
+
+PRESETS = {"phi-1": _preset(24, 2048, 0.5), "phi-1_5": _preset(24, 2048, 0.5), "phi-2": _preset(32, 2560, 0.4)}
+
+
+def config(hf: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "n_layer": hf["num_hidden_layers"],
+        "n_head": hf["num_attention_heads"],
+        "n_embd": hf["hidden_size"],
+        "n_query_groups": hf.get("num_key_value_heads") or hf["num_attention_heads"],
+        "vocab_size": hf["vocab_size"],
+        "block_size": hf.get("max_position_embeddings", 2048),
+        "qk_norm": "head" if hf.get("qk_layernorm") else None,
+        "parallel_residual": True,
+        "shared_attention_norm": True,
+        "norm_eps": hf.get("layer_norm_eps", 1e-5),
+        "activation": activation(hf.get("hidden_act", "gelu_new")),
+        "intermediate_size": hf["intermediate_size"],
+        **dict.fromkeys(("bias", "qkv_bias", "proj_bias", "head_bias"), True),
+        "tie_embeddings": hf.get("tie_word_embeddings", False),
+        **rope({"partial_rotary_factor": 0.5} | hf),  # the family's default
+    }
+
+
+def weights(config: Config) -> Table:
+    layer = "model.layers.{}."
+    return {
+        "wte": "model.embed_tokens",
+        "h.{}.norm_1": layer + "input_layernorm",
+        "h.{}.attn.qkv": Stacked(tuple(f"{layer}self_attn.{x}_proj" for x in "qkv"), config.qkv_sizes),
+        "h.{}.attn.qk_norm.q": layer + "self_attn.q_layernorm",
+        "h.{}.attn.qk_norm.k": layer + "self_attn.k_layernorm",
+        "h.{}.attn.proj": layer + "self_attn.dense",
+        "h.{}.mlp.fc": layer + "mlp.fc1",
+        "h.{}.mlp.proj": layer + "mlp.fc2",
+        "ln_f": "model.final_layernorm",
+        "lm_head": "lm_head",
+    }
+
+
+def tiny_hf(**fields: Any) -> dict[str, Any]:
+    from transformers import PhiConfig
+
+    size = dict(
+        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64,
+    ) | fields  # fmt: skip
+    return {
+        "phi2": PhiConfig(**size),
+        "qk-norm": PhiConfig(**size, num_key_value_heads=2, qk_layernorm=True),
+    }

@@ -1,0 +1,58 @@
+"""Qwen 3 with experts (Qwen Team 2025): Qwen 3's attention, and 128 small experts of which each token goes to eight."""
+
+from typing import Any
+
+from lit_gpt.config import Config
+from lit_gpt.families import llama, mixtral, qwen, refuse
+from lit_gpt.weights import Table
+
+MODEL_TYPES = ("qwen3_moe",)
+DERIVED = llama.DERIVED
+
+_30B = llama.preset(
+    48, 32, 4, 2048, 6144, 151936, model_type="qwen3_moe", head_dim=128, max_position_embeddings=40960, rope_theta=1e6,
+    num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
+)  # fmt: skip
+_LATER = dict(_30B, max_position_embeddings=262144, rope_theta=1e7)
+PRESETS = {
+    "Qwen3-30B-A3B": _30B,
+    "Qwen3-30B-A3B-Instruct-2507": _LATER,
+    "Qwen3-30B-A3B-Thinking-2507": _LATER,
+    "Qwen3-Coder-30B-A3B-Instruct": _LATER,
+    "Qwen3-235B-A22B": dict(_30B, num_hidden_layers=94, num_attention_heads=64, hidden_size=4096,
+                            moe_intermediate_size=1536),
+}  # fmt: skip
+
+
+def config(hf: dict[str, Any]) -> dict[str, Any]:
+    dense = {"mlp_only_layers": hf.get("mlp_only_layers") or []}
+    refuse(hf | dense, decoder_sparse_step=1, mlp_only_layers=[], attention_bias=False)
+    return {
+        **llama.config(hf),
+        "sliding_window": hf.get("sliding_window") if hf.get("use_sliding_window") else None,
+        "qk_norm": "head",
+        "mlp_class": "MoE",
+        "intermediate_size": hf["moe_intermediate_size"],
+        "n_expert": hf.get("num_experts") or hf["num_local_experts"],
+        "n_expert_per_token": hf["num_experts_per_tok"],
+        "norm_expert_weights": hf.get("norm_topk_prob", False),
+    }
+
+
+def weights(config: Config) -> Table:
+    mlp = "model.layers.{}.mlp."
+    return {
+        **qwen.weights(config),
+        "h.{}.mlp.router": mlp + "gate",
+        **mixtral.experts(config, mlp, "gate_proj", "up_proj", "down_proj"),
+    }
+
+
+def tiny_hf(**fields: Any) -> dict[str, Any]:
+    from transformers import Qwen3MoeConfig
+
+    size = dict(
+        vocab_size=96, hidden_size=64, moe_intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=24, max_position_embeddings=64, num_experts=6, num_experts_per_tok=3,
+    ) | fields  # fmt: skip
+    return {"qwen3_moe": Qwen3MoeConfig(**size)}

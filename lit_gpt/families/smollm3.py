@@ -1,0 +1,40 @@
+"""SmolLM3 (Bakouch et al. 2025): Llama without rotary embedding in every fourth layer."""
+
+from typing import Any
+
+from lit_gpt.families import llama, rope, windows
+
+MODEL_TYPES = ("smollm3",)
+DERIVED = llama.DERIVED
+
+PRESETS = {
+    "SmolLM3-3B": llama.preset(36, 16, 4, 2048, 11008, 128256, model_type="smollm3", max_position_embeddings=65536,
+                               rope_theta=5e6, tie_word_embeddings=True),
+}  # fmt: skip
+
+
+def config(hf: dict[str, Any]) -> dict[str, Any]:
+    layers, interval = range(hf["num_hidden_layers"]), hf.get("no_rope_layer_interval", 4)
+    # in spite of its name, the field holds 1 for each layer that rotates
+    rotates = hf.get("no_rope_layers") or [(layer + 1) % interval for layer in layers]
+    windowed = hf.get("use_sliding_window") and hf.get("sliding_window") is not None
+    kinds = ["sliding_attention" if windowed and not rotates[layer] else "full_attention" for layer in layers]
+    return llama.config(hf) | {
+        "unrotated_layers": [layer for layer in layers if not rotates[layer]],
+        "tie_embeddings": hf.get("tie_word_embeddings", True),
+        **windows(hf, kinds),
+        **rope({"rope_theta": 2e6} | hf),  # the family's default
+    }
+
+
+weights = llama.weights
+
+
+def tiny_hf(**fields: Any) -> dict[str, Any]:
+    from transformers import SmolLM3Config
+
+    size = dict(
+        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=None, bos_token_id=1, eos_token_id=2,
+    ) | fields  # fmt: skip
+    return {"smollm3": SmolLM3Config(**size, no_rope_layer_interval=2)}

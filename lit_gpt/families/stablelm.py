@@ -1,0 +1,62 @@
+"""StableLM 2 and 3B (Bellagente et al. 2024): Llama with LayerNorm and a quarter of each head rotated; the 12B with
+attention and MLP side by side, and norms of each head's query and key."""
+
+from typing import Any
+
+from lit_gpt.config import Config
+from lit_gpt.families import llama, rope
+from lit_gpt.weights import Stacked, Table
+
+MODEL_TYPES = ("stablelm",)
+DERIVED = llama.DERIVED
+
+
+def _preset(*sizes: int, **fields: Any) -> dict[str, Any]:
+    own = dict(model_type="stablelm", vocab=100352, max_position_embeddings=4096, layer_norm_eps=1e-5,
+               partial_rotary_factor=0.25)  # fmt: skip
+    return llama.preset(*sizes, **own | fields)
+
+
+PRESETS = {
+    "stablelm-3b-4e1t": _preset(32, 32, 32, 2560, 6912, vocab=50304),
+    "stablelm-2-1_6b": _preset(24, 32, 32, 2048, 5632, use_qkv_bias=True),
+    "stablelm-2-12b": _preset(40, 32, 8, 5120, 13824, qk_layernorm=True, use_parallel_residual=True),
+}
+
+
+def config(hf: dict[str, Any]) -> dict[str, Any]:
+    parallel = hf.get("use_parallel_residual", False)
+    return llama.config(hf) | {
+        "qkv_bias": hf.get("use_qkv_bias", False),
+        "qk_norm": "heads" if hf.get("qk_layernorm") else None,
+        "parallel_residual": parallel,
+        "shared_attention_norm": parallel,
+        "norm_class": "LayerNorm",
+        "norm_eps": hf.get("layer_norm_eps", 1e-5),
+        **rope({"partial_rotary_factor": 0.25} | hf),  # the family's default
+    }
+
+
+def weights(config: Config) -> Table:
+    def norms(name: str, heads: int) -> Stacked:
+        modules = tuple(f"model.layers.{{}}.self_attn.{name}.norms.{i}" for i in range(heads))
+        return Stacked(modules, (config.head_size,) * heads)
+
+    return {
+        **llama.weights(config),
+        "h.{}.attn.qk_norm.q": norms("q_layernorm", config.n_head),
+        "h.{}.attn.qk_norm.k": norms("k_layernorm", config.n_query_groups),
+    }
+
+
+def tiny_hf(**fields: Any) -> dict[str, Any]:
+    from transformers import StableLmConfig
+
+    size = dict(
+        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64,
+    ) | fields  # fmt: skip
+    return {
+        "1_6b": StableLmConfig(**size, num_key_value_heads=4, use_qkv_bias=True),
+        "12b": StableLmConfig(**size, num_key_value_heads=2, qk_layernorm=True, use_parallel_residual=True),
+    }
