@@ -6,12 +6,12 @@ A checkpoint folder holds the Hugging Face files as downloaded (config.json, the
 """
 
 import errno
+import fcntl
 import hashlib
 import json
 import mmap
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +30,7 @@ from lit_gpt.quantize import FORMATS
 
 FORMAT_VERSION = 1
 QUANTIZED_VERSION = 1
+SAFETENSORS = {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}  # the names of dtypes in such files
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -81,21 +82,40 @@ def check_new(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends without an error.
+    """A temporary folder that becomes `path` when the block ends without an error. What a killed process has left of
+    one is removed first.
 
     Raises:
-        UserError: `path` exists and holds something; it is never overwritten.
+        UserError: `path` exists and holds something; it is never overwritten. Or another process is writing it.
     """
     path = Path(path)
     check_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.mkdir(exist_ok=True)
+    lock = os.open(temporary, os.O_RDONLY)
     try:
-        yield temporary
-        temporary.chmod(0o755)
-        os.replace(temporary, path)
+        take_lock(lock, path)
+        check_new(path)
+        for left in temporary.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def take_lock(folder: int, path: Path) -> None:
+    """Lock an open folder, until it is closed or the process ends in whatever way."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path}: another process is writing it; wait for that or end it") from None
+    except OSError:
+        pass  # a file system that has no locks
 
 
 def save(path: Path, contents: dict[str, Any]) -> None:
@@ -115,6 +135,28 @@ def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str,
         except SafetensorError:
             raise UserError(f"{path}: could not be written; is the disk full?") from None
         temporary.chmod(0o644)  # safetensors makes it the owner's alone
+
+
+def save_safetensors_streamed(
+    path: Path, layout: Mapping[str, Tensor], contents: Mapping[str, Iterable[bytes | memoryview]]
+) -> None:
+    """The same for tensors whose bytes come piece by piece.
+
+    Args:
+        layout: tensors of the shapes and dtypes to write, on the meta device, those of the widest numbers first.
+        contents: the bytes of each.
+    """
+    header, end = {}, 0
+    for name, tensor in layout.items():
+        header[name] = {"dtype": SAFETENSORS[tensor.dtype], "shape": list(tensor.shape)}
+        header[name]["data_offsets"] = [end, end := end + tensor.nbytes]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in layout:
+            file.writelines(contents[name])
+        assert file.tell() == 8 + len(text) + end, "the contents are not of the layout's size"
 
 
 def load(path: Path, mmap: bool = True) -> dict[str, Any]:

@@ -11,21 +11,22 @@ and `data.json`: the audit, the prompt style and the tokenizer's fingerprint, wh
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from statistics import mean, median
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lit_gpt.checkpoint import new_folder, save_safetensors
+from lit_gpt.checkpoint import save_safetensors_streamed
 from lit_gpt.errors import UserError
 from lit_gpt.model import Segments, Targets
-from lit_gpt.prompts import Message, PromptStyle
+from lit_gpt.prompts import PromptStyle
 from lit_gpt.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -36,87 +37,114 @@ SPLITS = ("train", "validation")
 class Audit:
     """What became of the rows: nothing is dropped or cut without being counted here."""
 
-    dropped: dict[str, int] = field(default_factory=dict)  # reason: rows
-    lengths: list[int] = field(default_factory=list)  # tokens of each kept row
+    dropped: Counter[str] = field(default_factory=Counter)  # reason: rows
+    lengths: Counter[int] = field(default_factory=Counter)  # tokens: kept rows of so many
     supervised: int = 0  # tokens
     truncated: int = 0  # rows cut to max_seq_length
     lost_end: int = 0  # rows whose answer lost its end token, or never had one
     displaced: int = 0  # answers that do not follow the tokens which generation would see before them
+    rewritten: int = 0  # answers that the template does not show in full, and which are not learnt
+    left_out: int = 0  # rows of which the template leaves another message or a tool out
     unsupervised: int = 0  # rows in which no token is supervised
+    first_unsupervised: str = ""  # where the first of these stands
 
-    def drop(self, reason: str) -> None:
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+    def drop(self, reason: str, rows: int = 1) -> None:
+        self.dropped[reason] += rows
 
     def summary(self) -> dict[str, Any]:
-        lengths = self.lengths
+        lengths, rows = sorted(self.lengths), self.lengths.total()
+        tokens = sum(length * n for length, n in self.lengths.items())
         return {
-            "rows_kept": len(lengths),
-            "rows_dropped": self.dropped,
-            "tokens": sum(lengths),
+            "rows_kept": rows,
+            "rows_dropped": dict(self.dropped),
+            "tokens": tokens,
             "tokens_supervised": self.supervised,
-            "length_mean": round(mean(lengths), 1) if lengths else 0,
-            "length_median": median(lengths) if lengths else 0,
-            "length_max": max(lengths, default=0),
+            "length_mean": round(tokens / rows, 1) if rows else 0,
+            "length_median": self.median(),
+            "length_max": lengths[-1] if lengths else 0,
             "rows_truncated": self.truncated,
             "rows_without_end_token": self.lost_end,
             "answers_after_another_prompt": self.displaced,
+            "answers_not_shown_in_full": self.rewritten,
+            "rows_not_shown_in_full": self.left_out,
             "rows_without_supervised_token": self.unsupervised,
         }
 
+    def median(self) -> float:
+        """Of the lengths; between two, their mean."""
+        rows, seen, middle = self.lengths.total(), 0, []
+        for length in sorted(self.lengths):
+            seen += self.lengths[length]
+            if 2 * seen >= rows:
+                middle.append(length)
+            if 2 * seen > rows:
+                break
+        return sum(middle) / 2 if len(middle) > 1 else sum(middle)
 
-@dataclass
-class Split:
-    """The samples of one split while they are being prepared."""
 
-    tokens: list[Tensor] = field(default_factory=list)
-    supervised: list[Tensor] = field(default_factory=list)
-    audit: Audit = field(default_factory=Audit)
+class SplitWriter:
+    """Takes the samples of one split as they are made, and makes its file of them.
 
-    def save(self, path: Path) -> None:
-        counts = torch.tensor([0, *(len(t) for t in self.tokens)], dtype=torch.int64)
-        empty = [torch.empty(0, dtype=torch.int32)]
-        tensors = {
-            "tokens": torch.cat(self.tokens or empty),
-            "supervised": torch.cat(self.supervised or empty).to(torch.uint8),
-            "offsets": counts.cumsum(0),
+    Args:
+        path: of the file to be; what comes before lies beside it.
+    """
+
+    PARTS = {"offsets": torch.int64, "tokens": torch.int32, "supervised": torch.uint8}  # the order in the file
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.audit = path, Audit()
+        self.paths = {name: path.with_suffix(f".{name}") for name in self.PARTS}
+        self.files = {name: open(part, "wb") for name, part in self.paths.items()}  # noqa: SIM115
+        self.first: tuple[list[int], list[bool]] | None = None
+        self.rows = self.tokens = 0
+        self.files["offsets"].write(bytes(8))
+
+    def append(self, ids: list[int], supervised: list[bool], times: int = 1) -> None:
+        """Add a sample, `times` times over."""
+        self.first = self.first or (ids, supervised)
+        self.files["tokens"].write(np.asarray(ids, np.int32).tobytes() * times)
+        self.files["supervised"].write(bytes(supervised) * times)
+        for _ in range(times):
+            self.rows, self.tokens = self.rows + 1, self.tokens + len(ids)
+            self.files["offsets"].write(self.tokens.to_bytes(8, "little"))
+        self.audit.lengths[len(ids)] += times
+        self.audit.supervised += sum(supervised[1:]) * times
+
+    def finish(self, seed: int | None = None) -> None:
+        """Write the file, whole or not at all; with `seed` the samples in a random order."""
+        for file in self.files.values():
+            file.close()
+        sizes = {"offsets": self.rows + 1, "tokens": self.tokens, "supervised": self.tokens}
+        layout = {name: torch.empty(sizes[name], dtype=dtype, device="meta") for name, dtype in self.PARTS.items()}
+        contents = {name: blocks(path) for name, path in self.paths.items()}
+        if seed is not None and self.tokens:
+            contents = self.shuffled(torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed)).tolist())
+        save_safetensors_streamed(self.path, layout, contents)
+        for path in self.paths.values():
+            path.unlink()
+
+    def shuffled(self, order: list[int]) -> dict[str, Iterable[bytes]]:
+        offsets = np.fromfile(self.paths["offsets"], np.int64)
+        spans = [slice(offsets[i], offsets[i + 1]) for i in order]
+        tokens = np.memmap(self.paths["tokens"], np.int32, "r")
+        supervised = np.memmap(self.paths["supervised"], np.uint8, "r")
+        moved = np.concatenate(([0], np.diff(offsets)[order].cumsum()))
+        return {
+            "offsets": [moved.astype(np.int64).tobytes()],
+            "tokens": (tokens[span].tobytes() for span in spans),
+            "supervised": (supervised[span].tobytes() for span in spans),
         }
-        save_safetensors(path, tensors)
 
 
-def add_sample(
-    split: Split,
-    messages: list[Message],
-    tokenizer: Tokenizer,
-    style: PromptStyle,
-    max_seq_length: int,
-    mask_inputs: bool,
-    allow_unsupervised: bool,
+def blocks(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        yield from iter(partial(file.read, 1 << 20), b"")
+
+
+def write_meta(
+    folder: Path, splits: dict[str, SplitWriter], tokenizer: Tokenizer, style: PromptStyle, **record: Any
 ) -> None:
-    """Tokenize one row into the split, cut to `max_seq_length` tokens, and enter what happened in the audit."""
-    if not any(message["role"] == "assistant" and message["content"].strip() for message in messages):
-        return split.audit.drop("empty answer")
-    ids, answers = style.encode_sample(messages, tokenizer)
-    audit = split.audit
-    audit.truncated += len(ids) > max_seq_length
-    audit.displaced += sum(answer.displaced for answer in answers)
-    supervised = [not mask_inputs] * len(ids)
-    for answer in answers:
-        supervised[answer.start : answer.stop] = [True] * (answer.stop - answer.start)
-    ids, supervised = ids[:max_seq_length], supervised[:max_seq_length]
-    if not any(supervised[1:]):  # the first token has nothing to be predicted from
-        audit.unsupervised += 1
-        return audit.drop("no supervised token") if allow_unsupervised else None
-    ends = [answer.stop - 1 for answer in answers if answer.start < answer.stop]
-    audit.lost_end += not ends or ends[-1] >= len(ids) or ids[ends[-1]] not in style.stop_ids
-    audit.lengths.append(len(ids))
-    audit.supervised += sum(supervised[1:])
-    split.tokens.append(torch.tensor(ids, dtype=torch.int32))
-    split.supervised.append(torch.tensor(supervised, dtype=torch.uint8))
-    return None
-
-
-def write(destination: Path, splits: dict[str, Split], tokenizer: Tokenizer, style: PromptStyle, **record: Any) -> None:
-    """Write the data folder, whole or not at all."""
+    """Write the data.json of a folder that holds the splits' files."""
     meta = {
         "format_version": FORMAT_VERSION,
         "tokenizer": tokenizer.fingerprint,
@@ -124,10 +152,7 @@ def write(destination: Path, splits: dict[str, Split], tokenizer: Tokenizer, sty
         "audit": {name: split.audit.summary() for name, split in splits.items()},
         **record,
     }
-    with new_folder(destination) as folder:
-        for name, split in splits.items():
-            split.save(folder / f"{name}.safetensors")
-        (folder / "data.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    (folder / "data.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

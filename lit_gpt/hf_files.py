@@ -11,17 +11,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lit_gpt import checkpoint, weights
+from lit_gpt import checkpoint, prompts, weights
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
+from lit_gpt.tokenizer import CHAT_TEMPLATE_DIR, Tokenizer
 
 SHARD_BYTES = 2 * 10**9
 INDEX = "model.safetensors.index.json"
 # What a checkpoint folder carries along unchanged.
-SIDE_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "generation_config.json", "config.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "vocab.json", "merges.txt",
 )  # fmt: skip
+SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", "config.json")
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -180,6 +182,7 @@ def export(checkpoint_dir: Path, out_dir: Path, lit: Mapping[str, Tensor], shard
     config = Config.from_checkpoint(checkpoint_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     copy_side_files(checkpoint_dir, out_dir)
+    export_prompt_style(checkpoint_dir, out_dir)
     hf_config = read_json(Path(checkpoint_dir) / "config.json")
     hf_config |= {"tie_word_embeddings": config.tie_embeddings, "dtype": str(lit["wte.weight"].dtype).split(".")[1]}
     hf_config.pop("torch_dtype", None)
@@ -188,10 +191,28 @@ def export(checkpoint_dir: Path, out_dir: Path, lit: Mapping[str, Tensor], shard
     write_shards(out_dir, weights.to_hf(config, lit), shard_bytes)
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    for name in SIDE_FILES:
+def export_prompt_style(checkpoint_dir: Path, out_dir: Path) -> None:
+    """What a finetune has left of its prompt style, as transformers reads it: a chat template, and its end tokens."""
+    if not (Path(checkpoint_dir) / prompts.FILE).is_file():
+        return
+    tokenizer = Tokenizer(checkpoint_dir)
+    style = prompts.PromptStyle.from_checkpoint(checkpoint_dir, tokenizer)
+    if template := style.portable_template(tokenizer):
+        (out_dir / "chat_template.jinja").write_text(template, encoding="utf-8")
+        shutil.rmtree(out_dir / CHAT_TEMPLATE_DIR, ignore_errors=True)
+    path, ends = out_dir / "generation_config.json", prompts.generation_stop_ids(checkpoint_dir)
+    if set(style.stop_ids) - set(ends):
+        settings = read_json(path) if path.is_file() else {}
+        settings["eos_token_id"] = list(dict.fromkeys((*ends, *style.stop_ids)))
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def copy_side_files(source: Path, target: Path, names: tuple[str, ...] = SIDE_FILES) -> None:
+    for name in names:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, Path(target) / name)
+    if (Path(source) / CHAT_TEMPLATE_DIR).is_dir():
+        shutil.copytree(Path(source) / CHAT_TEMPLATE_DIR, Path(target) / CHAT_TEMPLATE_DIR, dirs_exist_ok=True)
 
 
 def write_shards(out_dir: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lit_gpt import adapter, lora, quantize
+from lit_gpt import adapter, lora, parity, quantize
 from lit_gpt.config import Config
 from lit_gpt.memory import recompute_blocks
 from lit_gpt.model import GPT, Segments, Targets
@@ -215,8 +215,8 @@ def merge_once(model: GPT) -> None:
     for layer in lora.lora_layers(model).values():
         layer.merged()
     largest = max((model.wte, model.h[0], model.lm_head), key=size)
-    copies = [(p.clone(), p.float()) for p in largest.parameters()]  # noqa: F841 (held together)
-    torch.empty(48, model.config.padded_vocab_size)  # as many positions as verify.probe has
+    widened = [p.float() for p in largest.parameters()]  # noqa: F841 (held together)
+    torch.empty(3 * parity.POSITIONS, model.config.padded_vocab_size)
 
 
 def size(module: nn.Module) -> int:

@@ -1,24 +1,24 @@
 """The one path from messages to text and tokens: training, generation, chat and export all render here.
 
-A prompt style is a Jinja template over messages `{"role": "user" | "assistant" | "system", "content": text}`, as in
-Hugging Face chat templates. Rows of instruction data add `instruction` and `input` to the user's message for styles
-that set them apart.
+A prompt style is a Jinja template over messages `{"role": "user" | "assistant" | "system" | "tool", "content": text}`,
+as in Hugging Face chat templates. Rows of instruction data add `instruction` and `input` to the user's message for
+styles that set them apart.
 """
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from lit_gpt import supervision
 from lit_gpt.errors import UserError
-from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.supervision import REASONING, Encoded, Message, Rendered
+from lit_gpt.templates import Template
+from lit_gpt.tokenizer import Encoding, Tokenizer
 
-Message = dict[str, str]
+Tools = list[dict[str, Any]] | None  # the tools of a conversation as JSON schemas
 FILE = "prompt_style.json"
 
 
@@ -56,15 +56,6 @@ STYLES = {
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Where an assistant's turn lies in a conversation's tokens: from its first token to its end token, exclusive."""
-
-    start: int
-    stop: int
-    displaced: bool  # the tokens before it are not those that generation would see
-
-
-@dataclass(frozen=True)
 class PromptStyle:
     """How messages become text, and which tokens end an answer."""
 
@@ -72,6 +63,7 @@ class PromptStyle:
     template: str
     own_bos: bool  # a checkpoint's own template writes its BOS itself; others get what the tokenizer adds
     stop_ids: tuple[int, ...] = ()
+    tool_template: str | None = None  # for conversations with tools, if the checkpoint has one for them
 
     @classmethod
     def from_name(cls, name: str, tokenizer: Tokenizer) -> "PromptStyle":
@@ -85,7 +77,8 @@ class PromptStyle:
         if name == "checkpoint":
             if not tokenizer.chat_template:
                 raise UserError("--prompt_style checkpoint: the checkpoint has no chat template; choose another style")
-            style = cls(name, tokenizer.chat_template, own_bos=True)
+            with_tools = tokenizer.chat_templates.get("tool_use")
+            style = cls(name, tokenizer.chat_template, own_bos=True, tool_template=with_tools)
         elif name in STYLES:
             style = cls(name, STYLES[name], own_bos=False)
         elif Path(name).is_file():
@@ -115,62 +108,118 @@ class PromptStyle:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"stop_ids": list(self.stop_ids)}
 
+    def write_template(self, folder: Path, tokenizer: Tokenizer) -> None:
+        """Write the template into a folder as transformers, vLLM and llama.cpp take it.
+
+        They put no BOS of the tokenizer's own before a rendered conversation, so it is written into the template.
+        """
+        if self.for_others(tokenizer) != tokenizer.chat_template:
+            (folder / "chat_template.jinja").write_text(self.for_others(tokenizer), encoding="utf-8")
+            settings = folder / "tokenizer_config.json"
+            fields = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+            if fields.pop("chat_template", None) is not None:  # it would be a second one
+                settings.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def write_stops(self, folder: Path) -> None:
+        """Have generation_config.json name the ids that end an answer."""
+        path = folder / "generation_config.json"
+        fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        stops = list(dict.fromkeys((*self.stop_ids, *generation_stop_ids(folder))))
+        if stops != generation_stop_ids(folder):
+            path.write_text(json.dumps(fields | {"eos_token_id": stops}, indent=2) + "\n", encoding="utf-8")
+
+    def for_others(self, tokenizer: Tokenizer) -> str:
+        leads = not self.own_bos and tokenizer.bos_id is not None
+        leads = leads and tokenizer.encode("a")[:1].tolist() == [tokenizer.bos_id]
+        return ("{{ bos_token }}" if leads else "") + self.template
+
     @cached_property
-    def _compiled(self):
-        def raise_exception(message: str) -> None:
-            raise TemplateError(message)
+    def _compiled(self) -> Template:
+        return Template(self.template)
 
-        # the settings under which chat templates are written; sandboxed, for they come with downloads
-        env = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], keep_trailing_newline=False
-        )
-        env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        env.globals |= {"raise_exception": raise_exception, "strftime_now": lambda f: datetime.now().strftime(f)}
-        return env.from_string(self.template)
+    @cached_property
+    def _compiled_for_tools(self) -> Template:
+        return Template(self.tool_template)
 
-    def render(self, messages: list[Message], tokenizer: Tokenizer, answer: bool = False) -> str:
+    def render(
+        self, messages: Sequence[Message], tokenizer: Tokenizer, answer: bool = False, tools: Tools = None
+    ) -> str:
         """The text of a conversation; with `answer`, up to where the assistant's next turn begins.
 
         Raises:
-            UserError: the template is broken, or refuses the messages.
+            UserError: the template is broken, does what it must not, or refuses the messages.
         """
-        tokens = {"bos_token": tokenizer.bos_token or "", "eos_token": tokenizer.eos_token or ""}
+        return self._apply("render", messages, tokenizer, answer, tools)
+
+    def _apply(self, function: str, messages: Sequence[Message], tokenizer: Tokenizer, answer: bool, tools: Tools):
+        tokens = tokenizer.named_tokens if self.own_bos else {"eos_token": tokenizer.eos_token}
+        variables = {"bos_token": "", "eos_token": "", **{name: token or "" for name, token in tokens.items()}}
+        variables |= {"tools": tools, "documents": None, "add_generation_prompt": answer}
         try:
-            return self._compiled.render(messages=messages, add_generation_prompt=answer, **tokens)
+            template = self._compiled_for_tools if tools is not None and self.tool_template else self._compiled
+            return getattr(template, function)(messages=[present(message) for message in messages], **variables)
         except Exception as error:  # a template may fail in any way that its code can
             raise UserError(f"prompt style '{self.name}': the template failed: {error}") from None
 
-    def encode_prompt(self, messages: list[Message], tokenizer: Tokenizer) -> list[int]:
+    def encode_prompt(self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = None) -> list[int]:
         """Token ids up to where the assistant answers."""
-        return self._encode(self.render(messages, tokenizer, answer=True), tokenizer)
+        return next(self.encode([self.render(messages, tokenizer, True, tools)], tokenizer)).ids
 
-    def encode_sample(self, messages: list[Message], tokenizer: Tokenizer) -> tuple[list[int], list[Answer]]:
-        """Token ids of a conversation, tokenized once and whole, and where in them each assistant's turn lies."""
-        ids, answers = self._encode(self.render(messages, tokenizer), tokenizer), []
-        for turn, message in enumerate(messages):
-            if message["role"] == "assistant":
-                prompt = self.encode_prompt(messages[:turn], tokenizer)
-                start = common_prefix(ids, prompt)
-                stop = common_prefix(ids, self._encode(self.render(messages[: turn + 1], tokenizer), tokenizer))
-                # what a template writes after the end token is never generated
-                ends = [i for i in range(start, stop) if ids[i] in self.stop_ids]
-                answers.append(Answer(start, ends[-1] + 1 if ends else stop, displaced=start < len(prompt)))
-        return ids, answers
+    def encode_sample(self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = None) -> Encoded:
+        """Token ids of a conversation, tokenized once and whole, and what of them is to be learnt."""
+        rendered = self.render_sample(messages, tokenizer, tools)
+        return supervision.encode(rendered, next(self.encode([rendered.text], tokenizer)), tokenizer, self.stop_ids)
 
-    def _encode(self, text: str, tokenizer: Tokenizer) -> list[int]:
-        return tokenizer.encode(text, bos=False if self.own_bos else None).tolist()
+    def render_sample(self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = None) -> Rendered:
+        """The text of a conversation and where in it each assistant's turn lies.
+
+        Raises:
+            UserError: as `render`.
+        """
+
+        def render(some: Sequence[Message], answer: bool = False) -> str:
+            return self.render(some, tokenizer, answer, tools)
+
+        text = render(messages)
+        theirs = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [supervision.find_turn(messages, i, text, render) for i in theirs]
+        others = [part for message in messages if message["role"] != "assistant" for part in supervision.parts(message)]
+        others += [tool.get("function", tool).get("name", "") for tool in tools or ()]
+        left_out = not supervision.shown(others, text)
+        return Rendered(text, turns, self._apply("generated", messages, tokenizer, False, tools), left_out)
+
+    def encode(self, texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[Encoding]:
+        """Ids and places of rendered texts."""
+        return tokenizer.encode_batch(texts, bos=False if self.own_bos else None)
+
+    def portable_template(self, tokenizer: Tokenizer) -> str | None:
+        """The template as transformers' `apply_chat_template` needs it to make the same tokens; None: the checkpoint's
+        own, which it has already."""
+        if self.own_bos:
+            return None
+        before = "{{ bos_token }}" if tokenizer.adds_bos else ""
+        if tokenizer.eos_token != tokenizer.named_tokens.get("eos_token"):
+            before = f"{{%- set eos_token = {json.dumps(tokenizer.eos_token)} %}}" + before
+        return before + self.template
 
     def find_stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """The end token, and the special token with which the template closes an answer if that is another."""
-        question = [{"role": "user", "content": "a"}]
-        prompt = self.render(question, tokenizer, answer=True)
-        whole = self.render([*question, {"role": "assistant", "content": "b"}], tokenizer)
+        answer = "Quux"  # a word that no template writes
+        whole = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}], tokenizer)
         stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-        closing = whole[len(prompt) :].lstrip().removeprefix("b") if whole.startswith(prompt) else ""
-        if closing:
+        if closing := whole.rpartition(answer)[2].lstrip() if answer in whole else "":
             first = int(tokenizer.encode(closing, bos=False)[0])
             stops += [first] if tokenizer.is_added(first) else []
         return tuple(dict.fromkeys(stops))
+
+
+def present(message: Message) -> Message:
+    """A message as transformers hands it to a template: without empty fields, its reasoning under all names in use."""
+    message = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((message[name] for name in REASONING if name in message), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def generation_stop_ids(checkpoint_dir: Path) -> list[int]:

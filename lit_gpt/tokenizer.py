@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 import torch
@@ -18,10 +18,19 @@ from tokenizers import AddedToken, decoders
 
 from lit_gpt.errors import UserError
 
+FILES = ("tokenizer.json", "tokenizer.model")
 NAMED = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
+CHAT_TEMPLATE_DIR = "additional_chat_templates"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 # Protobuf messages merge when concatenated; this is a ModelProto with normalizer_spec.add_dummy_prefix = false.
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+
+
+class Encoding(NamedTuple):
+    """The ids of a text and where in it they lie, from and to which character; what the text lacks, at its start."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
 
 
 class Tokenizer:
@@ -30,8 +39,10 @@ class Tokenizer:
     Attributes:
         bos_token, eos_token: the tokens that begin and end a text, or None.
         bos_id, eos_id: their ids, or None.
+        named_tokens: {name: token} of all that the settings name, such as bos_token; what chat templates may write.
         vocab_size: how many tokens there are, added ones included. The model's embedding may have more rows.
-        chat_template: the Jinja source of the default chat template, or None.
+        chat_templates: {name: Jinja source}.
+        chat_template: the source of the default one, or None.
 
     Raises:
         UserError: the folder holds no tokenizer, or one that cannot be read.
@@ -53,8 +64,13 @@ class Tokenizer:
         self.vocab_size: int = self._tokens.get_vocab_size()
         self.bos_token, self.bos_id = self._find("bos", settings)
         self.eos_token, self.eos_id = self._find("eos", settings)
-        self.chat_template = find_chat_template(self.checkpoint_dir, settings)
+        self.named_tokens = {
+            name: token for name, token in named_tokens(settings).items() if self.token_id(token) is not None
+        }
+        self.chat_templates = find_chat_templates(self.checkpoint_dir, settings)
+        self.chat_template = self.chat_templates.get("default")
         self._lead = self._find_lead(settings)
+        self._tokens.post_processor = None  # all that it had to say; it would trim the offsets of blanks
 
     def encode(self, text: str, bos: bool | None = None, eos: bool = False) -> torch.LongTensor:
         """The ids of a text, in which special tokens may be written out.
@@ -75,15 +91,20 @@ class Tokenizer:
             if wanted and known is None:
                 where = self.checkpoint_dir / "tokenizer_config.json"
                 raise UserError(f"{where}: {name}=True needs a {name}_token, and none is set; set one")
-        ids = self._encode(text)
-        lead = [] if bos is False else self._lead
-        if bos and self.bos_id not in lead:
-            lead = [self.bos_id]
-        if ids[:1] != lead[:1]:
-            ids = lead + ids
+        ids = next(self.encode_batch([text], bos)).ids
         if eos and ids[-1:] != [self.eos_id]:
             ids = ids + [self.eos_id]
         return torch.tensor(ids, dtype=torch.long)
+
+    def encode_batch(self, texts: Sequence[str], bos: bool | None = None) -> Iterator[Encoding]:
+        """As `encode`, for many texts on as many cores as there are, with the ids' places in the text."""
+        lead = [] if bos is False else self._lead
+        if bos and self.bos_id not in lead:
+            lead = [self.bos_id]
+        for text, spans in zip(texts, self._tokens.encode_batch(texts, add_special_tokens=False), strict=True):
+            ids, offsets = self._sentencepiece(text, spans) if self._spm else (spans.ids, spans.offsets)
+            missing = lead if ids[:1] != lead[:1] else []
+            yield Encoding(missing + ids, [(0, 0)] * len(missing) + offsets)
 
     def decode(self, ids: Sequence[int] | torch.Tensor, skip_special_tokens: bool = True) -> str:
         """The text of ids of shape (T,). Ids past the vocabulary (padded embedding rows) have no text."""
@@ -112,9 +133,19 @@ class Tokenizer:
         if rest := self._text_after(shown, held):
             yield rest
 
+    @property
+    def adds_bos(self) -> bool:
+        """Whether the checkpoint itself puts a BOS before a text."""
+        return self._lead == [self.bos_id]
+
     def token_id(self, token: str) -> int | None:
         """The id of a token, spelled as in the vocabulary, or None."""
         return self._tokens.token_to_id(token)
+
+    @property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """{id: token} of those that were added to the vocabulary, special ones included."""
+        return self._added
 
     def is_added(self, token: int) -> bool:
         """Whether an id is of a token that was added to the vocabulary, such as an end of turn."""
@@ -135,19 +166,19 @@ class Tokenizer:
     def _special_ids(self) -> set[int]:
         return {i for i, token in self._added.items() if token.special}
 
-    def _encode(self, text: str) -> list[int]:
-        """The ids of the text alone, without what the checkpoint puts around it."""
-        spans = self._tokens.encode(text, add_special_tokens=False)
-        if self._spm is None:
-            return spans.ids
-        ids: list[int] = []
+    def _sentencepiece(self, text: str, spans: tokenizers.Encoding) -> Encoding:
+        """The encoding of a text in which `_tokens` has found the added tokens, and knows nothing of the rest."""
+        ids, offsets = [], []
         for token_id, (start, end) in zip(spans.ids, spans.offsets, strict=True):
             span, added = text[start:end], self._added.get(token_id)
             if added and added.content in span:
                 ids.append(token_id)
-            else:  # a stretch between added tokens, of which `_tokens` knows nothing
-                ids.extend(self._spm[start > 0].encode(span))
-        return ids
+                offsets.append((start, end))
+            else:
+                found = self._spm[start > 0].encode(span, return_type="offset_mapping")
+                ids += found["ids"]
+                offsets += [(start + a, start + b) for a, b in found["offsets"]]
+        return Encoding(ids, offsets)
 
     def _text_after(self, before: list[int], ids: list[int]) -> str:
         start = len(self.decode(before, skip_special_tokens=False))
@@ -176,8 +207,12 @@ class Tokenizer:
         return probe.ids[: [*probe.special_tokens_mask, 0].index(0)]
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any((Path(folder) / name).is_file() for name in FILES)
+
+
 def find_tokenizer(folder: Path) -> Path:
-    for path in (folder / "tokenizer.json", folder / "tokenizer.model"):
+    for path in (folder / name for name in FILES):
         if path.is_file():
             return path
     found = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"
@@ -291,10 +326,23 @@ def content(token: str | dict[str, Any] | None) -> str | None:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def find_chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+def named_tokens(settings: dict[str, Any]) -> dict[str, str]:
+    """{name: token} of a tokenizer's settings; the further ones that a model has are a dictionary among them."""
+    extra = settings.get("extra_special_tokens") or {}
+    named = {key: value for key, value in settings.items() if key.endswith("_token")}
+    named |= extra if isinstance(extra, dict) else {}
+    tokens = {name: content(value) for name, value in named.items() if isinstance(value, (str, dict))}
+    return {name: token for name, token in tokens.items() if token}
+
+
+def find_chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+    """{name: source}. Files overrule the settings, as in transformers."""
+    files = {path.stem: path for path in sorted((folder / CHAT_TEMPLATE_DIR).glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    template = settings.get("chat_template")
+        files["default"] = folder / "chat_template.jinja"
+    if files:
+        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+    template = settings.get("chat_template") or {}
     if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}
-    return template.get("default") if isinstance(template, dict) else template
+        return {entry["name"]: entry["template"] for entry in template}
+    return template if isinstance(template, dict) else {"default": template}

@@ -27,10 +27,12 @@ COLUMNS = {"messages_column": "messages", "instruction_column": "instruction", "
 
 
 def main(hp: SimpleNamespace) -> None:
-    from lit_gpt.prepare import prepare, read_rows, source_file
+    from lit_gpt.prepare import prepare, source_file
 
-    path = hp.json_path or source_file(*SOURCE)
-    prepare(SimpleNamespace(**vars(hp), **COLUMNS), read_rows(path))
+    prepare(
+        SimpleNamespace(**vars(hp), **COLUMNS, skip_bad_rows=False, deduplicate=False),
+        str(hp.json_path or source_file(*SOURCE)),
+    )
 
 
 if __name__ == "__main__":

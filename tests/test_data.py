@@ -30,9 +30,10 @@ def tokenizer(llama) -> Tokenizer:
 
 def supervised_text(style: PromptStyle, tokenizer: Tokenizer, messages) -> list[str]:
     """The stretches of text that are supervised."""
-    ids, answers = style.encode_sample(messages, tokenizer)
-    assert not any(answer.displaced for answer in answers)
-    return [tokenizer.decode(ids[answer.start : answer.stop], skip_special_tokens=False) for answer in answers]
+    sample = style.encode_sample(messages, tokenizer)
+    assert not any(answer.displaced for answer in sample.answers)
+    spans = [sample.ids[answer.start : answer.stop] for answer in sample.answers]
+    return [tokenizer.decode(span, skip_special_tokens=False) for span in spans]
 
 
 @pytest.mark.parametrize("name", STYLES)
@@ -47,8 +48,8 @@ def test_generation_sees_what_training_saw(tokenizer, name):
     """The prompt's tokens are the beginning of the sample's, up to the first supervised one."""
     style = PromptStyle.from_name(name, tokenizer)
     messages = instruction_messages("the cat", "a dog", "the task")
-    ids, answers = style.encode_sample(messages, tokenizer)
-    assert style.encode_prompt(messages[:1], tokenizer) == ids[: answers[0].start]
+    sample = style.encode_sample(messages, tokenizer)
+    assert style.encode_prompt(messages[:1], tokenizer) == sample.ids[: sample.answers[0].start]
 
 
 def test_alpaca_puts_the_input_apart(tokenizer):
@@ -215,6 +216,7 @@ def test_bad_paths(cli, llama, tmp_path):
     rows = write_rows(tmp_path / "r.jsonl")
     flags = {"checkpoint_dir": llama, "json_path": rows, "destination_path": tmp_path}
     cli("scripts/prepare_json.py", **flags).refused("already exists", str(tmp_path))
+    flags["destination_path"] = tmp_path / "d"
     cli("scripts/prepare_json.py", **flags | {"json_path": tmp_path / "no.jsonl"}).refused("no such file")
     cli("scripts/prepare_json.py", checkpoint_dir=llama, json_path=rows).refused("--destination_path", code=2)
     (tmp_path / "latin.jsonl").write_bytes('{"instruction": "ä"}'.encode("latin-1"))

@@ -26,15 +26,16 @@ SCRIPT = "finetune/lora.py"
 def data_dir(llama, tmp_path_factory) -> Path:
     from types import SimpleNamespace
 
-    from lit_gpt.prepare import prepare, read_rows
+    from lit_gpt.prepare import prepare
 
     folder = tmp_path_factory.mktemp("data")
     hp = SimpleNamespace(
         checkpoint_dir=llama, destination_path=folder / "d", prompt_style="alpaca", max_seq_length=None,
         mask_inputs=True, allow_unsupervised=False, validation_fraction=0.2, seed=1, messages_column="messages",
-        instruction_column="instruction", input_column="input", output_column="output",
+        instruction_column="instruction", input_column="input", output_column="output", skip_bad_rows=False,
+        deduplicate=False,
     )  # fmt: skip
-    prepare(hp, read_rows(write_rows(folder / "r.jsonl")))
+    prepare(hp, str(write_rows(folder / "r.jsonl")))
     return folder / "d"
 
 
@@ -325,7 +326,7 @@ def test_the_best_state_stays(cli, flags, llama):
         "eval_interval": 2,
         "save_interval": 2,
         "keep": 1,
-        "learning_rate": 0.5,
+        "learning_rate": 1.0,
         "weight_decay": 3.0,
         "schedule": "constant",
         "max_steps": 6,

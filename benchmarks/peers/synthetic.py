@@ -17,6 +17,7 @@ from tokenizers import models
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_gpt import data, families, hf_files
+from lit_gpt.checkpoint import new_folder
 from lit_gpt.prompts import PromptStyle
 from lit_gpt.tokenizer import Tokenizer
 
@@ -32,14 +33,12 @@ def make_checkpoint(folder: Path, hf: dict, seed: int) -> None:
     hf_files.convert(folder, hf_files.StoredWeights(folder))
 
 
-def make_split(rows: int, vocabulary: int, longest: int, generator: torch.Generator) -> data.Split:
-    split = data.Split()
+def write_split(split: data.SplitWriter, rows: int, vocabulary: int, longest: int, generator: torch.Generator) -> None:
     for n in torch.empty(rows).normal_(math.log(MEDIAN), SIGMA, generator=generator).exp().round().long().tolist():
         n = min(max(n, SHORTEST), longest)
-        split.tokens.append(torch.randint(vocabulary, (n,), generator=generator, dtype=torch.int32))
-        split.supervised.append((torch.arange(n) >= n // 2).to(torch.uint8))
-        split.audit.lengths.append(n)
-    return split
+        ids = torch.randint(vocabulary, (n,), generator=generator, dtype=torch.int32)
+        split.append(ids.tolist(), [i >= n // 2 for i in range(n)])
+    split.finish()
 
 
 def main(model: str, fields: dict, rows: int, seed: int, folder: str) -> None:
@@ -48,10 +47,11 @@ def main(model: str, fields: dict, rows: int, seed: int, folder: str) -> None:
     make_checkpoint(checkpoint_dir, hf, seed)
     generator = torch.Generator().manual_seed(seed)
     longest = min(LONGEST, hf.get("max_position_embeddings", 2048))
-    splits = {
-        name: make_split(n, hf["vocab_size"], longest, generator) for name, n in (("train", rows), ("validation", 4))
-    }
-    data.write(Path(folder) / "data", splits, Tokenizer(checkpoint_dir), PromptStyle("plain", "", own_bos=False))
+    with new_folder(Path(folder) / "data") as destination:
+        splits = {name: data.SplitWriter(destination / f"{name}.safetensors") for name in data.SPLITS}
+        for split, n in zip(splits.values(), (rows, 4), strict=True):
+            write_split(split, n, hf["vocab_size"], longest, generator)
+        data.write_meta(destination, splits, Tokenizer(checkpoint_dir), PromptStyle("plain", "", own_bos=False))
 
 
 if __name__ == "__main__":
