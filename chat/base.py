@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, run
+from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, Quantizer, run
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder, or what finetune/full.py wrote
 finetuned_path: Path | None = None  # what finetune/lora.py, adapter.py or adapter_v2.py wrote
@@ -24,6 +24,7 @@ top_k: PositiveInt | None = 200  # sample among this many likeliest tokens (null
 top_p: ClosedUnitInterval = 1.0  # sample among the likeliest tokens of together this probability
 seed: NonNegativeInt = 1234  # of the sampling
 precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and arithmetic
+quantize: Quantizer | None = None  # keep the weights in fewer bits (null: as trained, or as stored)
 compile: bool = False  # compile the step of one token: takes seconds at first, then answers come faster
 
 
@@ -33,12 +34,15 @@ def main(hp: SimpleNamespace) -> None:
     from lit_gpt.generation import default_device, dtype_of, sampling_options
     from lit_gpt.model import GPT
     from lit_gpt.prompts import PromptStyle
+    from lit_gpt.quantize import is_quantized
     from lit_gpt.tokenizer import Tokenizer
 
-    place, tokenizer = {"dtype": dtype_of(hp), "device": default_device()}, Tokenizer(hp.checkpoint_dir)
+    place = {"dtype": dtype_of(hp), "device": default_device(), "quantize": hp.quantize}
+    tokenizer = Tokenizer(hp.checkpoint_dir)
     if hp.finetuned_path:
         model, record = variants.load_model(hp.checkpoint_dir, hp.finetuned_path, None, **place)
-        lora.merge(model)
+        if not is_quantized(model):
+            lora.merge(model)
         style = PromptStyle.from_dict(record["prompt_style"])
     else:
         model = GPT.from_checkpoint(hp.checkpoint_dir, **place)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from lit_gpt.cli import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, run
+from lit_gpt.cli import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Quantizer, run
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder of the base
 data_dir: Path = Path("data/alpaca")  # prepared data, from one of the prepare scripts
@@ -36,6 +36,7 @@ max_seq_length: PositiveInt | None = None  # refuse data with longer samples (nu
 seed: NonNegativeInt = 1337  # of initialization and data order
 # devices
 precision: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights and the arithmetic; what trains is fp32
+quantize: Quantizer | None = None  # keep the frozen weights in fewer bits (null: as stored)
 devices: PositiveInt = 1  # on each node
 num_nodes: PositiveInt = 1  # machines
 strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"  # how devices share the work

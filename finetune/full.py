@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from lit_gpt.cli import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, run
+from lit_gpt.cli import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Quantizer, run
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder of the base
 data_dir: Path = Path("data/alpaca")  # prepared data, from one of the prepare scripts
@@ -34,6 +34,7 @@ seed: NonNegativeInt = 1337  # of data order
 # devices
 precision: Literal["bf16", "fp32"] = "bf16"  # of the arithmetic
 master_weights: bool = True  # the weights are fp32 while they train; false: of `precision`, and small steps are lost
+quantize: Quantizer | None = None  # refused: weights that train cannot be quantized
 devices: PositiveInt = 1  # on each node
 num_nodes: PositiveInt = 1  # machines
 strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"  # how devices share the work

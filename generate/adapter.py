@@ -10,7 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, run
+from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, Quantizer, run
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder of the base
 adapter_path: Path = Path("out/adapter/alpaca/lit_model_adapter_finetuned.pth")  # what finetune/adapter.py wrote
@@ -24,6 +24,7 @@ top_k: PositiveInt | None = 200  # sample among this many likeliest tokens (null
 top_p: ClosedUnitInterval = 1.0  # sample among the likeliest tokens of together this probability
 seed: NonNegativeInt = 1234  # of the sampling
 precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and arithmetic
+quantize: Quantizer | None = None  # keep the weights in fewer bits (null: as trained, or as stored)
 compile: bool = False  # compile the step of one token: takes seconds at first, then answers come faster
 
 
@@ -34,7 +35,7 @@ def main(hp: SimpleNamespace) -> None:
     from lit_gpt.tokenizer import Tokenizer
 
     text = read_prompt(hp)
-    place = {"dtype": dtype_of(hp), "device": default_device()}
+    place = {"dtype": dtype_of(hp), "device": default_device(), "quantize": hp.quantize}
     model, record = variants.load_model(hp.checkpoint_dir, hp.adapter_path, adapter.METHOD, **place)
     answer(hp, text, model, Tokenizer(hp.checkpoint_dir), PromptStyle.from_dict(record["prompt_style"]))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, run
+from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, Quantizer, run
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder
 prompt: str = ""  # what to continue or answer
@@ -23,6 +23,7 @@ top_k: PositiveInt | None = 200  # sample among this many likeliest tokens (null
 top_p: ClosedUnitInterval = 1.0  # sample among the likeliest tokens of together this probability
 seed: NonNegativeInt = 1234  # of the sampling
 precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and arithmetic
+quantize: Quantizer | None = None  # keep the weights in fewer bits (null: as stored)
 compile: bool = False  # compile the step of one token: takes seconds at first, then answers come faster
 
 
@@ -33,7 +34,7 @@ def main(hp: SimpleNamespace) -> None:
     from lit_gpt.tokenizer import Tokenizer
 
     text = read_prompt(hp)
-    model = GPT.from_checkpoint(hp.checkpoint_dir, dtype_of(hp), default_device())
+    model = GPT.from_checkpoint(hp.checkpoint_dir, dtype_of(hp), default_device(), hp.quantize)
     tokenizer = Tokenizer(hp.checkpoint_dir)
     named = hp.prompt_style and PromptStyle.from_name(hp.prompt_style, tokenizer)
     answer(hp, text, model, tokenizer, named or PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer))

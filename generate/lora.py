@@ -10,11 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, run
+from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, Quantizer, run
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder of the base
 lora_path: Path = Path("out/lora/alpaca/lit_model_lora_finetuned.pth")  # what finetune/lora.py wrote
-merge: bool = True  # fold LoRA into the weights when loading; false keeps it apart
+merge: bool | None = None  # fold LoRA into the weights when loading, dequantized (null: if they are not quantized)
 prompt: str = ""  # what to answer
 prompt_file: Path | None = None  # file that holds the prompt; - is standard input
 input: str = ""  # context that goes with an instruction
@@ -25,6 +25,7 @@ top_k: PositiveInt | None = 200  # sample among this many likeliest tokens (null
 top_p: ClosedUnitInterval = 1.0  # sample among the likeliest tokens of together this probability
 seed: NonNegativeInt = 1234  # of the sampling
 precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and arithmetic
+quantize: Quantizer | None = None  # keep the weights in fewer bits (null: as trained, or as stored)
 compile: bool = False  # compile the step of one token: takes seconds at first, then answers come faster
 
 
@@ -32,12 +33,13 @@ def main(hp: SimpleNamespace) -> None:
     from lit_gpt import lora, variants
     from lit_gpt.generation import answer, default_device, dtype_of, read_prompt
     from lit_gpt.prompts import PromptStyle
+    from lit_gpt.quantize import is_quantized
     from lit_gpt.tokenizer import Tokenizer
 
     text = read_prompt(hp)
-    place = {"dtype": dtype_of(hp), "device": default_device()}
+    place = {"dtype": dtype_of(hp), "device": default_device(), "quantize": hp.quantize}
     model, record = variants.load_model(hp.checkpoint_dir, hp.lora_path, lora.METHOD, **place)
-    if hp.merge:
+    if hp.merge or hp.merge is None and not is_quantized(model):
         lora.merge(model)
     answer(hp, text, model, Tokenizer(hp.checkpoint_dir), PromptStyle.from_dict(record["prompt_style"]))
 

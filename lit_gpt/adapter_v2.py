@@ -13,6 +13,7 @@ from lit_gpt import adapter, fused
 from lit_gpt.adapter import AdapterConfig
 from lit_gpt.model import GPT, RMSNorm
 from lit_gpt.moe import Experts, Routes
+from lit_gpt.quantize import QuantizedLinear
 from lit_gpt.variants import train_only_what_is_attached
 
 METHOD = "adapter_v2"
@@ -69,7 +70,7 @@ def attach(model: GPT, config: AdapterConfig) -> GPT:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.LayerNorm | RMSNorm):
             model.set_submodule(name, TrainedNorm(module))
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear | QuantizedLinear):
             model.set_submodule(name, ScaledLinear(module))
         elif isinstance(module, Experts):
             model.set_submodule(name, ScaledExperts(module))

@@ -1,7 +1,8 @@
 """Reading and writing checkpoints: mapped from the file, atomic, strict, and without running any code they hold.
 
 A checkpoint folder holds the Hugging Face files as downloaded (config.json, the tokenizer's) and, once converted,
-`lit_model.pth` (the GPT's state dict), `lit_config.json` and `prompt_style.json`.
+`lit_model.pth` (the GPT's state dict), `lit_config.json` and `prompt_style.json`; if scripts/quantize.py wrote it, also
+`lit_quantize.json`, which says how.
 """
 
 import errno
@@ -11,7 +12,7 @@ import json
 import mmap
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.model import GPT
+from lit_gpt.quantize import FORMATS
 
 FORMAT_VERSION = 1
+QUANTIZED_VERSION = 1
 SAFETENSORS = {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}  # the names of dtypes in such files
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -232,20 +235,45 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_state(checkpoint_dir: Path) -> dict[str, Tensor]:
-    """The state dict of a converted checkpoint, mapped from lit_model.pth."""
+def quantization(checkpoint_dir: Path) -> dict[str, Any] | None:
+    """What lit_quantize.json says: `quantize`, the format, and `source`, the fingerprint before. None: not quantized.
+
+    Raises:
+        UserError: of another format version, or of a format that is not known here.
+    """
+    path = Path(checkpoint_dir) / "lit_quantize.json"
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        version, name = found["format_version"], found["quantize"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not readable as what scripts/quantize.py writes; quantize again") from None
+    if version != QUANTIZED_VERSION:
+        raise UserError(f"{path}: format version {version}, expected {QUANTIZED_VERSION}; quantize again")
+    if name not in FORMATS:
+        raise UserError(f"{path}: the quantization '{name}' is not known; expected one of {', '.join(FORMATS)}")
+    return found
+
+
+def load_state(checkpoint_dir: Path, quantized: bool = False) -> dict[str, Tensor]:
+    """The state dict of a converted checkpoint, mapped from lit_model.pth.
+
+    Args:
+        quantized: take a quantized one, too.
+    """
     check_checkpoint_dir(checkpoint_dir)
+    found = quantization(checkpoint_dir)
+    if found and not quantized:
+        raise UserError(
+            f"--checkpoint_dir {checkpoint_dir}: is quantized ({found['quantize']}); expected the folder that it was "
+            "made from"
+        )
     path = Path(checkpoint_dir) / "lit_model.pth"
     state = load(path)
     if not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{path}: holds more than tensors; expected what `scripts/convert_hf_checkpoint.py` writes")
     return state
-
-
-def load_model(checkpoint_dir: Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> GPT:
-    """See GPT.from_checkpoint."""
-    state = load_state(checkpoint_dir)
-    return build(Config.from_checkpoint(checkpoint_dir), state, dtype, device, Path(checkpoint_dir) / "lit_model.pth")
 
 
 def build(
@@ -254,19 +282,28 @@ def build(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     source: Path | str = "the state dict",
+    attach: Callable[[GPT], GPT] | None = None,
 ) -> GPT:
-    """A GPT that holds the given tensors, in evaluation mode. `source` names them in errors.
+    """A GPT that holds the given tensors, in evaluation mode.
+
+    Args:
+        source: names the tensors in errors.
+        attach: makes of a GPT on the meta device what the tensors are for.
 
     Raises:
         UserError: missing or unexpected names, or shapes that the configuration contradicts.
     """
     with torch.device("meta"):
-        model = GPT(config)
-    state = {name: tensor.to(device=device, dtype=dtype) for name, tensor in state.items()}
-    if config.tie_embeddings and "wte.weight" in state:
-        state["lm_head.weight"] = state["wte.weight"]
-    check_state(model.state_dict(), state, source)
-    model.load_state_dict(state, strict=True, assign=True)
+        model = GPT(config).to(dtype)
+        model = attach(model) if attach else model
+    if config.tie_embeddings:
+        tied = {name.replace("wte.", "lm_head."): tensor for name, tensor in state.items() if name.startswith("wte.")}
+        state = state | tied
+    expected = model.state_dict()
+    check_state(expected, state, source)
+    # a quantized layer has tensors of dtypes that the model's does not bear on
+    cast = {name: tensor.to(device, expected[name].dtype if dtype else None) for name, tensor in state.items()}
+    model.load_state_dict(cast, strict=True, assign=True)
     model.tie_weights()
     return model.eval()
 

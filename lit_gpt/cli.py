@@ -36,6 +36,8 @@ from lit_gpt.errors import UsageError, UserError
 
 # A fraction of which something must be left: dropout, validation splits.
 Fraction = restricted_number_type("Fraction", float, [(">=", 0.0), ("<", 1.0)])
+# The formats of lit_gpt/quantize.py.
+Quantizer = Literal["int8", "int4", "nf4", "nf4-dq"]
 
 EXPECTED = {
     int: "a whole number",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt import card, checkpoint, hf_files, lora, parity, peft_files, variants, verify
+from lit_gpt.base import Base
 from lit_gpt.config import Config
 from lit_gpt.model import GPT
 from lit_gpt.prompts import PromptStyle
@@ -36,14 +37,19 @@ class Source:
     golden: parity.Golden
 
     @classmethod
-    def of(cls, checkpoint_dir: Path, adapter: Path | None = None) -> "Source":
-        """Raises UserError if the checkpoint or the file cannot be used."""
-        state = checkpoint.load_state(checkpoint_dir)
-        model = checkpoint.build(Config.from_checkpoint(checkpoint_dir), state, source=checkpoint_dir)
-        base, record, style = checkpoint.fingerprint(state), None, None
+    def of(cls, checkpoint_dir: Path, adapter: Path | None = None, quantized: bool = False) -> "Source":
+        """The checkpoint, or with `quantized` as the file's base was. Raises UserError if one cannot be used."""
+        if not quantized:
+            checkpoint.load_state(checkpoint_dir)  # refuses a quantized one
+        source, record, style = Base.of(checkpoint_dir), None, None
         if adapter:
-            record = variants.attach_file(model.eval(), adapter, lora.METHOD, base)
+            record = variants.read_file(adapter, lora.METHOD, source.fingerprint)
             style = PromptStyle.from_dict(record["prompt_style"])
+            source = source.as_trained(record.get("quantize"), adapter) if quantized else source
+        model, state, base = source.build(), dict(source.state), source.fingerprint
+        if adapter:
+            variants.attach_record(model, adapter, record)
+            model.eval()
         own = parity.Own.of(checkpoint_dir, model, style)
         if own.tokenizer is None:
             print(f"{checkpoint_dir}: holds no tokenizer, so only logits are compared")
@@ -128,17 +134,17 @@ def to_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None) -> dict[str,
 def merge(checkpoint_dir: Path, lora_path: Path, out_dir: Path) -> float:
     """Fold a LoRA file into its base: a checkpoint folder. Returns how far its logits are off, by their norm."""
     with checkpoint.new_folder(out_dir) as folder:
-        source = Source.of(checkpoint_dir, lora_path)
-        lora.write_merged(folder / "lit_model.pth", source.model, source.state)
+        source = Source.of(checkpoint_dir, lora_path, quantized=True)
+        lora.write_merged(folder / "lit_model.pth", source.model)
         (folder / "lit_config.json").write_text(lora.merged_config(source.model).to_json())
         hf_files.copy_side_files(checkpoint_dir, folder)
         PromptStyle.from_dict(source.record["prompt_style"]).save(folder)
         card.copy_run(lora_path.parent, folder)
         what, packages = f"the merge of {lora_path}", ("transformers",)
         reader = parity.read_back(what, packages, lambda: parity.read_lit(folder), lambda: own_checkpoint(folder))
-        dtype = source.state["wte.weight"].dtype
+        dtype = source.model.dtype
         rounding = verify.TOLERANCE[dtype], f"that rounding to {str(dtype).removeprefix('torch.')} explains"
-        base = checkpoint.build(Config.from_checkpoint(checkpoint_dir), source.state, source=checkpoint_dir)
+        base = Base.of(checkpoint_dir).as_trained(source.record.get("quantize"), lora_path).build()
         without = verify.float32_logits(base, source.golden.idx)
         found = source.golden.compare(reader, what, *rounding, base=without)
         use = f'from lit_gpt import GPT\n\nmodel = GPT.from_checkpoint("{out_dir.name}")'

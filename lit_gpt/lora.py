@@ -5,7 +5,7 @@ attached model gives exactly the base's logits.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ from lit_gpt.config import Config
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.model import GPT
 from lit_gpt.moe import Experts, Router, Routes, grouped_product
+from lit_gpt.quantize import Quantized, QuantizedLinear, weight_of
 from lit_gpt.variants import train_only_what_is_attached
 
 METHOD = "lora"
@@ -84,12 +85,16 @@ class LoRALinear(nn.Module):
         return self.lora_B.split([stop - start for start, stop in self.parts], dim=-2)
 
     def merged(self) -> Tensor:
-        """The base's weight plus the updates, of its shape and dtype, computed in float32."""
-        weight = self.linear.weight.detach().to(torch.float32, copy=True)  # the original may be tied, or mapped
+        """The base's weight plus the updates, of its shape, computed in float32.
+
+        In the base's dtype; of a quantized base it is the dequantized weight, and stays float32.
+        """
+        base = weight_of(self.linear)
+        weight = base.to(torch.float32, copy=True)  # the original may be tied, or mapped
         with torch.no_grad():
             for (start, stop), A, B in zip(self.parts, self.lora_A.split(self.r, dim=-2), self.split_B(), strict=True):
                 weight[..., start:stop, :] += self.scale * (B @ A)
-        return weight.to(self.linear.weight.dtype)
+        return weight.to(base.dtype)
 
 
 class LoRAExperts(LoRALinear):
@@ -141,13 +146,18 @@ def lora_layers(model: GPT) -> dict[str, LoRALinear]:
 
 
 def merge(model: GPT) -> GPT:
-    """Fold the updates into the base's weights, in place, and unwrap it."""
+    """Fold the updates into the base's weights, in place, and unwrap it. Of quantized layers no longer quantized ones
+    remain."""
     config = merged_config(model)
     for path, layer in lora_layers(model).items():
-        if not isinstance(layer.linear, nn.Linear | Experts):
+        if not isinstance(layer.linear, nn.Linear | Experts | QuantizedLinear):
             raise UserError(f"LoRA cannot be merged into {path}, which another method has changed; leave it apart")
-        layer.linear.weight = nn.Parameter(layer.merged(), requires_grad=False)
-        model.set_submodule(path, layer.linear)
+        linear, weight = layer.linear, layer.merged()
+        if isinstance(linear, Quantized):
+            linear, weight = nn.Linear(*weight.shape[::-1], bias=False, device="meta"), weight.to(model.dtype)
+            linear.bias = layer.linear.bias
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        model.set_submodule(path, linear)
     model.config = config
     return model
 
@@ -157,9 +167,24 @@ def merged_config(model: GPT) -> Config:
     return replace(model.config, tie_embeddings=False) if "lm_head" in lora_layers(model) else model.config
 
 
-def write_merged(path: Path, model: GPT, base: Mapping[str, Tensor]) -> None:
-    """Write the merged model's state dict, holding one tensor at a time; `base` is what `model` was built from."""
-    layers = {f"{name}.weight": layer for name, layer in lora_layers(model).items()}
-    layout = {**{name: layer.linear.weight for name, layer in layers.items()}, **base}
-    merged = ((name, layers[name].merged() if name in layers else base[name]) for name in layout)
-    checkpoint.write_streamed(path, layout, merged)
+def write_merged(path: Path, model: GPT) -> None:
+    """Write the state dict of the merged model, dequantized if it is quantized, holding one tensor at a time."""
+    config = merged_config(model)
+    with torch.device("meta"):
+        names = dict(GPT(config).named_parameters())  # tied ones once
+    layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    layout = {name: names[name].to(stored_dtype(layer, model.dtype)) for name, layer in layers.items()}
+    checkpoint.write_streamed(path, layout, ((name, merged_tensor(name, layer)) for name, layer in layers.items()))
+
+
+def stored_dtype(layer: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """Of a layer's tensors once merged; `dtype` if it is quantized now."""
+    layer = layer.linear if isinstance(layer, LoRALinear) else layer
+    return dtype if isinstance(layer, Quantized) else layer.weight.dtype
+
+
+def merged_tensor(name: str, layer: nn.Module) -> Tensor:
+    """The weight or bias `name` of a layer with its update, if it has one."""
+    if not name.endswith(".weight"):
+        return (layer.linear if isinstance(layer, LoRALinear) else layer).bias
+    return layer.merged() if isinstance(layer, LoRALinear) else weight_of(layer)

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_gpt.quantize import held
+
 # Logits held at a time, in elements: 16 MiB in float32. Larger pieces are hardly faster on a CPU with a frozen head.
 # Where a piece must be worth more, reading the head's weights on other devices or adding to their gradient if they
 # train, eight times as many are held.
@@ -27,10 +29,11 @@ def summed_cross_entropy(
         float32 scalar. Logits are turned to float32 before the softmax.
     """
     parameters = [p for p in head.parameters() if p.requires_grad]
-    if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
-        return _ChunkedLoss.apply(head, finish, labels, hidden, *parameters)
-    chunks = _chunks(head, hidden, labels, trained=False)
-    losses = [F.cross_entropy(finish(head(h)).float(), y, reduction="sum") for h, y in chunks]
+    with held(head, hidden.dtype):
+        if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
+            return _ChunkedLoss.apply(head, finish, labels, hidden, *parameters)
+        chunks = _chunks(head, hidden, labels, trained=False)
+        losses = [F.cross_entropy(finish(head(h)).float(), y, reduction="sum") for h, y in chunks]
     return torch.stack(losses).sum() if losses else hidden.new_zeros((), dtype=torch.float32)
 
 

@@ -1,18 +1,20 @@
 """How much memory this process needs, and a way to need less."""
 
 import ctypes
+import mmap
 import resource
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from lit_gpt.model import GPT
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MADV_PAGEOUT = 21  # of Linux 5.4 on
 _before = 0  # the peak up to the last `restart`
 
 
@@ -51,6 +53,17 @@ def restart(model: nn.Module) -> int:
 def field(name: str) -> int:
     """Bytes, from Linux's account of this process."""
     return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name)) * 1024
+
+
+def release(tensor: Tensor) -> None:
+    """Tell the kernel that a tensor which is mapped from a file is not needed soon, so that it need not stay resident.
+
+    Its contents are kept, wherever it lies. Where the kernel does not know the request, nothing happens.
+    """
+    if tensor.device.type == "cpu" and sys.platform == "linux":
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, end - start)), MADV_PAGEOUT)
 
 
 def recompute_blocks(model: GPT) -> None:

@@ -122,7 +122,8 @@ class GPT(nn.Module):
     def tie_weights(self) -> None:
         """Make head and embedding one parameter, if the model has it so. To be repeated after weights are assigned."""
         if self.config.tie_embeddings:
-            self.lm_head.weight = self.wte.weight
+            for name, parameter in self.wte.named_parameters():  # several, if it is quantized
+                setattr(self.lm_head, name, parameter)
 
     def forward(
         self,
@@ -213,24 +214,34 @@ class GPT(nn.Module):
     def kv_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` sequences of up to `max_length` tokens, in the model's dtype and place."""
         shape = (batch_size, self.config.n_query_groups, max_length, self.config.head_size)
-        return [LayerCache(shape, self.wte.weight.device, self.wte.weight.dtype) for _ in self.h]
+        return [LayerCache(shape, self.wte.weight.device, self.dtype) for _ in self.h]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states: the embedding's, or if it is quantized its scales'."""
+        return next(p.dtype for p in self.wte.parameters() if p.is_floating_point())
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint_dir: Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        cls,
+        checkpoint_dir: Path,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        quantize: str | None = None,
     ) -> "GPT":
         """The model in a converted checkpoint folder, in evaluation mode.
 
         Args:
             dtype: of the weights; None: as stored.
             device: None: the CPU, where weights kept in the stored dtype stay mapped from the file.
+            quantize: a format of lit_gpt.quantize, for a folder that is not quantized already.
 
         Raises:
             UserError: the folder is not a converted checkpoint, or its files are damaged or do not fit together.
         """
-        from lit_gpt.checkpoint import load_model
+        from lit_gpt.base import Base
 
-        return load_model(checkpoint_dir, dtype, device)
+        return Base.of(checkpoint_dir, quantize).build(dtype, device)
 
 
 class Block(nn.Module):

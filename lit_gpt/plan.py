@@ -6,7 +6,7 @@ while every storage that lives is counted. Blocks are alike, so two small models
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lit_gpt import adapter, lora, parity
+from lit_gpt import adapter, lora, parity, quantize
 from lit_gpt.config import Config
 from lit_gpt.memory import recompute_blocks
 from lit_gpt.model import GPT, Segments, Targets
@@ -153,10 +153,11 @@ def simulate(
     config: Config, method: Method, hp: SimpleNamespace, lengths: list[int], supervised: int, cuda: bool
 ) -> Plan:
     with torch.device("meta"):
-        model = method.attach(GPT(config).to(method.stored(hp)))
+        base = GPT(config).to(method.stored(hp))
+        model = method.attach(quantize.attach(base, method.quantize) if method.quantize else base)
     if hp.activation_checkpointing:
         recompute_blocks(model)
-    counts = size(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    counts = quantize.count_parameters(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
     with FakeTensorMode(), Live() as live, kernels_of(cuda), mock.patch("lit_gpt.moe.rows_per_expert", evenly):
         parameters = materialize(model)
         row = row_like(lengths, supervised)
@@ -252,7 +253,11 @@ def of_torch(optimizer: str) -> bool:
 @contextmanager
 def kernels_of(cuda: bool) -> Iterator[None]:
     """Let the model choose the kernels of a CUDA device. Fake CUDA tensors want a torch that is built for CUDA."""
-    with mock.patch("lit_gpt.model.flash_takes", lambda q: q.size(-1) <= 256) if cuda else nullcontext():
+    if not cuda:
+        yield
+        return
+    flash = mock.patch("lit_gpt.model.flash_takes", lambda q: q.size(-1) <= 256)
+    with flash, mock.patch("lit_gpt.quantize.CPU_PIECE", quantize.PIECE):
         yield
 
 

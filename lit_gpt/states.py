@@ -20,7 +20,7 @@ FREE_TO_CHANGE = {
     "checkpoint_dir", "data_dir", "out_dir", "resume", "log_interval", "eval_interval", "eval_samples", "save_interval",
     "sample_tokens", "keep", "activation_checkpointing", "micro_batch_size", "micro_batch_tokens", "devices",
     "num_nodes", "strategy", "zero_stage", "zero_offload", "optimizer_in_backward", "lora_path", "logger",
-    "probe_path",
+    "probe_path", "quantize",
 }  # fmt: skip
 
 
@@ -29,7 +29,8 @@ class States:
     """The resume states of one run.
 
     Args:
-        identity: of what the run trains on: base, data, the method's settings. Only the same may go on from a state.
+        identity: of what the run trains on: base, its quantization, data, the method's settings. Only the same may go
+            on from a state.
     """
 
     hp: SimpleNamespace

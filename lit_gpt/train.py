@@ -5,7 +5,7 @@ the rest: data, optimizer, steps, validation, saving, resuming, records.
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lit_gpt import checkpoint, data, devices, hf_files, memory
+from lit_gpt.base import Base
 from lit_gpt.config import Config
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation import generate
@@ -25,6 +26,7 @@ from lit_gpt.optimizers import Schedule
 from lit_gpt.plan import Plan, plan, row_tokens
 from lit_gpt.probe import WINDOW, Probe
 from lit_gpt.prompts import PromptStyle
+from lit_gpt.quantize import count_parameters
 from lit_gpt.records import Records, StopSignals
 from lit_gpt.states import States
 from lit_gpt.tokenizer import Tokenizer
@@ -52,7 +54,9 @@ def finetune(hp: SimpleNamespace, method: Method) -> None:
 
 def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric) -> None:
     check_batch(hp, fabric.world_size)
-    checkpoint.check_checkpoint_dir(hp.checkpoint_dir)
+    base = Base.of(hp.checkpoint_dir, hp.quantize)
+    check_quantized(hp, method, base.quantize)
+    method, config = replace(method, quantize=base.quantize), base.config
     tokenizer = Tokenizer(hp.checkpoint_dir)
     meta = data.read_meta(hp.data_dir, tokenizer)
     train, validation = (data.Dataset(hp.data_dir, split) for split in data.SPLITS)
@@ -63,25 +67,24 @@ def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric) -> None:
     records = Records(hp, fabric)
     records.check_unused()
 
-    base, config = checkpoint.load_state(hp.checkpoint_dir), Config.from_checkpoint(hp.checkpoint_dir)
     if not hp.micro_batch_size and not hp.micro_batch_tokens:
         room = torch.cuda.get_device_properties(fabric.device).total_memory if fabric.device.type == "cuda" else None
         hp.micro_batch_tokens = row_tokens(config, method, hp, room)
     check_vocabulary(config, train, validation, *([probe] if probe else ()))
-    model = load_to_train(hp, method, fabric, config, base)
+    model = load_to_train(hp, method, fabric, base)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    fabric.print(f"{method.name}: training {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters")
+    fabric.print(f"{method.name}: training {trainable:,} of {count_parameters(model):,} parameters")
     wrapped, optimizer = devices.setup(fabric, model, hp)
 
-    identity = {"base": checkpoint.fingerprint(base), "data": train.fingerprint, "settings": method.settings}
+    identity = {"base": base.fingerprint, "data": train.fingerprint, "settings": method.settings}
+    identity["quantization"] = base.quantize
     identity["probe"] = probe and probe.fingerprint
     if probe:
         fabric.print(f"probe {hp.probe_path}: {probe.describe()}")
     run = Run(hp, fabric, wrapped, model, optimizer, train, validation, schedule, records, probe)
     run.states = States(hp, fabric, identity)
-    run.contents = partial(
-        file_contents, method.name, identity["base"], hyperparameters=method.settings, prompt_style=style.to_dict()
-    )
+    record = {"hyperparameters": method.settings, "prompt_style": style.to_dict(), "quantize": base.quantize}
+    run.contents = partial(file_contents, method.name, base.fingerprint, **record)
     run.arithmetic = partial(method.arithmetic, hp, fabric.device.type)
     run.plan = partial(plan, config, method, hp, cuda=fabric.device.type == "cuda")
     run.sample = partial(print_sample, model, tokenizer, style, validation[0], hp, fabric.global_rank == 0)
@@ -91,7 +94,7 @@ def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric) -> None:
 
     def write() -> None:
         if method.whole_model:
-            result = write_checkpoint(hp, trained, config, base, style)
+            result = write_checkpoint(hp, trained, base, style)
         else:
             result = hp.out_dir / f"lit_model_{method.name}_finetuned.pth"
             checkpoint.save(result, run.contents(trained))
@@ -101,25 +104,24 @@ def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric) -> None:
     devices.on_main(fabric, write)
 
 
-def load_to_train(hp: SimpleNamespace, method: Method, fabric: Fabric, config: Config, base: dict[str, Tensor]) -> GPT:
+def load_to_train(hp: SimpleNamespace, method: Method, fabric: Fabric, base: Base) -> GPT:
     torch.manual_seed(hp.seed % 2**63)
     shared = devices.place_to_build(hp, fabric)
     # FSDP casts each rank's share by itself: the whole stays mapped from its file
     kept = None if hp.strategy == "fsdp" else method.stored(hp)
-    model = method.attach(checkpoint.build(config, base, kept, shared, hp.checkpoint_dir))
+    model = method.attach(base.build(kept, shared))
     if hp.activation_checkpointing:
         memory.recompute_blocks(model)
     return model
 
 
-def write_checkpoint(
-    hp: SimpleNamespace, state: dict[str, Tensor], config: Config, base: dict[str, Tensor], style: PromptStyle
-) -> Path:
+def write_checkpoint(hp: SimpleNamespace, state: dict[str, Tensor], base: Base, style: PromptStyle) -> Path:
     """Make out_dir a checkpoint folder like the base's, in its dtypes."""
     hf_files.copy_side_files(hp.checkpoint_dir, hp.out_dir)
     style.save(hp.out_dir)
-    checkpoint.write_streamed(hp.out_dir / "lit_model.pth", base, ((name, state[name]) for name in base))
-    (hp.out_dir / "lit_config.json").write_text(config.to_json())
+    tensors = ((name, state[name]) for name in base.state)
+    checkpoint.write_streamed(hp.out_dir / "lit_model.pth", base.state, tensors)
+    (hp.out_dir / "lit_config.json").write_text(base.config.to_json())
     return hp.out_dir
 
 
@@ -135,6 +137,15 @@ def check_batch(hp: SimpleNamespace, world_size: int) -> None:
             "--optimizer_in_backward true: needs one device, and one packed row per step: "
             f"--micro_batch_size {hp.batch_size}"
         )
+
+
+def check_quantized(hp: SimpleNamespace, method: Method, quantize: str | None) -> None:
+    """Refuse what a quantized base does not go with."""
+    asked = f"--quantize {quantize}" if hp.quantize else f"--checkpoint_dir {hp.checkpoint_dir} ({quantize})"
+    if quantize and method.whole_model:
+        raise UsageError(f"{asked}: quantized weights cannot train; finetune/lora.py trains beside them")
+    if quantize and hp.strategy in ("fsdp", "deepspeed"):
+        raise UsageError(f"{asked}: --strategy {hp.strategy} does not share out quantized weights; use ddp")
 
 
 def check_lengths(hp: SimpleNamespace, *splits: data.Dataset) -> None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt import zero
-from lit_gpt.checkpoint import DTYPES, FORMAT_VERSION, build, check_state, fingerprint, load, load_state, save
-from lit_gpt.config import Config
+from lit_gpt.base import Base
+from lit_gpt.checkpoint import DTYPES, FORMAT_VERSION, check_state, load, save
 from lit_gpt.errors import UserError
 from lit_gpt.model import GPT
 
@@ -34,6 +34,7 @@ class Method:
     attach: Callable[[GPT], GPT]  # from the base to the model to train, in place
     settings: dict[str, Any] = field(default_factory=dict)  # hyperparameters, from which it can be attached again
     whole_model: bool = False  # the base's own weights train, and the result is a checkpoint folder
+    quantize: str | None = None  # how the base is quantized
 
     def stored(self, hp: SimpleNamespace) -> torch.dtype:
         """The dtype in which the base's weights are kept: what trains in float32, unless asked for otherwise."""
@@ -141,6 +142,12 @@ def attach_file(model: nn.Module, path: Path, method: str | None, base: str) -> 
         UserError: as `read_file`, or the file's tensors contradict its own hyperparameters.
     """
     record = read_file(path, method, base)
+    attach_record(model, path, record)
+    return record
+
+
+def attach_record(model: nn.Module, path: Path, record: dict[str, Any]) -> None:
+    """Attach what `read_file` found; errors as `attach_file`'s."""
     module = method_module(record["method"])
     try:
         config = module.CONFIG(**record["hyperparameters"])
@@ -148,7 +155,6 @@ def attach_file(model: nn.Module, path: Path, method: str | None, base: str) -> 
         raise UserError(f"{path}: not the hyperparameters of a {record['method']} file ({error})") from None
     module.attach(model, config)
     load_trained(model, record["state"], path)
-    return record
 
 
 def load_model(
@@ -157,11 +163,21 @@ def load_model(
     method: str | None,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
+    quantize: str | None = None,
 ) -> tuple[GPT, dict[str, Any]]:
-    """The model of a converted checkpoint with what a finetuned file holds attached, and the file's record."""
-    base = load_state(checkpoint_dir)
-    model = build(Config.from_checkpoint(checkpoint_dir), base, dtype, device, checkpoint_dir)
-    record = attach_file(model, path, method, fingerprint(base))
+    """The model of a converted checkpoint with what a finetuned file holds attached, and the file's record.
+
+    Args:
+        quantize: a format for the base. None: that which the file was trained on.
+
+    Raises:
+        UserError: as `attach_file`, or the base is quantized in another way than the one that was trained on.
+    """
+    base = Base.of(checkpoint_dir, quantize)
+    record = read_file(path, method, base.fingerprint)
+    base = base.as_trained(record.get("quantize"), path)
+    model = base.build(dtype, device)
+    attach_record(model, path, record)
     return model.eval(), record
 
 

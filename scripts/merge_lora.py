@@ -4,7 +4,8 @@
         --lora_path out/lora/alpaca/lit_model_lora_finetuned.pth --out_dir out/falcon-7b-alpaca
 
 Merges in fp32, one tensor at a time, and compares the logits with the unmerged model's before anything is put in
-place. A model card goes along, and export.json with the figures.
+place. A model card goes along, and export.json with the figures. What was
+trained on a quantized base is merged into the dequantized one, and the result is not quantized.
 """
 
 from pathlib import Path
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 from lit_gpt.cli import run
 from lit_gpt.errors import UsageError
 
-checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder of the base
+checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder of the base, or a quantized one
 lora_path: Path = Path("out/lora/alpaca/lit_model_lora_finetuned.pth")  # what finetune/lora.py wrote
 out_dir: Path | None = None  # where to write; must not hold anything yet
 

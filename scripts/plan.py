@@ -23,13 +23,18 @@ json: bool = False  # print figures as JSON, in bytes
 
 
 def main(hp: SimpleNamespace) -> None:
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
+    from lit_gpt import checkpoint
     from lit_gpt.config import Config
     from lit_gpt.plan import plan_flags
+    from lit_gpt.train import check_quantized
 
     config = Config.from_name(hp.model) if hp.model else Config.from_checkpoint(hp.checkpoint_dir)
-    finetune_method = METHOD["method"](hp)
+    stored = None if hp.model else checkpoint.quantization(hp.checkpoint_dir)
+    quantize = stored["quantize"] if stored else hp.quantize
+    finetune_method = replace(METHOD["method"](hp), quantize=quantize)
+    check_quantized(hp, finetune_method, quantize)
     found, lengths = plan_flags(config, finetune_method, hp)
     if hp.json:
         print(json_format.dumps(asdict(found) | {"train": found.train, "tokens": sum(lengths)}, indent=2))

@@ -157,6 +157,14 @@ MISTAKES = {
         (SLURM | {"SLURM_NTASKS_PER_NODE": "2"}, FINETUNE + "--out_dir out/x"),
         (SLURM, FINETUNE + "--out_dir out/x --devices 2"),
     ],
+    "quantize.md": [
+        f"python generate/base.py --checkpoint_dir {BASE}-nf4 --quantize nf4 --prompt x",
+        f"python generate/lora.py --checkpoint_dir {BASE} --quantize int8 --prompt x "
+        "--lora_path out/lora/qlora/lit_model_lora_finetuned.pth",
+        FINETUNE.replace("lora", "full") + "--out_dir out/x --quantize nf4",
+        FINETUNE + "--out_dir out/x --quantize nf4 --strategy fsdp",
+        f"python scripts/convert_lit_checkpoint.py --checkpoint_dir {BASE}-nf4 --out_dir out/x",
+    ],
     "resume.md": [
         FINETUNE + "--out_dir out/lora/alpaca --resume auto --max_steps 40 --batch_size 4 --learning_rate 0.1",
         FINETUNE + "--out_dir out/lora/alpaca",

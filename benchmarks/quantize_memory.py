@@ -1,0 +1,78 @@
+"""Memory that a model's weights take, in bf16 and quantized, and what loading takes beside them.
+
+    python benchmarks/quantize_memory.py --quantize nf4
+
+Makes a random Llama of a billion parameters in bf16 and loads it in processes of their own: as it is, then quantized on
+the fly. `resident` is what the process holds of it then, `peak` the most while it loaded, both with the pages of the
+mapped file that are in memory; `weights` is the size of the tensors.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+from lit_gpt.cli import PositiveInt, Quantizer, run
+
+n_layer: PositiveInt = 22  # blocks, at these defaults a TinyLlama's
+n_embd: PositiveInt = 2048  # width, a multiple of 64
+vocabulary: PositiveInt = 32000  # tokens
+quantize: Quantizer = "nf4"  # format
+
+WATCH = """
+import json, sys
+import torch
+from lit_gpt import GPT
+from lit_gpt.base import Base
+from lit_gpt.memory import field, restart
+from lit_gpt.quantize import encode
+
+folder, quantize = sys.argv[1:]
+base = Base.of(folder, None if quantize == "bf16" else quantize)
+with torch.device("meta"):  # the libraries' own room
+    GPT(base.config)
+encode(torch.randn(64, 64), "nf4", torch.bfloat16)
+before = restart(torch.nn.Module())
+model = base.build(torch.bfloat16)
+peak = field("VmHWM")
+del base
+resident = restart(model)
+print(json.dumps({"weights": sum(p.nbytes for p in model.parameters()), "resident": resident - before,
+                  "peak": max(peak, resident) - before}))
+"""
+
+
+def make_checkpoint(folder: Path, hp: SimpleNamespace) -> int:
+    """A random converted checkpoint; returns the bytes of a block."""
+    import torch
+
+    from lit_gpt import GPT, Config, checkpoint
+
+    config = Config(
+        name="random", family="llama", n_layer=hp.n_layer, n_embd=hp.n_embd, n_head=hp.n_embd // 64, n_query_groups=4,
+        head_size=64, vocab_size=hp.vocabulary, block_size=2048, intermediate_size=hp.n_embd * 11 // 4 // 64 * 64,
+        norm_class="RMSNorm", mlp_class="SwiGLU", activation="silu",
+    )  # fmt: skip
+    with torch.device("meta"):
+        layout = GPT(config).bfloat16().state_dict()
+    random = ((name, torch.randn(tensor.shape, dtype=torch.bfloat16)) for name, tensor in layout.items())
+    checkpoint.write_streamed(folder / "lit_model.pth", layout, random)
+    (folder / "lit_config.json").write_text(config.to_json())
+    (folder / "config.json").write_text("{}")
+    return sum(tensor.nbytes for name, tensor in layout.items() if name.startswith("h.0."))
+
+
+def main(hp: SimpleNamespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        found = {"block": make_checkpoint(Path(folder), hp)}
+        for kind in ("bf16", hp.quantize):
+            argv = [sys.executable, "-c", WATCH, folder, kind]
+            process = subprocess.run(argv, capture_output=True, text=True, check=True)
+            found[kind] = json.loads(process.stdout)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,97 @@
+"""Perplexity: how well a model predicts a text, or the supervised tokens of prepared data."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lit_gpt import data
+from lit_gpt.errors import UsageError, UserError
+from lit_gpt.model import GPT, Targets
+
+
+@dataclass(frozen=True)
+class Score:
+    """Cross-entropy over scored tokens."""
+
+    nats: float  # summed
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    def __add__(self, other: "Score") -> "Score":
+        return Score(self.nats + other.nats, self.tokens + other.tokens)
+
+
+class Window(NamedTuple):
+    """Tokens from `start` to `stop` are fed, those from `first` on are scored."""
+
+    start: int
+    first: int
+    stop: int
+
+
+def windows(n: int, length: int, context: int) -> Iterator[Window]:
+    """Windows over n tokens: each but the first is scored once, after at least `context` tokens or all there are.
+
+    Args:
+        length: tokens of a window, above `context`.
+    """
+    scored = 1  # the first has nothing to be predicted from
+    while scored < n:
+        start = max(0, scored - context)
+        stop = min(n, start + length)
+        yield Window(start, scored, stop)
+        scored = stop
+
+
+@torch.no_grad()
+def score_text(model: GPT, ids: Tensor, length: int, context: int) -> Score:
+    """The score of a text as one stream of tokens.
+
+    Args:
+        ids: int64 (n,), at least two.
+        length: tokens of a window; at most one more than the model's context, for the last one predicts nothing.
+        context: tokens that each scored one is to have before it, where the text has them.
+    """
+    if len(ids) < 2:
+        raise UserError("the text has fewer than two tokens: nothing can be predicted")
+    if not 1 <= context < length <= model.config.block_size + 1:
+        raise UsageError(
+            f"--context {context} --window {length}: expected at least 1, and less than the window, which is at most "
+            f"{model.config.block_size + 1} for this model"
+        )
+    total = Score(0.0, 0)
+    ids = ids.to(model.wte.weight.device)
+    for start, first, stop in windows(len(ids), length, context):
+        targets = Targets(torch.arange(first - 1 - start, stop - 1 - start, device=ids.device), ids[first:stop])
+        nats = model(ids[None, start : stop - 1], targets=targets).item()
+        total += Score(nats, stop - first)
+    return total
+
+
+@torch.no_grad()
+def score_data(model: GPT, dataset: data.Dataset, samples: int | None = None, row_tokens: int = 1024) -> Score:
+    """The score of the supervised tokens of prepared data, each sample on its own: `exp` of the validation loss.
+
+    Args:
+        samples: the first this many; None: all.
+        row_tokens: of a packed row, which holds at least one sample.
+    """
+    indices = list(range(len(dataset)))[:samples]
+    total = Score(0.0, 0)
+    for part in data.micro_batches(indices, dataset.lengths, None, row_tokens):
+        row = data.pack([dataset[i] for i in part]).to(model.wte.weight.device)
+        nats = model(row.idx, segments=row.segments, targets=row.targets).item()
+        total += Score(nats, len(row.targets.labels))
+    return total

@@ -1,0 +1,364 @@
+"""Weight-only quantization: linear layers whose weights are kept in 8 or 4 bits and turned back when they are used.
+
+Attaches to a GPT from outside: the blocks' linear layers become QuantizedLinear in the chosen format. Embedding and
+head are kept in int8 whatever the format, for few bits hurt them most; tied ones share their codes. Norms and biases
+stay as they are. A quantized layer is frozen, and methods wrap it as they wrap any other.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import NormalDist
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lit_gpt.errors import UsageError
+
+GROUP = 64  # weights of a row that share a scale, in the formats of 4 bits
+SCALES = 256  # scales that share a scale of their own, in double quantization
+PIECE, CPU_PIECE = 2**26, 2**22  # weights that are turned back at a time, in float32
+
+Tensors = dict[str, Tensor]
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
+
+
+class Int8:
+    """Symmetric, a scale for each output channel: w = scale * code, code from -127 to 127.
+
+    The scale is a bfloat16 number, so that a model computes the same weights in whatever precision it is loaded.
+    """
+
+    def layout(self, rows: int, columns: int) -> Layout:
+        """Shape and dtype of each tensor that stands for a weight; None: the dtype of the model's other weights."""
+        return {"weight": ((rows, columns), torch.int8), "scale": ((rows,), None)}
+
+    def encode(self, w: Tensor) -> Tensors:
+        """The tensors for some rows of a weight, float32 (rows, columns)."""
+        scale = up_to_bf16(w.abs().amax(1) / 127)  # not down, or the largest weight would be cut
+        return {"weight": (w / divisor(scale).unsqueeze(1)).round_().to(torch.int8), "scale": scale}
+
+    def decode(self, tensors: Tensors) -> Tensor:
+        """The rows again, float32 (rows, columns), with what was added to fill the last group."""
+        return tensors["weight"].float().mul_(tensors["scale"].float().unsqueeze(1))
+
+    def pack(self, tensors: Tensors) -> Tensors:
+        """What can be done only when all rows are encoded."""
+        return tensors
+
+    def unpack(self, tensors: Tensors) -> Tensors:
+        """Undo `pack`: tensors whose first dimension is the rows."""
+        return tensors
+
+
+class Int4(Int8):
+    """Groups of 64 along the input, each with a scale and a zero: w = scale * code + zero, code from 0 to 15.
+
+    Two codes a byte, the first in the upper half. A group's range is not that of its weights but the one found to give
+    the least squared error: rounding and a least-squares fit of scale and zero take turns, from several clipped ranges.
+    """
+
+    CLIPS = (1.0, 0.9, 0.8)
+    ROUNDS = 4
+
+    def layout(self, rows: int, columns: int) -> Layout:
+        groups = -(-columns // GROUP)
+        scales = ((rows, groups), None)
+        return {"weight": ((rows, groups * GROUP // 2), torch.uint8), "scale": scales, "zero": scales}
+
+    def encode(self, w: Tensor) -> Tensors:
+        groups = grouped(w)
+        low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+        center, span = (low + high) / 2, high - low
+        scale, zero, error = self.fitted(groups, span / 15, low)
+        for clip in self.CLIPS:
+            found = self.fitted(groups, span * clip / 15, center - span * clip / 2)
+            better = found[2] < error
+            scale, zero, error = (
+                torch.where(better, new, old) for new, old in zip(found, (scale, zero, error), strict=True)
+            )
+        codes = self.codes(groups, scale, zero).to(torch.uint8)
+        return {"weight": in_pairs(codes.flatten(1)), "scale": scale.squeeze(-1), "zero": zero.squeeze(-1)}
+
+    def fitted(self, groups: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A scale and zero of less squared error than the given ones, and that error: (rows, groups, 1) each."""
+        mean = groups.mean(-1, keepdim=True)
+        for _ in range(self.ROUNDS):
+            codes = self.codes(groups, scale, zero)
+            center = codes.mean(-1, keepdim=True)
+            codes -= center
+            variance = codes.square().sum(-1, keepdim=True)
+            scale = torch.where(variance > 0, (codes * groups).sum(-1, keepdim=True) / variance, scale)
+            zero = mean - scale * center
+        scale, zero = scale.bfloat16().float(), zero.bfloat16().float()
+        error = torch.addcmul(zero, self.codes(groups, scale, zero), scale).sub_(groups)
+        return scale, zero, error.square_().sum(-1, keepdim=True)
+
+    @staticmethod
+    def codes(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return (groups - zero).div_(divisor(scale)).round_().clamp_(0, 15)
+
+    def decode(self, tensors: Tensors) -> Tensor:
+        codes = halves(tensors["weight"]).float().unflatten(-1, (-1, GROUP))
+        scale, zero = (tensors[name].float().unsqueeze(-1) for name in ("scale", "zero"))
+        return torch.addcmul(zero, codes, scale).flatten(1)
+
+
+def normal_float() -> list[float]:
+    """The 16 values of NF4 (Dettmers et al. 2023, QLoRA, appendix E): quantiles of a normal distribution, 8 on its
+    positive side, 7 on its negative one and zero, divided by the largest."""
+    edge = 1 - (1 / 30 + 1 / 32) / 2  # the outermost quantile: between that of 15 and that of 16 values
+    quantile = NormalDist().inv_cdf
+    positive = [quantile(0.5 + (edge - 0.5) * i / 8) for i in range(1, 9)]
+    negative = [-quantile(0.5 + (edge - 0.5) * i / 7) for i in range(7, 0, -1)]
+    return [value / positive[-1] for value in (*negative, 0.0, *positive)]
+
+
+class NF4(Int8):
+    """4-bit NormalFloat (Dettmers et al. 2023): w = absmax * value[code], absmax of blocks of 64 along the input.
+
+    Two codes a byte, the first in the upper half; absmax is float32. So does bitsandbytes keep it.
+    """
+
+    VALUES = normal_float()
+
+    def layout(self, rows: int, columns: int) -> Layout:
+        blocks = -(-columns // GROUP)
+        return {"weight": ((rows, blocks * GROUP // 2), torch.uint8), "absmax": ((rows, blocks), torch.float32)}
+
+    def encode(self, w: Tensor) -> Tensors:
+        blocks = grouped(w)
+        absmax = blocks.abs().amax(-1)
+        values = torch.tensor(self.VALUES, device=w.device)
+        between = (values[1:] + values[:-1]) / 2
+        codes = torch.bucketize(blocks / divisor(absmax).unsqueeze(-1), between, out_int32=True)
+        return {"weight": in_pairs(codes.to(torch.uint8).flatten(1)), "absmax": absmax}
+
+    def decode(self, tensors: Tensors) -> Tensor:
+        codes, absmax = tensors["weight"], tensors["absmax"]
+        values = torch.tensor(self.VALUES, device=codes.device)
+        pairs = torch.cartesian_prod(values, values).view(torch.int64).flatten()  # of each byte, as one number
+        found = pairs.index_select(0, codes.flatten().long()).view(torch.float32)
+        return found.view(*absmax.shape, GROUP).mul_(absmax.unsqueeze(-1)).flatten(1)
+
+
+class NF4Double(NF4):
+    """NF4 with double quantization: the absmax, less their mean, in int8 with a float32 scale for each 256 of them."""
+
+    def layout(self, rows: int, columns: int) -> Layout:
+        layout = super().layout(rows, columns)
+        shape, _ = layout["absmax"]
+        scales = -(-shape[0] * shape[1] // SCALES)
+        more = {"absmax_scale": ((scales,), torch.float32), "absmax_mean": ((1,), torch.float32)}
+        return layout | {"absmax": (shape, torch.int8)} | more
+
+    def pack(self, tensors: Tensors) -> Tensors:
+        absmax = tensors["absmax"]
+        mean = absmax.mean().view(1)
+        filled = F.pad((absmax - mean).flatten(), (0, -absmax.numel() % SCALES)).view(-1, SCALES)
+        scale = filled.abs().amax(1) / 127
+        codes = (filled / divisor(scale).unsqueeze(1)).round_().to(torch.int8)
+        codes = codes.flatten()[: absmax.numel()].view(absmax.shape)
+        return tensors | {"absmax": codes, "absmax_scale": scale, "absmax_mean": mean}
+
+    def unpack(self, tensors: Tensors) -> Tensors:
+        codes = tensors["absmax"]
+        scale = tensors["absmax_scale"].repeat_interleave(SCALES, output_size=len(tensors["absmax_scale"]) * SCALES)
+        absmax = codes.float().mul_(scale[: codes.numel()].view(codes.shape)).add_(tensors["absmax_mean"])
+        return {"weight": tensors["weight"], "absmax": absmax.clamp_(min=0)}
+
+
+FORMATS: dict[str, Int8] = {"int8": Int8(), "int4": Int4(), "nf4": NF4(), "nf4-dq": NF4Double()}
+
+
+def up_to_bf16(x: Tensor) -> Tensor:
+    """The next bfloat16 numbers from positive float32 ones upwards."""
+    return (x.contiguous().view(torch.int32) + 0xFFFF & -0x10000).view(torch.float32)
+
+
+def divisor(scale: Tensor) -> Tensor:
+    return scale.clamp(min=torch.finfo(scale.dtype).tiny)
+
+
+def grouped(w: Tensor) -> Tensor:
+    """(rows, groups, GROUP), the last group filled up with the row's last weight, which changes no range."""
+    missing = -w.size(1) % GROUP
+    return torch.cat((w, w[:, -1:].expand(-1, missing)), 1).unflatten(-1, (-1, GROUP))
+
+
+def in_pairs(codes: Tensor) -> Tensor:
+    return codes[:, ::2] << 4 | codes[:, 1::2]
+
+
+def halves(pairs: Tensor) -> Tensor:
+    return torch.stack((pairs >> 4, pairs & 15), -1).flatten(-2)
+
+
+def spans(rows: int, columns: int, device: torch.device, cut: int = 1) -> Iterator[slice]:
+    """Pieces of a weight, `cut` times smaller than may be."""
+    step = max(1, (CPU_PIECE if device.type == "cpu" else PIECE) // cut // columns)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+@torch.no_grad()
+def encode(
+    weight: Tensor,
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    done: Callable[[Tensor], None] = lambda rows: None,
+) -> Tensors:
+    """The tensors that stand for a weight (rows, columns) in a format, on `device`; a piece at a time is float32.
+
+    Args:
+        dtype: of the tensors whose dtype the format leaves open.
+        done: called with each piece of the weight when it is no longer needed.
+    """
+    quantizer, device = FORMATS[name], device or weight.device
+    found: Tensors = {}
+    for span in spans(*weight.shape, device, cut=8):  # it takes several tensors of that size
+        for key, part in quantizer.encode(weight[span].to(device, torch.float32)).items():
+            if key not in found:
+                found[key] = part.new_empty(len(weight), *part.shape[1:])
+            found[key][span] = part
+        done(weight[span])
+    layout = quantizer.layout(*weight.shape)
+    return {key: tensor.to(layout[key][1] or dtype) for key, tensor in quantizer.pack(found).items()}
+
+
+@torch.no_grad()
+def decode(tensors: Tensors, name: str, columns: int, dtype: torch.dtype) -> Tensor:
+    """The weight (rows, columns) that `encode`'s tensors stand for, computed in float32 and rounded once."""
+    quantizer = FORMATS[name]
+    tensors = quantizer.unpack(tensors)
+    codes = tensors["weight"]
+    weight = torch.empty(len(codes), columns, dtype=dtype, device=codes.device)
+    for span in spans(*weight.shape, weight.device):
+        weight[span] = quantizer.decode({key: tensor[span] for key, tensor in tensors.items()})[:, :columns]
+    return weight
+
+
+class Quantized(nn.Module):
+    """Holds the tensors of a format in the place of `module.weight` (rows, columns), on its device.
+
+    They are filled from the weight, unless that is on the meta device and has no contents yet.
+    """
+
+    def __init__(self, module: nn.Linear | nn.Embedding, format: str) -> None:
+        super().__init__()
+        weight = module.weight
+        self.format, (self.rows, self.columns) = format, weight.shape
+        self.held: Tensor | None = None  # the weight dequantized, while `held` keeps it
+        for key, (shape, dtype) in FORMATS[format].layout(*weight.shape).items():
+            new = torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device)
+            self.register_parameter(key, nn.Parameter(new, requires_grad=False))
+        self.keys = [key for key, _ in self.named_parameters()]
+        if not weight.is_meta:
+            for key, tensor in encode(weight, format, weight.dtype).items():
+                self.get_parameter(key).copy_(tensor)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight (rows, columns)."""
+        if self.held is not None and self.held.dtype == dtype:
+            return self.held
+        return decode({key: self.get_parameter(key) for key in self.keys}, self.format, self.columns, dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.rows}, {self.columns}, {self.format}"
+
+
+class QuantizedLinear(Quantized):
+    """A linear layer whose weight is quantized and does not train."""
+
+    def __init__(self, linear: nn.Linear, format: str) -> None:
+        super().__init__(linear, format)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self)
+
+
+class QuantizedEmbedding(Quantized):
+    """An embedding in int8, a scale for each token. Its output has the scale's dtype."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__(embedding, "int8")
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return self.weight[idx].to(self.scale.dtype) * self.scale[idx].unsqueeze(-1)
+
+
+def product(x: Tensor, layer: QuantizedLinear) -> Tensor:
+    """x W^T + bias of x (..., in_features), in x's dtype.
+
+    Many rows, as in training and of a prompt, are worth a dequantization. Few rows, as in decoding, are bound by
+    reading the weight: a kernel that reads its codes belongs here.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Product.apply(x, layer)
+    return F.linear(x, layer.dequantize(x.dtype), layer.bias)
+
+
+class _Product(torch.autograd.Function):
+    """Keeps nothing but the layer: the backward pass dequantizes its weight again. The layer gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dequantize(x.dtype), layer.bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.dequantize(grad.dtype), None
+
+
+@contextmanager
+def held(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Keep the weights of a module's quantized layers dequantized while it is used several times."""
+    layers = [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
+    for layer in layers:
+        layer.held = layer.dequantize(dtype)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.held = None
+
+
+def attach(model: nn.Module, format: str) -> nn.Module:
+    """Quantize a GPT, in place, before any method is attached to it.
+
+    Raises:
+        UsageError: it has routed experts, which would stay as they are.
+    """
+    if model.config.n_expert:
+        raise UsageError(f"--quantize {format}: {model.config.name} has routed experts, which cannot be quantized yet")
+    for path, module in list(model.h.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.h.set_submodule(path, QuantizedLinear(module, format))
+    model.wte, model.lm_head = QuantizedEmbedding(model.wte), QuantizedLinear(model.lm_head, "int8")
+    model.tie_weights()
+    return model
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A layer's weight: as it is, or dequantized to float32 if it is quantized."""
+    return module.dequantize() if isinstance(module, Quantized) else module.weight.detach()
+
+
+def is_quantized(model: nn.Module) -> bool:
+    return any(isinstance(module, Quantized) for module in model.modules())
+
+
+def count_parameters(model: nn.Module) -> int:
+    """As many as there are without quantization."""
+    counts: dict[nn.Parameter, int] = {}
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            quantized = isinstance(module, Quantized) and key in module.keys
+            counts[parameter] = (module.rows * module.columns * (key == "weight")) if quantized else parameter.numel()
+    return sum(counts.values())
