@@ -321,10 +321,14 @@ def conversations(sources: list[Source], hp: SimpleNamespace) -> Iterator[Conver
 def refuse_unusable(splits: dict[str, data.SplitWriter], hp: SimpleNamespace) -> None:
     unsupervised = sum(split.audit.unsupervised for split in splits.values())
     if unsupervised and not hp.allow_unsupervised:
+        rewritten = sum(split.audit.rewritten for split in splits.values())
+        hint = (
+            f" (of {rewritten} answers the template leaves something out, and they are not learnt)" if rewritten else ""
+        )
         first = next(split.audit.first_unsupervised for split in splits.values() if split.audit.unsupervised)
         raise UserError(
             f"{unsupervised} rows have no supervised token within --max_seq_length, the first is {first}: raise it, or "
-            "drop these rows with --allow_unsupervised true; nothing was written"
+            f"drop these rows with --allow_unsupervised true{hint}; nothing was written"
         )
     for name, split in splits.items():
         if not split.rows:
