@@ -41,6 +41,8 @@ zero_stage: Literal[2, 3] = 2  # deepspeed: 2 shares out gradients and optimizer
 zero_offload: bool = False  # deepspeed: keep that in host memory
 activation_checkpointing: bool = False  # keep only each block's input for the backward pass: less memory, slower
 # watching
+logger: Literal["csv", "tensorboard", "wandb", "mlflow"] = "csv"  # where the run is followed besides metrics.csv
+probe_path: Path | None = None  # .jsonl of texts or messages: their loss is told before and after (null: none)
 log_interval: PositiveInt = 1  # steps between rows of metrics.csv
 eval_interval: PositiveInt = 100  # steps between validations
 eval_samples: PositiveInt | None = 200  # validate on this many samples (null: all)

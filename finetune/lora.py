@@ -16,6 +16,7 @@ checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder 
 data_dir: Path = Path("data/alpaca")  # prepared data, from one of the prepare scripts
 out_dir: Path = Path("out/lora/alpaca")  # folder to write
 resume: Literal["no", "auto"] = "no"  # auto: go on from the newest state in out_dir, if there is one
+lora_path: Path | None = None  # begin with these LoRA weights, of the same base and settings (null: new ones)
 # LoRA: update each chosen projection by (lora_alpha / lora_r) B A
 lora_r: PositiveInt = 8  # rank of the updates
 lora_alpha: PositiveFloat = 16  # scale of the updates, divided by lora_r
@@ -49,6 +50,8 @@ zero_stage: Literal[2, 3] = 2  # deepspeed: 2 shares out gradients and optimizer
 zero_offload: bool = False  # deepspeed: keep that in host memory
 activation_checkpointing: bool = False  # keep only each block's input for the backward pass: less memory, slower
 # watching
+logger: Literal["csv", "tensorboard", "wandb", "mlflow"] = "csv"  # where the run is followed besides metrics.csv
+probe_path: Path | None = None  # .jsonl of texts or messages: their loss is told before and after (null: none)
 log_interval: PositiveInt = 1  # steps between rows of metrics.csv
 eval_interval: PositiveInt = 100  # steps between validations
 eval_samples: PositiveInt | None = 200  # validate on this many samples (null: all)

@@ -2,7 +2,8 @@
 
     learning_rate: PositiveFloat = 3e-4  # peak learning rate, reached after warmup_steps
 
-gives `--learning_rate` with that type, default and help. Nothing here imports torch: `--help` answers at once.
+gives `--learning_rate` with that type, default and help; one of type `list[Path]` takes the arguments that belong to no
+flag. Nothing here imports torch: `--help` answers at once.
 """
 
 import difflib
@@ -124,6 +125,9 @@ def parse(script: dict[str, Any], argv: list[str], *more: dict[str, Any]) -> Sim
     for name, kind in types.items():
         default = json.dumps(defaults[name], default=str).strip('"')
         text = f"{helps[name]} [{default}]"
+        if kind == list[Path]:  # what is given without a flag
+            parser.add_argument(name, type=Path, nargs="*", metavar=name.removesuffix("s").upper(), help=helps[name])
+            continue
         parser.add_argument(f"--{name}", type=kind, default=defaults[name], metavar=metavar(kind), help=text)
     try:
         values = vars(parser.parse_args(expand_config(argv, types)))

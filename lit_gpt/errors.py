@@ -1,5 +1,7 @@
 """What the user can mend. `lit_gpt.cli.run` prints these as one line, without a traceback."""
 
+from importlib.util import find_spec
+
 
 class UserError(Exception):
     """The message names the file, field or flag, says what was expected and what to do next."""
@@ -11,3 +13,14 @@ class UsageError(UserError):
     """A wrong or missing flag."""
 
     exit_code = 2
+
+
+def require(module: str, package: str, wanted_by: str) -> None:
+    """Refuse what needs an optional package that is not there, before anything else is done.
+
+    Args:
+        package: what pip calls it.
+        wanted_by: the flag or script that needs it.
+    """
+    if find_spec(module) is None:
+        raise UsageError(f"{wanted_by} needs {package}, which is not installed: pip install {package}")

@@ -24,6 +24,20 @@ DROPOUT_STEPS = 1024
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
+class _Forgetful:
+    """The context of a forward pass that no backward follows."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+    mark_dirty = save_for_backward
+
+
+def _call(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    # torch.compile takes the forward pass alone more readily
+    return function.apply(*arguments) if torch.is_grad_enabled() else function.forward(_Forgetful(), *arguments)
+
+
 def low_rank_update(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, parts: list[tuple[int, int]], scale: float, dropout: float
 ) -> Tensor:
@@ -39,7 +53,7 @@ def low_rank_update(
     """
     kept = DROPOUT_STEPS - round(dropout * DROPOUT_STEPS)
     bits = random_bits(x.numel(), kept, x.device) if kept < DROPOUT_STEPS else None
-    return _LowRankUpdate.apply(y, x, A, B, bits, parts, scale * DROPOUT_STEPS / kept if kept else 0.0)
+    return _call(_LowRankUpdate, y, x, A, B, bits, parts, scale * DROPOUT_STEPS / kept if kept else 0.0)
 
 
 class _LowRankUpdate(torch.autograd.Function):
@@ -126,7 +140,7 @@ def _dropped(x: Tensor, bits: Tensor | None) -> Tensor:
 
 def scaled(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """scale * (y + shift) (Gao et al. 2023, LLaMA-Adapter V2); y: (..., size), scale, shift: float32 (size,)."""
-    return _Scaled.apply(y, scale, shift)
+    return _call(_Scaled, y, scale, shift)
 
 
 class _Scaled(torch.autograd.Function):
@@ -151,7 +165,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
     The mean square is taken in float32, and with an offset, to which narrow weights would be lost, so is all.
     """
-    return _RMSNorm.apply(x, weight, eps, offset)
+    return _call(_RMSNorm, x, weight, eps, offset)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -189,7 +203,7 @@ def gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor], gradient: Cal
         gate_up: (..., 2 * size), the gate's half first.
         gradient: from a gradient and the gate to the gradient through the activation.
     """
-    return _Gated.apply(gate_up, activation, gradient)
+    return _call(_Gated, gate_up, activation, gradient)
 
 
 class _Gated(torch.autograd.Function):
@@ -217,7 +231,7 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int) ->
         qkv: (B, T, any number of heads * head_size).
         cos, sin: (T, rope_n_elem) or (B, T, rope_n_elem); the second half repeats the first.
     """
-    return _Rotate.apply(qkv, cos, sin, heads, head_size)
+    return _call(_Rotate, qkv, cos, sin, heads, head_size)
 
 
 class _Rotate(torch.autograd.Function):
@@ -273,7 +287,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, lengths: tuple[in
     Returns:
         (B, n_head, T, head_size). Scores and softmax are float32, or float64 for such input.
     """
-    return _Attention.apply(q, k, v, scores, lengths)
+    return _call(_Attention, q, k, v, scores, lengths)
 
 
 class _Attention(torch.autograd.Function):

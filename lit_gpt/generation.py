@@ -51,18 +51,32 @@ def generate(
             f"the prompt's {len(prompt)} tokens and --max_new_tokens {max_new_tokens} exceed the model's context of "
             f"{limit}; shorten the prompt or ask for fewer tokens"
         )
-    device, stops, tokens = model.wte.weight.device, set(stop_ids), list(prompt)
+    stops = set(stop_ids)
     cache = cache or model.kv_cache(1, len(prompt) + max_new_tokens)
-    for _ in range(max_new_tokens):
-        if model.outdated(cache, len(tokens)):
-            forget(cache, 0)
-        idx = torch.tensor([tokens[cache[0].length :]], device=device)
-        logits = model(idx, cache=cache, last=True)[0, -1]
-        token = int(sample(logits, temperature, top_k, top_p, generator))
+    for (token,) in decode(model, [prompt], max_new_tokens, cache, temperature, top_k, top_p, generator):
         if token in stops:
             return
         yield token
-        tokens.append(token)
+
+
+@torch.no_grad()
+def decode(model: GPT, prompts: list[list[int]], steps: int, cache: KVCache, *sampling: Any) -> Iterator[list[int]]:
+    """The next token of each prompt, `steps` times.
+
+    Args:
+        prompts: token ids, as many in each; `cache` may hold a beginning of them, and has room for the answers.
+        sampling: of `sample`, after the logits.
+    """
+    rows = [list(prompt) for prompt in prompts]
+    for _ in range(steps):
+        if model.outdated(cache, len(rows[0])):
+            forget(cache, 0)
+        idx = torch.tensor([row[cache[0].length :] for row in rows], device=model.wte.weight.device)
+        logits = model(idx, cache=cache, last=True)[:, -1]
+        tokens = torch.cat([sample(row, *sampling) for row in logits]).tolist()
+        yield tokens
+        for row, token in zip(rows, tokens, strict=True):
+            row.append(token)
 
 
 def sample(

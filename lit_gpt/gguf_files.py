@@ -5,7 +5,6 @@ config.json and the tokenizer's files. What the file says and this module does n
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 from lit_gpt import checkpoint, hf_files
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
+from lit_gpt.gguf_layout import ROPE_FACTORS, layout_of, places
 from lit_gpt.gguf_reader import GGUFFile
 from lit_gpt.gguf_tokenizer import Vocabulary, build_tokenizer, tokenizer_config
 from lit_gpt.rope import rope_llama3
@@ -32,16 +32,22 @@ def convert(gguf_path: Path, checkpoint_dir: Path, dtype: torch.dtype) -> Config
         file = GGUFFile(gguf_path)
         refuse_unknown(file)
         tokens = Vocabulary(file)
-        write_json(folder / "config.json", hf_config(file, tokens, dtype))
-        write_json(folder / "generation_config.json", generation_config(file, tokens))
-        write_json(folder / "tokenizer_config.json", tokenizer_config(file, tokens))
-        build_tokenizer(file, tokens).save(str(folder / "tokenizer.json"))
-        if template := file.get("tokenizer.chat_template", str):
-            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-        config = hf_files.convert(folder, LlamaWeights(file, dtype), dtype)
+        fields = hf_config(file, tokens, dtype)
+        write_json(folder / "config.json", fields)
+        write_tokenizer(folder, file, tokens)
+        config = hf_files.convert(folder, GGUFWeights(file, Config.from_hf(fields), dtype), dtype)
         config = replace(config, name=Path(checkpoint_dir).resolve().name)  # the temporary folder's until here
         (folder / "lit_config.json").write_text(config.to_json())
     return config
+
+
+def write_tokenizer(folder: Path, file: GGUFFile, tokens: Vocabulary) -> None:
+    """Write the files of the tokenizer, the chat template and the end tokens."""
+    write_json(folder / "generation_config.json", generation_config(file, tokens))
+    write_json(folder / "tokenizer_config.json", tokenizer_config(file, tokens))
+    build_tokenizer(file, tokens).save(str(folder / "tokenizer.json"))
+    if template := file.get("tokenizer.chat_template", str):
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 def write_json(path: Path, contents: dict[str, Any]) -> None:
@@ -50,39 +56,34 @@ def write_json(path: Path, contents: dict[str, Any]) -> None:
 
 # --- weights
 
-NAMES = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
-    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
-ROPE_FACTORS = "rope_freqs.weight"
 
-
-class LlamaWeights(Mapping[str, Tensor]):
-    """The tensors of a Llama under their Hugging Face names, each dequantized when asked for.
+class GGUFWeights(Mapping[str, Tensor]):
+    """The tensors of a file under their Hugging Face names, each dequantized when asked for.
 
     Raises:
-        UserError: a tensor that no Llama has, or one whose values do not fit `dtype`.
+        UserError: a tensor that no such model has, or one whose values do not fit `dtype`.
     """
 
-    def __init__(self, file: GGUFFile, dtype: torch.dtype) -> None:
+    def __init__(self, file: GGUFFile, config: Config, dtype: torch.dtype) -> None:
         self.file, self._dtype = file, dtype
-        self.places = {self._hf_name(name): name for name in file.tensors if name != ROPE_FACTORS}
+        known = {place.name: place for place in places(config, layout_of(config))}
+        if unknown := sorted(file.tensors.keys() - known.keys() - {ROPE_FACTORS}):
+            raise UserError(
+                f"{file.path}: the tensor {unknown[0]} is not part of a {config.family} model of "
+                f"{config.n_layer} layers as known here"
+            )
+        self.places = {place.hf: place for place in known.values() if place.name in file.tensors}
 
     def __getitem__(self, name: str) -> Tensor:
         place = self.places[name]
-        tensor = self.file.read(place)
+        tensor = self.file.read(place.name)
         least, most = tensor.aminmax()
         if not (torch.finfo(self._dtype).min <= least and most <= torch.finfo(self._dtype).max):  # nan is neither
-            raise UserError(f"{self.file.path}: the tensor {place} holds values that are not finite as {self._dtype}")
-        tensor = tensor.to(self._dtype)
-        if ".attn_q." in place or ".attn_k." in place:
-            heads = head_counts(self.file)[".attn_k." in place]
-            if tensor.size(0) % (2 * heads):
-                raise UserError(f"{self.file.path}: the tensor {place} {tuple(tensor.shape)} is not {heads} even heads")
-            return unpermute(tensor, heads)
-        return tensor
+            raise UserError(f"{self.file.path}: the tensor {place.name} holds values not finite as {self._dtype}")
+        if place.heads and tensor.size(0) % (2 * place.heads):
+            shape = f"{place.name} {tuple(tensor.shape)}"
+            raise UserError(f"{self.file.path}: the tensor {shape} is not {place.heads} even heads")
+        return place.to_hf(tensor).to(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -92,19 +93,6 @@ class LlamaWeights(Mapping[str, Tensor]):
 
     def dtype(self, name: str) -> torch.dtype:
         return self._dtype
-
-    def _hf_name(self, name: str) -> str:
-        parts = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-        if not parts or parts[2] not in NAMES:
-            raise UserError(f"{self.file.path}: the tensor {name} is not part of a Llama model as known here")
-        layer = f"model.layers.{parts[1]}." if parts[1] else ""
-        return f"{layer}{NAMES[parts[2]]}.{parts[3]}"
-
-
-def unpermute(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of each head from llama.cpp's order, in which the two elements of a rotated pair are neighbours, to that
-    of transformers, in which they are half a head apart. A weight or a bias."""
-    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
 # --- configuration

@@ -19,10 +19,11 @@ from lit_gpt.tokenizer import CHAT_TEMPLATE_DIR, Tokenizer
 SHARD_BYTES = 2 * 10**9
 INDEX = "model.safetensors.index.json"
 # What a checkpoint folder carries along unchanged.
-SIDE_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "generation_config.json", "config.json", "vocab.json", "merges.txt",
+    "chat_template.jinja", "vocab.json", "merges.txt",
 )  # fmt: skip
+SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", "config.json")
 
 
 class StoredWeights(Mapping[str, Tensor]):
@@ -206,8 +207,8 @@ def export_prompt_style(checkpoint_dir: Path, out_dir: Path) -> None:
         path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    for name in SIDE_FILES:
+def copy_side_files(source: Path, target: Path, names: tuple[str, ...] = SIDE_FILES) -> None:
+    for name in names:
         if (Path(source) / name).is_file():
             shutil.copyfile(Path(source) / name, Path(target) / name)
     if (Path(source) / CHAT_TEMPLATE_DIR).is_dir():

@@ -34,6 +34,23 @@ def summed_cross_entropy(
     return torch.stack(losses).sum() if losses else hidden.new_zeros((), dtype=torch.float32)
 
 
+def log_probabilities(
+    head: nn.Module, hidden: Tensor, labels: Tensor, finish: Callable[[Tensor], Tensor] = lambda logits: logits
+) -> tuple[Tensor, Tensor]:
+    """The log-probability of each label, float32 (n,), and whether it is the likeliest, bool (n,); arguments as above.
+
+    Of equal logits the first is the likeliest, as for `argmax`.
+    """
+    found = []
+    for rows, row_labels in _chunks(head, hidden, labels, trained=False):
+        logits = finish(head(rows)).float()
+        log_p = -F.cross_entropy(logits, row_labels, reduction="none")
+        found.append((log_p, logits.argmax(-1) == row_labels))
+    if not found:
+        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.bool)
+    return tuple(map(torch.cat, zip(*found, strict=True)))
+
+
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy, float32, and its gradient in the logits' dtype; both computed in float32."""
     p = logits.float().softmax(-1)

@@ -17,7 +17,7 @@ from lit_gpt.alibi import with_alibi
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.fused import Scores
-from lit_gpt.loss import summed_cross_entropy
+from lit_gpt.loss import log_probabilities, summed_cross_entropy
 from lit_gpt.moe import Experts, Router
 from lit_gpt.rope import RotaryEmbedding
 
@@ -72,12 +72,27 @@ class LayerCache:
         self.length = 0
         self.long = False  # whether the keys are rotated as those of a long sequence; see GPT.outdated
 
+    positions: Tensor | None = None
+
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of new tokens, return those of all."""
         start, self.length = self.length, self.length + k.size(2)
         self.k[:, :, start : self.length] = k
         self.v[:, :, start : self.length] = v
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+
+class OneMore:
+    """A layer's cache to which each row adds one token at a position of its own; nothing but tensors changes in it."""
+
+    def __init__(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
+        self.k, self.v, self.positions = k, v, positions  # as in LayerCache; int64 (B,)
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of the new tokens, return those of all places, empty ones too."""
+        rows = torch.arange(len(k), device=k.device)
+        self.k[rows, :, self.positions], self.v[rows, :, self.positions] = k[:, :, 0], v[:, :, 0]
+        return self.k, self.v
 
 
 KVCache = list[LayerCache]
@@ -134,6 +149,21 @@ class GPT(nn.Module):
             UserError: more tokens than the model has learned positions.
             ValueError: the cache is `outdated`.
         """
+        x = self.hidden(idx, segments, cache)
+        x = self.ln_f(x[:, -1:] if last else x)
+        if targets is not None:
+            x = x.flatten(0, 1)[targets.positions]
+            return summed_cross_entropy(self.lm_head, x, targets.labels, self.finish)
+        return self.finish(self.lm_head(x))
+
+    @torch.no_grad()
+    def score(self, idx: Tensor, segments: Segments, targets: Targets) -> tuple[Tensor, Tensor]:
+        """The log-probability of each target, float32 (n,), and whether it is the likeliest token, bool (n,)."""
+        x = self.ln_f(self.hidden(idx, segments).flatten(0, 1)[targets.positions])
+        return log_probabilities(self.lm_head, x, targets.labels, self.finish)
+
+    def hidden(self, idx: Tensor, segments: Segments | None = None, cache: KVCache | None = None) -> Tensor:
+        """What the last block gives, (B, T, n_embd), before norm and head; arguments and errors as of `forward`."""
         if segments is not None:
             positions, lengths = segments.positions, segments.lengths
         else:
@@ -148,11 +178,7 @@ class GPT(nn.Module):
         rotations = self.rotations(positions, lengths, x.dtype)
         for layer, (block, rotation) in enumerate(zip(self.h, rotations, strict=True)):
             x = block(x, rotation, segments, cache[layer] if cache else None)
-        x = self.ln_f(x[:, -1:] if last else x)
-        if targets is not None:
-            x = x.flatten(0, 1)[targets.positions]
-            return summed_cross_entropy(self.lm_head, x, targets.labels, self.finish)
-        return self.finish(self.lm_head(x))
+        return x
 
     def embed(self, idx: Tensor, positions: Tensor, lengths: tuple[int, ...]) -> Tensor:
         x, scale, limit = self.wte(idx), self.config.embedding_scale, self.config.block_size
@@ -220,7 +246,7 @@ class Block(nn.Module):
         self.post_norm_2 = post()
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None, segments: Segments | None, cache: LayerCache | None
+        self, x: Tensor, rotation: Rotation | None, segments: Segments | None, cache: LayerCache | OneMore | None
     ) -> Tensor:
         n_1 = self.norm_1(x)
         h = self.post_norm_1(self.attn(n_1, rotation, segments, cache))
@@ -247,7 +273,7 @@ class CausalSelfAttention(nn.Module):
         self.prefix: nn.Module | None = None  # adds to what the queries find; see lit_gpt.adapter
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None, segments: Segments | None, cache: LayerCache | None
+        self, x: Tensor, rotation: Rotation | None, segments: Segments | None, cache: LayerCache | OneMore | None
     ) -> Tensor:
         q, k, v = self.heads(x, rotation)
         if cache is not None:
@@ -256,7 +282,12 @@ class CausalSelfAttention(nn.Module):
         if self.alibi:
             positions = segments.positions if segments else torch.arange(k.size(2), device=k.device)
             heads = with_alibi(q, k, v, self.scores.scale, positions)
-        y = attend(*heads, self.scores) if segments is None else attend_packed(*heads, self.scores, segments)
+        if segments is not None:
+            y = attend_packed(*heads, self.scores, segments)
+        elif cache is not None and cache.positions is not None:
+            y = attend_at(*heads, self.scores, cache.positions)
+        else:
+            y = attend(*heads, self.scores)
         if self.alibi:
             y = y[..., : self.head_size]
         if self.prefix is not None:
@@ -303,6 +334,23 @@ def weigh(q: Tensor, k: Tensor, v: Tensor, scores: Scores, seen: Tensor | None =
     found = (scores.softcap * torch.tanh(found / scores.softcap)).unflatten(2, grouped.shape[2:4])
     found = found if seen is None else found.masked_fill(~seen, -torch.inf)
     return (found.softmax(-1).to(v.dtype).flatten(2, 3) @ v).view_as(q)
+
+
+def attend_at(q: Tensor, k: Tensor, v: Tensor, scores: Scores, positions: Tensor) -> Tensor:
+    """Attention of one query of each row to the places up to its position; written for torch.compile to make one loop.
+
+    Args:
+        q: (B, n_head, 1, head_size). k, v: (B, n_query_groups, S, head_size).
+        positions: int64 (B,).
+    """
+    behind = positions[:, None] - torch.arange(k.size(2), device=k.device)  # (B, S)
+    seen = behind >= 0 if scores.window is None else (behind >= 0) & (behind < scores.window)
+    grouped = q.unflatten(1, (k.size(1), -1)).float()  # (B, n_query_groups, heads of a group, 1, head_size)
+    found = (grouped * k.unsqueeze(2).float()).sum(-1) * scores.scale  # (B, n_query_groups, heads of a group, S)
+    if scores.softcap is not None:
+        found = scores.softcap * torch.tanh(found / scores.softcap)
+    weights = found.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+    return (weights.unsqueeze(-1) * v.unsqueeze(2).float()).sum(-2).to(q.dtype).view_as(q)
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, scores: Scores, segments: Segments) -> Tensor:

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lit_gpt import adapter, lora
+from lit_gpt import adapter, lora, parity
 from lit_gpt.config import Config
 from lit_gpt.memory import recompute_blocks
 from lit_gpt.model import GPT, Segments, Targets
@@ -214,8 +214,8 @@ def merge_once(model: GPT) -> None:
     for layer in lora.lora_layers(model).values():
         layer.merged()
     largest = max((model.wte, model.h[0], model.lm_head), key=size)
-    copies = [(p.clone(), p.float()) for p in largest.parameters()]  # noqa: F841 (held together)
-    torch.empty(48, model.config.padded_vocab_size)  # as many positions as verify.probe has
+    widened = [p.float() for p in largest.parameters()]  # noqa: F841 (held together)
+    torch.empty(3 * parity.POSITIONS, model.config.padded_vocab_size)
 
 
 def size(module: nn.Module) -> int:
@@ -259,7 +259,8 @@ def kernels_of(cuda: bool) -> Iterator[None]:
 def evenly(experts: Tensor, n_expert: int) -> list[int]:
     """In the place of the router's choice, which wants contents: each expert gets as many rows as the others.
 
-    What a step holds does not depend on that, for all rows lie in one tensor, sorted by expert."""
+    What a step holds does not depend on that, for all rows lie in one tensor, sorted by expert.
+    """
     rows = len(experts)
     return [rows * (i + 1) // n_expert - rows * i // n_expert for i in range(n_expert)]
 

@@ -108,6 +108,31 @@ class PromptStyle:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"stop_ids": list(self.stop_ids)}
 
+    def write_template(self, folder: Path, tokenizer: Tokenizer) -> None:
+        """Write the template into a folder as transformers, vLLM and llama.cpp take it.
+
+        They put no BOS of the tokenizer's own before a rendered conversation, so it is written into the template.
+        """
+        if self.for_others(tokenizer) != tokenizer.chat_template:
+            (folder / "chat_template.jinja").write_text(self.for_others(tokenizer), encoding="utf-8")
+            settings = folder / "tokenizer_config.json"
+            fields = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+            if fields.pop("chat_template", None) is not None:  # it would be a second one
+                settings.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def write_stops(self, folder: Path) -> None:
+        """Have generation_config.json name the ids that end an answer."""
+        path = folder / "generation_config.json"
+        fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        stops = list(dict.fromkeys((*self.stop_ids, *generation_stop_ids(folder))))
+        if stops != generation_stop_ids(folder):
+            path.write_text(json.dumps(fields | {"eos_token_id": stops}, indent=2) + "\n", encoding="utf-8")
+
+    def for_others(self, tokenizer: Tokenizer) -> str:
+        leads = not self.own_bos and tokenizer.bos_id is not None
+        leads = leads and tokenizer.encode("a")[:1].tolist() == [tokenizer.bos_id]
+        return ("{{ bos_token }}" if leads else "") + self.template
+
     @cached_property
     def _compiled(self) -> Template:
         return Template(self.template)

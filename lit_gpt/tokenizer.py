@@ -18,6 +18,7 @@ from tokenizers import AddedToken, decoders
 
 from lit_gpt.errors import UserError
 
+FILES = ("tokenizer.json", "tokenizer.model")
 NAMED = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
 CHAT_TEMPLATE_DIR = "additional_chat_templates"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -141,6 +142,11 @@ class Tokenizer:
         """The id of a token, spelled as in the vocabulary, or None."""
         return self._tokens.token_to_id(token)
 
+    @property
+    def added_tokens(self) -> dict[int, AddedToken]:
+        """{id: token} of those that were added to the vocabulary, special ones included."""
+        return self._added
+
     def is_added(self, token: int) -> bool:
         """Whether an id is of a token that was added to the vocabulary, such as an end of turn."""
         return token in self._added
@@ -201,8 +207,12 @@ class Tokenizer:
         return probe.ids[: [*probe.special_tokens_mask, 0].index(0)]
 
 
+def has_tokenizer(folder: Path) -> bool:
+    return any((Path(folder) / name).is_file() for name in FILES)
+
+
 def find_tokenizer(folder: Path) -> Path:
-    for path in (folder / "tokenizer.json", folder / "tokenizer.model"):
+    for path in (folder / name for name in FILES):
         if path.is_file():
             return path
     found = ", ".join(sorted(path.name for path in folder.glob("*"))[:8]) or "nothing"

@@ -23,11 +23,12 @@ from lit_gpt.generation import generate
 from lit_gpt.model import GPT
 from lit_gpt.optimizers import Schedule
 from lit_gpt.plan import Plan, plan, row_tokens
+from lit_gpt.probe import WINDOW, Probe
 from lit_gpt.prompts import PromptStyle
 from lit_gpt.records import Records, StopSignals
 from lit_gpt.states import States
 from lit_gpt.tokenizer import Tokenizer
-from lit_gpt.variants import Method, file_contents, load_trained, trained_state
+from lit_gpt.variants import Method, file_contents, load_trained, read_file, trained_state
 
 
 def finetune(hp: SimpleNamespace, method: Method) -> None:
@@ -56,6 +57,8 @@ def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric) -> None:
     meta = data.read_meta(hp.data_dir, tokenizer)
     train, validation = (data.Dataset(hp.data_dir, split) for split in data.SPLITS)
     check_lengths(hp, train, validation)
+    style = PromptStyle.from_dict(meta["prompt_style"])
+    probe = hp.probe_path and Probe(hp.probe_path, tokenizer, style, length_limit(hp))
     schedule = Schedule.of(hp, len(train))
     records = Records(hp, fabric)
     records.check_unused()
@@ -64,15 +67,17 @@ def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric) -> None:
     if not hp.micro_batch_size and not hp.micro_batch_tokens:
         room = torch.cuda.get_device_properties(fabric.device).total_memory if fabric.device.type == "cuda" else None
         hp.micro_batch_tokens = row_tokens(config, method, hp, room)
-    check_vocabulary(config, train, validation)
+    check_vocabulary(config, train, validation, *([probe] if probe else ()))
     model = load_to_train(hp, method, fabric, config, base)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fabric.print(f"{method.name}: training {trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters")
     wrapped, optimizer = devices.setup(fabric, model, hp)
 
-    style = PromptStyle.from_dict(meta["prompt_style"])
     identity = {"base": checkpoint.fingerprint(base), "data": train.fingerprint, "settings": method.settings}
-    run = Run(hp, fabric, wrapped, model, optimizer, train, validation, schedule, records)
+    identity["probe"] = probe and probe.fingerprint
+    if probe:
+        fabric.print(f"probe {hp.probe_path}: {probe.describe()}")
+    run = Run(hp, fabric, wrapped, model, optimizer, train, validation, schedule, records, probe)
     run.states = States(hp, fabric, identity)
     run.contents = partial(
         file_contents, method.name, identity["base"], hyperparameters=method.settings, prompt_style=style.to_dict()
@@ -133,9 +138,7 @@ def check_batch(hp: SimpleNamespace, world_size: int) -> None:
 
 
 def check_lengths(hp: SimpleNamespace, *splits: data.Dataset) -> None:
-    longest = max(max(split.lengths) for split in splits)
-    block_size = Config.from_checkpoint(hp.checkpoint_dir).block_size
-    limit = min(hp.max_seq_length or block_size, block_size)
+    longest, limit = max(max(split.lengths) for split in splits), length_limit(hp)
     if longest > limit:
         raise UserError(
             f"--data_dir {hp.data_dir}: holds samples of up to {longest} tokens, more than --max_seq_length {limit}; "
@@ -143,7 +146,13 @@ def check_lengths(hp: SimpleNamespace, *splits: data.Dataset) -> None:
         )
 
 
-def check_vocabulary(config: Config, *splits: data.Dataset) -> None:
+def length_limit(hp: SimpleNamespace) -> int:
+    """Tokens that a sample may have."""
+    block_size = Config.from_checkpoint(hp.checkpoint_dir).block_size
+    return min(hp.max_seq_length or block_size, block_size)
+
+
+def check_vocabulary(config: Config, *splits: data.Dataset | Probe) -> None:
     largest = max(int(split.tokens.max()) for split in splits)
     if largest >= config.padded_vocab_size:
         raise UserError(
@@ -165,6 +174,7 @@ class Run:
     validation: data.Dataset
     schedule: Schedule
     records: Records
+    probe: Probe | None
     states: States = field(init=False)
     contents: Callable[[dict[str, Tensor]], dict[str, Any]] = field(init=False)  # of the file of what was trained
     plan: Callable[[list[int], int], Plan] = field(init=False)  # of a packed row's lengths and supervised tokens
@@ -178,9 +188,10 @@ class Run:
         hp, records, steps = self.hp, self.records, self.schedule.steps
         self.rehearse()
         self.restore()
-        if self.step == 0:
-            records.write({"step": 0, "tokens": 0, "val_loss": self.evaluate()})
         with records.watch(self.step, steps), StopSignals(self.fabric) as signals:
+            if self.step == 0:
+                records.write({"step": 0, "tokens": 0, "val_loss": self.evaluate()})
+                self.measure_probe()
             while self.step < steps:
                 loss, tokens = self.optimize()
                 self.step += 1
@@ -195,6 +206,7 @@ class Run:
                 if stopping and not last:
                     self.fabric.print(f"stopped after step {self.step}; the same command with --resume auto goes on")
                     return False
+            self.measure_probe()
         return True
 
     def rehearse(self) -> None:
@@ -275,10 +287,16 @@ class Run:
         """The validation loss; and a sample is shown."""
         with self.records.aside():
             with self.arithmetic():
-                loss = validate(self.fabric, self.wrapped, self.validation, self.hp)
+                loss = validate(self.fabric, self.wrapped, self.validation, self.hp, self.hp.eval_samples)
             self.sample()
             self.validated[self.step] = loss
             return loss
+
+    def measure_probe(self) -> None:
+        if self.probe:
+            size = SimpleNamespace(micro_batch_size=None, micro_batch_tokens=WINDOW)
+            with self.records.aside(), self.arithmetic():
+                self.records.probe(self.step, validate(self.fabric, self.wrapped, self.probe, size))
 
     def check_finite(self, losses: list[tuple[int, float]]) -> None:
         """Stop at the first loss that is not a number, keeping the batch that gave it."""
@@ -305,6 +323,7 @@ class Run:
         """Go on from the newest whole state in out_dir if `--resume auto` finds one, else begin."""
         found = self.states.newest() if self.hp.resume == "auto" else None
         if found is None:
+            self.begin()
             return self.records.start()
         path, contents = found
         resume = contents["resume"]
@@ -313,6 +332,21 @@ class Run:
         self.step = resume["step"]
         self.records.go_on(self.step, resume["progress"])
         self.fabric.print(f"resumed after step {self.step} from {path}")
+
+    def begin(self) -> None:
+        """Where --lora_path is given, take over what an earlier run has trained.
+
+        Raises:
+            UserError: that is of another base, or the flags say otherwise than its settings.
+        """
+        path, settings = getattr(self.hp, "lora_path", None), self.states.identity["settings"]
+        if path is None:
+            return
+        record = read_file(path, "lora", self.states.identity["base"])
+        for name, value in record["hyperparameters"].items():
+            if name != "dropout" and settings.get(name) != value:
+                raise UsageError(f"--lora_{name} {settings.get(name)}: {path} has {str(value).lower()}; give that")
+        load_trained(self.model, record["state"], path)
 
     def where_better(self) -> str:
         """A remark, if an earlier state had a lower validation loss than the last."""
@@ -327,7 +361,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def rank_rows(
-    dataset: data.Dataset, indices: list[int], hp: SimpleNamespace, fabric: Fabric
+    dataset: data.Dataset | Probe, indices: list[int], hp: SimpleNamespace, fabric: Fabric
 ) -> list[list[data.Sample]]:
     """The samples of each of this rank's packed rows.
 
@@ -344,10 +378,12 @@ def rank_rows(
 
 
 @torch.no_grad()
-def validate(fabric: Fabric, model: nn.Module, dataset: data.Dataset, hp: SimpleNamespace) -> float:
-    """Mean cross-entropy in nats over all supervised tokens of the first `eval_samples` samples, over all ranks."""
+def validate(
+    fabric: Fabric, model: nn.Module, dataset: data.Dataset | Probe, hp: SimpleNamespace, count: int | None = None
+) -> float:
+    """Mean cross-entropy in nats over all supervised tokens of the first `count` samples, over all ranks."""
     model.eval()
-    indices = list(range(len(dataset)))[: hp.eval_samples]
+    indices = list(range(len(dataset)))[:count]
     total = torch.zeros(2, device=fabric.device, dtype=torch.float64)  # loss, tokens
     for samples in rank_rows(dataset, indices, hp, fabric):
         row = data.pack(samples).to(fabric.device)

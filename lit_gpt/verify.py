@@ -1,6 +1,5 @@
 """Whether two models are the same function: what a merge or an export must show before it is written."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,36 +14,52 @@ from lit_gpt.model import GPT
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
-class _Widened(nn.Module):
-    """Runs a module in float32, widening a copy of it for the time of one call."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args, **kwargs):
-        return copy.deepcopy(self.module).float()(*args, **kwargs)
+def layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of a model, and what is beside them: each as large as what is widened at once."""
+    for child in module.children():
+        if not isinstance(module, nn.ModuleList) and any(isinstance(m, nn.ModuleList) for m in child.modules()):
+            yield from layers(child)
+        else:
+            yield child
 
 
 @contextmanager
-def _widened(model: GPT) -> Iterator[None]:
-    wte, blocks, ln_f, head = model.wte, model.h, model.ln_f, model.lm_head
-    model.wte, model.ln_f, model.lm_head = _Widened(wte), _Widened(ln_f), _Widened(head)
-    model.h = nn.ModuleList(_Widened(block) for block in blocks)
+def widened(model: nn.Module) -> Iterator[None]:
+    """All arithmetic in float32, whatever the weights are stored in: each layer is widened while it computes.
+
+    Takes the memory of the largest layer in float32, not of the whole model. For this project's models, transformers'
+    and PEFT's alike.
+    """
+    narrow: dict[Tensor, Tensor] = {}
+
+    def widen(layer: nn.Module, *_: object) -> None:
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                narrow[tensor] = tensor.data
+                tensor.data = tensor.data.float()
+
+    def restore(layer: nn.Module, *_: object) -> None:
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            if tensor in narrow:
+                tensor.data = narrow.pop(tensor)
+
+    hooks = []
+    for layer in layers(model):
+        hooks.append(layer.register_forward_pre_hook(widen))
+        hooks.append(layer.register_forward_hook(restore, always_call=True))
     try:
         yield
     finally:
-        model.wte, model.h, model.ln_f, model.lm_head = wte, blocks, ln_f, head
+        for hook in hooks:
+            hook.remove()
 
 
 @torch.no_grad()
-def float32_logits(model: GPT, idx: Tensor) -> Tensor:
-    """Logits of `idx` (B, T) with all arithmetic in float32, whatever the weights are stored in.
-
-    Takes the memory of the largest block in float32, not of the whole model.
-    """
-    with _widened(model):
-        return model.eval()(idx)
+def float32_logits(model: nn.Module, idx: Tensor) -> Tensor:
+    """Logits of `idx` (B, T) with all arithmetic in float32, of a GPT or of a model of transformers."""
+    with widened(model):
+        found = model.eval()(idx)
+    return found if isinstance(found, Tensor) else found.logits
 
 
 def probe(model: GPT, length: int = 24) -> Tensor:
@@ -64,10 +79,40 @@ def require_equal(found: Tensor, expected: Tensor, dtype: torch.dtype, what: str
     Raises:
         UserError: it is not (or not a number).
     """
-    measured, allowed = difference(found, expected), TOLERANCE[dtype]
+    rounding = f"that rounding to {str(dtype).removeprefix('torch.')} explains"
+    return require_within(found, expected, TOLERANCE[dtype], rounding, what)
+
+
+def require_within(found: Tensor, expected: Tensor, allowed: float, why: str, what: str) -> float:
+    """The same for a limit of any other cause, which `why` names."""
+    same_shape = found.shape == expected.shape
+    measured = difference(found, expected) if same_shape else float("nan")
     if not measured <= allowed:
+        by = (
+            f"by {measured:.1e} of their norm"
+            if same_shape
+            else f"in shape, {(*found.shape,)} for {(*expected.shape,)}"
+        )
         raise UserError(
-            f"{what}: its logits differ from the source's by {measured:.1e} of their norm, more than the {allowed:.0e} "
-            f"that rounding to {str(dtype).removeprefix('torch.')} explains; nothing was written"
+            f"{what}: its logits differ from the source's {by}, more than the {allowed:.0e} {why}; nothing was written"
         )
     return measured
+
+
+def require_arrived(found: Tensor, expected: Tensor, base: Tensor, what: str) -> float:
+    """How much of what a finetune changes in the base's logits is in what was made of it: 1, but for rounding.
+
+    Rounding moves logits in directions of its own. Along the finetune's a wrong scale shows that the norm of the
+    difference hides in the rounding.
+
+    Raises:
+        UserError: it is not 1 within 5 %, and a tenth of how large the rounding is beside the change.
+    """
+    change = (expected - base).flatten()
+    if not change.any():
+        return 1.0
+    arrived = ((found - base).flatten() @ change / (change @ change)).item()
+    allowed = 0.05 + 0.1 * ((found - expected).norm() / change.norm()).item()
+    if not abs(arrived - 1) <= allowed:
+        raise UserError(f"{what}: {arrived:.0%} of the finetune's change of the logits arrived; nothing was written")
+    return arrived

@@ -3,7 +3,8 @@
     python scripts/merge_lora.py --checkpoint_dir checkpoints/tiiuae/falcon-7b \\
         --lora_path out/lora/alpaca/lit_model_lora_finetuned.pth --out_dir out/falcon-7b-alpaca
 
-Merges in fp32, one tensor at a time, and compares the logits with the unmerged model's before anything is written.
+Merges in fp32, one tensor at a time, and compares the logits with the unmerged model's before anything is put in
+place. A model card goes along, and export.json with the figures.
 """
 
 from pathlib import Path
@@ -20,26 +21,9 @@ out_dir: Path | None = None  # where to write; must not hold anything yet
 def main(hp: SimpleNamespace) -> None:
     if hp.out_dir is None:
         raise UsageError("--out_dir: expected a folder to write to")
-    from lit_gpt import checkpoint, hf_files, lora, variants, verify
-    from lit_gpt.config import Config
-    from lit_gpt.model import GPT
-    from lit_gpt.prompts import PromptStyle
+    from lit_gpt import exports
 
-    with checkpoint.new_folder(hp.out_dir) as folder:
-        base = checkpoint.load_state(hp.checkpoint_dir)
-        model = checkpoint.build(Config.from_checkpoint(hp.checkpoint_dir), base, source=hp.checkpoint_dir)
-        record = variants.attach_file(model, hp.lora_path, lora.METHOD, checkpoint.fingerprint(base))
-        idx = verify.probe(model)
-        expected = verify.float32_logits(model, idx)
-
-        lora.write_merged(folder / "lit_model.pth", model, base)
-        (folder / "lit_config.json").write_text(lora.merged_config(model).to_json())
-        hf_files.copy_side_files(hp.checkpoint_dir, folder)
-        PromptStyle.from_dict(record["prompt_style"]).save(folder)
-
-        dtype = base["wte.weight"].dtype
-        found = verify.float32_logits(GPT.from_checkpoint(folder), idx)
-        off = verify.require_equal(found, expected, dtype, f"the merge of {hp.lora_path}")
+    off = exports.merge(hp.checkpoint_dir, hp.lora_path, hp.out_dir)
     print(f"wrote {hp.out_dir}; its logits differ from the unmerged model's by {off:.1e} of their norm")
 
 

@@ -23,7 +23,7 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lit_gpt import gguf_files
+from lit_gpt import Config, gguf_files
 from lit_gpt.errors import UserError
 from lit_gpt.model import GPT
 from lit_gpt.tokenizer import NO_DUMMY_PREFIX, Tokenizer
@@ -275,7 +275,7 @@ def test_k_quants_are_read_as_the_package_does(tmp_path: Path, fields: dict, ten
     )
     expected = torch.from_numpy(dequantize(data, Kind[kind]))
     assert expected.isfinite().all() and expected.std() > 0 and expected.shape == (64, 2 * block)
-    weights = gguf_files.LlamaWeights(file, torch.float32)
+    weights = gguf_files.GGUFWeights(file, Config.from_hf(tiny().config.to_dict()), torch.float32)
     assert torch.equal(weights["model.embed_tokens.weight"], expected)
     assert torch.equal(interleaved(weights["model.layers.0.self_attn.q_proj.weight"], 4), expected)
     assert torch.equal(interleaved(weights["model.layers.1.self_attn.k_proj.weight"], 2), expected)

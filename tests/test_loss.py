@@ -138,3 +138,26 @@ def test_order_of_samples():
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
     assert len(data.step_samples(10, 4, seed=7, step=2, total=10)) == 2
     assert steps != [data.step_samples(10, 4, seed=8, step=s, total=20) for s in range(5)]
+
+
+def test_scores_are_those_of_the_logits(tiny: Tiny, monkeypatch):
+    """Each target's log-probability and whether it is the likeliest, piece by piece; none where none is asked."""
+    monkeypatch.setattr("lit_gpt.loss.MAX_LOGITS", 500)
+    model = GPT.from_checkpoint(tiny.folder)
+    samples = ragged()
+    rows = []
+    for s in samples:  # the first supervised token is made the likeliest
+        i = int(s.supervised.nonzero()[0])
+        with torch.no_grad():
+            s.tokens[i] = model(s.tokens[None, :i].long())[0, -1].argmax() if i else s.tokens[i]
+            logits = model(s.tokens[None, :-1].long())[0]
+        at = s.supervised[1:].bool()
+        labels = s.tokens[1:][at].long()
+        rows.append((logits[at].log_softmax(-1).gather(1, labels[:, None])[:, 0], logits[at].argmax(-1) == labels))
+    row = data.pack(samples)
+    log_p, greedy = model.score(row.idx, row.segments, row.targets)
+    assert off(log_p, torch.cat([p for p, _ in rows])) < 1e-5
+    assert torch.equal(greedy, torch.cat([g for _, g in rows])) and greedy.sum() >= len(samples) - 1
+    assert log_p.dtype == torch.float32 and not greedy.all()
+    none = data.pack([data.Sample(samples[0].tokens, torch.zeros_like(samples[0].supervised))])
+    assert [len(x) for x in model.score(none.idx, none.segments, none.targets)] == [0, 0]

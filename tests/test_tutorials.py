@@ -24,7 +24,7 @@ import torch
 from conftest import ROOT
 from hub import Hub
 
-from lit_gpt import data, devices, train
+from lit_gpt import data, devices, prompts, train
 from lit_gpt.cli import parse
 from lit_gpt.errors import UserError
 
@@ -40,6 +40,7 @@ EXTRA = {
     "finetune/": "--warmup_steps 0",
     "generate/": "--max_new_tokens 4",
     "chat/": "--max_new_tokens 4",
+    "eval/": f"--include_path {ROOT}/tests/lm_eval_tasks --tasks animals_choice,animals_answer",
 }
 STEPS = {"resume.md": 40}  # enough to be stopped in between; elsewhere 2
 # two processes on one machine, whatever the page has
@@ -48,11 +49,18 @@ LAUNCHED = {
     "fabric": "--main-port {port}",
 }
 REFUSED = {"--strategy deepspeed": "DeepSpeed needs CUDA"}  # for want of what is not here
-if importlib.util.find_spec("bitsandbytes") is None:
-    REFUSED["--optimizer adamw8bit"] = "needs bitsandbytes"
+EXTRAS = {
+    "--optimizer adamw8bit": "bitsandbytes",
+    "--logger tensorboard": "tensorboard",
+    "eval/lm_eval_harness.py": "lm_eval",
+}
+for used, module in EXTRAS.items():
+    if importlib.util.find_spec(module) is None:
+        REFUSED[used] = f"needs {module.replace('_', '-')}"
 
 FINETUNE = f"python finetune/lora.py --checkpoint_dir {BASE} --data_dir data/alpaca --max_steps 2 --warmup_steps 0 "
 FILMS = f"python scripts/prepare_json.py --checkpoint_dir {BASE} --json_path films.jsonl --destination_path "
+EXPORT = "python scripts/convert_lit_checkpoint.py --checkpoint_dir out/falcon-7b-alpaca "
 SLURM = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_ID": "12345"}
 
 
@@ -79,10 +87,18 @@ def out_of_memory() -> None:
         in_process((FINETUNE + "--out_dir out/oom").split()[1:])
 
 
-def without_bitsandbytes() -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "bitsandbytes", None)
-        in_process((FINETUNE + "--out_dir out/b --optimizer adamw8bit").split()[1:])
+def without(package: str, command: str) -> Callable[[], None]:
+    def refuse() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, package, None)
+            in_process(shlex.split(command)[1:])
+
+    return refuse
+
+
+def probe_with_another_column() -> None:
+    Path("probe.csv").write_text("txt\nThe cat sat.\n")
+    in_process((FINETUNE + "--out_dir out/x --probe_path probe.csv").split()[1:])
 
 
 def two_ranks(**flags) -> Callable[[], None]:
@@ -94,6 +110,12 @@ def two_ranks(**flags) -> Callable[[], None]:
         print(f"error: {refused.value}")
 
     return check
+
+
+def lost_template() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompts.PromptStyle, "write_template", lambda *_: None)
+        in_process((EXPORT + "--out_dir out/x").split()[1:])
 
 
 def lost_rank() -> None:  # tests/test_devices.py kills one
@@ -143,10 +165,27 @@ MISTAKES = {
         damage_states,
         FINETUNE + "--out_dir out/lora/alpaca --resume auto --max_steps 40 --batch_size 4",
     ],
+    "evaluate.md": [
+        probe_with_another_column,
+        without("lm_eval", f"python eval/lm_eval_harness.py --checkpoint_dir {BASE} --tasks gsm8k"),
+    ],
+    "monitor.md": [
+        "python scripts/report.py data/alpaca",
+        without("wandb", FINETUNE + "--out_dir out/x --logger wandb"),
+    ],
     "out_of_memory.md": [
         out_of_memory,
-        without_bitsandbytes,
+        without("bitsandbytes", FINETUNE + "--out_dir out/b --optimizer adamw8bit"),
         FINETUNE.replace("lora", "full") + "--out_dir out/x --optimizer_in_backward true --batch_size 8",
+    ],
+    "export.md": [
+        lost_template,
+        EXPORT + "--out_dir out/falcon-7b-alpaca-hf",
+        f"{EXPORT} --out_dir out/x --format gguf --lora_path out/lora/alpaca/lit_model_lora_finetuned.pth",
+        FINETUNE + "--out_dir out/x --lora_r 4 --lora_path out/lora/from-peft/lit_model_lora_finetuned.pth",
+        edit("out/falcon-7b-alpaca-peft/adapter_config.json", lambda text: text.replace('dora": false', 'dora": true')),
+        f"python scripts/convert_peft_adapter.py --checkpoint_dir {BASE} --out_dir out/x "
+        "--peft_dir out/falcon-7b-alpaca-peft",
     ],
     "custom_data.md": [
         FILMS.replace("films.jsonl", "quiz.csv") + "data/x",
@@ -185,7 +224,7 @@ def is_plan(command: str) -> bool:
 @pytest.fixture
 def place(llama, tmp_path, monkeypatch) -> Path:
     """A folder like the repository's root, with rows in Alpaca's form."""
-    for name in ("scripts", "finetune", "generate", "chat", "lit_gpt"):
+    for name in ("scripts", "finetune", "generate", "chat", "eval", "tests", "lit_gpt"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "data").mkdir()
     words = [f"{a}{b}" for a in ("cat", "dog", "cow", "hen", "fox") for b in "abcdef"]

@@ -8,6 +8,8 @@ A family's file defines
     weights(config)       {lit module: where its tensors lie in the Hugging Face file}, run in both directions by
                           lit_gpt.weights
     DERIVED               patterns of stored tensors that the architecture computes and that are not weights
+    gguf(config)          how llama.cpp has it: a lit_gpt.gguf_layout.Layout; without it, exports to GGUF are refused
+    MODULES               {name of a tensor's module in files: in transformers' model}, where transformers 5 renames it
     tiny_hf(**fields)     a small transformers configuration per layout, for the parity tests
 """
 

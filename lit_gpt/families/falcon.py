@@ -5,6 +5,7 @@ from typing import Any
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.families import activation, rope
+from lit_gpt.gguf_layout import Layout
 from lit_gpt.weights import Grouped, Table
 
 MODEL_TYPES = ("falcon",)
@@ -72,6 +73,13 @@ def weights(config: Config) -> Table:
         "ln_f": "transformer.ln_f",
         "lm_head": "lm_head",
     }
+
+
+def gguf(config: Config) -> Layout:
+    if config.bias or not config.parallel_residual:
+        raise UserError("--format gguf: llama.cpp's falcon has neither biases nor attention and MLP in sequence")
+    unread = "" if config.n_query_groups == 1 and config.tie_embeddings else "takes no head apart, nor grouped queries"
+    return Layout("falcon", ("gelu",), metadata={"tensor_data_layout": "jploski"}, unread=unread)
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.families import activation, llama, rope, windows
+from lit_gpt.gguf_layout import Layout
 from lit_gpt.weights import Table
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
@@ -85,6 +86,26 @@ def weights(config: Config) -> Table:
         "h.{}.attn.qk_norm.q": layer + "self_attn.q_norm",
         "h.{}.attn.qk_norm.k": layer + "self_attn.k_norm",
     }
+
+
+def gguf(config: Config) -> Layout:
+    kind, period = ("gemma", 1) if not config.post_norm else ("gemma3", 6) if config.qk_norm else ("gemma2", 2)
+    scale = (config.n_embd // config.n_head if kind == "gemma2" and config.n_layer == 46 else config.head_size) ** -0.5
+    layers = [layer for layer in range(config.n_layer) if (layer + 1) % period == 0]
+    if config.sliding_window and layers != config.global_layers or config.local_rope_base not in (None, 1e4):
+        raise UserError(f"--format gguf: llama.cpp's {kind} has no window in each {period}th layer, elsewhere base 1e4")
+    if config.attention_scale not in (None, scale) or not config.tie_embeddings:
+        raise UserError(f"--format gguf: llama.cpp's {kind} ties its head, and scales scores by {scale:.4g}")
+    further = {
+        "attn_logit_softcapping": config.attention_softcap,
+        "final_logit_softcapping": config.logit_softcap,
+        "attention.sliding_window": config.sliding_window,
+    }
+    published = (config.attention_softcap, config.logit_softcap, config.head_size) == (50.0, 30.0, 256)
+    unread = {"gemma": "does not know the architecture", "gemma2": "" if published else "takes caps to be as published"}
+    return Layout(
+        kind, ("gelu_tanh",), norm_offset=1.0, keeps_window=True, metadata=further, unread=unread.get(kind, "")
+    )
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

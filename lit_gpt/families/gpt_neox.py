@@ -3,10 +3,13 @@
 from typing import Any
 
 from lit_gpt.config import Config
+from lit_gpt.errors import UserError
 from lit_gpt.families import activation, rope
+from lit_gpt.gguf_layout import Layout
 from lit_gpt.weights import Grouped, Table
 
 MODEL_TYPES = ("gpt_neox",)
+MODULES = {"embed_out": "lm_head"}
 DERIVED = ("*.attention.bias", "*.attention.masked_bias", "*.attention.rotary_emb.inv_freq")
 
 
@@ -74,6 +77,13 @@ def weights(config: Config) -> Table:
         "ln_f": "gpt_neox.final_layer_norm",
         "lm_head": "embed_out",
     }
+
+
+def gguf(config: Config) -> Layout:
+    if config.tie_embeddings or not config.qkv_bias:
+        raise UserError("--format gguf: llama.cpp's gptneox has a head of its own, and biases in the attention")
+    parallel = {"use_parallel_residual": config.parallel_residual}
+    return Layout("gptneox", ("gelu", "gelu_tanh"), metadata=parallel, unread="does not know the architecture")
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from lit_gpt.config import Config
 from lit_gpt.families import llama
+from lit_gpt.gguf_layout import Layout
 
 MODEL_TYPES = ("granite",)
 DERIVED = llama.DERIVED
@@ -34,6 +36,16 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 weights = llama.weights
+
+
+def gguf(config: Config) -> Layout:
+    scales = {
+        "attention.scale": config.attention_scale,
+        "embedding_scale": config.embedding_scale,
+        "residual_scale": config.residual_scale,
+        "logit_scale": config.logit_divisor,
+    }
+    return Layout("granite", interleaved=True, metadata=scales, unread="does not know the architecture")
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from lit_gpt.config import Config
 from lit_gpt.families import activation, rope
+from lit_gpt.gguf_layout import Layout
 from lit_gpt.weights import Stacked, Table
 
 MODEL_TYPES = ("llama", "mistral")
@@ -104,6 +105,11 @@ def weights(config: Config) -> Table:
         "ln_f": "model.norm",
         "lm_head": "lm_head",
     }
+
+
+def gguf(config: Config) -> Layout:
+    unread = "takes no biases over" if config.bias or config.qkv_bias else ""
+    return Layout("llama", interleaved=True, unread=unread)
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

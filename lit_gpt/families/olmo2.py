@@ -4,6 +4,7 @@ from typing import Any
 
 from lit_gpt.config import Config
 from lit_gpt.families import llama
+from lit_gpt.gguf_layout import Layout
 from lit_gpt.weights import Table
 
 MODEL_TYPES = ("olmo2",)
@@ -32,6 +33,10 @@ def weights(config: Config) -> Table:
         "h.{}.attn.qk_norm.q": layer + "self_attn.q_norm",
         "h.{}.attn.qk_norm.k": layer + "self_attn.k_norm",
     }
+
+
+def gguf(config: Config) -> Layout:
+    return Layout("olmo2", unread="does not know the architecture")
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from typing import Any
 
 from lit_gpt.config import Config
 from lit_gpt.families import llama
+from lit_gpt.gguf_layout import Layout
 from lit_gpt.weights import Table
 
 MODEL_TYPES = ("phi3",)
@@ -65,6 +66,10 @@ def weights(config: Config) -> Table:
         "h.{}.mlp.gate_up": "model.layers.{}.mlp.gate_up_proj",
     }
     return {**llama.weights(config), **fused}
+
+
+def gguf(config: Config) -> Layout:
+    return Layout("phi3", metadata={"attention.sliding_window": 0})
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

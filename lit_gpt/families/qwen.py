@@ -5,24 +5,26 @@ from typing import Any
 
 from lit_gpt.config import Config
 from lit_gpt.families import llama, windows
+from lit_gpt.gguf_layout import Layout
 from lit_gpt.weights import Table
 
 MODEL_TYPES = ("qwen2", "qwen3")
 DERIVED = llama.DERIVED
 
-_SMALL = dict(model_type="qwen2", vocab=151936, rope_theta=1e6, max_position_embeddings=32768)
+_SMALL = dict(model_type="qwen2", vocab=151936, rope_theta=1e6, max_position_embeddings=131072)
+_SHORT = dict(_SMALL, max_position_embeddings=32768)
 _LARGE = dict(_SMALL, vocab=152064)
-_QWEN_2_5 = dict(_LARGE, max_position_embeddings=131072, rms_norm_eps=1e-5)
+_QWEN_2_5 = dict(_LARGE, rms_norm_eps=1e-5)
 _QWEN_3 = dict(_SMALL, model_type="qwen3", max_position_embeddings=40960, head_dim=128)
 _TIED = dict(tie_word_embeddings=True)
 PRESETS = {
     "Qwen2-0.5B": llama.preset(24, 14, 2, 896, 4864, **_SMALL, **_TIED),
     "Qwen2-1.5B": llama.preset(28, 12, 2, 1536, 8960, **_SMALL, **_TIED),
     "Qwen2-7B": llama.preset(28, 28, 4, 3584, 18944, **_LARGE),
-    "Qwen2.5-0.5B": llama.preset(24, 14, 2, 896, 4864, **_SMALL, **_TIED),
+    "Qwen2.5-0.5B": llama.preset(24, 14, 2, 896, 4864, **_SHORT, **_TIED),
     "Qwen2.5-1.5B": llama.preset(28, 12, 2, 1536, 8960, **_SMALL, **_TIED),
-    "Qwen2.5-3B": llama.preset(36, 16, 2, 2048, 11008, **_SMALL, **_TIED),
-    "Qwen2.5-7B": llama.preset(28, 28, 4, 3584, 18944, **dict(_QWEN_2_5, rms_norm_eps=1e-6)),
+    "Qwen2.5-3B": llama.preset(36, 16, 2, 2048, 11008, **_SHORT, **_TIED),
+    "Qwen2.5-7B": llama.preset(28, 28, 4, 3584, 18944, **_LARGE),
     "Qwen2.5-14B": llama.preset(48, 40, 8, 5120, 13824, **_QWEN_2_5),
     "Qwen2.5-32B": llama.preset(64, 40, 8, 5120, 27648, **_QWEN_2_5),
     "Qwen2.5-72B": llama.preset(80, 64, 8, 8192, 29568, **_QWEN_2_5),
@@ -36,9 +38,8 @@ PRESETS = {
 
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
-    layers, first = hf["num_hidden_layers"], hf.get("max_window_layers", 28)
-    if not hf.get("use_sliding_window"):
-        first = layers
+    layers = hf["num_hidden_layers"]
+    first = hf.get("max_window_layers", 28) if hf.get("use_sliding_window") else layers
     kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
     own = {"qk_norm": "head", "head_size": hf.get("head_dim") or 128}
     if hf["model_type"] == "qwen2":
@@ -50,6 +51,12 @@ def weights(config: Config) -> Table:
     attention = "model.layers.{}.self_attn."
     norms = {"h.{}.attn.qk_norm.q": attention + "q_norm", "h.{}.attn.qk_norm.k": attention + "k_norm"}
     return {**llama.weights(config), **norms}
+
+
+def gguf(config: Config) -> Layout:
+    if config.qkv_bias:
+        return Layout("qwen2")
+    return Layout("qwen3", unread="" if config.head_size == 128 else "takes the size of heads to be 128")
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

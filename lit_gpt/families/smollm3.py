@@ -2,7 +2,10 @@
 
 from typing import Any
 
+from lit_gpt.config import Config
+from lit_gpt.errors import UserError
 from lit_gpt.families import llama, rope, windows
+from lit_gpt.gguf_layout import Layout
 
 MODEL_TYPES = ("smollm3",)
 DERIVED = llama.DERIVED
@@ -28,6 +31,12 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 weights = llama.weights
+
+
+def gguf(config: Config) -> Layout:
+    if config.unrotated_layers != [layer for layer in range(config.n_layer) if (layer + 1) % 4 == 0]:
+        raise UserError("--format gguf: llama.cpp's smollm3 rotates all layers but every fourth")
+    return Layout("smollm3", interleaved=True, unread="does not know the architecture")
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

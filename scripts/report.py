@@ -1,0 +1,25 @@
+"""Put finetuning runs side by side in one HTML page: curves, results, and the hyperparameters in which they differ.
+
+    python scripts/report.py out/lora/a out/lora/b --report_path out/report.html
+
+The page needs no network and no script, reads well on a phone, and can be printed. Runs under way, and runs that ended
+early, are shown as such.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+from lit_gpt.cli import run
+
+out_dirs: list[Path] = []  # what finetune/* wrote, one folder or several
+report_path: Path = Path("out/report.html")  # page to write; an older report there is replaced
+
+
+def main(hp: SimpleNamespace) -> None:
+    from lit_gpt.report import report
+
+    report(hp)
+
+
+if __name__ == "__main__":
+    run(main)
