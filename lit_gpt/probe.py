@@ -8,8 +8,9 @@ import torch
 
 from lit_gpt import data
 from lit_gpt.errors import UserError
-from lit_gpt.prepare import check_messages, read_rows
+from lit_gpt.prepare import read_messages
 from lit_gpt.prompts import PromptStyle
+from lit_gpt.rows import Source
 from lit_gpt.tokenizer import Tokenizer
 
 WINDOW = 1024  # tokens: the longest piece of a text, and about what is computed at once
@@ -26,26 +27,35 @@ class Probe(Sequence[data.Sample]):
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, style: PromptStyle, limit: int) -> None:
-        split, window = data.Split(), min(WINDOW, limit)
-        for where, row in read_rows(path):
+        window, kept, cut, dropped = min(WINDOW, limit), [], 0, 0
+        for where, row, problem in Source(str(path)).rows():
+            if problem:
+                raise UserError(f"--probe_path {where}: {problem}")
             if isinstance(row.get("text"), str):
                 ids = tokenizer.encode(row["text"]).to(torch.int32)
                 pieces = [ids[i : i + window] for i in range(0, len(ids) - 1, window - 1)]
-                split.tokens += pieces
-                split.supervised += [torch.ones(len(piece), dtype=torch.uint8) for piece in pieces]
+                kept += [data.Sample(piece, torch.ones(len(piece), dtype=torch.uint8)) for piece in pieces]
             elif "messages" in row:
-                messages = check_messages(where, row["messages"])
-                data.add_sample(split, messages, tokenizer, style, limit, mask_inputs=True, allow_unsupervised=True)
+                try:
+                    encoded = style.encode_sample(read_messages(row["messages"]), tokenizer)
+                except ValueError as error:
+                    raise UserError(f"--probe_path {where}: {error}") from None
+                cut += len(encoded.ids) > limit
+                if not any(encoded.learnt[1:limit]):
+                    dropped += 1
+                    continue
+                ids, learnt = torch.tensor(encoded.ids[:limit]), torch.tensor(encoded.learnt[:limit])
+                kept.append(data.Sample(ids.to(torch.int32), learnt.to(torch.uint8)))
             else:
                 raise UserError(f"--probe_path {where}: expected the field 'text', with text, or 'messages'")
-        self.samples = [data.Sample(*pair) for pair in zip(split.tokens, split.supervised, strict=True)]
-        self.lengths = [len(ids) for ids in split.tokens]
+        self.samples = kept
+        self.lengths = [len(sample.tokens) for sample in kept]
         self.supervised_tokens = data.supervised_count(self.samples)
         if not self.supervised_tokens:
             raise UserError(f"--probe_path {path}: has no token to predict; expected texts, or messages with answers")
-        self.tokens = torch.cat(split.tokens)
-        self.lost = split.audit.truncated, sum(split.audit.dropped.values())
-        contents = (torch.cat(split.supervised), self.tokens, torch.tensor(self.lengths))
+        self.tokens = torch.cat([sample.tokens for sample in kept])
+        self.lost = cut, dropped
+        contents = (torch.cat([sample.supervised for sample in kept]), self.tokens, torch.tensor(self.lengths))
         self.fingerprint = hashlib.sha256(b"".join(t.numpy().tobytes() for t in contents)).hexdigest()[:16]
 
     def __len__(self) -> int:
