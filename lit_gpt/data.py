@@ -118,7 +118,9 @@ class SplitWriter:
         layout = {name: torch.empty(sizes[name], dtype=dtype, device="meta") for name, dtype in self.PARTS.items()}
         contents = {name: blocks(path) for name, path in self.paths.items()}
         if seed is not None and self.tokens:
-            contents = self.shuffled(torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed)).tolist())
+            contents = self.shuffled(
+                torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed % 2**63)).tolist()
+            )
         save_safetensors_streamed(self.path, layout, contents)
         for path in self.paths.values():
             path.unlink()

@@ -152,6 +152,8 @@ def prepare(hp: SimpleNamespace, rows: str, validation_rows: str | None = None) 
     block_size = Config.from_hf(read_json(hp.checkpoint_dir / "config.json")).block_size
     limit = min(hp.max_seq_length or block_size, block_size)
     sources, apart = parse_sources(rows), parse_sources(validation_rows) if validation_rows else []
+    if any(source.weight != 1 for source in apart):
+        raise UserError("--validation_path: rows to validate on are taken once; leave the weight out")
     counts = survey([*sources, *apart], hp)
     times = draw(sources, counts[: len(sources)], None if apart else hp.validation_fraction, hp.seed)
     times = torch.cat((times, torch.full((sum(counts) - len(times),), VALIDATION, dtype=torch.int8)))
@@ -212,7 +214,7 @@ def draw(sources: list[Source], counts: list[int], fraction: float | None, seed:
     Raises:
         UserError: no row is left to train on.
     """
-    generator, times = torch.Generator().manual_seed(seed), []
+    generator, times = torch.Generator().manual_seed(seed % 2**63), []
     for source, n in zip(sources, counts, strict=True):
         whole = int(source.weight)
         once_more = torch.randperm(n, generator=generator)[: round((source.weight - whole) * n)]
@@ -321,10 +323,14 @@ def conversations(sources: list[Source], hp: SimpleNamespace) -> Iterator[Conver
 def refuse_unusable(splits: dict[str, data.SplitWriter], hp: SimpleNamespace) -> None:
     unsupervised = sum(split.audit.unsupervised for split in splits.values())
     if unsupervised and not hp.allow_unsupervised:
+        rewritten = sum(split.audit.rewritten for split in splits.values())
+        hint = (
+            f" (of {rewritten} answers the template leaves something out, and they are not learnt)" if rewritten else ""
+        )
         first = next(split.audit.first_unsupervised for split in splits.values() if split.audit.unsupervised)
         raise UserError(
             f"{unsupervised} rows have no supervised token within --max_seq_length, the first is {first}: raise it, or "
-            "drop these rows with --allow_unsupervised true; nothing was written"
+            f"drop these rows with --allow_unsupervised true{hint}; nothing was written"
         )
     for name, split in splits.items():
         if not split.rows:

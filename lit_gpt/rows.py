@@ -156,6 +156,8 @@ class Window:
                 if self.ended or len(self.text) - self.at > MAX_ROW:
                     raise self.failure(error.msg, error.pos) from None
                 self.more()
+            except RecursionError:
+                raise self.failure("nested too deeply", self.at) from None
 
     def failure(self, message: str, place: int) -> UserError:
         line = self.line + self.text.count("\n", 0, place)

@@ -175,6 +175,21 @@ def test_conversations_as_people_have_them(cli, llama, flags, tmp_path):
     cli(SCRIPT, **flags | {"destination_path": tmp_path / "e"}, json_path=path).refused("line 1", "tools")
 
 
+def test_answers_that_the_template_cuts_are_named(cli, flags, tmp_path):
+    """A template that removes reasoning: nothing is learnt of such answers, and the refusal says why."""
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{{ eos_token }}{% endfor %}"
+    )
+    reasoned = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>why</think>a"}]
+    whole = [reasoned[0], {"role": "assistant", "content": "a"}]
+    path = write_rows(tmp_path / "r.jsonl", [{"messages": reasoned}, {"messages": whole}])
+    good = write_rows(tmp_path / "v.jsonl", [{"messages": whole}])
+    flags |= {"prompt_style": tmp_path / "t.jinja", "json_path": path, "validation_path": good}
+    cli(SCRIPT, **flags).refused("1 rows have no supervised token", "line 1", "of 1 answers the template leaves")
+    assert cli(SCRIPT, **flags, allow_unsupervised=True).code == 0
+    assert audit(tmp_path / "d")["answers_not_shown_in_full"] == 1 and audit(tmp_path / "d")["rows_kept"] == 1
+
+
 def test_what_is_missing_is_said(cli, flags, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     cli(SCRIPT, **flags, json_path="owner/name").refused("pip install 'lit-gpt[datasets]'")

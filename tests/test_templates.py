@@ -1,6 +1,7 @@
 """Chat templates against transformers: the same tokens, the assistant's turns supervised, and no code of theirs run."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -234,3 +235,19 @@ def test_styles_go_along_to_transformers(tokens, tmp_path, name, bos):
     for messages in (talk("a", "b", "c"), talk("a", system="Be brief.")):
         expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert style.encode_prompt(messages, ours) == expected and (expected[0] == ours.bos_id) == bos
+
+
+def test_export_carries_the_style_that_was_trained(cli, llama, tmp_path):
+    """transformers' tokenizer of the exported folder makes our tokens, and its generation ends where ours does."""
+    folder, out = tmp_path / "tuned", tmp_path / "hf"
+    shutil.copytree(llama, folder)
+    ours = Tokenizer(folder)
+    style = PromptStyle.from_name("chatml", ours)
+    style.save(folder)
+    assert cli("scripts/convert_lit_checkpoint.py", checkpoint_dir=folder, out_dir=out).code == 0
+    messages = talk("the cat?", "the dog", "and?", system="Be brief.")
+    theirs = AutoTokenizer.from_pretrained(out)
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert PromptStyle.from_checkpoint(folder, ours).encode_prompt(messages, ours) == expected
+    ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert set(style.stop_ids) <= set(ends if isinstance(ends, list) else [ends])
