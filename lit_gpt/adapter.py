@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lit_gpt.attention import weigh
 from lit_gpt.errors import UsageError
-from lit_gpt.model import GPT, CausalSelfAttention, weigh
+from lit_gpt.model import GPT, CausalSelfAttention
 from lit_gpt.variants import train_only_what_is_attached
 
 METHOD = "adapter"

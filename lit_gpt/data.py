@@ -23,9 +23,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lit_gpt.attention import Segments
 from lit_gpt.checkpoint import save_safetensors_streamed
 from lit_gpt.errors import UserError
-from lit_gpt.model import Segments, Targets
+from lit_gpt.model import Targets
 from lit_gpt.prompts import PromptStyle
 from lit_gpt.tokenizer import Tokenizer
 

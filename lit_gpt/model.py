@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lit_gpt import fused
 from lit_gpt.alibi import with_alibi
+from lit_gpt.attention import Segments, attend, attend_at, attend_packed
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
 from lit_gpt.fused import Scores
@@ -40,22 +41,6 @@ Rotation = tuple[Tensor, Tensor]  # cosine and sine, see RotaryEmbedding
 
 
 @dataclass(frozen=True)
-class Segments:
-    """Where the samples that are packed into one row begin and end. Attention never crosses a boundary."""
-
-    lengths: tuple[int, ...]
-    offsets: Tensor  # int32 (n + 1,), from 0 to the row's length
-    positions: Tensor  # int64 (T,), restarting with each sample
-
-    @classmethod
-    def of(cls, lengths: list[int], device: torch.device | str = "cpu") -> "Segments":
-        counts = torch.tensor([0, *lengths])
-        positions = torch.cat([torch.arange(n) for n in lengths])
-        offsets = counts.cumsum(0).to(torch.int32)
-        return cls(tuple(lengths), offsets.to(device, non_blocking=True), positions.to(device, non_blocking=True))
-
-
-@dataclass(frozen=True)
 class Targets:
     """Which positions of a row are supervised, and with which token."""
 
@@ -72,7 +57,7 @@ class LayerCache:
         self.length = 0
         self.long = False  # whether the keys are rotated as those of a long sequence; see GPT.outdated
 
-    positions: Tensor | None = None
+    positions: Tensor | None = None  # of new tokens: after those seen; see OneMore
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of new tokens, return those of all."""
@@ -314,94 +299,6 @@ class CausalSelfAttention(nn.Module):
         if rotation is not None:
             qkv = fused.rotate(qkv, *rotation, self.n_head + self.n_query_groups, self.head_size)
         return tuple(y.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for y in qkv.split(self.sizes, dim=-1))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
-    """Causal attention of queries that are the last T of S positions.
-
-    Args:
-        q: (B, n_head, T, head_size). k, v: (B, n_query_groups, S, head_size).
-    """
-    T, S, window = q.size(2), k.size(2), scores.window
-    if T == S and by_products(q, scores):
-        return fused.attention(q, k, v, scores, (T,))
-    if T == 1:
-        first = 0 if window is None else max(0, S - window)
-        return weigh(q, k[:, :, first:], v[:, :, first:], scores)
-    if T == S and (window is None or S <= window):
-        gqa = q.size(1) != k.size(1)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=gqa)
-    behind = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)
-    return weigh(q, k, v, scores, behind >= 0 if window is None else (behind >= 0) & (behind < window))
-
-
-def weigh(q: Tensor, k: Tensor, v: Tensor, scores: Scores, seen: Tensor | None = None) -> Tensor:
-    """Attention of queries (B, n_head, T, head_size) to the keys that they see: bool (T, S); None: to all."""
-    if scores.softcap is None:
-        gqa = q.size(1) != k.size(1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scores.scale, enable_gqa=gqa)
-    grouped = q.unflatten(1, (k.size(1), -1))  # (B, n_query_groups, heads of a group, T, head_size)
-    found = (grouped.flatten(2, 3) @ k.mT).float() * scores.scale
-    found = (scores.softcap * torch.tanh(found / scores.softcap)).unflatten(2, grouped.shape[2:4])
-    found = found if seen is None else found.masked_fill(~seen, -torch.inf)
-    return (found.softmax(-1).to(v.dtype).flatten(2, 3) @ v).view_as(q)
-
-
-def attend_at(q: Tensor, k: Tensor, v: Tensor, scores: Scores, positions: Tensor) -> Tensor:
-    """Attention of one query of each row to the places up to its position; written for torch.compile to make one loop.
-
-    Args:
-        q: (B, n_head, 1, head_size). k, v: (B, n_query_groups, S, head_size).
-        positions: int64 (B,).
-    """
-    behind = positions[:, None] - torch.arange(k.size(2), device=k.device)  # (B, S)
-    seen = behind >= 0 if scores.window is None else (behind >= 0) & (behind < scores.window)
-    grouped = q.unflatten(1, (k.size(1), -1)).float()  # (B, n_query_groups, heads of a group, 1, head_size)
-    found = (grouped * k.unsqueeze(2).float()).sum(-1) * scores.scale  # (B, n_query_groups, heads of a group, S)
-    if scores.softcap is not None:
-        found = scores.softcap * torch.tanh(found / scores.softcap)
-    weights = found.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
-    return (weights.unsqueeze(-1) * v.unsqueeze(2).float()).sum(-2).to(q.dtype).view_as(q)
-
-
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, scores: Scores, segments: Segments) -> Tensor:
-    """Causal attention within each sample of a packed row; shapes as in `attend`, with B = 1 and S = T."""
-    if scores.softcap is None and flash_takes(q):
-        return attend_varlen(q, k, v, scores, segments)
-    if by_products(q, scores):
-        return fused.attention(q, k, v, scores, segments.lengths)
-    parts = zip(*(x.split(segments.lengths, dim=2) for x in (q, k, v)), strict=True)
-    return torch.cat([attend(*part, scores) for part in parts], dim=2)
-
-
-def by_products(q: Tensor, scores: Scores) -> bool:
-    """Whether to attend by products of whole matrices: where torch's own kernel is slow, or knows no soft cap."""
-    return trains_on_cpu(q) or scores.softcap is not None
-
-
-def trains_on_cpu(q: Tensor) -> bool:
-    """Whether a backward pass will follow where torch's own attention has a slow one."""
-    return q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled()
-
-
-def flash_takes(q: Tensor) -> bool:
-    """Whether flash attention computes in this dtype, head size and on this device."""
-    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.size(-1) % 8 or q.size(-1) > 256:
-        return False
-    return torch.cuda.get_device_capability(q.device) >= (8, 0)
-
-
-def attend_varlen(q: Tensor, k: Tensor, v: Tensor, scores: Scores, segments: Segments) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    heads = q.size(1)
-    # every release that has varlen_attn takes equal head counts; grouped ones came later
-    k, v = (x.repeat_interleave(heads // x.size(1), dim=1) for x in (k, v))
-    rows = (x.squeeze(0).transpose(0, 1).contiguous() for x in (q, k, v))  # (T, n_head, head_size)
-    longest, span = max(segments.lengths), (-1 if scores.window is None else scores.window - 1, 0)
-    options = {"scale": scores.scale, "window_size": span}
-    y = varlen_attn(*rows, segments.offsets, segments.offsets, longest, longest, **options)
-    return y.transpose(0, 1).unsqueeze(0)
 
 
 def activation(config: Config) -> Callable[[Tensor], Tensor]:

@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from lit_gpt import adapter, lora, parity, quantize
+from lit_gpt.attention import Segments
 from lit_gpt.config import Config
 from lit_gpt.memory import recompute_blocks
-from lit_gpt.model import GPT, Segments, Targets
+from lit_gpt.model import GPT, Targets
 from lit_gpt.optimizers import EIGHT_BIT, OPTIMIZERS, allocate, optimizer_of
 from lit_gpt.variants import Method
 
@@ -256,7 +257,7 @@ def kernels_of(cuda: bool) -> Iterator[None]:
     if not cuda:
         yield
         return
-    flash = mock.patch("lit_gpt.model.flash_takes", lambda q: q.size(-1) <= 256)
+    flash = mock.patch("lit_gpt.attention.flash_takes", lambda q: q.size(-1) <= 256)
     with flash, mock.patch("lit_gpt.quantize.CPU_PIECE", quantize.PIECE):
         yield
 

@@ -294,11 +294,14 @@ class QuantizedEmbedding(Quantized):
 def product(x: Tensor, layer: QuantizedLinear) -> Tensor:
     """x W^T + bias of x (..., in_features), in x's dtype.
 
-    Many rows, as in training and of a prompt, are worth a dequantization. Few rows, as in decoding, are bound by
-    reading the weight: a kernel that reads its codes belongs here.
+    Many rows, as in training and of a prompt, are worth a dequantization. A single one, as in decoding, is bound by
+    reading the weight, which the compiled step of lit_gpt.decoding does in int8 without turning it back before.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         return _Product.apply(x, layer)
+    if torch.compiler.is_compiling() and layer.format == "int8":  # which makes one loop of it, over the codes
+        y = F.linear(x, layer.weight.to(x.dtype)) * layer.scale.to(x.dtype)
+        return y if layer.bias is None else y + layer.bias
     return F.linear(x, layer.dequantize(x.dtype), layer.bias)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 
-from lit_gpt import GPT, Config, data, fused, lora, model
+from lit_gpt import GPT, Config, attention, data, fused, lora, model
 from lit_gpt.loss import summed_cross_entropy
 from lit_gpt.memory import recompute_blocks
 
@@ -209,7 +209,7 @@ def test_attention_gradcheck(monkeypatch):
 def test_training_attends_as_evaluation(tiny: Tiny):
     """The model's own choice between the two, on rows of one and of several samples."""
     gpt, idx = GPT.from_checkpoint(tiny.folder).requires_grad_(True), torch.randint(96, (1, 40))
-    for segments in (None, model.Segments.of([13, 27])):
+    for segments in (None, attention.Segments.of([13, 27])):
         with torch.no_grad():
             expected = gpt(idx, segments=segments)
         assert off(gpt(idx, segments=segments).detach(), expected) < 1e-6
@@ -364,7 +364,7 @@ def test_a_step_without_contents(kind):
             torch.empty(x.shape, dtype=x.dtype)
             for x in (row.idx, row.targets.positions, row.targets.labels, row.segments.offsets, row.segments.positions)
         )
-        segments = model.Segments(row.segments.lengths, offsets, positions)
+        segments = attention.Segments(row.segments.lengths, offsets, positions)
         gpt.train()(idx, segments=segments, targets=model.Targets(at, labels)).backward()
     assert all(p.grad.shape == p.shape for p in gpt.parameters() if p.requires_grad)
 

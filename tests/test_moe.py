@@ -15,7 +15,8 @@ from test_train import data_dir, flags  # noqa: F401 (fixtures)
 from torch.autograd import gradcheck
 
 from lit_gpt import GPT, Config, adapter_v2, hf_files, lora, moe
-from lit_gpt.model import MoE, Segments, Targets
+from lit_gpt.attention import Segments
+from lit_gpt.model import MoE, Targets
 from lit_gpt.plan import Live, simulate
 
 CONFIG = Config(

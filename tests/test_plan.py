@@ -11,8 +11,9 @@ from conftest import ROOT
 
 from lit_gpt import GPT, Config
 from lit_gpt import cli as command_line
+from lit_gpt.attention import Segments
 from lit_gpt.memory import recompute_blocks
-from lit_gpt.model import Segments, Targets
+from lit_gpt.model import Targets
 from lit_gpt.plan import Live, plan, simulate
 from lit_gpt.variants import Method
 

@@ -6,9 +6,10 @@ from conftest import Tiny, tiny_hf_model
 from test_families import TOLERANCE, off, tokens
 
 from lit_gpt import GPT, Config, hf_files
+from lit_gpt.attention import Segments
 from lit_gpt.errors import UserError
 from lit_gpt.generation import generate
-from lit_gpt.model import Segments, forget
+from lit_gpt.model import forget
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,14 @@ class Contestant:
         UserError: it ended before it was asked to; its last words are given.
     """
 
-    def __init__(self, name: str, job: dict[str, Any], folder: Path, python: Path | str = sys.executable) -> None:
+    def __init__(
+        self,
+        name: str,
+        job: dict[str, Any],
+        folder: Path,
+        python: Path | str = sys.executable,
+        script: str | None = None,
+    ) -> None:
         self.name, self.log = name, folder / f"{name}.log"
         path = folder / f"{name}.json"
         path.write_text(json.dumps(job | {"contestant": name}), encoding="utf-8")
@@ -38,7 +45,7 @@ class Contestant:
             env["PYTHONPATH"] = str(ROOT)
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
-                [str(python), str(HERE / SCRIPTS[name]), str(path)],
+                [str(python), str(HERE / (script or SCRIPTS[name])), str(path)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=env, cwd=ROOT,
             )  # fmt: skip
         self.answers: list[dict[str, Any]] = []

@@ -1,0 +1,128 @@
+"""A contestant of benchmarks/generate_speed.py: holds its model and answers the prompt, greedily, when it is asked to.
+
+Which library and which variant is the job's "contestant". Needs torch and that library alone.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from protocol import DTYPES, Worker, forget_peak, held_bytes, peak_bytes
+
+worker = Worker()
+
+import torch  # noqa: E402
+
+JOB = worker.job
+NAME, PROMPT, NEW = JOB["contestant"], JOB["prompt"], JOB["new_tokens"]
+DTYPE = DTYPES[JOB["precision"]]
+Answer = Callable[[], Iterator[int]]
+
+
+def ours() -> Answer:
+    from lit_gpt import GPT, adapter_v2, lora
+    from lit_gpt.decoding import CompiledStep
+    from lit_gpt.generation import generate
+
+    options = set(NAME.split("_")[1:])
+    torch.manual_seed(0)
+    quantize = "int8" if "int8" in options else None
+    model = GPT.from_checkpoint(Path(JOB["checkpoint_dir"]), DTYPE, worker.device, quantize)
+    if "lora" in options:
+        lora.attach(model, lora.LoRAConfig(key=True, projection=True, mlp=True))
+        for layer in lora.lora_layers(model).values():
+            torch.nn.init.normal_(layer.lora_B, std=0.002)
+    if "merged" in options:
+        lora.merge(model)
+    if "v2" in options:
+        adapter_v2.attach(model, adapter_v2.CONFIG())
+    step = CompiledStep(model.eval()) if "compiled" in options else None
+    return lambda: generate(model, PROMPT, NEW, temperature=0, step=step)
+
+
+def transformers() -> Answer:
+    from transformers import AutoModelForCausalLM
+    from transformers.generation.streamers import BaseStreamer
+
+    class Times(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            times.append((time.perf_counter(), value.flatten().tolist()))
+
+        def end(self) -> None:
+            pass
+
+    times: list[tuple[float, list[int]]] = []
+    model = AutoModelForCausalLM.from_pretrained(JOB["checkpoint_dir"], dtype=DTYPE).to(worker.device)
+    model.generation_config.eos_token_id = None
+    idx = torch.tensor([PROMPT], device=worker.device)
+    more = {"cache_implementation": "static"} if NAME.endswith("static") else {}
+
+    def answer() -> Iterator[tuple[float, int]]:
+        times.clear()
+        model.generate(idx, max_new_tokens=NEW, do_sample=False, streamer=Times(), pad_token_id=0, **more)
+        return iter([(at, ids[0]) for at, ids in times[1:]])  # the prompt comes first
+
+    return answer
+
+
+def litgpt() -> Answer:
+    from lightning.fabric import Fabric
+    from litgpt import GPT, Config
+    from litgpt.generate.base import generate_fn
+    from litgpt.utils import load_checkpoint
+
+    folder = Path(JOB["litgpt_dir"])
+    fabric = Fabric(accelerator=worker.device.type, devices=1, precision="bf16-true")
+    with fabric.init_module():
+        model = GPT(Config.from_file(folder / "model_config.yaml"))
+        model.max_seq_length = len(PROMPT) + NEW
+        model.set_kv_cache(batch_size=1)
+    model.eval()
+    load_checkpoint(fabric, model, folder / "lit_model.pth")
+    prompt, whole = torch.tensor(PROMPT, device=worker.device), len(PROMPT) + NEW
+
+    def answer() -> Iterator[int]:
+        for mask in (c for block in model.transformer.h for c in (block.attn.kv_cache,)):
+            mask.reset_parameters()
+        found = generate_fn(
+            model, prompt, whole, temperature=0.0, top_p=0.0, include_prompt=False, include_eos=True, stop_tokens=()
+        )
+        return (int(token) for token in found)
+
+    return answer
+
+
+def memory() -> None:
+    """Not a contestant: how fast this machine reads, by the sum of numbers that no cache holds."""
+    numbers = torch.ones(2**27 if worker.device.type == "cpu" else 2**30, device=worker.device)
+    worker.send(ready=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        float(numbers.sum())
+        worker.send(bytes_per_second=numbers.nbytes / (time.perf_counter() - start))
+
+
+@torch.inference_mode(NAME.startswith("litgpt"))
+def main() -> None:
+    if NAME == "memory":
+        return memory()
+    answer = {"ours": ours, "hf": transformers, "litgpt": litgpt}[NAME.split("_")[0]]()
+    model_bytes = held_bytes(worker.device)
+    worker.send(ready=True, torch=torch.__version__, threads=torch.get_num_threads(), model_bytes=model_bytes)
+    forget_peak(worker.device)
+    for line in sys.stdin:
+        json.loads(line)
+        start = time.perf_counter()
+        found = [token if isinstance(token, tuple) else (time.perf_counter(), token) for token in answer()]
+        (first, _), (last, _) = found[0], found[-1]
+        worker.send(
+            first_seconds=first - start,
+            tokens_per_second=(len(found) - 1) / (last - first),
+            ids=[token for _, token in found],
+            peak_bytes=peak_bytes(worker.device),
+        )
+
+
+main()
