@@ -50,7 +50,7 @@ th, td { padding: 6px 10px; text-align: left; vertical-align: top; border-bottom
 tr:last-child > * { border-bottom: 0; }
 th[scope=row] { font-weight: 400; color: var(--dim); position: sticky; left: 0; background: var(--page);
   min-width: 100px; max-width: 190px; }
-td { min-width: 112px; overflow-wrap: anywhere; } thead th { background: var(--box); } .best { font-weight: 700; }
+td { min-width: 112px; overflow-wrap: break-word; } thead th { background: var(--box); } .best { font-weight: 700; }
 @media (max-width: 700px) { svg text { font-size: 14px; } .legend, table { font-size: 14px; }
   td { min-width: 98px; } th, td { padding: 5px 8px; } th[scope=row] { max-width: 110px; } }
 details { margin-top: 12px; } summary { cursor: pointer; }

@@ -40,7 +40,7 @@ EXTRA = {
     "finetune/": "--warmup_steps 0",
     "generate/": "--max_new_tokens 4",
     "chat/": "--max_new_tokens 4",
-    "eval/": f"--include_path {ROOT}/tests/lm_eval_tasks --tasks animals_choice,animals_answer",
+    "eval/lm_eval": f"--include_path {ROOT}/tests/lm_eval_tasks --tasks animals_choice,animals_answer",
 }
 STEPS = {"resume.md": 40}  # enough to be stopped in between; elsewhere 2
 # two processes on one machine, whatever the page has
