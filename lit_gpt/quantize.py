@@ -300,8 +300,8 @@ def product(x: Tensor, layer: QuantizedLinear) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return _Product.apply(x, layer)
     if torch.compiler.is_compiling() and layer.format == "int8":  # which makes one loop of it, over the codes
-        y = F.linear(x, layer.weight.to(x.dtype)) * layer.scale.to(x.dtype)
-        return y if layer.bias is None else y + layer.bias
+        y = F.linear(x.float(), layer.weight.float()) * layer.scale.float()
+        return (y if layer.bias is None else y + layer.bias).to(x.dtype)
     return F.linear(x, layer.dequantize(x.dtype), layer.bias)
 
 
