@@ -1,5 +1,7 @@
 """The compiled step of one token: the same tokens as without."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import tiny_hf_model
@@ -33,6 +35,7 @@ def as_if_trained(model: GPT) -> GPT:
     return model.eval()
 
 
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 @pytest.mark.parametrize(
     "family, layout, attach",
     [("llama", "mistral", with_lora_and_adapter), ("gemma", "gemma2", lambda m: m), ("falcon", "7b", with_adapter_v2)],
