@@ -5,7 +5,7 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +89,14 @@ class Result:
         assert self.code == code and len(errors) == 1 and "Traceback" not in self.err, (self.code, self.err)
         assert all(word in errors[0] for word in words), errors[0]
         return errors[0]
+
+
+@pytest.fixture(autouse=True)
+def own_ports() -> Iterator[None]:
+    """What Lightning sets in this process when it starts others would hold for all later tests: one port for all."""
+    yield
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
 
 
 @pytest.fixture
