@@ -47,7 +47,7 @@ class CompiledStep:
             x = model.embed(idx, positions, (start + 1,))
             rotations = model.rotations(positions, (start + 1,), x.dtype)
             for block, rotation, layer in zip(model.h, rotations, cache, strict=True):
-                for tensor in (layer.k, layer.v):
+                for tensor in () if self.ready else (layer.k, layer.v):  # so that caches of all sizes share the code
                     torch._dynamo.maybe_mark_dynamic(tensor, 2)
                 x = self.block(block, x, rotation, layer.k, layer.v, positions)
                 layer.length += 1

@@ -142,11 +142,9 @@ def merge(checkpoint_dir: Path, lora_path: Path, out_dir: Path) -> float:
         card.copy_run(lora_path.parent, folder)
         what, packages = f"the merge of {lora_path}", ("transformers",)
         reader = parity.read_back(what, packages, lambda: parity.read_lit(folder), lambda: own_checkpoint(folder))
-        dtype = source.model.dtype
-        rounding = verify.TOLERANCE[dtype], f"that rounding to {str(dtype).removeprefix('torch.')} explains"
         base = Base.of(checkpoint_dir).as_trained(source.record.get("quantize"), lora_path).build()
         without = verify.float32_logits(base, source.golden.idx)
-        found = source.golden.compare(reader, what, *rounding, base=without)
+        found = source.golden.compare(reader, what, *verify.rounding(source.model.dtype), base=without)
         use = f'from lit_gpt import GPT\n\nmodel = GPT.from_checkpoint("{out_dir.name}")'
         source.finish(folder, out_dir, found, use, "lit-gpt", format="merged")
     return found["logits_difference"]

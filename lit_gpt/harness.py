@@ -25,7 +25,7 @@ from lit_gpt.checkpoint import atomic, check_checkpoint_dir
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation import decode, default_device, dtype_of
 from lit_gpt.model import GPT
-from lit_gpt.prompts import Message, PromptStyle, generation_stop_ids
+from lit_gpt.prompts import Message, PromptStyle, as_list, generation_stop_ids
 from lit_gpt.tokenizer import Tokenizer, find_tokenizer, read_json, read_settings
 
 SAMPLING = {"do_sample", "temperature", "top_k", "top_p"}  # what a task may ask of generation, besides where to stop
@@ -272,8 +272,7 @@ def end_tokens(checkpoint_dir: Path) -> list[int]:
     """The ids at which transformers ends an answer."""
     if (checkpoint_dir / "generation_config.json").is_file():
         return generation_stop_ids(checkpoint_dir)
-    ids = read_json(checkpoint_dir / "config.json").get("eos_token_id")
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return as_list(read_json(checkpoint_dir / "config.json").get("eos_token_id"))
 
 
 def load_tasks(names: list[str], include_path: Path | None) -> tuple[TaskManager, list[Any]]:

@@ -24,7 +24,7 @@ from lit_gpt.errors import UserError
 from lit_gpt.gguf_reader import GGUFFile
 from lit_gpt.gguf_tokenizer import Vocabulary
 from lit_gpt.model import GPT
-from lit_gpt.prompts import FILE, Message, PromptStyle
+from lit_gpt.prompts import FILE, Message, PromptStyle, as_list, common_prefix
 from lit_gpt.rope import rope_frequencies
 from lit_gpt.tokenizer import Tokenizer, has_tokenizer
 
@@ -117,8 +117,7 @@ class Transformers:
     def stops(self) -> set[int] | None:
         if not self.says_stops:
             return None
-        ids = self.model.generation_config.eos_token_id
-        return set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+        return set(as_list(self.model.generation_config.eos_token_id))
 
 
 @dataclass
@@ -184,8 +183,8 @@ class Golden:
 def shown(found: list[int] | None, expected: list[int] | None) -> str:
     if found is None or expected is None:
         return "there are none" if found is None else f"{len(found)} where the source has none"
-    at = next((i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), None)
-    if at is None:
+    at = common_prefix(found, expected)
+    if at == min(len(found), len(expected)):
         return f"{len(found)} for {len(expected)}"
     return f"token {at + 1} is {found[at]} for {expected[at]}"
 

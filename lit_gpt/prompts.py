@@ -223,7 +223,11 @@ def present(message: Message) -> Message:
 def generation_stop_ids(checkpoint_dir: Path) -> list[int]:
     """The end tokens that the checkpoint's generation_config.json names."""
     path = Path(checkpoint_dir) / "generation_config.json"
-    ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    return as_list(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")) if path.is_file() else []
+
+
+def as_list(ids: int | list[int] | None) -> list[int]:
+    """Token ids as configurations have them: several, one or none."""
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 

@@ -79,8 +79,12 @@ def require_equal(found: Tensor, expected: Tensor, dtype: torch.dtype, what: str
     Raises:
         UserError: it is not (or not a number).
     """
-    rounding = f"that rounding to {str(dtype).removeprefix('torch.')} explains"
-    return require_within(found, expected, TOLERANCE[dtype], rounding, what)
+    return require_within(found, expected, *rounding(dtype), what)
+
+
+def rounding(dtype: torch.dtype) -> tuple[float, str]:
+    """How far rounding to `dtype` may move logits, by their norm; and what to say of that limit."""
+    return TOLERANCE[dtype], f"that rounding to {str(dtype).removeprefix('torch.')} explains"
 
 
 def require_within(found: Tensor, expected: Tensor, allowed: float, why: str, what: str) -> float:

@@ -103,8 +103,8 @@ def own_ports() -> Iterator[None]:
 def cli(capfd, monkeypatch) -> Callable[..., Result]:
     """Run a script as `python SCRIPT ARGUMENTS` would, in this process: importing torch anew takes seconds."""
 
-    def run(script: str, **flags) -> Result:
-        argv = [str(ROOT / script), *(f"--{k}={v}" for k, v in flags.items())]
+    def run(script: str, *arguments: object, **flags) -> Result:
+        argv = [str(ROOT / script), *map(str, arguments), *(f"--{k}={v}" for k, v in flags.items())]
         monkeypatch.setattr(sys, "argv", argv)
         capfd.readouterr()
         try:

@@ -4,14 +4,11 @@ import csv
 import json
 import os
 import re
-import runpy
-import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 from lit_gpt.charts import smooth, thin, ticks
 from lit_gpt.records import COLUMNS, plot
@@ -73,22 +70,14 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def report(monkeypatch, capfd, tmp_path):
+def report(cli, tmp_path):
     """Run the script in this process; returns exit code, stderr and the page, if there is one."""
 
     def run(*arguments) -> tuple[int, str, Page | None]:
         path = tmp_path / "report.html"
-        argv = [str(ROOT / SCRIPT), *map(str, arguments), "--report_path", str(path)]
-        monkeypatch.setattr(sys, "argv", argv)
-        capfd.readouterr()
-        try:
-            runpy.run_path(argv[0], run_name="__main__")
-            code = 0
-        except SystemExit as exit:
-            code = exit.code or 0
-        err = capfd.readouterr().err
-        assert "Traceback" not in err and err.count("error: ") == bool(code)
-        return code, err, Page(path) if not code else None
+        result = cli(SCRIPT, *arguments, report_path=path)
+        assert "Traceback" not in result.err and result.err.count("error: ") == bool(result.code)
+        return result.code, result.err, Page(path) if not result.code else None
 
     return run
 

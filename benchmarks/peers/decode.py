@@ -84,8 +84,8 @@ def litgpt() -> Answer:
     prompt, whole = torch.tensor(PROMPT, device=worker.device), len(PROMPT) + NEW
 
     def answer() -> Iterator[int]:
-        for mask in (c for block in model.transformer.h for c in (block.attn.kv_cache,)):
-            mask.reset_parameters()
+        for block in model.transformer.h:
+            block.attn.kv_cache.reset_parameters()
         found = generate_fn(
             model, prompt, whole, temperature=0.0, top_p=0.0, include_prompt=False, include_eos=True, stop_tokens=()
         )
