@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from lit_gpt import GPT, adapter_v2, compiling, hf_files, lora
 from lit_gpt.adapter import AdapterConfig
 
-ALL = lora.LoRAConfig(r=4, dropout=0.1, key=True, projection=True, mlp=True)
+ALL = lora.LoRAConfig(r=4, dropout=0.0, key=True, projection=True, mlp=True)
 METHODS = {
     "lora": lambda gpt: lora.attach(gpt, ALL),
     "adapter_v2": lambda gpt: adapter_v2.attach(gpt, AdapterConfig(start_layer=1)),
@@ -35,7 +35,7 @@ def test_compiled_blocks_are_the_plain_ones(layout, method, tmp_path):
     with compiling.kernels(False):
         expected = [step(gpt, random_row(lengths)) for lengths in ROWS]
         compiling.compile_blocks(gpt, backend="aot_eager")
-        step(gpt, random_row(ROWS[0]))  # compiling takes random numbers
+        step(gpt, random_row(ROWS[0]))
         graphs = counters["stats"]["unique_graphs"]
         for lengths, gradients in zip(ROWS, expected, strict=True):
             for found, plain in zip(step(gpt, random_row(lengths)), gradients, strict=True):
