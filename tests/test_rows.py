@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, spawn
 from test_data import ROWS, write_rows
 
-from lit_gpt import Tokenizer, data, rows
+from lit_gpt import Tokenizer, data, prepare, rows
 from lit_gpt.errors import UserError
 from lit_gpt.rows import Source, parse_sources
 
@@ -199,6 +199,26 @@ def test_what_is_missing_is_said(cli, flags, tmp_path, monkeypatch):
     monkeypatch.undo()
     pytest.importorskip("pyarrow")
     cli(SCRIPT, **flags, json_path=tmp_path / "r.parquet").refused("r.parquet", "Parquet")
+
+
+@pytest.mark.parametrize("change", ["longer", "shorter", "damaged", "gone"])
+def test_rows_that_change_while_they_are_prepared(cli, llama, flags, tmp_path, monkeypatch, change):
+    """Between the two times that they are read."""
+    path, survey = tmp_path / "r.jsonl", prepare.survey
+    write_rows(path, ROWS)
+
+    def survey_then_change(sources, hp):
+        counts, lines = survey(sources, hp), path.read_text().splitlines(keepends=True)
+        texts = {"longer": lines + lines[:1], "shorter": lines[:-1], "damaged": [*lines[:-1], lines[-1][:9]]}
+        path.unlink()
+        if change in texts:
+            path.write_text("".join(texts[change]))
+        return counts
+
+    monkeypatch.setattr(prepare, "survey", survey_then_change)
+    words = ["no such file"] if change == "gone" else ["changed while it was prepared", "nothing was written"]
+    cli(SCRIPT, **flags, json_path=path).refused("r.jsonl: ", *words)
+    assert not flags["destination_path"].exists() and not (tmp_path / ".d.tmp").exists()
 
 
 def test_killed_in_the_middle(llama, flags, tmp_path, cli):
