@@ -88,7 +88,8 @@ def licence_of(base: Path, folder: Path) -> str | None:
     for path in base.glob("LICENSE*"):
         shutil.copyfile(path, folder / path.name)
     card = base / "README.md"
-    head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     found = re.search(r"^license: *[\"']?([^\s\"']+)", head[1], re.MULTILINE) if head else None
     return found[1] if found else "other" if any(base.glob("LICENSE*")) else None
 

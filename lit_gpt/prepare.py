@@ -222,6 +222,8 @@ def draw(sources: list[Source], counts: list[int], fraction: float | None, seed:
     if fraction is None:
         return drawn
     taken = drawn.nonzero().squeeze(1)
+    if not len(taken):
+        raise UserError(f"{', '.join(f'{s.name}={s.weight:g}' for s in sources)}: such weights take none of the rows")
     held_out = max(1, round(fraction * len(taken)))
     if held_out >= len(taken):
         raise UserError(f"--validation_fraction {fraction}: leaves none of the {len(taken)} rows to train on")

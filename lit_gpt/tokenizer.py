@@ -301,6 +301,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, overruled by special_tokens_map.json where transformers still reads that."""
     settings = read_json(folder / "tokenizer_config.json")
@@ -357,7 +364,7 @@ def find_chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
     if files:
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        return {name: read_text(path) for name, path in files.items()}
     template = settings.get("chat_template") or {}
     if isinstance(template, list):
         return {entry["name"]: entry["template"] for entry in template}

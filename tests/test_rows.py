@@ -86,6 +86,9 @@ def test_sources_and_weights(tmp_path):
     for wrong in ("a.jsonl=0", "a.jsonl=-1", "a.jsonl=x", "a.jsonl=1000", "a.jsonl=nan"):
         with pytest.raises(UserError, match="WEIGHT"):
             parse_sources(wrong)
+    for nothing in ("", ",", " , "):
+        with pytest.raises(UserError, match="names no rows"):
+            parse_sources(nothing)
 
 
 def test_mixed_by_weight(cli, llama, flags, tmp_path):
@@ -107,6 +110,11 @@ def test_mixed_by_weight(cli, llama, flags, tmp_path):
     assert all(
         (tmp_path / "d" / n).read_bytes() == (tmp_path / "e" / n).read_bytes() for n in os.listdir(tmp_path / "d")
     )
+
+
+def test_weights_that_take_nothing(cli, flags, tmp_path):
+    path = write_rows(tmp_path / "r.jsonl")
+    cli(SCRIPT, **flags, json_path=f"{path}=0.01").refused("r.jsonl=0.01", "take none of the rows")
 
 
 def test_duplicates(cli, llama, flags, tmp_path):
