@@ -209,6 +209,19 @@ def test_what_is_missing_is_said(cli, flags, tmp_path, monkeypatch):
     cli(SCRIPT, **flags, json_path=tmp_path / "r.parquet").refused("r.parquet", "Parquet")
 
 
+def test_folders_that_datasets_has_saved(cli, flags, llama, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="an extra")
+    whole = datasets.Dataset.from_list(ROWS)
+    whole.save_to_disk(tmp_path / "whole")
+    datasets.DatasetDict(train=whole, test=whole.select(range(2))).save_to_disk(tmp_path / "splits")
+    for name, expected in (("whole", ROWS), ("splits", ROWS), ("splits:test", ROWS[:2])):
+        assert [row.fields for row in Source(str(tmp_path / name)).rows()] == expected
+    for name, words in (("splits:dev", "dev"), ("d.txt", "expected a file that ends in")):
+        cli(SCRIPT, **flags, json_path=tmp_path / name).refused(name, words)
+    assert cli(SCRIPT, **flags, json_path=f"{tmp_path / 'splits'},{tmp_path / 'splits:test'}=2").code == 0
+    assert len(texts(flags["destination_path"], llama)) > len(ROWS)
+
+
 @pytest.mark.parametrize("change", ["longer", "shorter", "damaged", "gone"])
 def test_rows_that_change_while_they_are_prepared(cli, llama, flags, tmp_path, monkeypatch, change):
     """Between the two times that they are read."""
