@@ -61,7 +61,9 @@ class Chat:
                 pieces.append(piece)
                 yield piece
         finally:
-            self.cached = (prompt + ids)[: self.cache[0].length]
+            known = min(layer.length for layer in self.cache)  # Ctrl-C may come between layers
+            forget(self.cache, known)
+            self.cached = (prompt + ids)[:known]
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
     def _watch(self, prompt: list[int], ids: list[int]) -> Iterator[int]:

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +15,23 @@ from lit_gpt.checkpoint import DTYPES
 from lit_gpt.decoding import CompiledStep
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.memory import peak_memory_bytes
-from lit_gpt.model import GPT, KVCache, forget
+from lit_gpt.model import GPT, KVCache, OneMore, forget, move, of_row
 from lit_gpt.prompts import PromptStyle, instruction_messages
 from lit_gpt.tokenizer import Tokenizer
+
+PIECE = 512  # tokens of a prompt that are read at once, so that a long one needs no more memory than that
+
+
+@dataclass(eq=False)
+class Row:
+    """A sequence that is being continued."""
+
+    ids: list[int]  # its tokens, of the prompt at first; at least one
+    room: int  # tokens that may still follow; set to 0, it ends
+    generator: torch.Generator | None = None  # of the sampling, on the model's device; None: torch's own
+    cached: int = 0  # beginning of the prompt that its place in the cache holds already
+    lora: int = 0  # see lit_gpt.loras
+    cache: KVCache = field(default_factory=list)  # its place
 
 
 @torch.no_grad()
@@ -48,46 +63,109 @@ def generate(
     Raises:
         UserError: prompt and answer do not fit the model's context.
     """
-    limit = model.config.block_size
-    if len(prompt) + max_new_tokens > limit:
-        raise UserError(
-            f"the prompt's {len(prompt)} tokens and --max_new_tokens {max_new_tokens} exceed the model's context of "
-            f"{limit}; shorten the prompt or ask for fewer tokens"
-        )
+    check_room(model, len(prompt), max_new_tokens)
     stops = set(stop_ids)
     cache = cache or model.kv_cache(1, len(prompt) + max_new_tokens)
-    for (token,) in decode(model, [prompt], max_new_tokens, cache, temperature, top_k, top_p, generator, step=step):
+    row = Row(list(prompt), max_new_tokens, generator, cache[0].length)
+    for _, token in decode(model, [row], cache, temperature, top_k, top_p, step=step):
         if token in stops:
             return
         yield token
 
 
+def check_room(model: GPT, length: int, max_new_tokens: int) -> None:
+    limit = model.config.block_size
+    if length + max_new_tokens > limit:
+        raise UserError(
+            f"the prompt's {length} tokens and --max_new_tokens {max_new_tokens} exceed the model's context of "
+            f"{limit}; shorten the prompt or ask for fewer tokens"
+        )
+
+
 @torch.no_grad()
 def decode(
     model: GPT,
-    prompts: list[list[int]],
-    steps: int,
+    rows: Iterable[Row],
     cache: KVCache,
-    *sampling: Any,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    *,
     step: CompiledStep | None = None,
-) -> Iterator[list[int]]:
-    """The next token of each prompt, `steps` times.
+    choose: Callable[[list[Row]], None] = lambda rows: None,
+) -> Iterator[tuple[Row, int]]:
+    """Each row with its next token, in turns. As many are continued together as the cache has places; when one ends,
+    the next takes its place.
+
+    Prompts are read one by one, so nothing is padded; from then on each row adds a token to its own place in the cache,
+    at its own position. So a row is what it would be alone, wherever the others are.
 
     Args:
-        prompts: token ids, as many in each; `cache` may hold a beginning of them, and has room for the answers.
-        sampling: of `sample`, after the logits.
-        step: gives the logits that follow a single token, for a single prompt.
+        cache: each place has room for every row's prompt and answer.
+        step: gives the logits that follow a single token, if only one row is there.
+        choose: is told which rows the model is about to compute.
     """
-    rows = [list(prompt) for prompt in prompts]
-    for _ in range(steps):
-        if model.outdated(cache, len(rows[0])):
-            forget(cache, 0)
-        idx = torch.tensor([row[cache[0].length :] for row in rows], device=model.wte.weight.device)
-        logits = step(idx, cache) if step and idx.size(1) == 1 else model(idx, cache=cache, last=True)[:, -1]
-        tokens = torch.cat([sample(row, *sampling) for row in logits]).tolist()
-        yield tokens
-        for row, token in zip(rows, tokens, strict=True):
-            row.append(token)
+    waiting, going, n = iter(rows), [], len(cache[0].k)
+    places = [cache] if n == 1 else [of_row(cache, i) for i in range(n)]
+    while True:
+        for place in places[len(going) :]:
+            if (row := next(waiting, None)) is None:
+                break
+            forget(place, row.cached)
+            row.cache = place
+            going.append(row)
+        if not going:
+            return
+        logits = next_logits(model, going, cache, step, choose)
+        drawn = [sample(x, temperature, top_k, top_p, row.generator) for x, row in zip(logits, going, strict=True)]
+        for row, token in zip(going, torch.cat(drawn).tolist(), strict=True):
+            row.ids.append(token)
+            row.room -= 1
+            yield row, token
+        for i in reversed(range(len(going))):
+            if going[i].room <= 0:
+                close_up(going, i)
+
+
+def next_logits(
+    model: GPT,
+    rows: list[Row],
+    cache: KVCache,
+    step: CompiledStep | None,
+    choose: Callable[[list[Row]], None],
+) -> Tensor:
+    """The logits that follow each row, (len(rows), padded_vocab_size)."""
+    device = model.wte.weight.device
+    for row in rows:
+        if model.outdated(row.cache, len(row.ids)):
+            forget(row.cache, 0)
+        # alone, the last piece gives the logits; else all rows add one token together
+        read_to = len(row.ids) - (PIECE if len(rows) == 1 else 1)
+        while (start := row.cache[0].length) < read_to:
+            choose([row])
+            piece = row.ids[start : min(start + PIECE, read_to)]
+            model.hidden(torch.tensor([piece], device=device), cache=row.cache, length=len(row.ids))
+    choose(rows)
+    if len(rows) == 1:
+        place = rows[0].cache
+        idx = torch.tensor([rows[0].ids[place[0].length :]], device=device)
+        return step(idx, place) if step and idx.size(1) == 1 else model(idx, cache=place, last=True)[:, -1]
+    idx = torch.tensor([row.ids[-1:] for row in rows], device=device)
+    lengths = tuple(len(row.ids) for row in rows)
+    positions, span = torch.tensor(lengths, device=device) - 1, (slice(len(rows)), slice(None), slice(max(lengths)))
+    logits = model(idx, cache=[OneMore(x.k[span], x.v[span], positions, lengths) for x in cache], last=True)
+    for row in rows:
+        for layer in row.cache:
+            layer.length += 1
+    return logits[:, -1]
+
+
+def close_up(rows: list[Row], i: int) -> None:
+    """Take out row i, and put the last into its place, so that those that remain are the cache's first."""
+    last = rows.pop()
+    if i < len(rows):
+        move(last.cache, rows[i].cache)
+        last.cache, rows[i] = rows[i].cache, last
 
 
 def sample(
