@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,12 @@ from lit_gpt.decoding import CompiledStep
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.memory import peak_memory_bytes
 from lit_gpt.model import GPT, KVCache, OneMore, forget, move, of_row
-from lit_gpt.prompts import PromptStyle, instruction_messages
+from lit_gpt.prompts import Message, PromptStyle, Tools, instruction_messages
 from lit_gpt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lit_gpt.loras import LoRAs
+    from lit_gpt.prompt_file import PromptFile
 
 PIECE = 512  # tokens of a prompt that are read at once, so that a long one needs no more memory than that
 
@@ -193,14 +197,20 @@ def dtype_of(hp: SimpleNamespace) -> torch.dtype:
     return DTYPES[hp.precision]
 
 
-def read_prompt(hp: SimpleNamespace) -> str:
-    """The prompt from --prompt, or from --prompt_file ("-": standard input)."""
+def read_prompt(hp: SimpleNamespace) -> "str | PromptFile":
+    """The prompt from --prompt, or from --prompt_file ("-": standard input); with --out, the prompts of that file."""
     if bool(hp.prompt) == bool(hp.prompt_file):
         raise UsageError("--prompt: expected a prompt, either by --prompt or by --prompt_file (- is standard input)")
+    if hp.out:
+        from lit_gpt.prompt_file import PromptFile
+
+        return PromptFile.read(hp)
     if hp.prompt:
         text = hp.prompt
     elif str(hp.prompt_file) == "-":
         text = sys.stdin.read()
+    elif hp.prompt_file.suffix == ".jsonl":
+        raise UsageError(f"--prompt_file {hp.prompt_file}: holds a prompt on each line; add --out FILE for the answers")
     else:
         try:
             text = Path(hp.prompt_file).read_text(encoding="utf-8")
@@ -209,6 +219,11 @@ def read_prompt(hp: SimpleNamespace) -> str:
     if not text:
         raise UsageError("--prompt_file: is empty")
     return text
+
+
+def lora_paths(prompt: "str | PromptFile") -> list[Path]:
+    """LoRA files that lines of a prompt file name."""
+    return [] if isinstance(prompt, str) else prompt.lora_paths
 
 
 def sampling_options(hp: SimpleNamespace, model: GPT) -> dict[str, Any]:
@@ -220,21 +235,43 @@ def sampling_options(hp: SimpleNamespace, model: GPT) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def answer(hp: SimpleNamespace, text: str, model: GPT, tokenizer: Tokenizer, style: PromptStyle) -> None:
-    """Print `num_samples` answers to the prompt as they come: the text on stdout, figures on stderr."""
-    prompt = style.encode_prompt(instruction_messages(text, hp.input), tokenizer)
-    if not prompt:
-        raise UsageError("--prompt: holds no tokens")
-    if max(prompt) >= model.config.padded_vocab_size:
-        raise UserError(f"the tokenizer gives the id {max(prompt)}, which the model's embedding does not have")
+def prompt_ids(
+    messages: list[Message], model: GPT, tokenizer: Tokenizer, style: PromptStyle, tools: Tools = None
+) -> list[int]:
+    """Token ids up to the answer, at least one.
+
+    Raises:
+        UserError: there is none, or one that the model does not have; the template refuses the messages.
+    """
+    ids = style.encode_prompt(messages, tokenizer, tools)
+    if not ids:
+        raise UsageError("the prompt holds no tokens")
+    if max(ids) >= model.config.padded_vocab_size:
+        raise UserError(f"the tokenizer gives the id {max(ids)}, which the model's embedding does not have")
+    return ids
+
+
+def answer(
+    hp: SimpleNamespace,
+    prompt: "str | PromptFile",
+    model: GPT,
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    loras: "LoRAs | None" = None,
+) -> None:
+    """Print `num_samples` answers to the prompt as they come: the text on stdout, figures on stderr. Or answer a
+    file."""
+    if not isinstance(prompt, str):
+        return prompt.answer(hp, model, tokenizer, style, loras)
+    ids = prompt_ids(instruction_messages(prompt, hp.input), model, tokenizer, style)
     options = sampling_options(hp, model)
     for _ in range(hp.num_samples):
         clock = Clock()
-        ids = generate(model, prompt, hp.max_new_tokens, stop_ids=style.stop_ids, **options)
-        for piece in tokenizer.decode_stream(clock.watch(ids)):
+        new = generate(model, ids, hp.max_new_tokens, stop_ids=style.stop_ids, **options)
+        for piece in tokenizer.decode_stream(clock.watch(new)):
             print(piece, end="", flush=True)
         print(flush=True)
-        print(f"[prompt {len(prompt)} tokens, {clock.report()}]", file=sys.stderr)
+        print(f"[prompt {len(ids)} tokens, {clock.report()}]", file=sys.stderr)
 
 
 class Clock:
