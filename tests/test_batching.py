@@ -1,12 +1,20 @@
 """Batches: each row is what it would be alone, whatever the others are."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import Tiny, tiny_hf_model
 from test_families import off
+from test_lora import STYLE
 
-from lit_gpt import GPT, generation, hf_files
+from lit_gpt import GPT, generation, hf_files, lora, variants
+from lit_gpt.base import Base
+from lit_gpt.errors import UserError
 from lit_gpt.generation import Row, decode, generate
+from lit_gpt.loras import LoRAs
+from lit_gpt.prompts import PromptStyle
 
 
 def prompts_of(lengths: list[int], vocabulary: int) -> list[list[int]]:
@@ -65,3 +73,73 @@ def test_logits_of_a_prompt_in_pieces(tiny: Tiny):
     for start in range(0, 48, 16):
         model.hidden(torch.tensor([ids[start : start + 16]]), cache=cache, length=61)
     assert off(model(torch.tensor([ids[48:]]), cache=cache, last=True), whole) < 1e-5
+
+
+LORAS = [  # of different ranks, scales and projections
+    lora.LoRAConfig(r=2, alpha=4),
+    lora.LoRAConfig(r=4, alpha=4, query=False, key=True, projection=True),
+    lora.LoRAConfig(r=3, alpha=12, mlp=True, head=True),
+    lora.LoRAConfig(r=5, query=False, value=False, head=True),
+]
+
+
+def lora_files(folder: Path, configs: list[lora.LoRAConfig], quantize: str | None = None) -> list[Path]:
+    """Finetuned files as if trained on a checkpoint."""
+    base, paths = Base.of(folder, quantize), []
+    for i, config in enumerate(configs):
+        torch.manual_seed(i)
+        state = variants.trained_state(lora.attach(base.build(), config))
+        state = {name: 0.3 * torch.randn_like(tensor) for name, tensor in state.items()}
+        paths.append(folder / f"{i}.pth")
+        record = {"hyperparameters": vars(config), "prompt_style": STYLE, "quantize": quantize}
+        variants.save_file(paths[-1], lora.METHOD, base.fingerprint, state, **record)
+    return paths
+
+
+def mixed_equals_single(folder: Path, paths: list[Path]) -> None:
+    """8 prompts under 4 LoRAs and without one in a batch, against each file's own model."""
+    loras = LoRAs.beside(Base.of(folder), paths, PromptStyle.from_dict(STYLE))
+    prompts = prompts_of([3, 9, 1, 14, 20, 5, 12, 2], loras.model.config.vocab_size)
+    numbers = [1, 2, 3, 4, 4, 0, 2, 1]
+    rows = [Row(list(prompt), 10, lora=number) for prompt, number in zip(prompts, numbers, strict=True)]
+    cache = loras.model.kv_cache(5, 30)
+    for _ in decode(loras.model, rows, cache, 0, None, 1.0, choose=lambda some: loras.choose([r.lora for r in some])):
+        pass
+    singles = [loras.base.build(), *(variants.load_model(folder, path, lora.METHOD)[0] for path in paths)]
+    expected = [list(generate(singles[n], p, 10, temperature=0)) for n, p in zip(numbers, prompts, strict=True)]
+    assert [row.ids[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)] == expected
+    for number in (0, 3, 1):  # switched
+        loras.choose([number])
+        found, theirs = (list(generate(m, prompts[0], 10, temperature=0)) for m in (loras.model, singles[number]))
+        assert found == theirs
+    assert len({tuple(generate(model, prompts[0], 10, temperature=0)) for model in singles}) > 2  # they do something
+
+
+def test_a_lora_for_each_row(tiny: Tiny):
+    mixed_equals_single(tiny.folder, lora_files(tiny.folder, LORAS))
+
+
+def test_a_lora_for_each_row_of_a_quantized_base(llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "base")
+    mixed_equals_single(folder, lora_files(folder, LORAS, "nf4"))
+
+
+def test_a_lora_that_does_not_fit(llama, tmp_path):
+    folder, style = shutil.copytree(llama, tmp_path / "base"), PromptStyle.from_dict(STYLE)
+    nf4, plain = lora_files(folder, LORAS[:1], "nf4")[0].rename(tmp_path / "nf4.pth"), lora_files(folder, LORAS[:1])[0]
+    loras = LoRAs.beside(Base.of(folder), [plain], style)
+    assert loras.load(plain) == loras.load(folder / ".." / folder.name / plain.name) == 1
+    with pytest.raises(UserError, match="nf4.pth: trained on a base in nf4; start with --quantize nf4"):
+        loras.load(nf4)
+    record = torch.load(plain)
+    for name, change, message in (
+        ("other.pth", {"base": "0123"}, "other.pth: trained on another base .fingerprint 0123."),
+        ("adapter.pth", {"method": "adapter"}, "adapter.pth: trained by the method adapter, expected lora"),
+        ("rank.pth", {"hyperparameters": record["hyperparameters"] | {"r": 3}}, "rank.pth: does not fit the model"),
+    ):
+        torch.save(record | change, tmp_path / name)
+        with pytest.raises(UserError, match=message):
+            loras.load(tmp_path / name)
+    assert len(loras.styles) == 2  # nothing of them has stayed
+    with pytest.raises(UserError, match="another base"):
+        LoRAs.beside(Base.of(folder), [plain, tmp_path / "other.pth"], style)
