@@ -55,6 +55,7 @@ class PromptFile:
     path: Path
     out: Path
     settings: str  # of the run that answers them, in a few letters
+    rows: int = 0  # lines that hold something
     prompts: list[Prompt] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     answers: dict[int, dict[str, Any]] = field(default_factory=dict)  # by row
@@ -78,14 +79,15 @@ class PromptFile:
         values = {name: str(value) for name, value in vars(hp).items() if name not in INDIFFERENT}
         settings = blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=4).hexdigest()
         file = cls(hp.prompt_file, hp.out, settings)
-        for number, (where, fields, problem) in enumerate(Source(str(file.path)).rows(), 1):
+        for where, fields, problem in Source(str(file.path)).rows():
+            file.rows += 1
             try:
                 if problem:
                     raise ValueError(problem)
-                file.prompts.append(Prompt(number, where, fields, *read_prompt(fields)))
+                file.prompts.append(Prompt(file.rows, where, fields, *read_prompt(fields)))
             except (TypeError, ValueError) as error:
                 file.report(f"{where}: {error}")
-        if not file.prompts and not file.problems:
+        if not file.rows:
             raise UserError(f"--prompt_file {file.path}: holds no prompts")
         file.read_answers()
         return file
@@ -126,15 +128,12 @@ class PromptFile:
         if unfinished:
             with open(self.out, "rb+") as file:
                 file.truncate(len(contents) - len(unfinished))
+            print(f"[the last line of {self.out} was cut short, and is done again]", file=sys.stderr)
         if self.answers:
             print(f"[{len(self.answers)} of {self.rows} rows are answered already in {self.out}]", file=sys.stderr)
 
     def refusal(self, line: int, problem: str) -> UserError:
         return UserError(f"--out {self.out}: line {line} {problem}; choose another file or remove it")
-
-    @property
-    def rows(self) -> int:
-        return len(self.prompts) + len(self.problems)
 
     def answer(
         self, hp: SimpleNamespace, model: GPT, tokenizer: Tokenizer, style: PromptStyle, loras: LoRAs | None = None

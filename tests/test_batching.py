@@ -83,7 +83,9 @@ LORAS = [  # of different ranks, scales and projections
 ]
 
 
-def lora_files(folder: Path, configs: list[lora.LoRAConfig], quantize: str | None = None) -> list[Path]:
+def lora_files(
+    folder: Path, configs: list[lora.LoRAConfig], quantize: str | None = None, style: dict = STYLE
+) -> list[Path]:
     """Finetuned files as if trained on a checkpoint."""
     base, paths = Base.of(folder, quantize), []
     for i, config in enumerate(configs):
@@ -91,7 +93,7 @@ def lora_files(folder: Path, configs: list[lora.LoRAConfig], quantize: str | Non
         state = variants.trained_state(lora.attach(base.build(), config))
         state = {name: 0.3 * torch.randn_like(tensor) for name, tensor in state.items()}
         paths.append(folder / f"{i}.pth")
-        record = {"hyperparameters": vars(config), "prompt_style": STYLE, "quantize": quantize}
+        record = {"hyperparameters": vars(config), "prompt_style": style, "quantize": quantize}
         variants.save_file(paths[-1], lora.METHOD, base.fingerprint, state, **record)
     return paths
 
