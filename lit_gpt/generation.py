@@ -116,7 +116,7 @@ def decode(
             if (row := next(waiting, None)) is None:
                 break
             forget(place, row.cached)
-            row.cache = place
+            row.cache = list(place)  # a list of its own tells a step that another row begins
             going.append(row)
         if not going:
             return
