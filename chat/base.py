@@ -8,6 +8,7 @@ Keeps the conversation as long as the context holds it. Ctrl-C stops an answer, 
 another LoRA of the same base, `/lora` with the base alone.
 """
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -33,7 +34,7 @@ def main(hp: SimpleNamespace) -> None:
     from lit_gpt import lora, variants
     from lit_gpt.base import Base
     from lit_gpt.chat import Chat, converse
-    from lit_gpt.generation import default_device, dtype_of, sampling_options
+    from lit_gpt.generation import default_device, dtype_of, new_step, sampling_options
     from lit_gpt.loras import LoRAs
     from lit_gpt.prompts import PromptStyle
     from lit_gpt.quantize import is_quantized
@@ -56,7 +57,8 @@ def main(hp: SimpleNamespace) -> None:
     def open_loras() -> LoRAs:
         return LoRAs(base.build(**place) if hp.finetuned_path else model, base, own, fixed=bool(named))
 
-    options = sampling_options(hp, model) | {"open_loras": open_loras if method == lora.METHOD else None}
+    options = sampling_options(hp, model) | {"new_step": partial(new_step, hp)}
+    options["open_loras"] = open_loras if method == lora.METHOD else None
     chat = Chat(model, tokenizer, style, hp.context, hp.max_new_tokens, **options)
     if hp.system:
         chat.messages.append({"role": "system", "content": hp.system})

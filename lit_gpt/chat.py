@@ -19,6 +19,7 @@ class Chat:
     Args:
         context: tokens of history and answer together.
         open_loras: makes a model beside which LoRAs can be switched; None: they cannot.
+        new_step: makes what takes a model's place after the prompt, if anything does.
         options: of lit_gpt.generation.generate.
     """
 
@@ -30,10 +31,12 @@ class Chat:
         context: int,
         max_new_tokens: int,
         open_loras: Callable[[], LoRAs] | None = None,
+        new_step: Callable[[GPT], CompiledStep | None] = lambda model: None,
         **options,
     ) -> None:
         self.model, self.tokenizer, self.style, self.options = model, tokenizer, style, options
         self.open_loras, self.loras = open_loras, None
+        self.new_step, self.step = new_step, new_step(model)
         self.context, self.max_new_tokens = min(context, model.config.block_size), max_new_tokens
         self.messages: list[Message] = []
         self.cache = model.kv_cache(1, self.context)
@@ -48,12 +51,10 @@ class Chat:
         if self.open_loras is None:
             raise UserError("/lora: an Adapter is attached; start without --finetuned_path to use LoRAs")
         loras = self.loras or self.open_loras()
-        known = len(loras.styles) if loras is self.loras else 0
         number = loras.load(path) if path else 0
         loras.choose([number])
         self.loras, self.model, self.style = loras, loras.model, loras.styles[number]
-        if self.options.get("step") and len(loras.styles) != known:
-            self.options["step"] = CompiledStep(self.model)
+        self.step = self.new_step(self.model)
         forget(self.cache, 0)
         self.cached = []
 
@@ -97,10 +98,8 @@ class Chat:
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
     def _watch(self, prompt: list[int], ids: list[int]) -> Iterator[int]:
-        stops = self.style.stop_ids
-        for token in generate(
-            self.model, prompt, self.max_new_tokens, stop_ids=stops, cache=self.cache, **self.options
-        ):
+        held = {"stop_ids": self.style.stop_ids, "cache": self.cache, "step": self.step}
+        for token in generate(self.model, prompt, self.max_new_tokens, **held, **self.options):
             ids.append(token)
             yield token
 

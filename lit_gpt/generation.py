@@ -227,12 +227,14 @@ def lora_paths(prompt: "str | PromptFile") -> list[Path]:
 
 
 def sampling_options(hp: SimpleNamespace, model: GPT) -> dict[str, Any]:
-    """The options of `generate` that a script's flags set."""
+    """The options of `generate` that a script's flags set, besides the step."""
     generator = torch.Generator(model.wte.weight.device).manual_seed(hp.seed)
-    step = CompiledStep(model) if hp.compile else None
-    return {
-        "temperature": hp.temperature, "top_k": hp.top_k, "top_p": hp.top_p, "generator": generator, "step": step,
-    }  # fmt: skip
+    return {"temperature": hp.temperature, "top_k": hp.top_k, "top_p": hp.top_p, "generator": generator}
+
+
+def new_step(hp: SimpleNamespace, model: GPT) -> CompiledStep | None:
+    """What takes the model's place for one more token of one row."""
+    return CompiledStep(model) if hp.compile else None
 
 
 def prompt_ids(
@@ -264,7 +266,7 @@ def answer(
     if not isinstance(prompt, str):
         return prompt.answer(hp, model, tokenizer, style, loras)
     ids = prompt_ids(instruction_messages(prompt, hp.input), model, tokenizer, style)
-    options = sampling_options(hp, model)
+    options = sampling_options(hp, model) | {"step": new_step(hp, model)}
     for _ in range(hp.num_samples):
         clock = Clock()
         new = generate(model, ids, hp.max_new_tokens, stop_ids=style.stop_ids, **options)

@@ -19,9 +19,8 @@ import torch
 from tqdm import tqdm
 
 from lit_gpt.checkpoint import atomic
-from lit_gpt.decoding import CompiledStep
 from lit_gpt.errors import UsageError, UserError
-from lit_gpt.generation import Row, check_room, decode, prompt_ids
+from lit_gpt.generation import Row, check_room, decode, new_step, prompt_ids
 from lit_gpt.loras import LoRAs
 from lit_gpt.memory import peak_memory_bytes
 from lit_gpt.model import GPT
@@ -246,7 +245,7 @@ def answers(
     # the longest first, so that memory runs out at once if it must, and few rows are left over at the end
     rows = sorted(by_row, key=lambda row: len(row.ids), reverse=True)
     cache = model.kv_cache(min(hp.batch_size, len(rows)), len(rows[0].ids) + hp.max_new_tokens)
-    options = {"step": CompiledStep(model) if hp.compile else None}
+    options = {"step": new_step(hp, model)}
     if loras:
         options["choose"] = lambda rows: loras.choose([row.lora for row in rows])
     for row, token in decode(model, rows, cache, hp.temperature, hp.top_k, hp.top_p, **options):
