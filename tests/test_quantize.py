@@ -339,6 +339,11 @@ def test_qlora_from_start_to_end(cli, flags, llama, stored):  # noqa: F811
     ]  # fmt: skip
     answers += [cli("generate/full.py", checkpoint_dir=merged, prompt="describe the cat 1", **place).out]
     assert len(set(answers)) == 1 and answers[0]
+    adapter = out.with_name("peft")  # which goes onto full weights
+    result = cli("scripts/convert_lit_checkpoint.py", checkpoint_dir=llama, lora_path=path, out_dir=adapter)
+    figures = json.loads((adapter / "export.json").read_text())
+    assert "trained on a base in nf4" in result.out and figures["trained_on"] == "nf4", result.err
+    assert figures["logits_difference"] < 1e-5 < 1e-2 < figures["logits_difference_from_training"] < 0.5
     cli("generate/lora.py", checkpoint_dir=llama, lora_path=path, quantize="int8").refused("--prompt", code=2)
     cli("generate/lora.py", checkpoint_dir=llama, lora_path=path, quantize="int8", prompt="x").refused(
         "lit_model_lora_finetuned.pth", "nf4", "int8"
