@@ -22,7 +22,7 @@ from tqdm import tqdm
 from lit_gpt import data
 from lit_gpt.base import Base
 from lit_gpt.errors import UserError
-from lit_gpt.generation import decode
+from lit_gpt.generation import Row, decode
 from lit_gpt.memory import release
 from lit_gpt.model import GPT, Block, Rotation
 from lit_gpt.quantize import FORMATS, GROUP, FourBit, Tensors
@@ -71,14 +71,14 @@ def own_text(model: GPT, tokenizer: Tokenizer, tokens: int, length: int) -> Tens
 
     Liu et al. 2023, LLM-QAT. The whole model is needed for it.
     """
-    device, rows = model.wte.weight.device, max(1, tokens // length)
+    device, n = model.wte.weight.device, max(1, tokens // length)
     generator = torch.Generator(device).manual_seed(0)
-    first = torch.randint(
-        min(tokenizer.vocab_size, model.config.vocab_size), (rows,), generator=generator, device=device
-    )
-    prompts = [[token] for token in first.tolist()]
-    written = decode(model, prompts, length - 1, model.kv_cache(rows, length), 1.0, None, 1.0, generator)
-    return torch.cat((first.unsqueeze(1), torch.tensor(list(written), device=device).T), 1)
+    known = min(tokenizer.vocab_size, model.config.vocab_size)
+    first = torch.randint(known, (n,), generator=generator, device=device).tolist()
+    rows = [Row([token], length - 1, generator) for token in first]
+    for _ in decode(model, rows, model.kv_cache(n, length), 1.0, None, 1.0):
+        pass
+    return torch.tensor([row.ids for row in rows], device=device)
 
 
 def sequences(hp: SimpleNamespace, base: Base, device: torch.device) -> Tensor:
