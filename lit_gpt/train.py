@@ -78,13 +78,13 @@ def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric) -> None:
     wrapped, optimizer = devices.setup(fabric, model, hp)
 
     identity = {"base": base.fingerprint, "data": train.fingerprint, "settings": method.settings}
-    identity["quantization"] = base.quantize
+    identity["quantization"] = base.quantization
     identity["probe"] = probe and probe.fingerprint
     if probe:
         fabric.print(f"probe {hp.probe_path}: {probe.describe()}")
     run = Run(hp, fabric, wrapped, model, optimizer, train, validation, schedule, records, probe)
     run.states = States(hp, fabric, identity)
-    record = {"hyperparameters": method.settings, "prompt_style": style.to_dict(), "quantize": base.quantize}
+    record = {"hyperparameters": method.settings, "prompt_style": style.to_dict(), "quantize": base.quantization}
     run.contents = partial(file_contents, method.name, base.fingerprint, **record)
     run.arithmetic = partial(method.arithmetic, hp, fabric.device.type)
     run.plan = partial(plan, config, method, hp, cuda=fabric.device.type == "cuda")
