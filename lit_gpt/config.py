@@ -50,7 +50,7 @@ class Config:
     post_norm: bool = False  # norms of what attention and MLP give are added to it
     residual_scale: float = 1.0  # of what attention and MLP add, with sequential residuals
     mlp_class: str = "GptNeoxMLP"  # or SwiGLU, MoE
-    activation: str = "gelu"  # a key of lit_gpt.model.ACTIVATIONS
+    activation: str = "gelu"  # a key of lit_gpt.fused.ACTIVATIONS
     intermediate_size: int = 0  # 0: 4 * n_embd; of MoE: each expert's
     n_expert: int = 0  # of MoE
     n_expert_per_token: int = 0

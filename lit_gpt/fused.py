@@ -1,18 +1,23 @@
 """Operations written with their gradients, so that they keep less for the backward pass than autograd would, and pass
 over memory less often. Their results are those of the plain formulas, which tests/test_fused.py holds against them.
 
+Where lit_gpt.kernels has a kernel for the tensors at hand, it is taken; torch's operations serve everywhere.
+
 None reads a tensor's contents on the way, so that all run on the meta device and under FakeTensorMode as well.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from lit_gpt import kernels
 
 # Queries that attend at a time, so that what is computed of the masked upper triangle is little, and their scores fit
 # a cache.
@@ -52,8 +57,31 @@ def low_rank_update(
         dropout: probability, rounded to 1 / DROPOUT_STEPS.
     """
     kept = DROPOUT_STEPS - round(dropout * DROPOUT_STEPS)
+    factor = scale * DROPOUT_STEPS / kept if kept else 0.0
+    if kernels.takes_lora(y, x, parts):
+        return _call(_LowRankKernel, y, x, A, B, kept * kernels.ALL_KEPT // DROPOUT_STEPS, parts, factor)
     bits = random_bits(x.numel(), kept, x.device) if kept < DROPOUT_STEPS else None
-    return _call(_LowRankUpdate, y, x, A, B, bits, parts, scale * DROPOUT_STEPS / kept if kept else 0.0)
+    return _call(_LowRankUpdate, y, x, A, B, bits, parts, factor)
+
+
+class _LowRankKernel(torch.autograd.Function):
+    """Keeps x and the low-rank product; which elements are dropped follows from a seed."""
+
+    @staticmethod
+    def forward(ctx, y, x, A, B, threshold, parts, factor):
+        seed = torch.randint(2**63 - 1, (1,))
+        ctx.rest = threshold, *map(list, zip(*parts, strict=True)), factor
+        low = kernels.lora_(y, x, A, B, seed, *ctx.rest)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, A, B, seed, low)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, A, B, seed, low = ctx.saved_tensors
+        x_grad, *grads = kernels.lora_backward(grad.contiguous(), x, A, B, seed, *ctx.rest, low)
+        return grad, x_grad if ctx.needs_input_grad[1] else None, *grads, None, None, None
 
 
 class _LowRankUpdate(torch.autograd.Function):
@@ -173,6 +201,11 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, eps, offset):
+        if kernels.serves(x, weight):
+            y, inverse = kernels.rms_norm(x.contiguous(), weight, eps, offset)
+            ctx.save_for_backward(x, inverse, weight)
+            ctx.offset = offset
+            return y
         wide = x.float()
         inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, inverse, weight)
@@ -185,6 +218,10 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, inverse, weight = ctx.saved_tensors
+        if not ctx.needs_input_grad[1] and kernels.serves(x, weight, grad):
+            return kernels.rms_norm_backward(*(t.contiguous() for t in (grad, x)), weight, inverse, ctx.offset), *[
+                None
+            ] * 3
         normed = x.to(torch.float32, copy=True).mul_(inverse)
         x_grad = weight_grad = None
         if ctx.needs_input_grad[1]:
@@ -196,32 +233,59 @@ class _RMSNorm(torch.autograd.Function):
         return x_grad, weight_grad, None, None
 
 
-def gated(gate_up: Tensor, activation: Callable[[Tensor], Tensor], gradient: Callable[..., Tensor]) -> Tensor:
-    """activation(gate) * up (Shazeer 2020).
+@dataclass(frozen=True)
+class Activation:
+    """An elementwise function.
 
-    Args:
-        gate_up: (..., 2 * size), the gate's half first.
-        gradient: from a gradient and the gate to the gradient through the activation.
+    gradient: from the gradient of its result and its input to the gradient of its input.
     """
-    return _call(_Gated, gate_up, activation, gradient)
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+_tanh = {"approximate": "tanh"}
+ACTIVATIONS = {
+    activation.name: activation
+    for activation in (
+        Activation("gelu", F.gelu, torch.ops.aten.gelu_backward),
+        Activation("gelu_tanh", partial(F.gelu, **_tanh), partial(torch.ops.aten.gelu_backward, **_tanh)),
+        Activation("relu", F.relu, partial(torch.ops.aten.threshold_backward, threshold=0)),
+        Activation("silu", F.silu, torch.ops.aten.silu_backward),
+    )
+}
+
+
+def gated(gate_up: Tensor, activation: Activation) -> Tensor:
+    """activation(gate) * up (Shazeer 2020); gate_up: (..., 2 * size), the gate's half first."""
+    return _call(_Gated, gate_up, activation)
 
 
 class _Gated(torch.autograd.Function):
     """Keeps its input."""
 
     @staticmethod
-    def forward(ctx, gate_up, activation, gradient):
+    def forward(ctx, gate_up, activation):
         ctx.save_for_backward(gate_up)
-        ctx.activation, ctx.gradient = activation, gradient
+        ctx.activation = activation
+        if kernels.takes_gated(gate_up, activation.name):
+            return kernels.gated(gate_up.contiguous(), kernels.ACTIVATIONS.index(activation.name))
         gate, up = gate_up.chunk(2, dim=-1)
         return activation(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (gate_up,) = ctx.saved_tensors
+        (gate_up,), activation = ctx.saved_tensors, ctx.activation
+        if kernels.takes_gated(gate_up, activation.name, grad):
+            kind = kernels.ACTIVATIONS.index(activation.name)
+            return kernels.gated_backward(grad.contiguous(), gate_up.contiguous(), kind), None
         gate, up = gate_up.chunk(2, dim=-1)
-        return torch.cat((ctx.gradient(grad * up, gate), grad * ctx.activation(gate)), dim=-1), None, None
+        return torch.cat((activation.gradient(grad * up, gate), grad * activation(gate)), dim=-1), None
 
 
 def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int) -> Tensor:
@@ -247,11 +311,15 @@ class _Rotate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return _turn(grad, cos, -sin, *ctx.heads), None, None, None, None
+        return _turn(grad, cos, sin, *ctx.heads, sign=-1.0), None, None, None, None
 
 
-def _turn(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int) -> Tensor:
+def _turn(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int, sign: float = 1.0) -> Tensor:
     n = cos.size(-1)
+    if kernels.serves(qkv, cos):
+        angles = (x.expand(*qkv.shape[:2], n).contiguous() for x in (cos, sin))
+        return kernels.rotate(qkv.contiguous(), *angles, heads, head_size, sign)
+    sin = sin * sign
     cos, sin = (x[..., None, : n // 2] for x in (cos, sin))
     qkv = qkv.clone(memory_format=torch.contiguous_format)
     low, high = qkv.view(*qkv.shape[:2], -1, head_size)[:, :, :heads, :n].chunk(2, dim=-1)
@@ -287,7 +355,27 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, lengths: tuple[in
     Returns:
         (B, n_head, T, head_size). Scores and softmax are float32, or float64 for such input.
     """
+    if scores.softcap is None and kernels.takes_attention(q, k, v):
+        return _call(_AttentionKernel, q, k, v, scores, lengths)
     return _call(_Attention, q, k, v, scores, lengths)
+
+
+class _AttentionKernel(torch.autograd.Function):
+    """Keeps q, k, v and of each query the sum of its exponentials."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scores, lengths):
+        ctx.rest = scores.scale, scores.window or sum(lengths), list(lengths)
+        y, log_sums = kernels.attention(q, k, v, *ctx.rest)
+        ctx.save_for_backward(q, k, v, log_sums)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, log_sums = ctx.saved_tensors
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        return *kernels.attention_backward(grad, q, k, v, log_sums, *ctx.rest), None, None
 
 
 class _Attention(torch.autograd.Function):

@@ -3,7 +3,6 @@
 Finetuning methods attach from outside: by wrapping linear layers and norms, or as an attention's `prefix`.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,25 +16,10 @@ from lit_gpt.alibi import with_alibi
 from lit_gpt.attention import Segments, attend, attend_at, attend_packed
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
-from lit_gpt.fused import Scores
+from lit_gpt.fused import ACTIVATIONS, Activation, Scores
 from lit_gpt.loss import log_probabilities, summed_cross_entropy
 from lit_gpt.moe import Experts, Router
 from lit_gpt.rope import RotaryEmbedding
-
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "silu": F.silu,
-}
-# from the gradient of the result and the input to the gradient of the input
-ACTIVATION_GRADIENTS = {
-    "gelu": torch.ops.aten.gelu_backward,
-    "gelu_tanh": partial(torch.ops.aten.gelu_backward, approximate="tanh"),
-    "relu": partial(torch.ops.aten.threshold_backward, threshold=0),
-    "silu": torch.ops.aten.silu_backward,
-}
-
 
 Rotation = tuple[Tensor, Tensor]  # cosine and sine, see RotaryEmbedding
 
@@ -301,7 +285,7 @@ class CausalSelfAttention(nn.Module):
         return tuple(y.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for y in qkv.split(self.sizes, dim=-1))
 
 
-def activation(config: Config) -> Callable[[Tensor], Tensor]:
+def activation(config: Config) -> Activation:
     if config.activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise UserError(f"config.json: the activation '{config.activation}' is not supported; expected one of {known}")
@@ -326,10 +310,10 @@ class SwiGLU(nn.Module):
         super().__init__()
         self.gate_up = nn.Linear(config.n_embd, 2 * config.intermediate_size, bias=config.bias)
         self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
-        self.activation, self.gradient = activation(config), ACTIVATION_GRADIENTS[config.activation]
+        self.activation = activation(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(fused.gated(self.gate_up(x), self.activation, self.gradient))
+        return self.proj(fused.gated(self.gate_up(x), self.activation))
 
 
 class MoE(nn.Module):
@@ -345,13 +329,13 @@ class MoE(nn.Module):
         self.router = Router(config.n_embd, n, config.n_expert_per_token, config.norm_expert_weights)
         self.gate_up = Experts(n, config.n_embd, 2 * inner)
         self.proj = Experts(n, inner, config.n_embd)
-        self.activation, self.gradient = activation(config), ACTIVATION_GRADIENTS[config.activation]
+        self.activation = activation(config)
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)
         weights, routes = self.router(tokens)
         gate_up = self.gate_up(routes.dispatch(tokens), routes)
-        y = self.proj(fused.gated(gate_up, self.activation, self.gradient), routes)
+        y = self.proj(fused.gated(gate_up, self.activation), routes)
         return routes.combine(y, weights).view_as(x)
 
 

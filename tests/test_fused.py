@@ -11,13 +11,23 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 
-from lit_gpt import GPT, Config, attention, data, fused, lora, model
+from lit_gpt import GPT, Config, attention, data, fused, kernels, lora
 from lit_gpt.loss import summed_cross_entropy
 from lit_gpt.memory import recompute_blocks
+from lit_gpt.model import Targets
 
 NARROW, WIDE = torch.bfloat16, torch.float64
 PARTS = [(0, 5), (9, 16)]
 ALL = lora.LoRAConfig(r=4, dropout=0.1, key=True, projection=True, mlp=True, head=True)
+
+
+@pytest.fixture(params=[True, False], ids=["kernels", "formulas"])
+def with_kernels(request, monkeypatch) -> bool:
+    """All holds with the C++ kernels and without; where there is no compiler, without alone."""
+    if request.param and not kernels.available():
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(kernels, "available", lambda: request.param)
+    return request.param
 
 
 def results(f: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -85,6 +95,56 @@ def test_low_rank_update(dtype, dropout, frozen):
     for found, rival, expected in zip(ours, plain, exact, strict=True):
         assert found.dtype == rival.dtype
         assert off(found.double(), expected) <= (1e-5 if dtype != NARROW else 1.2 * off(rival.double(), expected))
+
+
+def kernel_mask(rows: int, size: int, threshold: int, seed: int = 5) -> Tensor:
+    """What the kernel keeps of x (rows, size), 1 or 0: the low-rank product with the identity of ones."""
+    torch.manual_seed(seed)
+    seed, ones, zeros = torch.randint(2**63 - 1, (1,)), torch.ones(rows, size), torch.zeros(rows, 8)
+    return kernels.lora_(zeros, ones, torch.eye(size), torch.zeros(8, size), seed, threshold, [0], [8], 1.0)
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, NARROW])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("rank", [4, 8, 16])
+@pytest.mark.parametrize("size", [24, 64])
+def test_low_rank_update_kernel(dtype, dropout, rank, size):
+    parts = [(0, 16), (24, 320)]
+    y, x, A, B = inputs((122, 328), (122, size), (2 * rank, size), (312, rank))
+    given = [y.detach().to(dtype).requires_grad_(), x.detach().to(dtype).requires_grad_()]
+    given += [w.detach().float().requires_grad_() for w in (A, B)]
+    kept = 1024 - round(dropout * 1024)
+    mask = kernel_mask(122, size, kept * 2**22).double() * 1024 / kept
+
+    def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        low = F.linear((x * mask).to(x.dtype), A.to(x.dtype)).split(rank, -1)
+        first, second = (F.linear(a, b.to(x.dtype)) * 2.0 for a, b in zip(low, B.split([16, 296]), strict=True))
+        return y + torch.cat([first, y.new_zeros(122, 8), second, y.new_zeros(122, 8)], dim=-1)
+
+    def ours(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return fused.low_rank_update(y.clone(), x, A, B, parts, 2.0, dropout)
+
+    assert kernels.takes_lora(*given[:2], parts)
+    exact = results(plain, [t.detach().double().requires_grad_() for t in given], WIDE)
+    for found, rival, expected in zip(results(ours, given, dtype), results(plain, given, dtype), exact, strict=True):
+        assert found.dtype == rival.dtype
+        assert off(found.double(), expected) <= (1e-5 if dtype != NARROW else 1.2 * off(rival.double(), expected))
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("kept", [0, 1, 512, 973, 1024])
+def test_dropout_of_the_kernel_strikes_each_element_alike(kept):
+    rows, size, p = 2**13, 128, kept / 1024
+    mask = kernel_mask(rows, size, kept * 2**22).flatten().double()
+    n = len(mask)
+    assert set(mask.unique().tolist()) <= {0.0, 1.0} and abs(mask.mean() - p) <= 5 * (p * (1 - p) / n) ** 0.5
+    for lag in (1, 2, 3, 4, 8, 16, 64, size, size + 1, n // 2):
+        together = (mask[lag:] * mask[:-lag]).mean()
+        assert abs(together - p * p) <= 6 * p * (1 - p**2) ** 0.5 / (n - lag) ** 0.5
+    other = kernel_mask(rows, size, kept * 2**22, seed=6).flatten().double()
+    assert abs((mask * other).mean() - p * p) <= 6 * p * (1 - p**2) ** 0.5 / n**0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, NARROW])
@@ -183,7 +243,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scores: fused.Scores, lengt
 @pytest.mark.parametrize("scores", [fused.Scores(0.25), fused.Scores(0.25, 1), fused.Scores(0.4, 50),
                                     fused.Scores(0.4, 50, softcap=1.5)], ids=str)  # fmt: skip
 @pytest.mark.parametrize("lengths", [(1, 130, 2, 300, 17), (45,), (256, 128)], ids=str)
-def test_attention(groups, scores, lengths):
+def test_attention(groups, scores, lengths, with_kernels):
     T, batch = sum(lengths), 2 if len(lengths) == 1 else 1
     packed = inputs((batch, T, (6 + 2 * groups) * 16))[0]
 
@@ -230,7 +290,7 @@ def test_attention_is_in_the_precision_of_the_arithmetic(tiny: Tiny):
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("frozen", [(), (1,), (0,)], ids=["both", "frozen weight", "weight alone"])
-def test_rms_norm(frozen, offset):
+def test_rms_norm(frozen, offset, with_kernels):
     def plain(x: Tensor, weight: Tensor) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
@@ -238,22 +298,26 @@ def test_rms_norm(frozen, offset):
 
     given = inputs((2, 33, 48), (48,), frozen=frozen)
     holds(lambda *a: fused.rms_norm(*a, 1e-5, offset), plain, given)
-    for x, weight in (given, [x.float() for x in given], [given[0], given[1].float()]):
+    for x, weight in (given, [x.float() for x in given], [given[0], given[1].float()]) if not with_kernels else ():
         assert torch.equal(fused.rms_norm(x, weight, 1e-5, offset), plain(x, weight))
 
 
-@pytest.mark.parametrize("name", model.ACTIVATIONS)
-def test_gated(name):
-    f, gradient = model.ACTIVATIONS[name], model.ACTIVATION_GRADIENTS[name]
+@pytest.mark.parametrize("f", fused.ACTIVATIONS.values(), ids=fused.ACTIVATIONS)
+@pytest.mark.parametrize("size", [48, 50])
+def test_gated(f, size, with_kernels):
 
     def plain(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, dim=-1)
         return f(gate) * up
 
-    (x,) = inputs((2, 33, 48))
-    holds(lambda x: fused.gated(x, f, gradient), plain, [x])
-    assert torch.equal(fused.gated(x, f, gradient), plain(x))
-    assert gradcheck(lambda x: fused.gated(x, f, gradient), [x[:, :3].detach().double().requires_grad_()])
+    (x,) = inputs((2, 33, size))
+    holds(lambda x: fused.gated(x, f), plain, [x])
+    assert with_kernels or torch.equal(fused.gated(x, f), plain(x))
+    assert gradcheck(lambda x: fused.gated(x, f), [x[:, :3].detach().double().requires_grad_()])
+    extreme = torch.tensor([[-1e10, -200.0, 200.0, 1e10, -1.0, 1.0, 1.0, 1.0]], requires_grad=True)
+    for found, expected in zip(results(lambda x: fused.gated(x, f), [extreme], torch.float32),
+                               results(plain, [extreme], torch.float32), strict=True):  # fmt: skip
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def plain_rotation(x: Tensor, cos: Tensor, sin: Tensor, heads: int, size: int) -> Tensor:
@@ -267,7 +331,7 @@ def plain_rotation(x: Tensor, cos: Tensor, sin: Tensor, heads: int, size: int) -
 
 @pytest.mark.parametrize("elements", [16, 8])  # of each head that rotate
 @pytest.mark.parametrize("shape", [(9,), (2, 9)], ids=str)
-def test_rotation(elements, shape):
+def test_rotation(elements, shape, with_kernels):
     angles = torch.randn(*shape, elements // 2).repeat(*[1] * len(shape), 2)
     cos, sin = angles.cos().mul(1.1).to(NARROW), angles.sin().mul(1.1).to(NARROW)
     (x,) = inputs((2, 9, 5 * 16))
@@ -279,7 +343,7 @@ def test_rotation(elements, shape):
         return plain_rotation(x, cos.to(x.dtype), sin.to(x.dtype), 3, 16)
 
     holds(ours, plain, [x])
-    assert torch.equal(ours(x), plain(x))
+    assert with_kernels or torch.equal(ours(x), plain(x))
     wide = cos.float(), sin.float()  # as under autocast
     assert torch.equal(fused.rotate(x, *wide, 3, 16), plain_rotation(x, *wide, 3, 16))
     assert gradcheck(ours, [x.detach().double().requires_grad_()])
@@ -354,7 +418,7 @@ def test_steps_are_deterministic_and_recomputing_blocks_changes_nothing(tiny: Ti
 
 
 @pytest.mark.parametrize("kind", ["fake", "meta"])
-def test_a_step_without_contents(kind):
+def test_a_step_without_contents(kind, with_kernels):
     """As when memory is predicted."""
     mode = FakeTensorMode() if kind == "fake" else torch.device("meta")
     row = random_row()
@@ -365,11 +429,11 @@ def test_a_step_without_contents(kind):
             for x in (row.idx, row.targets.positions, row.targets.labels, row.segments.offsets, row.segments.positions)
         )
         segments = attention.Segments(row.segments.lengths, offsets, positions)
-        gpt.train()(idx, segments=segments, targets=model.Targets(at, labels)).backward()
+        gpt.train()(idx, segments=segments, targets=Targets(at, labels)).backward()
     assert all(p.grad.shape == p.shape for p in gpt.parameters() if p.requires_grad)
 
 
-def test_a_block_keeps_what_it_must():
+def test_a_block_keeps_what_it_must(with_kernels):
     """Bytes per token that a block of Llama's kind with LoRA keeps for the backward pass, as counted by hand."""
     config = Config.from_name("SmolLM2-135M", n_layer=2)
     gpt, row = lora.attach(GPT(config).bfloat16(), lora.LoRAConfig(key=True, projection=True, mlp=True)), random_row()
@@ -388,6 +452,9 @@ def test_a_block_keeps_what_it_must():
     n, inner, qkv, r = config.n_embd, config.intermediate_size, sum(config.qkv_sizes), 8
     elements = 2 * n + 2 * n + qkv + n + 3 * inner  # norms, what they give, q k v, what is found, gate up and product
     masks, low, rest = (3 * n + inner) / 8, 7 * r * 2, 2 * 4 + 4 * config.head_size
+    if with_kernels:  # a seed for a mask, and of the probabilities each query's sum
+        masks, low, rest = 0, 7 * r * 4, rest + 4 * config.n_head
     blocks = fused._blocks(row.segments.lengths, fused.Scores(1.0))
     probabilities = 2 * config.n_head * sum((b.end - b.begin) * (b.end - b.first) for b in blocks) / row.idx.numel()
+    probabilities = 0 if with_kernels else probabilities
     assert found < 1.01 * (2 * elements + masks + low + rest + probabilities)

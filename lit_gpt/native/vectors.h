@@ -1,0 +1,111 @@
+// Vectors of floats, what they are loaded from and stored to, and a product of small matrices.
+// The vectors are GCC's and Clang's extension: on a processor with narrower ones, each becomes several.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+struct bf16 {
+    uint16_t bits;
+};
+
+template <int N> struct Vectors {
+    typedef float floats __attribute__((vector_size(4 * N)));
+    typedef uint32_t words __attribute__((vector_size(4 * N)));
+    typedef uint16_t halves __attribute__((vector_size(2 * N)));
+};
+typedef Vectors<16>::floats v16;
+typedef Vectors<16>::words u16;  // 16 words of 32 bits
+
+template <int N> inline typename Vectors<N>::floats load(const float *p) {
+    typename Vectors<N>::floats x;
+    memcpy(&x, p, sizeof x);
+    return x;
+}
+
+template <int N> inline typename Vectors<N>::floats load(const bf16 *p) {
+    typename Vectors<N>::halves half;
+    memcpy(&half, p, sizeof half);
+    return (typename Vectors<N>::floats)(__builtin_convertvector(half, typename Vectors<N>::words) << 16);
+}
+
+template <int N> inline void store(float *p, typename Vectors<N>::floats x) { memcpy(p, &x, sizeof x); }
+
+// to the nearest, ties to even
+template <int N> inline void store(bf16 *p, typename Vectors<N>::floats x) {
+    typedef typename Vectors<N>::words words;
+    words bits = (words)x;
+    bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    typename Vectors<N>::halves half = __builtin_convertvector(bits, typename Vectors<N>::halves);
+    memcpy(p, &half, sizeof half);
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+    uint32_t bits = (uint32_t)x.bits << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+inline void from_float(float *p, float x) { *p = x; }
+inline void from_float(bf16 *p, float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    p->bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+template <class T> inline v16 rounded(v16 x) {
+    T kept[16];
+    store<16>(kept, x);
+    return load<16>(kept);
+}
+
+inline float sum(v16 x) {
+    float total = 0;
+    for (int i = 0; i < 16; i++) total += x[i];
+    return total;
+}
+
+// 2^(x log2 e), the power's fraction by a polynomial; off by 2e-7 of the value at most, and 0 below the normal numbers
+inline v16 exponential(v16 x) {
+    v16 power = x * 1.442695041f;
+    power = power < -126.0f ? v16{} - 126.5f : power;
+    power = power > 127.0f ? v16{} + 127.0f : power;
+    typedef int32_t integers __attribute__((vector_size(64)));
+    integers whole = __builtin_convertvector(power + (power < 0.0f ? v16{} - 0.5f : v16{} + 0.5f), integers);
+    v16 t = (power - __builtin_convertvector(whole, v16)) * 0.6931471806f;
+    v16 series = 1.0f + t * (1.0f + t * (0.5f + t * (1.66666667e-1f + t * (4.16666667e-2f + t * (8.3333333e-3f + t * 1.3888889e-3f)))));
+    v16 scale = (v16)((whole + 127) << 23);
+    return x < -87.3f ? v16{} : series * scale;
+}
+
+// A part of C, ROWS x (VECTORS * N): C += A B. A's elements are `a_row` and `a_column` apart, so that it may be transposed.
+template <int N, int ROWS, int VECTORS>
+inline void product_tile(int depth, const float *A, long a_row, long a_column, const float *B, long b_row, float *C, long c_row) {
+    typename Vectors<N>::floats sums[ROWS][VECTORS];
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < VECTORS; j++) sums[i][j] = load<N>(C + i * c_row + j * N);
+    for (int k = 0; k < depth; k++) {
+        typename Vectors<N>::floats b[VECTORS];
+        for (int j = 0; j < VECTORS; j++) b[j] = load<N>(B + k * b_row + j * N);
+        for (int i = 0; i < ROWS; i++)
+            for (int j = 0; j < VECTORS; j++) sums[i][j] += A[i * a_row + k * a_column] * b[j];
+    }
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < VECTORS; j++) store<N>(C + i * c_row + j * N, sums[i][j]);
+}
+
+template <int N, int VECTORS>
+inline void product_strip(int rows, int depth, const float *A, long a_row, long a_column, const float *B, long b_row, float *C, long c_row) {
+    int i = 0;
+    for (; i + 8 <= rows; i += 8) product_tile<N, 8, VECTORS>(depth, A + i * a_row, a_row, a_column, B, b_row, C + i * c_row, c_row);
+    for (; i + 4 <= rows; i += 4) product_tile<N, 4, VECTORS>(depth, A + i * a_row, a_row, a_column, B, b_row, C + i * c_row, c_row);
+    for (; i < rows; i++) product_tile<N, 1, VECTORS>(depth, A + i * a_row, a_row, a_column, B, b_row, C + i * c_row, c_row);
+}
+
+// C (rows, columns) += A (rows, depth) B (depth, columns); columns a multiple of 8.
+inline void add_product(int rows, int columns, int depth, const float *A, long a_row, long a_column, const float *B, long b_row, float *C, long c_row) {
+    int j = 0;
+    for (; j + 32 <= columns; j += 32) product_strip<16, 2>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
+    for (; j + 16 <= columns; j += 16) product_strip<16, 1>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
+    for (; j < columns; j += 8) product_strip<8, 1>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
+}
