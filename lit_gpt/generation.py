@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt.checkpoint import DTYPES
-from lit_gpt.decoding import CompiledStep
+from lit_gpt.decoding import FastStep, Step
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.memory import peak_memory_bytes
 from lit_gpt.model import GPT, KVCache, forget
@@ -31,7 +31,7 @@ def generate(
     stop_ids: Iterable[int] = (),
     generator: torch.Generator | None = None,
     cache: KVCache | None = None,
-    step: CompiledStep | None = None,
+    step: Step | None = None,
 ) -> Iterator[int]:
     """Token ids that continue `prompt`, one by one, until a stop id (not yielded) or `max_new_tokens`.
 
@@ -69,7 +69,7 @@ def decode(
     steps: int,
     cache: KVCache,
     *sampling: Any,
-    step: CompiledStep | None = None,
+    step: Step | None = None,
 ) -> Iterator[list[int]]:
     """The next token of each prompt, `steps` times.
 
@@ -136,7 +136,7 @@ def read_prompt(hp: SimpleNamespace) -> str:
 def sampling_options(hp: SimpleNamespace, model: GPT) -> dict[str, Any]:
     """The options of `generate` that a script's flags set."""
     generator = torch.Generator(model.wte.weight.device).manual_seed(hp.seed)
-    step = CompiledStep(model) if hp.compile else None
+    step = FastStep(model, hp.compile)
     return {
         "temperature": hp.temperature, "top_k": hp.top_k, "top_p": hp.top_p, "generator": generator, "step": step,
     }  # fmt: skip

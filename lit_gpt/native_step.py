@@ -16,16 +16,17 @@ from lit_gpt import native
 from lit_gpt.adapter import AdapterPrompt
 from lit_gpt.adapter_v2 import ScaledLinear, TrainedNorm
 from lit_gpt.alibi import alibi_slopes
+from lit_gpt.fused import ACTIVATIONS
 from lit_gpt.lora import LoRALinear
 from lit_gpt.model import (
-    ACTIVATIONS, GPT, Block, CausalSelfAttention, GptNeoxMLP, KVCache, LayerCache, LayerNorms, QKNorm, RMSNorm, SwiGLU,
+    GPT, Block, CausalSelfAttention, GptNeoxMLP, KVCache, LayerCache, LayerNorms, QKNorm, RMSNorm, SwiGLU,
     UnitOffsetRMSNorm,
 )  # fmt: skip
 from lit_gpt.quantize import NF4, QuantizedEmbedding, QuantizedLinear, unpacked
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of decode.cpp's Format, like the next two
 INT8, NIBBLES = 2, 3
-KINDS = {function: kind for kind, function in enumerate(ACTIVATIONS.values())}
+KINDS = list(ACTIVATIONS)  # of its Activation
 
 
 class Unsupported(Exception):
@@ -43,10 +44,12 @@ class NativeStep:
     """
 
     def __init__(self, model: GPT) -> None:
+        if model.wte.weight.device.type != "cpu" or model.dtype not in TYPES or model.training:
+            raise Unsupported("a device, dtype or mode")
         self.library = native.library("decode")
         if self.library is None:
-            raise Unsupported("no kernels")
-        self.model, self.cache, self.next = model, None, 0
+            raise Unsupported("no compiler")
+        self.model, self.next = model, 0
         self.record(model.kv_cache(1, 1))
 
     def record(self, cache: KVCache) -> None:
@@ -70,8 +73,6 @@ class Tape:
     def __init__(self, library: ctypes.CDLL, model: GPT, cache: KVCache) -> None:
         self.library, self.model, self.cache = library, model, cache
         self.dtype, self.kept, self.buffers = model.dtype, [], {}
-        if self.dtype not in TYPES or model.wte.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-            raise Unsupported("another device or dtype")
         library.tape_new.restype = ctypes.c_void_p
         self.handle = ctypes.c_void_p(library.tape_new())
         weakref.finalize(self, library.tape_free, self.handle)
@@ -182,15 +183,14 @@ class Tape:
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
         expect(mlp, GptNeoxMLP, SwiGLU)
-        if mlp.activation not in KINDS:
-            raise Unsupported("an activation")
+        kind = KINDS.index(mlp.activation.name)
         if isinstance(mlp, GptNeoxMLP):
             h = self.linear(mlp.fc, x, "inner")
-            self.add("activate", h, len(h), KINDS[mlp.activation])
+            self.add("activate", h, len(h), kind)
         else:
             gate_up = self.linear(mlp.gate_up, x, "gate_up")
             h = self.buffer("inner", len(gate_up) // 2)
-            self.add("gate", h, gate_up, len(h), KINDS[mlp.activation])
+            self.add("gate", h, gate_up, len(h), kind)
         return self.linear(mlp.proj, h, "y")
 
     def norm(self, norm: nn.Module, x: Tensor, name: str | None, rows: int = 1) -> Tensor:
