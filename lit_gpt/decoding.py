@@ -24,8 +24,8 @@ Step = Callable[[Tensor, KVCache], Tensor]
 class FastStep:
     """The logits that follow one more token, like `model(idx, cache=cache, last=True)[:, -1]`. For one row.
 
-    On a CPU by lit_gpt.native_step, if it knows all that the model is made of. It is ready at once, so that no answer is
-    too short for it. Else, only if it is asked for, by a compiled step, which takes seconds before it is ready.
+    On a CPU by lit_gpt.native_step, if it knows all that the model is made of: it is ready at once, so that no answer
+    is too short for it. Else, only if it is asked for, by a compiled step, which takes seconds before it is ready.
 
     Raises:
         UsageError: as CompiledStep, if it is asked for.

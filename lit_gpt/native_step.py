@@ -1,12 +1,11 @@
 """The step of one token of one row on a CPU, as a list of operations of lit_gpt/native/decode.cpp.
 
-The list is made from the model as it stands, by walking its modules, whatever wraps them included, and holds pointers to
-its weights and to the cache. Running it is one call: no operator of torch, and no compiling.
+The list is made from the model as it stands, by walking its modules, whatever wraps them included, and holds pointers
+to its weights and to the cache. Running it is one call: no operator of torch, and no compiling.
 """
 
 import ctypes
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +18,16 @@ from lit_gpt.alibi import alibi_slopes
 from lit_gpt.fused import ACTIVATIONS
 from lit_gpt.lora import LoRALinear
 from lit_gpt.model import (
-    GPT, Block, CausalSelfAttention, GptNeoxMLP, KVCache, LayerCache, LayerNorms, QKNorm, RMSNorm, SwiGLU,
+    GPT,
+    Block,
+    CausalSelfAttention,
+    GptNeoxMLP,
+    KVCache,
+    LayerCache,
+    LayerNorms,
+    QKNorm,
+    RMSNorm,
+    SwiGLU,
     UnitOffsetRMSNorm,
 )  # fmt: skip
 from lit_gpt.quantize import NF4, QuantizedEmbedding, QuantizedLinear, unpacked
@@ -135,7 +143,8 @@ class Tape:
             n = len(frequencies)
             found[rope] = torch.zeros(n), torch.zeros(n)
             if n:
-                self.add("angles", *found[rope], frequencies.float(), n, float(rope.attention_factor), TYPES[self.dtype])
+                factor = float(rope.attention_factor)
+                self.add("angles", *found[rope], frequencies.float(), n, factor, TYPES[self.dtype])
         kinds = [found[model.rope if config.window(i) is None else model.local_rope] for i in range(config.n_layer)]
         return [None if i in config.unrotated_layers else kind for i, kind in enumerate(kinds)]
 
@@ -215,7 +224,7 @@ class Tape:
             self.add("scale", y, n, layer.scale, layer.shift)
         elif isinstance(layer, LoRALinear):
             A = layer.lora_A.to(self.dtype)
-            low = self.buffer("low", len(A))
+            low = torch.zeros(len(A))
             self.add("linear", low, x, *A.shape, TYPES[self.dtype], A, None, None, None, None)
             self.linear(layer.linear, x, name)
             for (start, stop), B, part in zip(layer.parts, layer.split_B(), low.split(layer.r), strict=True):
@@ -226,7 +235,7 @@ class Tape:
             self.add("linear", y, x, n, layer.in_features, *self.weight(layer), bias)
         return y
 
-    def weight(self, layer: nn.Linear | QuantizedLinear) -> tuple[int, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def weight(self, layer: nn.Linear | QuantizedLinear) -> tuple[int | Tensor | None, ...]:
         """Format, weight, and scale, zero and values of a quantized one."""
         if isinstance(layer, nn.Linear):
             return self.type(layer.weight), layer.weight, None, None, None

@@ -1,8 +1,7 @@
 """The step of one token as a list of native operations: the same tokens as without."""
 
 import pytest
-import torch
-from conftest import LAYOUTS, Tiny, tiny_hf_model
+from conftest import Tiny
 from test_decoding import as_if_trained, model_of, with_adapter_v2, with_lora_and_adapter
 
 from lit_gpt import GPT, native, quantize
@@ -31,7 +30,9 @@ def test_every_layout(tiny: Tiny):
 
 @pytest.mark.parametrize("format", [None, "int8", "int4", "nf4", "nf4-dq"])
 @pytest.mark.parametrize("attach", [with_lora_and_adapter, with_adapter_v2], ids=["lora-adapter", "adapter_v2"])
-@pytest.mark.parametrize("family, layout", [("llama", "mistral"), ("falcon", "7b"), ("gemma", "gemma2"), ("gpt_neox", "pythia")])
+@pytest.mark.parametrize(
+    "family, layout", [("llama", "mistral"), ("falcon", "7b"), ("gemma", "gemma2"), ("gpt_neox", "pythia")]
+)
 def test_every_method_and_format(family, layout, attach, format, tmp_path):
     model = model_of(family, layout, tmp_path)
     model = model if format is None else quantize.attach(model, format)
