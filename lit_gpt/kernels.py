@@ -166,12 +166,16 @@ def lora_(
         seed: int64 (1,), from which it follows which elements are dropped.
         threshold: the share of elements that are not, times 2^32.
     """
-    low = _low(y, x, A, B)
+    low = _low(y, x, A, B).zero_()
     A, B = _pad_ranks(A.float(), B.float())
-    across, down = A.t().contiguous(), (B * factor).t().contiguous()
     dropout, parts = _dropout(seed, threshold), (len(starts), B.size(1), _int_array(starts), _int_array(stops))
-    _call("lora", "lora", x, len(x), x.size(1), x, across, down, len(B), *dropout, *parts, low, y, y.size(1))
+    _call("lora", "lora", x, len(x), x.size(1), x, A, _scaled(B, factor), len(B), *dropout, *parts, low, y, y.size(1))
     return low
+
+
+def _scaled(B: Tensor, factor: float) -> Tensor:
+    """As the kernels read it: (r, rows of B)."""
+    return torch.mul(B.t(), factor, out=B.new_empty(B.shape[::-1]))
 
 
 def _dropout(seed: Tensor, threshold: int) -> tuple[Any, Any]:
@@ -190,15 +194,17 @@ def lora_backward(
     """Gradients of x, through the update alone, A and B."""
     x_grad, threads, ranks, r = _like(x), torch.get_num_threads(), A.size(0), B.size(1)
     wide_A, wide_B = _pad_ranks(A.float(), B.float())
-    A_grads, B_grads = (torch.zeros(threads, *w.shape) for w in (wide_A, wide_B))  # summed in order, so always the same
+    A_grads, B_grads = (
+        torch.zeros(threads, *w.shape) for w in (wide_A, wide_B.t())
+    )  # summed in order: always the same
     dropout, parts = _dropout(seed, threshold), (len(starts), wide_B.size(1), _int_array(starts), _int_array(stops))
-    sizes, scaled = (len(x), x.size(1)), wide_B * factor
+    sizes, scaled = (len(x), x.size(1)), _scaled(wide_B, factor)
     _call(
         "lora", "lora_backward", x, *sizes, grad, x, wide_A, scaled, len(B), *dropout, *parts, low, grad.size(1),
         x_grad, A_grads, B_grads,
     )  # fmt: skip
     A_grad = A_grads.sum(0).unflatten(0, (ranks // r, -1))[:, :r].flatten(0, 1)
-    return x_grad, A_grad.to(A.dtype), B_grads.sum(0)[:, :r].mul(factor).to(B.dtype)
+    return x_grad, A_grad.to(A.dtype), B_grads.sum(0)[:r].t().mul(factor).to(B.dtype)
 
 
 class _Heads(ctypes.Structure):

@@ -8,7 +8,7 @@
 
 namespace {
 
-const int TOKENS = 32, STRIP = 256;
+const int TOKENS = 32;
 
 // Which elements of x stay: those whose number in it, hashed with the seed, falls below the threshold.
 struct Dropout {
@@ -24,16 +24,6 @@ struct Dropout {
         return h < (uint32_t)threshold ? x : v16{};
     }
 };
-
-template <class T> void convert(int rows, int columns, const T *from, long from_row, float *to, long to_row) {
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < columns; j += 8) store<8>(to + i * to_row + j, load<8>(from + i * from_row + j));
-}
-
-template <class T> void convert_back(int rows, int columns, const float *from, long from_row, T *to, long to_row) {
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < columns; j += 8) store<8>(to + i * to_row + j, load<8>(from + i * from_row + j));
-}
 
 // Rows of x from `first` on as floats, some dropped. They are 8 numbers longer than `size`, so that 16 can be handled.
 template <class T> void dropped(const Dropout &dropout, long first, int rows, int size, const T *x, float *to) {
@@ -52,10 +42,9 @@ struct Parts {
     const int *starts, *stops;
 
     int ranks() const { return count * r; }
-    // f(part, first column, columns, row of B) for strips of columns
+    // f(part, first column, columns, row of B)
     template <class F> void each(F f) const {
-        for (int p = 0, row = 0; p < count; row += stops[p] - starts[p], p++)
-            for (int c = starts[p]; c < stops[p]; c += STRIP) f(p, c, std::min(STRIP, stops[p] - c), row + c - starts[p]);
+        for (int p = 0, row = 0; p < count; row += stops[p] - starts[p], p++) f(p, starts[p], stops[p] - starts[p], row);
     }
 };
 
@@ -70,46 +59,40 @@ template <class F> void tiles(long rows, F f) {
     }
 }
 
-// A_t: (in, ranks); B_t: (r, rows of B), scaled; low: (rows, ranks), becomes dropout(x) A^T
+// A: (ranks, in); B: (r, rows of B), scaled; low: (rows, ranks), zero at first, becomes dropout(x) A^T
 template <class T>
-void lora(long rows, int in, const T *x, const float *A_t, const float *B_t, int B_rows, Dropout dropout, Parts parts, float *low,
+void lora(long rows, int in, const T *x, const float *A, const float *B, int B_rows, Dropout dropout, Parts parts, float *low,
           T *y, int out) {
     int ranks = parts.ranks();
     tiles(rows, [&](long first, int n, int) {
-        static thread_local std::vector<float> X, S(TOKENS * STRIP);
+        static thread_local std::vector<float> X;
         X.resize(TOKENS * (in + 8));
         dropped(dropout, first, n, in, x, X.data());
         float *l = low + first * ranks;
-        std::fill(l, l + n * ranks, 0.0f);
-        add_product(n, ranks, in, X.data(), in + 8, 1, A_t, ranks, l, ranks);
+        add_dots(n, ranks, in, X.data(), in + 8, A, in, l, ranks);
         parts.each([&](int p, int column, int columns, int row) {
-            T *to = y + first * out + column;
-            convert(n, columns, to, out, S.data(), STRIP);
-            add_product(n, columns, parts.r, l + p * parts.r, ranks, 1, B_t + row, B_rows, S.data(), STRIP);
-            convert_back(n, columns, S.data(), STRIP, to, out);
+            add_product(n, columns, parts.r, l + p * parts.r, ranks, 1, B + row, B_rows, y + first * out + column, out);
         });
     });
 }
 
-// A: (ranks, in); B: (rows of B, r), scaled; A_grad, B_grad: of their shapes for each thread, zero at first
+// A: (ranks, in); B: (r, rows of B), scaled; A_grad, B_grad: of their shapes for each thread, zero at first
 template <class T>
 void lora_backward(long rows, int in, const T *grad, const T *x, const float *A, const float *B, int B_rows, Dropout dropout,
                    Parts parts, const float *low, int out, T *x_grad, float *A_grad, float *B_grad) {
     int ranks = parts.ranks();
     tiles(rows, [&](long first, int n, int thread) {
-        static thread_local std::vector<float> X, L, S(TOKENS * STRIP);
+        static thread_local std::vector<float> X, L;
         X.resize(TOKENS * (in + 8));
         L.assign(TOKENS * ranks, 0.0f);
-        float *a_grad = A_grad + (long)thread * ranks * in, *b_grad = B_grad + (long)thread * B_rows * parts.r;
+        float *a_grad = A_grad + (long)thread * ranks * in, *b_grad = B_grad + (long)thread * parts.r * B_rows;
         parts.each([&](int p, int column, int columns, int row) {
-            convert(n, columns, grad + first * out + column, out, S.data(), STRIP);
-            add_product(n, parts.r, columns, S.data(), STRIP, 1, B + row * parts.r, parts.r, L.data() + p * parts.r, ranks);
-            const float *l = low + first * ranks + p * parts.r;
-            add_product(columns, parts.r, n, S.data(), 1, STRIP, l, ranks, b_grad + row * parts.r, parts.r);
+            const T *g = grad + first * out + column;
+            add_dots(n, parts.r, columns, g, out, B + row, B_rows, L.data() + p * parts.r, ranks);
+            add_product(parts.r, columns, n, low + first * ranks + p * parts.r, 1, ranks, g, out, b_grad + row, B_rows);
         });
         dropped(dropout, first, n, in, x, X.data());
         add_product(ranks, in, n, L.data(), 1, ranks, X.data(), in + 8, a_grad, in);
-        if (!x_grad) return;
         std::fill(X.begin(), X.end(), 0.0f);
         add_product(n, in, ranks, L.data(), ranks, 1, A, in, X.data(), in + 8);
         for (int i = 0; i < n; i++)
@@ -125,9 +108,9 @@ void lora_backward(long rows, int in, const T *grad, const T *x, const float *A,
 }  // namespace
 
 #define BOTH(T, suffix)                                                                                                      \
-    void lora_##suffix(long rows, int in, const T *x, const float *A_t, const float *B_t, int B_rows, uint64_t seed,         \
+    void lora_##suffix(long rows, int in, const T *x, const float *A, const float *B, int B_rows, uint64_t seed,             \
                        uint64_t threshold, int parts, int r, const int *starts, const int *stops, float *low, T *y, int out) { \
-        lora(rows, in, x, A_t, B_t, B_rows, {seed, threshold}, {parts, r, starts, stops}, low, y, out);                      \
+        lora(rows, in, x, A, B, B_rows, {seed, threshold}, {parts, r, starts, stops}, low, y, out);                      \
     }                                                                                                                        \
     void lora_backward_##suffix(long rows, int in, const T *grad, const T *x, const float *A, const float *B, int B_rows,    \
                                 uint64_t seed, uint64_t threshold, int parts, int r, const int *starts, const int *stops,    \

@@ -79,8 +79,8 @@ inline v16 exponential(v16 x) {
 }
 
 // A part of C, ROWS x (VECTORS * N): C += A B. A's elements are `a_row` and `a_column` apart, so that it may be transposed.
-template <int N, int ROWS, int VECTORS>
-inline void product_tile(int depth, const float *A, long a_row, long a_column, const float *B, long b_row, float *C, long c_row) {
+template <int N, int ROWS, int VECTORS, class TB, class TC>
+inline void product_tile(int depth, const float *A, long a_row, long a_column, const TB *B, long b_row, TC *C, long c_row) {
     typename Vectors<N>::floats sums[ROWS][VECTORS];
     for (int i = 0; i < ROWS; i++)
         for (int j = 0; j < VECTORS; j++) sums[i][j] = load<N>(C + i * c_row + j * N);
@@ -94,8 +94,8 @@ inline void product_tile(int depth, const float *A, long a_row, long a_column, c
         for (int j = 0; j < VECTORS; j++) store<N>(C + i * c_row + j * N, sums[i][j]);
 }
 
-template <int N, int VECTORS>
-inline void product_strip(int rows, int depth, const float *A, long a_row, long a_column, const float *B, long b_row, float *C, long c_row) {
+template <int N, int VECTORS, class TB, class TC>
+inline void product_strip(int rows, int depth, const float *A, long a_row, long a_column, const TB *B, long b_row, TC *C, long c_row) {
     int i = 0;
     for (; i + 8 <= rows; i += 8) product_tile<N, 8, VECTORS>(depth, A + i * a_row, a_row, a_column, B, b_row, C + i * c_row, c_row);
     for (; i + 4 <= rows; i += 4) product_tile<N, 4, VECTORS>(depth, A + i * a_row, a_row, a_column, B, b_row, C + i * c_row, c_row);
@@ -103,9 +103,45 @@ inline void product_strip(int rows, int depth, const float *A, long a_row, long 
 }
 
 // C (rows, columns) += A (rows, depth) B (depth, columns); columns a multiple of 8.
-inline void add_product(int rows, int columns, int depth, const float *A, long a_row, long a_column, const float *B, long b_row, float *C, long c_row) {
+template <class TB, class TC>
+inline void add_product(int rows, int columns, int depth, const float *A, long a_row, long a_column, const TB *B, long b_row, TC *C, long c_row) {
     int j = 0;
     for (; j + 32 <= columns; j += 32) product_strip<16, 2>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
     for (; j + 16 <= columns; j += 16) product_strip<16, 1>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
     for (; j < columns; j += 8) product_strip<8, 1>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
+}
+
+template <int N> inline float sum(typename Vectors<N>::floats x) {
+    float total = 0;
+    for (int i = 0; i < N; i++) total += x[i];
+    return total;
+}
+
+template <int N, int ROWS, class TA>
+inline void dots_tile(int depth, const TA *A, long a_row, const float *B, long b_row, float *C, long c_row) {
+    typename Vectors<N>::floats sums[ROWS][8] = {};
+    for (int k = 0; k < depth; k += N) {
+        typename Vectors<N>::floats a[ROWS];
+        for (int i = 0; i < ROWS; i++) a[i] = load<N>(A + i * a_row + k);
+        for (int j = 0; j < 8; j++) {
+            typename Vectors<N>::floats b = load<N>(B + j * b_row + k);
+            for (int i = 0; i < ROWS; i++) sums[i][j] += a[i] * b;
+        }
+    }
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < 8; j++) C[i * c_row + j] += sum<N>(sums[i][j]);
+}
+
+// C (rows, columns) += A (rows, depth) B (columns, depth)^T, for few columns; they and the depth are multiples of 8.
+template <class TA>
+inline void add_dots(int rows, int columns, int depth, const TA *A, long a_row, const float *B, long b_row, float *C, long c_row) {
+    int whole = depth / 16 * 16;
+    for (int j = 0; j < columns; j += 8) {
+        const float *b = B + j * b_row;
+        int i = 0;
+        for (; i + 2 <= rows; i += 2) dots_tile<16, 2>(whole, A + i * a_row, a_row, b, b_row, C + i * c_row + j, c_row);
+        for (; i < rows; i++) dots_tile<16, 1>(whole, A + i * a_row, a_row, b, b_row, C + i * c_row + j, c_row);
+        if (whole < depth)
+            for (i = 0; i < rows; i++) dots_tile<8, 1>(8, A + i * a_row + whole, a_row, b + whole, b_row, C + i * c_row + j, c_row);
+    }
 }
