@@ -90,13 +90,17 @@ template <class S> struct Nibbles {
     // x in the order in which `row` meets the codes, then the sums of its groups.
     const float *order(const float *x, long columns) const {
         static thread_local std::vector<float> kept;
-        long pairs = (groups + 1) / 2;
-        kept.assign(128 * pairs + groups, 0);
-        float *found = kept.data(), *sums = found + 128 * pairs;
-        for (long k = 0; k < columns; k++) {
-            found[k / 128 * 128 + (k % 8 ^ 1) * 16 + k % 128 / 8] = x[k];
-            sums[k / 64] += x[k];
+        long blocks = (groups + 1) / 2;
+        kept.assign(128 * blocks + groups, 0);
+        float *found = kept.data(), *sums = found + 128 * blocks, padded[128] = {};
+        for (long b = 0; b < blocks; b++) {
+            const float *from = x + 128 * b;
+            if (long left = columns - 128 * b; left < 128) from = (const float *)memcpy(padded, from, 4 * left);
+            for (int word = 0; word < 16; word++)
+                for (int i = 0; i < 8; i++) found[128 * b + (i ^ 1) * 16 + word] = from[8 * word + i];
         }
+        for (long g = 0; zero && g < groups; g++)
+            for (int i = 0; i < 64; i++) sums[g] += found[g / 2 * 128 + i / 8 * 16 + g % 2 * 8 + i % 8];
         return found;
     }
 
@@ -107,8 +111,7 @@ template <class S> struct Nibbles {
         for (long g = 0; g < groups; g += 2, w += 64, x += 128) {
             bool both = g + 1 < groups;
             words c{};
-            if (both) memcpy(&c, w, 64);
-            else memcpy(&c, w, 32);
+            both ? memcpy(&c, w, 64) : memcpy(&c, w, 32);
             v16 even{}, odd{};
             for (int s = 0; s < 8; s += 2) {
                 even += look_up(c >> (4 * s)) * load<16>(x + 16 * s);
@@ -120,13 +123,14 @@ template <class S> struct Nibbles {
         return sum(total) + (zero ? dot(zero + r * groups, x, groups) : 0);
     }
 
+    // the values of the codes in the lowest bits
     v16 look_up(words c) const {
 #ifdef __clang__
         v16 found;
         for (int i = 0; i < 16; i++) found[i] = values[c[i] & 15];
         return found;
 #else
-        return __builtin_shuffle(values, c & 15);
+        return __builtin_shuffle(values, c);
 #endif
     }
 };
@@ -161,6 +165,15 @@ inline float activate(long kind, float x) {
     }
 }
 
+inline void activate(long kind, float *y, const float *x, long n) {
+    long i = 0;
+    for (; kind == SILU && i + 16 <= n; i += 16) {
+        v16 a = load<16>(x + i);
+        store<16>(y + i, a / (1.0f + exponential(-a)));
+    }
+    for (; i < n; i++) y[i] = activate(kind, x[i]);
+}
+
 template <class T> struct Attention {
     const T *k, *v;
     long group, size, places;  // query heads that share a key, elements of a head, places that the cache has
@@ -169,23 +182,50 @@ template <class T> struct Attention {
 
     // y (+)= gate * what a head's query finds at the places from `first` up to `end`
     void find(float *y, const float *q, long head, long first, long end, float gate, bool adds) const {
-        static thread_local std::vector<float> scores;
-        scores.resize(end);
-        long from = head / group * places * size;
-        float most = -INFINITY, total = 0;
-        for (long j = first; j < end; j++) {
-            float score = scale * dot(k + from + j * size, q, size);
-            if (slopes) score += slopes[head] * j;
-            if (softcap) score = softcap * std::tanh(score / softcap);
-            scores[j] = score;
-            most = std::max(most, score);
+        static thread_local std::vector<float> kept;
+        long n = end - first, from = (head / group * places + first) * size;
+        kept.assign((n + 15) / 16 * 16, -INFINITY);
+        float *scores = kept.data(), most = -INFINITY;
+        for (long j = 0; j < n; j++) {
+            scores[j] = scale * score(q, k + from + j * size);
+            if (slopes) scores[j] += slopes[head] * (first + j);
+            if (softcap) scores[j] = softcap * std::tanh(scores[j] / softcap);
+            most = std::max(most, scores[j]);
         }
-        for (long j = first; j < end; j++) total += scores[j] = std::exp(scores[j] - most);
-        for (long d = 0; !adds && d < size; d++) y[d] = 0;
-        for (long j = first; j < end; j++) {
-            float weight = scores[j] * gate / total;
-            for (long d = 0; d < size; d++) y[d] += weight * to_float(v[from + j * size + d]);
+        v16 total{};
+        for (long j = 0; j < n; j += 16) {
+            v16 weights = exponential(load<16>(scores + j) - most);
+            store<16>(scores + j, weights);
+            total += weights;
         }
+        float factor = gate / sum(total);
+        long d = 0;
+        for (; d + 16 <= size; d += 16) store<16>(y + d, weigh(scores, v + from + d, n) * factor + (adds ? load<16>(y + d) : v16{}));
+        for (; d < size; d++) {
+            float found = adds ? y[d] : 0;
+            for (long j = 0; j < n; j++) found += factor * scores[j] * to_float(v[from + j * size + d]);
+            y[d] = found;
+        }
+    }
+
+    float score(const float *q, const T *key) const {
+        v16 total{};
+        long d = 0;
+        for (; d + 16 <= size; d += 16) total += load<16>(q + d) * load<16>(key + d);
+        float found = sum(total);
+        for (; d < size; d++) found += q[d] * to_float(key[d]);
+        return found;
+    }
+
+    // of 16 elements
+    v16 weigh(const float *scores, const T *values, long n) const {
+        v16 even{}, odd{};
+        long j = 0;
+        for (; j + 2 <= n; j += 2) {
+            even += scores[j] * load<16>(values + j * size);
+            odd += scores[j + 1] * load<16>(values + (j + 1) * size);
+        }
+        return j < n ? even + odd + scores[j] * load<16>(values + j * size) : even + odd;
     }
 };
 
@@ -345,14 +385,15 @@ void tape_attend(Tape *tape, float *y, const float *q, long heads, long groups, 
 
 void tape_activate(Tape *tape, float *y, long n, long kind) {
     tape->elements(n, true, [=](const Run &, Span span) {
-        for (long i = span.begin; i < span.end; i++) y[i] = activate(kind, y[i]);
+        activate(kind, y + span.begin, y + span.begin, span.end - span.begin);
     });
 }
 
 // y = activation(gate) * up; the gate's n elements are followed by those of up
 void tape_gate(Tape *tape, float *y, const float *gate_up, long n, long kind) {
     tape->elements(n, false, [=](const Run &, Span span) {
-        for (long i = span.begin; i < span.end; i++) y[i] = activate(kind, gate_up[i]) * gate_up[n + i];
+        activate(kind, y + span.begin, gate_up + span.begin, span.end - span.begin);
+        for (long i = span.begin; i < span.end; i++) y[i] *= gate_up[n + i];
     });
 }
 
