@@ -16,7 +16,7 @@ from lit_gpt import native
 
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 ACTIVATIONS = ("silu", "gelu_tanh")  # as numbered in layers.cpp
-ALL_KEPT = 2**32  # the threshold of no dropout
+ALL_KEPT = 2**16  # the threshold of no dropout
 LIBRARIES = ("layers", "lora", "attention")
 _operators = torch.library.Library("lit_gpt", "FRAGMENT")
 
@@ -41,16 +41,31 @@ def available() -> bool:
     return all(native.library(name) is not None for name in LIBRARIES)
 
 
-def _call(library: str, function: str, like: Tensor, *arguments: Any) -> None:
-    """Call a kernel; tensors become pointers, floats C floats, `ctypes` values stay."""
-    kernel = getattr(native.library(library), f"{function}_{SUFFIXES[like.dtype]}")
-    kernel(*(_as_c(x) for x in arguments))
+# The kernels' arguments, each as the letter of its C type.
+_TYPES = {
+    "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float, "w": ctypes.c_uint32, "u": ctypes.c_uint64,
+    "p": ctypes.c_void_p,
+}  # fmt: skip
+_SIGNATURES = {
+    "layers": {
+        "rms_norm": "lippffpp", "rms_norm_backward": "lippppfp", "gated": "liipp", "gated_backward": "liippp",
+        "rotate": "liiiipppfp",
+    },
+    "lora": {"lora": "lipppifuwiippppi", "lora_backward": "lippppifuwiipppippp"},
+    "attention": {"attention": "pppppp", "attention_backward": "p" * 11},
+}  # fmt: skip
 
 
-def _as_c(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        return ctypes.c_void_p(x.data_ptr())
-    return ctypes.c_float(x) if isinstance(x, float) else ctypes.c_long(x) if isinstance(x, int) else x
+@functools.cache
+def _kernel(library: str, name: str, dtype: torch.dtype) -> Any:
+    function = getattr(native.library(library), f"{name}_{SUFFIXES[dtype]}")
+    function.argtypes, function.restype = [_TYPES[letter] for letter in _SIGNATURES[library][name]], None
+    return function
+
+
+def _call(library: str, name: str, like: Tensor, *arguments: Any) -> None:
+    """Call the kernel for the dtype of `like`; tensors become pointers."""
+    _kernel(library, name, like.dtype)(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
 
 
 def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -142,8 +157,10 @@ def _padded(r: int) -> int:
 
 
 def _pad_ranks(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """With ranks of zeros added up to a multiple of 8."""
-    r = B.size(1)
+    """In float32, with ranks of zeros added up to a multiple of 8."""
+    A, B, r = A.float(), B.float(), B.size(1)
+    if r % 8 == 0:
+        return A.contiguous(), B.contiguous()
     more = _padded(r) - r
     return F.pad(A.unflatten(0, (-1, r)), (0, 0, 0, more)).flatten(0, 1), F.pad(B, (0, more))
 
@@ -164,22 +181,14 @@ def lora_(
 
     Args:
         seed: int64 (1,), from which it follows which elements are dropped.
-        threshold: the share of elements that are not, times 2^32.
+        threshold: the share of elements that are not, times ALL_KEPT.
     """
-    low = _low(y, x, A, B).zero_()
-    A, B = _pad_ranks(A.float(), B.float())
-    dropout, parts = _dropout(seed, threshold), (len(starts), B.size(1), _int_array(starts), _int_array(stops))
-    _call("lora", "lora", x, len(x), x.size(1), x, A, _scaled(B, factor), len(B), *dropout, *parts, low, y, y.size(1))
+    low = _low(y, x, A, B)
+    A, B = _pad_ranks(A, B)
+    parts = len(starts), B.size(1), _int_array(starts), _int_array(stops)
+    weights = A, B, len(B), factor, seed.item(), threshold
+    _call("lora", "lora", x, len(x), x.size(1), x, *weights, *parts, low, y, y.size(1))
     return low
-
-
-def _scaled(B: Tensor, factor: float) -> Tensor:
-    """As the kernels read it: (r, rows of B)."""
-    return torch.mul(B.t(), factor, out=B.new_empty(B.shape[::-1]))
-
-
-def _dropout(seed: Tensor, threshold: int) -> tuple[Any, Any]:
-    return ctypes.c_uint64(int(seed)), ctypes.c_uint64(threshold)
 
 
 def _lora_grads(grad: Tensor, x: Tensor, A: Tensor, B: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,19 +201,14 @@ def lora_backward(
     starts: list[int], stops: list[int], factor: float, low: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, through the update alone, A and B."""
-    x_grad, threads, ranks, r = _like(x), torch.get_num_threads(), A.size(0), B.size(1)
-    wide_A, wide_B = _pad_ranks(A.float(), B.float())
-    A_grads, B_grads = (
-        torch.zeros(threads, *w.shape) for w in (wide_A, wide_B.t())
-    )  # summed in order: always the same
-    dropout, parts = _dropout(seed, threshold), (len(starts), wide_B.size(1), _int_array(starts), _int_array(stops))
-    sizes, scaled = (len(x), x.size(1)), _scaled(wide_B, factor)
-    _call(
-        "lora", "lora_backward", x, *sizes, grad, x, wide_A, scaled, len(B), *dropout, *parts, low, grad.size(1),
-        x_grad, A_grads, B_grads,
-    )  # fmt: skip
-    A_grad = A_grads.sum(0).unflatten(0, (ranks // r, -1))[:, :r].flatten(0, 1)
-    return x_grad, A_grad.to(A.dtype), B_grads.sum(0)[:r].t().mul(factor).to(B.dtype)
+    r, (wide_A, wide_B) = B.size(1), _pad_ranks(A, B)
+    grads = x_grad, A_grad, B_grad = _lora_grads(grad, x, wide_A, wide_B)
+    parts = len(starts), wide_B.size(1), _int_array(starts), _int_array(stops)
+    weights = wide_A, wide_B, len(B), factor, seed.item(), threshold
+    _call("lora", "lora_backward", x, len(x), x.size(1), grad, x, *weights, *parts, low, grad.size(1), *grads)
+    if r % 8:
+        A_grad = A_grad.unflatten(0, (len(starts), -1))[:, :r].flatten(0, 1)
+    return x_grad, A_grad.to(A.dtype), B_grad[:, :r].to(B.dtype)
 
 
 class _Heads(ctypes.Structure):

@@ -9,18 +9,6 @@ template <class F> inline void each(int size, F f) {
     for (int i = 0; i < size; i += 16) f(i, size - i < 16 ? size - i : 16);
 }
 
-template <class T> inline v16 take(const T *p, int count) {
-    if (count == 16) return load<16>(p);
-    v16 x{};
-    for (int i = 0; i < count; i++) x[i] = to_float(p[i]);
-    return x;
-}
-
-template <class T> inline void put(T *p, v16 x, int count) {
-    if (count == 16) return store<16>(p, x);
-    for (int i = 0; i < count; i++) from_float(p + i, x[i]);
-}
-
 template <class T>
 void rms_norm(long rows, int size, const T *x, const T *weight, float eps, float offset, T *y, float *inverse) {
 #pragma omp parallel for

@@ -9,32 +9,36 @@
 namespace {
 
 const int TOKENS = 32;
+typedef std::vector<float> Buffer;
 
-// Which elements of x stay: those whose number in it, hashed with the seed, falls below the threshold.
+// Which elements of x stay: those whose 16 random bits are below the threshold. They follow from the seed and the
+// place; of 32 neighbours the first 16 have the lower halves of 16 words, the others the upper ones.
 struct Dropout {
     uint64_t seed;
-    uint64_t threshold;  // of 2^32
+    uint32_t threshold;  // of 2^16
 
-    v16 apply(v16 x, uint32_t number) const {
-        if (threshold >> 32) return x;
-        u16 h = u16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + number + (uint32_t)seed;
-        h = (h ^ h >> 16) * 0x7feb352d;  // the rounds of Wellons' lowbias32
-        h = (h ^ h >> 15 ^ (uint32_t)(seed >> 32)) * 0x846ca68b;
-        h ^= h >> 16;
-        return h < (uint32_t)threshold ? x : v16{};
+    // f(first of up to 16 elements, how many, which stay) for a row
+    template <class F> void each(long row, int size, F f) const {
+        uint32_t word = row * ((size + 31) / 32) * 16;
+        for (int j = 0; j < size; j += 32, word += 16) {
+            u16 h = u16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + word + (uint32_t)seed;
+            h = (h ^ h >> 16) * 0x7feb352d;  // the rounds of Wellons' lowbias32
+            h = (h ^ h >> 15 ^ (uint32_t)(seed >> 32)) * 0x846ca68b;
+            h ^= h >> 16;
+            f(j, std::min(16, size - j), (h & 0xffff) < threshold);
+            if (j + 16 < size) f(j + 16, std::min(16, size - j - 16), h >> 16 < threshold);
+        }
     }
 };
 
-// Rows of x from `first` on as floats, some dropped. They are 8 numbers longer than `size`, so that 16 can be handled.
+// Rows of x from `first` on as floats, 8 numbers longer than `size`, with zero for what is dropped.
 template <class T> void dropped(const Dropout &dropout, long first, int rows, int size, const T *x, float *to) {
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < size; j += 16) {
-            long number = (first + i) * size + j;
-            v16 all = j + 16 <= size ? load<16>(x + number) : v16{};
-            if (j + 16 > size)
-                for (int n = 0; n < size - j; n++) all[n] = to_float(x[number + n]);
-            store<16>(to + i * (size + 8) + j, dropout.apply(all, number));
-        }
+    for (int i = 0; i < rows; i++) {
+        const T *row = x + (first + i) * size;
+        dropout.each(first + i, size, [&](int j, int n, auto stays) {
+            store<16>(to + i * (size + 8) + j, stays ? take(row + j, n) : v16{});
+        });
+    }
 }
 
 struct Parts {
@@ -59,64 +63,89 @@ template <class F> void tiles(long rows, F f) {
     }
 }
 
-// A: (ranks, in); B: (r, rows of B), scaled; low: (rows, ranks), zero at first, becomes dropout(x) A^T
+Buffer scaled_transpose(const float *B, int rows, int r, float factor) {
+    Buffer found((long)rows * r);
+    for (int i = 0; i < rows; i++)
+        for (int j = 0; j < r; j++) found[(long)j * rows + i] = B[(long)i * r + j] * factor;
+    return found;
+}
+
+// A: (ranks, in); B: (rows of B, r); low: (rows, ranks), becomes dropout(x) A^T
 template <class T>
-void lora(long rows, int in, const T *x, const float *A, const float *B, int B_rows, Dropout dropout, Parts parts, float *low,
-          T *y, int out) {
+void lora(long rows, int in, const T *x, const float *A, const float *B, int B_rows, float factor, Dropout dropout, Parts parts,
+          float *low, T *y, int out) {
     int ranks = parts.ranks();
+    Buffer across = scaled_transpose(B, B_rows, parts.r, factor);
     tiles(rows, [&](long first, int n, int) {
-        static thread_local std::vector<float> X;
+        static thread_local Buffer X;
         X.resize(TOKENS * (in + 8));
         dropped(dropout, first, n, in, x, X.data());
         float *l = low + first * ranks;
+        std::fill(l, l + n * ranks, 0.0f);
         add_dots(n, ranks, in, X.data(), in + 8, A, in, l, ranks);
         parts.each([&](int p, int column, int columns, int row) {
-            add_product(n, columns, parts.r, l + p * parts.r, ranks, 1, B + row, B_rows, y + first * out + column, out);
+            T *to = y + first * out + column;
+            add_product(n, columns, parts.r, l + p * parts.r, ranks, 1, across.data() + row, B_rows, to, out);
         });
     });
 }
 
-// A: (ranks, in); B: (r, rows of B), scaled; A_grad, B_grad: of their shapes for each thread, zero at first
+// The gradients that the threads found, in order, so that their sum is always the same.
+template <class F> void gather(const std::vector<Buffer> &found, long size, F to) {
+#pragma omp parallel for
+    for (long i = 0; i < size; i++) {
+        float total = 0;
+        for (auto &part : found) total += part.empty() ? 0 : part[i];
+        to(i, total);
+    }
+}
+
+// A_grad, B_grad: of the shapes of A and B; x_grad: through the update alone
 template <class T>
-void lora_backward(long rows, int in, const T *grad, const T *x, const float *A, const float *B, int B_rows, Dropout dropout,
-                   Parts parts, const float *low, int out, T *x_grad, float *A_grad, float *B_grad) {
-    int ranks = parts.ranks();
+void lora_backward(long rows, int in, const T *grad, const T *x, const float *A, const float *B, int B_rows, float factor,
+                   Dropout dropout, Parts parts, const float *low, int out, T *x_grad, float *A_grad, float *B_grad) {
+    int ranks = parts.ranks(), r = parts.r;
+    Buffer across = scaled_transpose(B, B_rows, r, factor);
+    std::vector<Buffer> A_grads(omp_get_max_threads()), B_grads(omp_get_max_threads());
     tiles(rows, [&](long first, int n, int thread) {
-        static thread_local std::vector<float> X, L;
+        static thread_local Buffer X, L;
         X.resize(TOKENS * (in + 8));
         L.assign(TOKENS * ranks, 0.0f);
-        float *a_grad = A_grad + (long)thread * ranks * in, *b_grad = B_grad + (long)thread * parts.r * B_rows;
+        Buffer &a_grad = A_grads[thread], &b_grad = B_grads[thread];
+        a_grad.resize((long)ranks * in), b_grad.resize((long)r * B_rows);
         parts.each([&](int p, int column, int columns, int row) {
             const T *g = grad + first * out + column;
-            add_dots(n, parts.r, columns, g, out, B + row, B_rows, L.data() + p * parts.r, ranks);
-            add_product(parts.r, columns, n, low + first * ranks + p * parts.r, 1, ranks, g, out, b_grad + row, B_rows);
+            add_dots(n, r, columns, g, out, across.data() + row, B_rows, L.data() + p * r, ranks);
+            add_product(r, columns, n, low + first * ranks + p * r, 1, ranks, g, out, b_grad.data() + row, B_rows);
         });
         dropped(dropout, first, n, in, x, X.data());
-        add_product(ranks, in, n, L.data(), 1, ranks, X.data(), in + 8, a_grad, in);
+        add_product(ranks, in, n, L.data(), 1, ranks, X.data(), in + 8, a_grad.data(), in);
         std::fill(X.begin(), X.end(), 0.0f);
         add_product(n, in, ranks, L.data(), ranks, 1, A, in, X.data(), in + 8);
-        for (int i = 0; i < n; i++)
-            for (int j = 0; j < in; j += 16) {
-                long number = (first + i) * in + j;
-                v16 kept = dropout.apply(load<16>(&X[i * (in + 8) + j]), number);
-                if (j + 16 <= in) store<16>(x_grad + number, kept);
-                else for (int m = 0; m < in - j; m++) from_float(x_grad + number + m, kept[m]);
-            }
+        for (int i = 0; i < n; i++) {
+            T *row = x_grad + (first + i) * in;
+            dropout.each(first + i, in, [&](int j, int m, auto stays) {
+                put(row + j, stays ? load<16>(&X[i * (in + 8) + j]) : v16{}, m);
+            });
+        }
     });
+    gather(A_grads, (long)ranks * in, [&](long i, float total) { A_grad[i] = total; });
+    gather(B_grads, (long)r * B_rows, [&](long i, float total) { B_grad[i % B_rows * r + i / B_rows] = total * factor; });
 }
 
 }  // namespace
 
 #define BOTH(T, suffix)                                                                                                      \
-    void lora_##suffix(long rows, int in, const T *x, const float *A, const float *B, int B_rows, uint64_t seed,             \
-                       uint64_t threshold, int parts, int r, const int *starts, const int *stops, float *low, T *y, int out) { \
-        lora(rows, in, x, A, B, B_rows, {seed, threshold}, {parts, r, starts, stops}, low, y, out);                      \
+    void lora_##suffix(long rows, int in, const T *x, const float *A, const float *B, int B_rows, float factor,              \
+                       uint64_t seed, uint32_t threshold, int parts, int r, const int *starts, const int *stops, float *low, \
+                       T *y, int out) {                                                                                      \
+        lora(rows, in, x, A, B, B_rows, factor, {seed, threshold}, {parts, r, starts, stops}, low, y, out);                  \
     }                                                                                                                        \
     void lora_backward_##suffix(long rows, int in, const T *grad, const T *x, const float *A, const float *B, int B_rows,    \
-                                uint64_t seed, uint64_t threshold, int parts, int r, const int *starts, const int *stops,    \
-                                const float *low, int out, T *x_grad, float *A_grad, float *B_grad) {                        \
-        lora_backward(rows, in, grad, x, A, B, B_rows, {seed, threshold}, {parts, r, starts, stops}, low, out, x_grad,       \
-                      A_grad, B_grad);                                                                                       \
+                                float factor, uint64_t seed, uint32_t threshold, int parts, int r, const int *starts,        \
+                                const int *stops, const float *low, int out, T *x_grad, float *A_grad, float *B_grad) {      \
+        lora_backward(rows, in, grad, x, A, B, B_rows, factor, {seed, threshold}, {parts, r, starts, stops}, low, out,       \
+                      x_grad, A_grad, B_grad);                                                                               \
     }
 
 extern "C" {

@@ -59,11 +59,26 @@ template <class T> inline v16 rounded(v16 x) {
     return load<16>(kept);
 }
 
-inline float sum(v16 x) {
+// up to 16 numbers, the others zero
+template <class T> inline v16 take(const T *p, int count) {
+    if (count == 16) return load<16>(p);
+    v16 x{};
+    for (int i = 0; i < count; i++) x[i] = to_float(p[i]);
+    return x;
+}
+
+template <class T> inline void put(T *p, v16 x, int count) {
+    if (count == 16) return store<16>(p, x);
+    for (int i = 0; i < count; i++) from_float(p + i, x[i]);
+}
+
+template <int N> inline float sum(typename Vectors<N>::floats x) {
     float total = 0;
-    for (int i = 0; i < 16; i++) total += x[i];
+    for (int i = 0; i < N; i++) total += x[i];
     return total;
 }
+
+inline float sum(v16 x) { return sum<16>(x); }
 
 // 2^(x log2 e), the power's fraction by a polynomial; off by 2e-7 of the value at most, and 0 below the normal numbers
 inline v16 exponential(v16 x) {
@@ -109,12 +124,6 @@ inline void add_product(int rows, int columns, int depth, const float *A, long a
     for (; j + 32 <= columns; j += 32) product_strip<16, 2>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
     for (; j + 16 <= columns; j += 16) product_strip<16, 1>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
     for (; j < columns; j += 8) product_strip<8, 1>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
-}
-
-template <int N> inline float sum(typename Vectors<N>::floats x) {
-    float total = 0;
-    for (int i = 0; i < N; i++) total += x[i];
-    return total;
 }
 
 template <int N, int ROWS, class TA>
