@@ -25,7 +25,7 @@ FLAGS = [
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
     """The library of `name`.cpp; None where it cannot be had, which is told once on stderr."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))), None)
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++"))), None)
     if compiler is None:
         print("no C++ compiler found (g++): the CPU goes without the faster kernels", file=sys.stderr)
         return None

@@ -1,9 +1,12 @@
 // Causal attention within the samples of a row, forward and backward, a block of queries at a time (Dao et al. 2022,
-// FlashAttention: probabilities are not kept but computed again). All sums and products are of floats.
+// FlashAttention: probabilities are not kept but computed again). Scores, softmax and all sums are floats.
 #include <algorithm>
 #include <vector>
 
 #include "vectors.h"
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -25,89 +28,218 @@ struct Sizes {
     float scale;
     int window;  // positions that a query sees, its own included
 
-    int padded() const { return up(size, 16); }
+    int total() const { return offsets[samples]; }
     long items() const { return (long)batch * samples * heads; }
 };
 
-// Rows of a head as floats, (rows, width); beyond `size` they stay as they are.
-template <class T> void rows_of(const Heads<T> &x, int b, int h, int first, int rows, int size, float scale, float *to, int width) {
-    for (int i = 0; i < rows; i++) {
-        const T *from = x.at(b, h, first + i);
-        for (int j = 0; j < size; j++) to[(long)i * width + j] = to_float(from[j]) * scale;
-    }
-}
+// A matrix product takes STEP elements of its depth at once, which lie together in a word.
+template <class T> struct Words;
 
-// The same, (size, width)
-template <class T> void columns_of(const Heads<T> &x, int b, int h, int first, int rows, int size, float *to, int width) {
-    for (int i = 0; i < rows; i++) {
-        const T *from = x.at(b, h, first + i);
-        for (int j = 0; j < size; j++) to[(long)j * width + i] = to_float(from[j]);
-    }
-}
+template <> struct Words<float> {
+    typedef float word;
+    typedef v16 vector;
+    enum { STEP = 1 };
 
-struct Zeros : std::vector<float> {
-    float *of(size_t n) {
-        assign(n, 0.0f);
-        return data();
+    static word of(float first, float) { return first; }
+    static v16 of(v16 first, v16) { return first; }
+    static void add(v16 &sum, word a, vector b) { sum += a * b; }
+};
+
+template <> struct Words<bf16> {
+    typedef uint32_t word;
+    typedef u16 vector;
+    enum { STEP = 2 };
+
+    static word of(bf16 first, bf16 second) { return first.bits | (word)second.bits << 16; }
+    static u16 of(v16 first, v16 second) {
+        u16 low = (u16)first, high = (u16)second;
+        low = low + 0x7fff + (low >> 16 & 1), high = high + 0x7fff + (high >> 16 & 1);
+        return low >> 16 | (high & 0xffff0000);
+    }
+    static void add(v16 &sum, word a, vector b) {
+#ifdef __AVX512BF16__
+        sum = (v16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+#else
+        word low = a << 16, high = a & 0xffff0000;
+        float first, second;
+        memcpy(&first, &low, 4), memcpy(&second, &high, 4);
+        sum += first * (v16)(b << 16) + second * (v16)(b & 0xffff0000);
+#endif
     }
 };
 
-// Queries `begin` to `begin + n` of a sample; the keys `first` to `last` that any of them sees, on multiples of 16.
-struct Block {
+template <class T, int ROWS, int VECTORS, class word = typename Words<T>::word>
+inline void tile(int steps, const word *A, long a_row, long a_step, const word *B, long b_step, float *C, long c_row) {
+    v16 sums[ROWS][VECTORS];
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < VECTORS; j++) sums[i][j] = load<16>(C + i * c_row + j * 16);
+    for (int k = 0; k < steps; k++) {
+        typename Words<T>::vector b[VECTORS];
+        for (int j = 0; j < VECTORS; j++) memcpy(&b[j], B + k * b_step + j * 16, 64);
+        for (int i = 0; i < ROWS; i++)
+            for (int j = 0; j < VECTORS; j++) Words<T>::add(sums[i][j], A[i * a_row + k * a_step], b[j]);
+    }
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < VECTORS; j++) store<16>(C + i * c_row + j * 16, sums[i][j]);
+}
+
+// C (rows, columns) += A B over `depth` elements; columns a multiple of 16.
+template <class T, class word = typename Words<T>::word>
+void multiply(int rows, int columns, int depth, const word *A, long a_row, long a_step, const word *B, long b_step, float *C, long c_row) {
+    int steps = up(depth, Words<T>::STEP) / Words<T>::STEP, i;
+    for (int j = 0; j < columns; j += 32) {
+        bool two = j + 32 <= columns;
+        for (i = 0; i + 8 <= rows; i += 8)
+            (two ? tile<T, 8, 2> : tile<T, 8, 1>)(steps, A + i * a_row, a_row, a_step, B + j, b_step, C + i * c_row + j, c_row);
+        for (; i < rows; i++)
+            (two ? tile<T, 1, 2> : tile<T, 1, 1>)(steps, A + i * a_row, a_row, a_step, B + j, b_step, C + i * c_row + j, c_row);
+    }
+}
+
+// Makes of 16 vectors of words their transpose, exchanging one bit of the numbers of row and column after another.
+inline void transpose(u16 *rows) {
+    const u16 lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    for (int bit = 1; bit < 16; bit *= 2)
+        for (int i = 0; i < 16; i++)
+            if (!(i & bit)) {
+                u16 a = rows[i], b = rows[i + bit], upper = (lane & bit) != 0 ? u16{} + 16 : u16{};
+                rows[i] = __builtin_shuffle(a, b, (lane & ~bit) + upper);
+                rows[i + bit] = __builtin_shuffle(a, b, (lane | bit) + upper);
+            }
+}
+
+template <class E> struct Zeros : std::vector<E> {
+    E *of(size_t n) {
+        this->assign(n, E{});
+        return this->data();
+    }
+};
+
+// The rows of a sample's head, or of a block of its queries, as words; each function for one place in a product.
+template <class T> struct Rows {
+    typedef typename Words<T>::word word;
+    enum { STEP = Words<T>::STEP };
+    Heads<const T> x;
+    int b, h, first, rows, size;
+
+    // (rows, steps of the head): the left matrix, depth along the head
+    void left(word *to, int width) const {
+        for (int i = 0; i < rows; i++) memcpy(to + (long)i * width, x.at(b, h, first + i), size * sizeof(T));
+    }
+    // (steps of the head, rows): the right matrix, depth along the head; `width` is a multiple of 16
+    void turned(word *to, int width) const {
+        int steps = up(size, STEP) / STEP;
+        for (int i = 0; i < rows; i += 16) {
+            word part[16][16];
+            for (int j = 0; j < steps; j += 16) {
+                int count = std::min(16, steps - j);
+                memset(part, 0, sizeof part);
+                for (int r = 0; r < 16 && i + r < rows; r++)
+                    memcpy(part[r], x.at(b, h, first + i + r) + j * STEP, std::min<int>(64, (size - j * STEP) * sizeof(T)));
+                u16 vectors[16];
+                memcpy(vectors, part, sizeof part);
+                transpose(vectors);
+                for (int k = 0; k < count; k++) memcpy(to + (long)(j + k) * width + i, &vectors[k], 64);
+            }
+        }
+    }
+    // (steps of the rows, head): the right matrix, depth along the rows
+    void right(word *to, int width) const {
+        for (int i = 0; i < rows; i += STEP) {
+            const T *one = x.at(b, h, first + i), *other = x.at(b, h, first + std::min(i + STEP - 1, rows - 1));
+            bool there = i + STEP <= rows;
+            for (int j = 0; j < size; j++) to[(long)(i / STEP) * width + j] = Words<T>::of(one[j], there ? other[j] : T{});
+        }
+    }
+};
+
+// Floats (rows, columns) as the left matrix of a product: of itself, and of its transpose. Rows are added up to a step.
+template <class T>
+void split(int rows, int columns, const float *from, typename Words<T>::word *left, typename Words<T>::word *left_turned) {
+    enum { STEP = Words<T>::STEP };
+    for (int i = 0; i < rows; i += STEP) {
+        for (int r = 0; left && r < STEP && i + r < rows; r++)
+            for (int j = 0; j < columns; j += 16) store<16>((T *)(left + (long)(i + r) * columns / STEP) + j, load<16>(from + (i + r) * columns + j));
+        for (int j = 0; left_turned && j < columns; j += 16) {
+            v16 other = i + STEP <= rows ? load<16>(from + (i + STEP - 1) * columns + j) : v16{};
+            auto words = Words<T>::of(load<16>(from + i * columns + j), other);
+            memcpy(left_turned + (long)(i / STEP) * columns + j, &words, 64);
+        }
+    }
+}
+
+// One head of one sample; of its queries `begin` to `begin + n`, and the keys `first` to `last` that any of them sees.
+struct Item {
+    const Sizes &s;
+    int b, h, group, start, length, keys, width;
     int begin, n, first, last;
 
-    Block(const Sizes &s, int begin, int length)
-        : begin(begin), n(std::min(QUERIES, length - begin)), first(std::max(0, begin - s.window + 1) / 16 * 16),
-          last(up(begin + n, 16)) {}
-    int keys() const { return last - first; }
+    Item(const Sizes &s, long i)
+        : s(s), b(i / (s.samples * s.heads)), h(i % s.heads), group(h / (s.heads / s.groups)),
+          start(s.offsets[i / s.heads % s.samples]), length(s.offsets[i / s.heads % s.samples + 1] - start),
+          keys(up(length, 16)), width(up(s.size, 16)) {}
+    void block(int at) {
+        begin = at, n = std::min(QUERIES, length - at);
+        first = std::max(0, begin - s.window + 1) / 16 * 16, last = up(begin + n, 16);
+    }
+    int seen() const { return last - first; }
+    template <class T> Rows<T> all(const Heads<const T> &x) const { return {x, b, group, start, length, s.size}; }
+    template <class T> Rows<T> queries(const Heads<const T> &x) const { return {x, b, h, start + begin, n, s.size}; }
+    long place() const { return ((long)b * s.heads + h) * s.total() + start; }
+    // -1e30 in the place of scores of query i of the block that it does not see
+    void hide(int i, float *scores) const {
+        std::fill(scores + begin + i + 1 - first, scores + seen(), -1e30f);
+        std::fill(scores, scores + std::max(0, begin + i - s.window + 1 - first), -1e30f);
+    }
 };
 
-// Makes the scores of query i those of the keys that it sees, and -1e30 elsewhere.
-inline void hide(const Sizes &s, const Block &block, int i, float *scores) {
-    int position = block.begin + i;
-    std::fill(scores + position + 1 - block.first, scores + block.keys(), -1e30f);
-    std::fill(scores, scores + std::max(0, position - s.window + 1 - block.first), -1e30f);
+inline float largest(const float *row, int n) {
+    v16 most = load<16>(row);
+    for (int j = 16; j < n; j += 16) most = most > load<16>(row + j) ? most : load<16>(row + j);
+    float found = most[0];
+    for (int j = 1; j < 16; j++) found = std::max(found, most[j]);
+    return found;
+}
+
+template <class T> void put_row(T *to, const float *from, int size, float factor) {
+    for (int j = 0; j < size; j += 16) put(to + j, load<16>(from + j) * factor, std::min(16, size - j));
 }
 
 template <class T> void attention(const Sizes &s, Heads<const T> q, Heads<const T> k, Heads<const T> v, Heads<T> y, float *log_sums) {
-    int width = s.padded(), total = s.offsets[s.samples];
+    typedef typename Words<T>::word word;
+    enum { STEP = Words<T>::STEP };
 #pragma omp parallel for schedule(dynamic)
-    for (long item = 0; item < s.items(); item++) {
-        int b = item / (s.samples * s.heads), sample = item / s.heads % s.samples, h = item % s.heads;
-        int group = h / (s.heads / s.groups), start = s.offsets[sample], length = s.offsets[sample + 1] - start;
-        int all = up(length, 16);
-        static thread_local Zeros keys, values, queries, scores, found;
-        float *K = keys.of((long)width * all), *V = values.of((long)all * width), *S = scores.of(QUERIES * all);
-        columns_of(k, b, group, start, length, s.size, K, all);
-        rows_of(v, b, group, start, length, s.size, 1, V, width);
-        for (int begin = 0; begin < length; begin += QUERIES) {
-            Block block(s, begin, length);
-            float *Q = queries.of(QUERIES * width), *O = found.of(QUERIES * width);
-            rows_of(q, b, h, start + begin, block.n, s.size, s.scale, Q, width);
-            int seen = block.keys();
-            std::fill(S, S + block.n * seen, 0.0f);
-            add_product(block.n, seen, s.size, Q, width, 1, K + block.first, all, S, seen);
-            float sums[QUERIES];
-            for (int i = 0; i < block.n; i++) {
-                float *row = S + i * seen;
-                hide(s, block, i, row);
-                v16 most = load<16>(row), total_{};
-                for (int j = 16; j < seen; j += 16) most = most > load<16>(row + j) ? most : load<16>(row + j);
-                float largest = most[0];
-                for (int j = 1; j < 16; j++) largest = std::max(largest, most[j]);
+    for (long i = 0; i < s.items(); i++) {
+        Item item(s, i);
+        int width = item.width, keys = item.keys;
+        static thread_local Zeros<word> key_words, value_words, query_words, score_words;
+        static thread_local Zeros<float> scores, found;
+        word *K = key_words.of((long)width * keys), *V = value_words.of((long)keys * width);
+        item.all(k).turned(K, keys);
+        item.all(v).right(V, width);
+        for (int begin = 0; begin < item.length; begin += QUERIES) {
+            item.block(begin);
+            int n = item.n, seen = item.seen();
+            word *Q = query_words.of(QUERIES * width), *P = score_words.of(QUERIES * seen);
+            float *S = scores.of(QUERIES * seen), *O = found.of(QUERIES * width), sums[QUERIES];
+            item.queries(q).left(Q, width);
+            multiply<T>(n, seen, s.size, Q, width, 1, K + item.first, keys, S, seen);
+            for (int r = 0; r < n; r++) {
+                float *row = S + r * seen;
+                item.hide(r, row);
+                float most = largest(row, seen);
+                v16 total{};
                 for (int j = 0; j < seen; j += 16) {
-                    v16 p = exponential(load<16>(row + j) - largest);
-                    total_ += p;
+                    v16 p = exponential((load<16>(row + j) - most) * s.scale);
+                    total += p;
                     store<16>(row + j, p);
                 }
-                sums[i] = sum(total_);
-                log_sums[((long)b * s.heads + h) * total + start + begin + i] = largest + std::log(sums[i]);
+                sums[r] = sum(total);
+                log_sums[item.place() + begin + r] = most * s.scale + std::log(sums[r]);
             }
-            add_product(block.n, width, seen, S, seen, 1, V + (long)block.first * width, width, O, width);
-            for (int i = 0; i < block.n; i++) {
-                T *to = y.at(b, h, start + begin + i);
-                for (int j = 0; j < s.size; j++) from_float(to + j, O[i * width + j] / sums[i]);
-            }
+            split<T>(n, seen, S, P, nullptr);
+            multiply<T>(n, width, seen, P, seen / STEP, 1, V + (long)item.first / STEP * width, width, O, width);
+            for (int r = 0; r < n; r++) put_row(y.at(item.b, item.h, item.start + begin + r), O + r * width, s.size, 1 / sums[r]);
         }
     }
 }
@@ -116,71 +248,71 @@ template <class T> void attention(const Sizes &s, Heads<const T> q, Heads<const 
 template <class T>
 void attention_backward(const Sizes &s, Heads<const T> q, Heads<const T> k, Heads<const T> v, Heads<const T> grad,
                         const float *log_sums, Heads<T> q_grad, float *k_heads, float *v_heads) {
-    int width = s.padded(), total = s.offsets[s.samples];
+    typedef typename Words<T>::word word;
+    enum { STEP = Words<T>::STEP };
 #pragma omp parallel for schedule(dynamic)
-    for (long item = 0; item < s.items(); item++) {
-        int b = item / (s.samples * s.heads), sample = item / s.heads % s.samples, h = item % s.heads;
-        int group = h / (s.heads / s.groups), start = s.offsets[sample], length = s.offsets[sample + 1] - start;
-        int all = up(length, 16);
-        static thread_local Zeros keys, key_rows, values, queries, grads, scores, slopes, found, key_sums, value_sums;
-        float *K_t = keys.of((long)width * all), *K = key_rows.of((long)all * width), *V_t = values.of((long)width * all);
-        float *P = scores.of(QUERIES * all), *D = slopes.of(QUERIES * all);
-        float *dK = key_sums.of((long)all * width), *dV = value_sums.of((long)all * width);
-        columns_of(k, b, group, start, length, s.size, K_t, all);
-        columns_of(v, b, group, start, length, s.size, V_t, all);
-        rows_of(k, b, group, start, length, s.size, 1, K, width);
-        for (int begin = 0; begin < length; begin += QUERIES) {
-            Block block(s, begin, length);
-            int n = block.n, seen = block.keys();
-            long from = (long)block.first * width;
-            float *Q = queries.of(QUERIES * width), *G = grads.of(QUERIES * width), *dQ = found.of(QUERIES * width);
-            rows_of(q, b, h, start + begin, n, s.size, s.scale, Q, width);
-            rows_of(grad, b, h, start + begin, n, s.size, 1, G, width);
-            std::fill(P, P + n * seen, 0.0f);
-            std::fill(D, D + n * seen, 0.0f);
-            add_product(n, seen, s.size, Q, width, 1, K_t + block.first, all, P, seen);
-            add_product(n, seen, s.size, G, width, 1, V_t + block.first, all, D, seen);
-            for (int i = 0; i < n; i++) {
-                float *p = P + i * seen, *d = D + i * seen;
-                hide(s, block, i, p);
-                float log_sum = log_sums[((long)b * s.heads + h) * total + start + begin + i];
+    for (long i = 0; i < s.items(); i++) {
+        Item item(s, i);
+        int width = item.width, keys = item.keys;
+        static thread_local Zeros<word> words[10];
+        static thread_local Zeros<float> floats[5];
+        word *K_turned = words[0].of((long)width * keys), *V_turned = words[1].of((long)width * keys);
+        word *K = words[2].of((long)keys * width);
+        float *dK = floats[0].of((long)keys * width), *dV = floats[1].of((long)keys * width);
+        item.all(k).turned(K_turned, keys);
+        item.all(v).turned(V_turned, keys);
+        item.all(k).right(K, width);
+        for (int begin = 0; begin < item.length; begin += QUERIES) {
+            item.block(begin);
+            int n = item.n, seen = item.seen();
+            word *Q = words[3].of(QUERIES * width), *Q_right = words[4].of(QUERIES * width);
+            word *G = words[5].of(QUERIES * width), *G_right = words[6].of(QUERIES * width);
+            word *P_turned = words[7].of(QUERIES * seen), *D_left = words[8].of(QUERIES * seen), *D_turned = words[9].of(QUERIES * seen);
+            float *P = floats[2].of(QUERIES * seen), *D = floats[3].of(QUERIES * seen), *dQ = floats[4].of(QUERIES * width);
+            item.queries(q).left(Q, width), item.queries(q).right(Q_right, width);
+            item.queries(grad).left(G, width), item.queries(grad).right(G_right, width);
+            multiply<T>(n, seen, s.size, Q, width, 1, K_turned + item.first, keys, P, seen);
+            multiply<T>(n, seen, s.size, G, width, 1, V_turned + item.first, keys, D, seen);
+            for (int r = 0; r < n; r++) {
+                float *p = P + r * seen, *d = D + r * seen, log_sum = log_sums[item.place() + begin + r];
+                item.hide(r, p);
                 v16 along{};
                 for (int j = 0; j < seen; j += 16) {
-                    v16 x = exponential(load<16>(p + j) - log_sum);
+                    v16 x = exponential(load<16>(p + j) * s.scale - log_sum);
                     along += x * load<16>(d + j);
                     store<16>(p + j, x);
                 }
                 float mean = sum(along);
                 for (int j = 0; j < seen; j += 16) store<16>(d + j, load<16>(p + j) * (load<16>(d + j) - mean));
             }
-            add_product(n, width, seen, D, seen, 1, K + from, width, dQ, width);
-            add_product(seen, width, n, P, 1, seen, G, width, dV + from, width);
-            add_product(seen, width, n, D, 1, seen, Q, width, dK + from, width);
-            for (int i = 0; i < n; i++) {
-                T *to = q_grad.at(b, h, start + begin + i);
-                for (int j = 0; j < s.size; j++) from_float(to + j, dQ[i * width + j] * s.scale);
-            }
+            split<T>(n, seen, P, nullptr, P_turned);
+            split<T>(n, seen, D, D_left, D_turned);
+            long from = (long)item.first * width;
+            multiply<T>(n, width, seen, D_left, seen / STEP, 1, K + from / STEP, width, dQ, width);
+            multiply<T>(seen, width, n, P_turned, 1, seen, G_right, width, dV + from, width);
+            multiply<T>(seen, width, n, D_turned, 1, seen, Q_right, width, dK + from, width);
+            for (int r = 0; r < n; r++) put_row(q_grad.at(item.b, item.h, item.start + begin + r), dQ + r * width, s.size, s.scale);
         }
-        long place = (((long)b * s.heads + h) * total + start) * s.size;
-        for (int t = 0; t < length; t++) {
-            memcpy(k_heads + place + (long)t * s.size, dK + (long)t * width, s.size * sizeof(float));
-            memcpy(v_heads + place + (long)t * s.size, dV + (long)t * width, s.size * sizeof(float));
+        for (int t = 0; t < item.length; t++) {
+            put_row(k_heads + (item.place() + t) * s.size, dK + (long)t * width, s.size, s.scale);
+            put_row(v_heads + (item.place() + t) * s.size, dV + (long)t * width, s.size, 1);
         }
     }
 }
 
 // Sums over the heads of each group
 template <class T> void gather(const Sizes &s, const float *by_head, Heads<T> to) {
-    int total = s.offsets[s.samples], n = s.heads / s.groups;
+    int total = s.total(), n = s.heads / s.groups;
 #pragma omp parallel for
     for (long item = 0; item < (long)s.batch * s.groups * total; item++) {
         int b = item / ((long)s.groups * total), group = item / total % s.groups, t = item % total;
         const float *first = by_head + (((long)b * s.heads + group * n) * total + t) * s.size;
         T *out = to.at(b, group, t);
-        for (int j = 0; j < s.size; j++) {
-            float x = 0;
-            for (int h = 0; h < n; h++) x += first[(long)h * total * s.size + j];
-            from_float(out + j, x);
+        for (int j = 0; j < s.size; j += 16) {
+            int count = std::min(16, s.size - j);
+            v16 x{};
+            for (int h = 0; h < n; h++) x += take(first + (long)h * total * s.size + j, count);
+            put(out + j, x, count);
         }
     }
 }
