@@ -27,7 +27,7 @@ top_p: ClosedUnitInterval = 1.0  # sample among the likeliest tokens of together
 seed: NonNegativeInt = 1234  # of the sampling
 precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and arithmetic
 quantize: Quantizer | None = None  # keep the weights in fewer bits (null: as trained, or as stored)
-compile: bool = False  # compile the step of one token: takes seconds at first, then answers come faster
+compile: bool = False  # compile the step of one token where there are no kernels for it: takes seconds at first
 
 
 def main(hp: SimpleNamespace) -> None:

@@ -15,6 +15,7 @@ from lit_gpt import checkpoint, quantize
 from lit_gpt.config import Config
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.memory import release
+from lit_gpt.meta import on_meta
 from lit_gpt.model import GPT
 
 
@@ -80,7 +81,7 @@ class Base:
         return quantize.attach(model, self.quantize)
 
     def skeleton(self, dtype: torch.dtype) -> GPT:
-        with torch.device("meta"):
+        with on_meta():
             return self.attach(GPT(self.config).to(dtype))
 
     def quantized(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Iterator[tuple[str, Tensor]]:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lit_gpt.decoding import CompiledStep
+from lit_gpt.decoding import Step
 from lit_gpt.errors import UserError
 from lit_gpt.generation import generate
 from lit_gpt.loras import LoRAs
@@ -31,7 +31,7 @@ class Chat:
         context: int,
         max_new_tokens: int,
         open_loras: Callable[[], LoRAs] | None = None,
-        new_step: Callable[[GPT], CompiledStep | None] = lambda model: None,
+        new_step: Callable[[GPT], Step | None] = lambda model: None,
         **options,
     ) -> None:
         self.model, self.tokenizer, self.style, self.options = model, tokenizer, style, options

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt.checkpoint import DTYPES
-from lit_gpt.decoding import CompiledStep
+from lit_gpt.decoding import FastStep, Step
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.memory import peak_memory_bytes
 from lit_gpt.model import GPT, KVCache, OneMore, forget, move, of_row
@@ -50,7 +50,7 @@ def generate(
     stop_ids: Iterable[int] = (),
     generator: torch.Generator | None = None,
     cache: KVCache | None = None,
-    step: CompiledStep | None = None,
+    step: Step | None = None,
 ) -> Iterator[int]:
     """Token ids that continue `prompt`, one by one, until a stop id (not yielded) or `max_new_tokens`.
 
@@ -95,7 +95,7 @@ def decode(
     top_k: int | None,
     top_p: float,
     *,
-    step: CompiledStep | None = None,
+    step: Step | None = None,
     choose: Callable[[list[Row]], None] = lambda rows: None,
 ) -> Iterator[tuple[Row, int]]:
     """Each row with its next token, in turns. As many are continued together as the cache has places; when one ends,
@@ -135,7 +135,7 @@ def next_logits(
     model: GPT,
     rows: list[Row],
     cache: KVCache,
-    step: CompiledStep | None,
+    step: Step | None,
     choose: Callable[[list[Row]], None],
 ) -> Tensor:
     """The logits that follow each row, (len(rows), padded_vocab_size)."""
@@ -232,9 +232,9 @@ def sampling_options(hp: SimpleNamespace, model: GPT) -> dict[str, Any]:
     return {"temperature": hp.temperature, "top_k": hp.top_k, "top_p": hp.top_p, "generator": generator}
 
 
-def new_step(hp: SimpleNamespace, model: GPT) -> CompiledStep | None:
+def new_step(hp: SimpleNamespace, model: GPT) -> Step:
     """What takes the model's place for one more token of one row."""
-    return CompiledStep(model) if hp.compile else None
+    return FastStep(model, hp.compile)
 
 
 def prompt_ids(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lit_gpt import checkpoint, fused
 from lit_gpt.config import Config
 from lit_gpt.errors import UsageError, UserError
+from lit_gpt.meta import on_meta
 from lit_gpt.model import GPT
 from lit_gpt.moe import Experts, Router, Routes, grouped_product
 from lit_gpt.quantize import Quantized, QuantizedLinear, weight_of
@@ -196,7 +197,7 @@ def merged_config(model: GPT) -> Config:
 def write_merged(path: Path, model: GPT) -> None:
     """Write the state dict of the merged model, dequantized if it is quantized, holding one tensor at a time."""
     config = merged_config(model)
-    with torch.device("meta"):
+    with on_meta():
         names = dict(GPT(config).named_parameters())  # tied ones once
     layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
     layout = {name: names[name].to(stored_dtype(layer, model.dtype)) for name, layer in layers.items()}

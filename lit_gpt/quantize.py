@@ -281,6 +281,11 @@ class QuantizedLinear(Quantized):
         return product(x, self)
 
 
+def unpacked(layer: Quantized) -> Tensors:
+    """The tensors of its format, those that are kept packed undone."""
+    return FORMATS[layer.format].unpack({key: layer.get_parameter(key).detach() for key in layer.keys})
+
+
 class QuantizedEmbedding(Quantized):
     """An embedding in int8, a scale for each token. Its output has the scale's dtype."""
 
