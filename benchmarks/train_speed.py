@@ -47,7 +47,7 @@ weight_decay: NonNegativeFloat = 0.01  # of AdamW
 precision: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights and the arithmetic
 seed: NonNegativeInt = 1337  # of data order, adapters and random weights
 # the cut of a batch
-row_tokens: PositiveInt = 1024  # tokens per packed row of ours; its default
+row_tokens: PositiveInt = 2048  # tokens per packed row of ours; its default
 micro_batch: PositiveInt = 4  # samples per padded micro-batch of peft
 tuned_row: PositiveInt = 4  # samples per packed row of peft_tuned
 tuned_compile: bool = False  # torch.compile for peft_tuned

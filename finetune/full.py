@@ -28,7 +28,7 @@ epochs: PositiveInt = 1  # times through the data
 max_steps: PositiveInt | None = None  # stop after this many optimizer steps instead of epochs
 batch_size: PositiveInt = 128  # samples per optimizer step, over all devices
 micro_batch_size: PositiveInt | None = None  # samples per packed row (null: as many as micro_batch_tokens hold)
-micro_batch_tokens: PositiveInt | None = None  # tokens per packed row (null: 1024 on a CPU, what fits on a GPU)
+micro_batch_tokens: PositiveInt | None = None  # tokens per packed row (null: 2048 on a CPU, what fits on a GPU)
 max_seq_length: PositiveInt | None = None  # refuse data with longer samples (null: what the model takes)
 seed: NonNegativeInt = 1337  # of data order
 # devices

@@ -26,6 +26,8 @@ from lit_gpt.model import GPT, Targets
 from lit_gpt.optimizers import EIGHT_BIT, OPTIMIZERS, allocate, optimizer_of
 from lit_gpt.variants import Method
 
+CPU_ROW = 2048  # tokens of a packed row on a CPU: its products gain little beyond, and activations grow
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -122,10 +124,10 @@ def row_tokens(config: Config, method: Method, hp: SimpleNamespace, memory: int 
     """Tokens of a packed row, where the flags leave them open.
 
     Args:
-        memory: of a CUDA device, in bytes; None: for the CPU, where larger rows are no faster.
+        memory: of a CUDA device, in bytes; None: for the CPU.
     """
     if memory is None:
-        return 1024
+        return CPU_ROW
     for tokens in (16384, 8192, 4096, 2048):
         lengths = [1024] * (tokens // 1024)
         if 1.1 * plan(config, method, hp, lengths, tokens, cuda=True).shared(hp).peak < memory:
@@ -258,7 +260,8 @@ def kernels_of(cuda: bool) -> Iterator[None]:
         yield
         return
     flash = mock.patch("lit_gpt.attention.flash_takes", lambda q: q.size(-1) <= 256)
-    with flash, mock.patch("lit_gpt.quantize.CPU_PIECE", quantize.PIECE):
+    of_cpu = mock.patch("lit_gpt.kernels.available", lambda: False)
+    with flash, of_cpu, mock.patch("lit_gpt.quantize.CPU_PIECE", quantize.PIECE):
         yield
 
 

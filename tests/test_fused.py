@@ -1,6 +1,7 @@
 """The operations with gradients of their own against plain formulas: results, gradients, what is kept."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -415,6 +416,30 @@ def test_steps_are_deterministic_and_recomputing_blocks_changes_nothing(tiny: Ti
     assert not all(torch.equal(a, b) for a, b in zip(first, step(gpt, row, seed=1), strict=True))
     recompute_blocks(gpt)
     assert all(torch.equal(a, b) for a, b in zip(first, step(gpt, row), strict=True))
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("name", ["SmolLM2-135M", "gemma-2b", "Qwen3-0.6B"])
+def test_a_step_with_kernels_has_the_gradients_of_one_without(name, monkeypatch):
+    """In float32 the same; in bfloat16 as far from float32's as the plain path's at most."""
+    small = dict(n_layer=2, padded_vocab_size=96, n_embd=128, intermediate_size=192)
+    torch.manual_seed(0)
+    gpt = lora.attach(GPT(Config.from_name(name, **small)), replace(ALL, dropout=0.0))
+    for layer in lora.lora_layers(gpt).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    row, ways = random_row((9, 131, 5)), {}
+    for dtype in (torch.float32, NARROW):
+        for parameter in gpt.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        for there in (True, False):
+            monkeypatch.setattr(kernels, "available", lambda there=there: there)
+            ways[dtype, there] = step(gpt, row)
+    exact = ways[torch.float32, False]
+    for found, expected in zip(ways[torch.float32, True], exact, strict=True):
+        assert off(found, expected) < 1e-5
+    ours, plain = ([off(*pair) for pair in zip(ways[NARROW, there], exact, strict=True)] for there in (True, False))
+    assert sum(ours) <= 1.1 * sum(plain) and max(ours) <= 1.2 * max(plain)
 
 
 @pytest.mark.parametrize("kind", ["fake", "meta"])

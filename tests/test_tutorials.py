@@ -36,6 +36,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-ins
 # What a tiny model and little data need besides the page's own flags; of a flag given twice the last counts.
 EXTRA = {
     "scripts/prepare_alpaca.py": "--json_path alpaca.jsonl",
+    "scripts/quantize.py": "--calibration_tokens 256",
     "finetune/adapter": "--adapter_start_layer 1",
     "finetune/": "--warmup_steps 0",
     "generate/": "--max_new_tokens 4",

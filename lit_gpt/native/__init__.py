@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -49,7 +50,9 @@ def cache_folder() -> Path:
 def fingerprint(compiler: str, name: str) -> str:
     """Of all that the library depends on: sources, flags, compiler, processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    processor = next((line for line in open("/proc/cpuinfo") if line.startswith(("flags", "Features"))), "")
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.exists() else [platform.processor()]
+    processor = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
     sources = [path.read_bytes() for path in (*sorted(SOURCES.glob("*.h")), SOURCES / f"{name}.cpp")]
     parts = (version, processor.encode(), repr(FLAGS).encode(), *sources)
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
