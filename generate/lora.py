@@ -3,8 +3,8 @@
     python generate/lora.py --checkpoint_dir checkpoints/tiiuae/falcon-7b \\
         --lora_path out/lora/alpaca/lit_model_lora_finetuned.pth --prompt "..."
 
-The prompt is rendered in the style of the finetune. The text goes to stdout as it comes, speed and memory to stderr. In a
-file of prompts a line may name a `lora_path` of its own; all are answered in one batch.
+The prompt is rendered in the style of the finetune. The text goes to stdout as it comes, speed and memory to stderr.
+In a file of prompts a line may name a `lora_path` of its own; all are answered in one batch.
 """
 
 from pathlib import Path

@@ -112,7 +112,9 @@ class Tape:
 
     def buffer(self, name: str, size: int) -> Tensor:
         """Float32 (size,), one for all layers."""
-        return self.buffers.setdefault((name, size), torch.zeros(size))
+        if (name, size) not in self.buffers:
+            self.buffers[name, size] = torch.zeros(size)
+        return self.buffers[name, size]
 
     # the parts of a model
 

@@ -8,9 +8,11 @@ import torch
 from conftest import ROOT, Tiny
 from test_families import tokens
 
-from lit_gpt import GPT, Tokenizer
+from lit_gpt import GPT, Tokenizer, native
+from lit_gpt.decoding import FastStep
 from lit_gpt.errors import UserError
 from lit_gpt.generation import generate, sample
+from lit_gpt.native_step import NativeStep
 
 SCRIPT = "generate/base.py"
 
@@ -19,6 +21,10 @@ def test_greedy_equals_transformers(tiny: Tiny):
     model, prompt = GPT.from_checkpoint(tiny.folder), tokens(tiny.hf, rows=1, length=9)
     expected = tiny.hf.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 9:]
     assert list(generate(model, prompt[0].tolist(), 20, temperature=0)) == expected.tolist()
+    step = FastStep(model)
+    assert list(generate(model, prompt[0].tolist(), 20, temperature=0, step=step)) == expected.tolist()
+    if native.library("decode"):  # which knows all but routed experts
+        assert isinstance(step.chosen, NativeStep) == (not model.config.n_expert)
 
 
 def test_greedy_with_cache_equals_without(llama):

@@ -1,8 +1,8 @@
-"""The step of one token as a list of native operations: the same tokens as without."""
+"""The step of one token as a list of native operations: the same tokens as without. tests/test_generation.py has it go
+through every layout."""
 
 import pytest
 import torch
-from conftest import Tiny
 from test_decoding import as_if_trained, model_of, with_adapter_v2, with_lora_and_adapter
 
 from lit_gpt import GPT, lora, native, quantize
@@ -22,24 +22,23 @@ def same_tokens(model: GPT) -> None:
         assert list(generate(model, prompt, new, temperature=0, step=step)) == expected
 
 
-def test_every_layout(tiny: Tiny):
-    model = GPT.from_checkpoint(tiny.folder)
-    if model.config.n_expert:
-        with pytest.raises(Unsupported, match="MoE"):
-            NativeStep(model)
-    else:
-        same_tokens(model)
-
-
 @pytest.mark.parametrize("format", [None, "int8", "int4", "nf4", "nf4-dq"])
-@pytest.mark.parametrize("attach", [with_lora_and_adapter, with_adapter_v2], ids=["lora-adapter", "adapter_v2"])
 @pytest.mark.parametrize(
-    "family, layout", [("llama", "mistral"), ("falcon", "7b"), ("gemma", "gemma2"), ("gpt_neox", "pythia")]
+    "family, layout, attach",
+    [("llama", "mistral", with_lora_and_adapter), ("gemma", "gemma2", with_adapter_v2)],
+    ids=["mistral", "gemma2"],
 )
 def test_every_method_and_format(family, layout, attach, format, tmp_path):
     model = model_of(family, layout, tmp_path)
     model = model if format is None else quantize.attach(model, format)
     same_tokens(as_if_trained(attach(model)))
+
+
+@pytest.mark.parametrize(
+    "family, layout", [("falcon", "7b"), ("gpt_neox", "pythia"), ("mpt", "mpt"), ("qwen", "qwen3")]
+)
+def test_methods_together(family, layout, tmp_path):
+    same_tokens(as_if_trained(with_lora_and_adapter(with_adapter_v2(model_of(family, layout, tmp_path)))))
 
 
 def test_bfloat16_is_as_near_to_float32_as_the_model_is(llama):

@@ -3,11 +3,11 @@
 // and wait for each other between operations by watching a number.
 //
 // Whatever lies between the operations is float32; weights and cache are as they are stored.
-#include <algorithm>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <thread>
@@ -71,7 +71,8 @@ enum Format { FLOAT32, BFLOAT16, INT8, NIBBLES_FLOAT32, NIBBLES_BFLOAT16 };
 inline float to_float(int8_t x) { return x; }
 using ::to_float;
 
-// One row at a time, as a plain loop: the processor reads ahead of one stream better than of several.
+// One row at a time, as a plain loop: the processor reads ahead of one stream better than of several. Written by
+// hand for int8 it takes two thirds of the time from a cache, and a quarter more from memory.
 template <class T> inline float dot(const T *w, const float *x, long n) {
     float total = 0;
     for (long k = 0; k < n; k++) total += to_float(w[k]) * x[k];
