@@ -17,6 +17,7 @@ from lit_gpt.adapter_v2 import ScaledLinear, TrainedNorm
 from lit_gpt.alibi import alibi_slopes
 from lit_gpt.fused import ACTIVATIONS
 from lit_gpt.lora import LoRALinear
+from lit_gpt.loras import ManyLoRAs
 from lit_gpt.model import (
     GPT,
     Block,
@@ -219,7 +220,7 @@ class Tape:
 
     def linear(self, layer: nn.Module, x: Tensor, name: str) -> Tensor:
         """W x + bias, and what wraps the layer does to it, in a buffer."""
-        expect(layer, nn.Linear, QuantizedLinear, LoRALinear, ScaledLinear)
+        expect(layer, nn.Linear, QuantizedLinear, LoRALinear, ManyLoRAs, ScaledLinear)
         y, n = self.buffer(name, layer.out_features), layer.out_features
         if isinstance(layer, ScaledLinear):
             self.linear(layer.linear, x, name)
@@ -232,6 +233,13 @@ class Tape:
             for (start, stop), B, part in zip(layer.parts, layer.split_B(), low.split(layer.r), strict=True):
                 B = (B * layer.scale).to(self.dtype).t().contiguous()
                 self.add("update", y, n, part, B, TYPES[self.dtype], layer.r, start, stop)
+        elif isinstance(layer, ManyLoRAs):
+            self.linear(layer.linear, x, name)
+            if number := layer.choice.same:
+                A, B = layer.A[number], layer.B[number].t().contiguous()
+                low = torch.zeros(len(A))
+                self.add("linear", low, x, *A.shape, TYPES[self.dtype], A, None, None, None, None)
+                self.add("update", y, n, low, B, TYPES[self.dtype], len(A), 0, n)
         else:
             bias = None if layer.bias is None else layer.bias.float()
             self.add("linear", y, x, n, layer.in_features, *self.weight(layer), bias)

@@ -16,6 +16,7 @@ from test_batching import LORAS, lora_files
 from lit_gpt import GPT, Tokenizer, variants
 from lit_gpt.base import Base
 from lit_gpt.chat import Chat, converse
+from lit_gpt.decoding import FastStep
 from lit_gpt.errors import UserError
 from lit_gpt.generation import generate
 from lit_gpt.loras import LoRAs
@@ -61,7 +62,7 @@ def test_switching_between_loras(parts, llama, tmp_path, monkeypatch, capsys):
     folder, (model, tokenizer, _) = shutil.copytree(llama, tmp_path / "base"), parts
     style, *styles = (PromptStyle.from_name(name, tokenizer) for name in ("plain", "falcon-instruct", "plain"))
     paths = [lora_files(folder, [LORAS[i]], style=styles[i].to_dict())[0].rename(tmp_path / f"{i}") for i in (0, 1)]
-    chat = Chat(model, tokenizer, style, 256, 6, lambda: LoRAs(model, Base.of(folder), style), temperature=0)
+    chat = Chat(model, tokenizer, style, 256, 6, lambda: LoRAs(model, Base.of(folder), style), FastStep, temperature=0)
     singles = [(GPT.from_checkpoint(folder), style)]
     singles += [(variants.load_model(folder, path, "lora")[0], of) for path, of in zip(paths, styles, strict=True)]
     typed = ["the cat", f"/lora {paths[0]}", "the dog", f"/lora {tmp_path / 'none'}", "a", f"/lora {paths[1]}", "b"]
