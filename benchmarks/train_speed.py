@@ -2,14 +2,16 @@
 
     python benchmarks/train_speed.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct \\
         --data_dir data/gsm8k --peers_dir out/peers
-    python benchmarks/train_speed.py --model falcon-7b --lora_layers qv --contestants ours,peft,peft_tuned
+    python benchmarks/train_speed.py --model falcon-7b --lora_layers qv --contestants ours,peft,peft_tuned \\
+        --batch_size 128
 
 Each contestant is a process that holds its model and takes an optimizer step when it is asked to. They take turns, step
 by step, so that all meet the same state of the machine; the machine's own rate of matrix products is measured in the
 same turns. All get the same tokens in the same order and start from the same adapters.
 
 The checkpoint folder holds both the downloaded and the converted files. With --model it is made, with random weights
-and random rows, where temporary files go (TMPDIR), and takes twice the model's size there. Writes train_speed_cpu.json,
+and random rows, where temporary files go (TMPDIR), and takes twice the model's size there. All models are held at the
+same time: three of Falcon-7B take 45 GB of a GPU before they train. Writes train_speed_cpu.json,
 .md and .png, or with a GPU train_speed_cuda.*.
 """
 
@@ -23,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from lit_gpt.cli import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, run
+from lit_gpt.cli import Checkpointing, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, run
 from lit_gpt.errors import UsageError, UserError
 
 checkpoint_dir: Path | None = None  # converted folder, the downloaded files still in it
@@ -47,7 +49,9 @@ weight_decay: NonNegativeFloat = 0.01  # of AdamW
 precision: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights and the arithmetic
 seed: NonNegativeInt = 1337  # of data order, adapters and random weights
 # the cut of a batch
-row_tokens: PositiveInt = 2048  # tokens per packed row of ours; its default
+row_tokens: PositiveInt | None = None  # tokens per packed row of ours (null: its default on a CPU, 4096 on a GPU)
+activation_checkpointing: Checkpointing = "auto"  # of ours
+compile: bool | Literal["auto"] = "auto"  # of ours
 micro_batch: PositiveInt = 4  # samples per padded micro-batch of peft
 tuned_row: PositiveInt = 4  # samples per packed row of peft_tuned
 tuned_compile: bool = False  # torch.compile for peft_tuned
@@ -125,6 +129,7 @@ class Work:
 
         from lit_gpt import Config, data, hf_files, lora
         from lit_gpt.checkpoint import check_checkpoint_dir
+        from lit_gpt.plan import CPU_ROW
         from lit_gpt.tokenizer import Tokenizer
 
         check_checkpoint_dir(hp.checkpoint_dir)
@@ -132,6 +137,8 @@ class Work:
         data.read_meta(hp.data_dir, Tokenizer(hp.checkpoint_dir))
         self.folder, self.started = folder, 0
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        # the plan would take the whole GPU, of which the others hold parts
+        hp.row_tokens = hp.row_tokens or (4096 if self.device == "cuda" else CPU_ROW)
         train, rounds = data.Dataset(hp.data_dir, "train"), hp.warmup + hp.steps
         # as train.Run.optimize takes them
         order = [data.step_samples(len(train), hp.batch_size, hp.seed, n, 10**9) for n in range(rounds)]

@@ -10,7 +10,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from lit_gpt.cli import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Quantizer, run
+from lit_gpt.cli import (
+    Checkpointing,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Quantizer,
+    run,
+)
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder of the base
 data_dir: Path = Path("data/alpaca")  # prepared data, from one of the prepare scripts
@@ -49,7 +58,8 @@ num_nodes: PositiveInt = 1  # machines
 strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"  # how devices share the work
 zero_stage: Literal[2, 3] = 2  # deepspeed: 2 shares out gradients and optimizer state, 3 weights too
 zero_offload: bool = False  # deepspeed: keep that in host memory
-activation_checkpointing: bool = False  # keep only each block's input for the backward pass: less memory, slower
+activation_checkpointing: Checkpointing = "auto"  # what is computed twice to save memory (auto: what has to be)
+compile: bool | Literal["auto"] = "auto"  # faster kernels: in C++ on a CPU, by torch.compile on a GPU in longer runs
 # watching
 logger: Literal["csv", "tensorboard", "wandb", "mlflow"] = "csv"  # where the run is followed besides metrics.csv
 probe_path: Path | None = None  # .jsonl of texts or messages: their loss is told before and after (null: none)

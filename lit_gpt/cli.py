@@ -38,6 +38,8 @@ from lit_gpt.errors import UsageError, UserError
 Fraction = restricted_number_type("Fraction", float, [(">=", 0.0), ("<", 1.0)])
 # The formats of lit_gpt/quantize.py.
 Quantizer = Literal["int8", "int4", "nf4", "nf4-dq"]
+# The ways of lit_gpt/memory.py to keep less for the backward pass.
+Checkpointing = Literal["auto", "none", "selective", "full", "offload"]
 
 EXPECTED = {
     int: "a whole number",
@@ -79,7 +81,7 @@ def run(main: Callable[[SimpleNamespace], None], *more: dict[str, Any]) -> None:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # of torch, which need not be imported
             raise
-        fail(f"out of memory: {error}; try a lower --micro_batch_tokens or --activation_checkpointing true", 1)
+        fail(f"out of memory: {error}; try a lower --micro_batch_tokens or --activation_checkpointing full", 1)
     except BrokenPipeError:  # the reader of our stdout has gone (`| head`): nobody is left to tell
         sys.stderr.close()
         sys.exit(1)
@@ -152,6 +154,8 @@ def metavar(kind: Any) -> str:
         return "{" + ",".join(map(str, choices)) + "}"
     if get_origin(kind) is dict:
         return "JSON"
+    if bool in choices:  # or a word
+        return "{true,false," + ",".join(word for choice in choices for word in get_args(choice)) + "}"
     if choices:
         return metavar(choices[0])
     return {bool: "{true,false}", Path: "PATH", str: "TEXT"}.get(kind) or ("INT" if issubclass(kind, int) else "NUMBER")
@@ -208,6 +212,8 @@ def expected(kind: Any) -> str:
         return "one of " + ", ".join(map(str, choices))
     if get_origin(kind) is dict:
         return "a JSON object such as '{\"name\": 1}'"
+    if bool in choices:
+        return "one of true, false, " + ", ".join(word for choice in choices for word in get_args(choice))
     if choices:
         return " or ".join("nothing (null)" if choice is type(None) else expected(choice) for choice in choices)
     return "a path" if inspect.isclass(kind) and issubclass(kind, Path) else "text"

@@ -259,8 +259,21 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, rotation: Rotation | None, segments: Segments | None, cache: LayerCache | OneMore | None
     ) -> Tensor:
+        n_1, q, k, v = self.enter(x, rotation)
+        y = self.attn.find(q, k, v, segments, cache)
+        del q, k, v  # not to be held where no backward pass follows
+        return self.leave(x, n_1, y)
+
+    # what comes before attention and what after it are functions of tensors alone, fit to be compiled
+
+    def enter(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The normed x, and its queries, keys and values."""
         n_1 = self.norm_1(x)
-        h = self.post_norm_1(self.attn(n_1, rotation, segments, cache))
+        return n_1, *self.attn.heads(n_1, rotation)
+
+    def leave(self, x: Tensor, n_1: Tensor, y: Tensor) -> Tensor:
+        """What the block gives, from its input, that normed, and what the queries found."""
+        h = self.post_norm_1(self.attn.proj(y))
         if self.parallel:
             return x + h + self.post_norm_2(self.mlp(n_1 if self.norm_2 is None else self.norm_2(x)))
         x = torch.add(x, h, alpha=self.scale)
@@ -283,10 +296,10 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
         self.register_module("prefix", None)  # adds to what the queries find; see lit_gpt.adapter
 
-    def forward(
-        self, x: Tensor, rotation: Rotation | None, segments: Segments | None, cache: LayerCache | OneMore | None
+    def find(
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, cache: LayerCache | OneMore | None
     ) -> Tensor:
-        q, k, v = self.heads(x, rotation)
+        """What the queries find, (B, T, n_head * head_size); q, k, v as `heads` gives them."""
         if cache is not None:
             k, v = cache.append(k, v)
         heads = q, k, v
@@ -303,7 +316,7 @@ class CausalSelfAttention(nn.Module):
             y = y[..., : self.head_size]
         if self.prefix is not None:
             y = y + self.prefix(q, self)
-        return self.proj(y.transpose(1, 2).flatten(2))
+        return y.transpose(1, 2).flatten(2)
 
     def heads(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, n_head, T, head_size), keys and values (B, n_query_groups, T, head_size) of x (B, T, n_embd)."""
@@ -331,7 +344,10 @@ class GptNeoxMLP(nn.Module):
         self.activation = activation(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.activation(self.fc(x)))
+        return self.proj(self.inner(self.fc(x)))
+
+    def inner(self, x: Tensor) -> Tensor:
+        return self.activation(x)
 
 
 class SwiGLU(nn.Module):
@@ -344,7 +360,10 @@ class SwiGLU(nn.Module):
         self.activation = activation(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(fused.gated(self.gate_up(x), self.activation))
+        return self.proj(self.inner(self.gate_up(x)))
+
+    def inner(self, gate_up: Tensor) -> Tensor:
+        return fused.gated(gate_up, self.activation)
 
 
 class MoE(nn.Module):
@@ -366,8 +385,11 @@ class MoE(nn.Module):
         tokens = x.flatten(0, 1)
         weights, routes = self.router(tokens)
         gate_up = self.gate_up(routes.dispatch(tokens), routes)
-        y = self.proj(fused.gated(gate_up, self.activation), routes)
+        y = self.proj(self.inner(gate_up), routes)
         return routes.combine(y, weights).view_as(x)
+
+    def inner(self, gate_up: Tensor) -> Tensor:
+        return fused.gated(gate_up, self.activation)
 
 
 MLPS = {"GptNeoxMLP": GptNeoxMLP, "SwiGLU": SwiGLU, "MoE": MoE}

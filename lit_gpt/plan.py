@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_iter
 from lit_gpt import adapter, lora, parity, quantize
 from lit_gpt.attention import Segments
 from lit_gpt.config import Config
-from lit_gpt.memory import recompute_blocks
+from lit_gpt.memory import KINDS, spare_activations
 from lit_gpt.model import GPT, Targets
 from lit_gpt.optimizers import EIGHT_BIT, OPTIMIZERS, allocate, optimizer_of
 from lit_gpt.variants import Method
@@ -120,6 +120,27 @@ def plan(config: Config, method: Method, hp: SimpleNamespace, lengths: list[int]
     return found if cuda else found.resident()
 
 
+Row = tuple[list[int], int]  # a packed row's lengths, and how many of its tokens are supervised
+
+
+def fit(
+    config: Config, method: Method, hp: SimpleNamespace, rows: list[Row], cuda: bool, memory: int
+) -> tuple[str, Row, Plan]:
+    """The first `--activation_checkpointing` that the flags admit, and the first of `rows`, whose plan fits.
+
+    Args:
+        memory: of the device, in bytes. If nothing fits, the last is taken of both.
+    """
+    asked = hp.activation_checkpointing
+    for kind in (KINDS if cuda else KINDS[:-1]) if asked == "auto" else (asked,):
+        flags = SimpleNamespace(**vars(hp) | {"activation_checkpointing": kind})
+        for row in rows:
+            found = plan(config, method, flags, *row, cuda).shared(hp)
+            if 1.1 * found.peak < memory:
+                return kind, row, found
+    return kind, row, found
+
+
 def row_tokens(config: Config, method: Method, hp: SimpleNamespace, memory: int | None) -> int:
     """Tokens of a packed row, where the flags leave them open.
 
@@ -128,24 +149,22 @@ def row_tokens(config: Config, method: Method, hp: SimpleNamespace, memory: int 
     """
     if memory is None:
         return CPU_ROW
-    for tokens in (16384, 8192, 4096, 2048):
-        lengths = [1024] * (tokens // 1024)
-        if 1.1 * plan(config, method, hp, lengths, tokens, cuda=True).shared(hp).peak < memory:
-            return tokens
-    return 1024
+    rows = [([1024] * (tokens // 1024), tokens) for tokens in (16384, 8192, 4096, 2048)]
+    _, (_, tokens), found = fit(config, method, hp, rows, True, memory)
+    return tokens if 1.1 * found.peak < memory else 1024
 
 
-def plan_flags(config: Config, method: Method, hp: SimpleNamespace) -> tuple[Plan, list[int]]:
-    """The plan of one rank by the flags of scripts/plan.py, and the packed row that it is of.
+def plan_flags(config: Config, method: Method, hp: SimpleNamespace) -> tuple[Plan, list[int], str]:
+    """The plan of one rank by the flags of scripts/plan.py, the packed row that it is of, and how activations are kept.
 
     The row is the worst that the flags admit: of samples as long as they may be, all their tokens supervised.
     """
-    longest = min(hp.max_seq_length or config.block_size, config.block_size)
-    memory = None if hp.device == "cpu" else int((hp.memory_gb or 80) * 1e9)
-    tokens = hp.micro_batch_tokens or row_tokens(config, method, hp, memory)
+    longest, cuda = min(hp.max_seq_length or config.block_size, config.block_size), hp.device == "cuda"
+    memory = int((hp.memory_gb or 80) * 1e9)
+    tokens = hp.micro_batch_tokens or row_tokens(config, method, hp, memory if cuda else None)
     n = hp.micro_batch_size or max(1, tokens // longest)
-    lengths = [longest] * n
-    return plan(config, method, hp, lengths, sum(lengths), hp.device == "cuda").shared(hp), lengths
+    kind, (lengths, _), found = fit(config, method, hp, [([longest] * n, n * longest)], cuda, memory)
+    return found, lengths, kind
 
 
 def first_trained(method: Method) -> int:
@@ -158,10 +177,9 @@ def simulate(
     with torch.device("meta"):
         base = GPT(config).to(method.stored(hp))
         model = method.attach(quantize.attach(base, method.quantize) if method.quantize else base)
-    if hp.activation_checkpointing:
-        recompute_blocks(model)
+    spare_activations(model, hp.activation_checkpointing)
     counts = quantize.count_parameters(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
-    with FakeTensorMode(), Live() as live, kernels_of(cuda), mock.patch("lit_gpt.moe.rows_per_expert", evenly):
+    with FakeTensorMode(), Live() as live, kernels_of(cuda), stand_ins():
         parameters = materialize(model)
         row = row_like(lengths, supervised)
         weights = live.now
@@ -262,6 +280,17 @@ def kernels_of(cuda: bool) -> Iterator[None]:
     flash = mock.patch("lit_gpt.attention.flash_takes", lambda q: q.size(-1) <= 256)
     of_cpu = mock.patch("lit_gpt.kernels.available", lambda: False)
     with flash, of_cpu, mock.patch("lit_gpt.quantize.CPU_PIECE", quantize.PIECE):
+        yield
+
+
+@contextmanager
+def stand_ins() -> Iterator[None]:
+    """For what reads contents; and what goes to host memory is not counted."""
+    with (
+        mock.patch("lit_gpt.moe.rows_per_expert", evenly),
+        mock.patch("lit_gpt.memory.to_host", lambda x: (x.shape, x.dtype)),
+        mock.patch("lit_gpt.memory.from_host", lambda kept: torch.empty(kept[0], dtype=kept[1])),
+    ):
         yield
 
 

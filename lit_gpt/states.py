@@ -18,7 +18,7 @@ from lit_gpt.errors import UserError
 # cut into rows, by which inputs dropout strikes.
 FREE_TO_CHANGE = {
     "checkpoint_dir", "data_dir", "out_dir", "resume", "log_interval", "eval_interval", "eval_samples", "save_interval",
-    "sample_tokens", "keep", "activation_checkpointing", "micro_batch_size", "micro_batch_tokens", "devices",
+    "sample_tokens", "keep", "activation_checkpointing", "compile", "micro_batch_size", "micro_batch_tokens", "devices",
     "num_nodes", "strategy", "zero_stage", "zero_offload", "optimizer_in_backward", "lora_path", "logger",
     "probe_path", "quantize",
 }  # fmt: skip

@@ -3,6 +3,7 @@ the rest: data, optimizer, steps, validation, saving, resuming, records.
 """
 
 import math
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lit_gpt import checkpoint, data, devices, hf_files, memory
+from lit_gpt import checkpoint, compiling, data, devices, hf_files, memory
 from lit_gpt.base import Base
 from lit_gpt.config import Config
 from lit_gpt.errors import UsageError, UserError
@@ -24,7 +25,7 @@ from lit_gpt.generation import generate
 from lit_gpt.model import GPT
 from lit_gpt.optimizers import Schedule
 from lit_gpt.perplexity import score_rows
-from lit_gpt.plan import Plan, plan, row_tokens
+from lit_gpt.plan import Plan, Row, fit, row_tokens
 from lit_gpt.probe import WINDOW, Probe
 from lit_gpt.prompts import PromptStyle
 from lit_gpt.quantize import count_parameters
@@ -49,7 +50,7 @@ def finetune(hp: SimpleNamespace, method: Method) -> None:
         raise UsageError(f"--out_dir {hp.out_dir}: is the base's own folder; choose another")
     trained = method.stored(hp) if method.whole_model else torch.float32
     fabric = devices.launch(hp, trained, frozen=checkpoint.DTYPES[hp.precision])
-    with devices.company(fabric):
+    with devices.company(fabric), compiling.kernels(hp.compile):
         train_method(hp, method, fabric)
 
 
@@ -67,10 +68,12 @@ def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric) -> None:
     schedule = Schedule.of(hp, len(train))
     records = Records(hp, fabric)
     records.check_unused()
+    on_cuda, room = fabric.device.type == "cuda", memory.of_device(fabric.device)
+    check_offload(hp, on_cuda)
+    compiled = compiling.wanted(hp, config, base.quantize, fabric.device.type, schedule.steps)
 
     if not hp.micro_batch_size and not hp.micro_batch_tokens:
-        room = torch.cuda.get_device_properties(fabric.device).total_memory if fabric.device.type == "cuda" else None
-        hp.micro_batch_tokens = row_tokens(config, method, hp, room)
+        hp.micro_batch_tokens = row_tokens(config, method, hp, room if on_cuda else None)
     check_vocabulary(config, train, validation, *([probe] if probe else ()))
     model = load_to_train(hp, method, fabric, base)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -87,7 +90,8 @@ def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric) -> None:
     record = {"hyperparameters": method.settings, "prompt_style": style.to_dict(), "quantize": base.quantization}
     run.contents = partial(file_contents, method.name, base.fingerprint, **record)
     run.arithmetic = partial(method.arithmetic, hp, fabric.device.type)
-    run.plan = partial(plan, config, method, hp, cuda=fabric.device.type == "cuda")
+    run.plan = partial(fit, config, method, hp, cuda=on_cuda, memory=room)
+    run.compiled = compiled
     run.sample = partial(print_sample, model, tokenizer, style, validation[0], hp, fabric.global_rank == 0)
     if not run.fit():
         return
@@ -110,10 +114,7 @@ def load_to_train(hp: SimpleNamespace, method: Method, fabric: Fabric, base: Bas
     shared = devices.place_to_build(hp, fabric)
     # FSDP casts each rank's share by itself: the whole stays mapped from its file
     kept = None if hp.strategy == "fsdp" else method.stored(hp)
-    model = method.attach(base.build(kept, shared))
-    if hp.activation_checkpointing:
-        memory.recompute_blocks(model)
-    return model
+    return method.attach(base.build(kept, shared))
 
 
 def write_checkpoint(hp: SimpleNamespace, state: dict[str, Tensor], base: Base, style: PromptStyle) -> Path:
@@ -149,6 +150,11 @@ def check_quantized(hp: SimpleNamespace, method: Method, quantize: str | None) -
         raise UsageError(f"{asked}: --strategy {hp.strategy} does not share out quantized weights; use ddp")
 
 
+def check_offload(hp: SimpleNamespace, on_cuda: bool) -> None:
+    if hp.activation_checkpointing == "offload" and not on_cuda:
+        raise UsageError("--activation_checkpointing offload: there is no GPU to move activations away from; try full")
+
+
 def check_lengths(hp: SimpleNamespace, *splits: data.Dataset) -> None:
     longest, limit = max(max(split.lengths) for split in splits), length_limit(hp)
     if longest > limit:
@@ -173,6 +179,16 @@ def check_vocabulary(config: Config, *splits: data.Dataset | Probe) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What an optimizer step trains on, on the device or on its way there."""
+
+    step: int
+    rows: list[data.PackedRow]  # of this rank
+    supervised: int  # tokens of all ranks, as is the next
+    tokens: int
+
+
 @dataclass
 class Run:
     """What a run holds; `fit` is the loop."""
@@ -189,10 +205,12 @@ class Run:
     probe: Probe | None
     states: States = field(init=False)
     contents: Callable[[dict[str, Tensor]], dict[str, Any]] = field(init=False)  # of the file of what was trained
-    plan: Callable[[list[int], int], Plan] = field(init=False)  # of a packed row's lengths and supervised tokens
+    plan: Callable[[list[Row]], tuple[str, Row, Plan]] = field(init=False)  # see lit_gpt.plan.fit
     sample: Callable[[], None] = field(init=False)  # shows how the model answers now
     arithmetic: Callable[[], Any] = nullcontext  # the context of a forward pass
+    compiled: bool = False  # whether torch.compile serves the blocks
     step: int = 0  # optimizer steps done
+    upcoming: Batch | None = None
     validated: dict[int, float] = field(default_factory=dict)  # validation losses of this process, by step
 
     def fit(self) -> bool:
@@ -226,11 +244,17 @@ class Run:
 
         What it took is told beside what was planned, over the memory that the loaded model holds.
         """
-        self.pretend([min(range(len(self.train)), key=self.train.lengths.__getitem__)])  # for the libraries' own sake
+        row = self.packed(self.longest_row())
+        plan = self.set_up(row)
+        start = time.perf_counter()
+        self.pretend(self.packed([min(range(len(self.train)), key=self.train.lengths.__getitem__)]))
+        if self.compiled:
+            self.fabric.print(
+                f"the first step, in which the blocks are compiled, took {time.perf_counter() - start:.0f} s"
+            )
         held = memory.restart(self.model)
-        row = self.pretend(self.longest_row())
+        self.pretend(row)
         took = memory.peak_since_restart() - held
-        plan = self.plan(list(row.segments.lengths), len(row.targets.labels)).shared(self.hp)
         planned = plan.train - plan.weights
         self.records.memory = {"step_bytes_planned": planned, "step_bytes_measured": took}
         self.fabric.print(
@@ -238,9 +262,25 @@ class Run:
             f"({planned / 1e9:.2f} GB planned)"
         )
 
-    def pretend(self, indices: list[int]) -> data.PackedRow:
-        """Take a step on a row of these samples, and take it back."""
-        row = data.pack([self.train[i] for i in indices]).to(self.fabric.device)
+    def set_up(self, row: data.PackedRow) -> Plan:
+        """Compile the blocks if wanted, and let them keep as little of this row as memory demands; its plan."""
+        kind, _, plan = self.plan([(list(row.segments.lengths), len(row.targets.labels))])
+        if self.fabric.world_size > 1:  # ranks gather weights together, and so must run the same
+            index = torch.tensor(memory.KINDS.index(kind), device=self.fabric.device)
+            kind = memory.KINDS[int(self.fabric.all_reduce(index, reduce_op="max"))]
+        if self.compiled:
+            compiling.compile_blocks(self.model)
+        if not (self.compiled and kind == "selective"):  # what is compiled does so by itself
+            memory.spare_activations(self.model, kind)
+        if kind != self.hp.activation_checkpointing and kind != "none":
+            self.fabric.print(f"memory: activation checkpointing is {kind}, by the plan")
+        return plan
+
+    def packed(self, indices: list[int]) -> data.PackedRow:
+        return data.pack([self.train[i] for i in indices]).to(self.fabric.device)
+
+    def pretend(self, row: data.PackedRow) -> None:
+        """Take a step on a row, and take it back."""
         devices.allocate(self.fabric, self.optimizer)
         self.wrapped.train()
         with devices.accumulating(self.fabric, self.wrapped, more=False):
@@ -250,7 +290,6 @@ class Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         devices.forget(self.fabric, self.optimizer)
-        return row
 
     def longest_row(self) -> list[int]:
         """The samples of this rank's longest packed row in an epoch."""
@@ -269,25 +308,32 @@ class Run:
         Returns:
             this rank's share of that mean, a float32 scalar on the device, and the tokens fed to all ranks.
         """
-        hp, fabric = self.hp, self.fabric
-        indices = data.step_samples(len(self.train), hp.batch_size, hp.seed, self.step, self.schedule.samples)
-        supervised = data.supervised_count(self.train[i] for i in indices)
-        rows = rank_rows(self.train, indices, hp, fabric)
-        seed_step(hp.seed, self.step, fabric.global_rank)
+        fabric, batch = self.fabric, self.upcoming
+        if batch is None or batch.step != self.step:
+            batch = self.prepare(self.step)
+        seed_step(self.hp.seed, self.step, fabric.global_rank)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.learning_rate(self.step)
         self.wrapped.train()
         total = torch.zeros((), device=fabric.device)
-        for n, row in enumerate(rows, 1):
-            row = data.pack(row).to(fabric.device)
-            with devices.accumulating(fabric, self.wrapped, more=n < len(rows)):
+        for n, row in enumerate(batch.rows, 1):
+            with devices.accumulating(fabric, self.wrapped, more=n < len(batch.rows)):
                 with self.arithmetic():
-                    loss = self.wrapped(row.idx, segments=row.segments, targets=row.targets) / supervised
+                    loss = self.wrapped(row.idx, segments=row.segments, targets=row.targets) / batch.supervised
                 fabric.backward(loss * fabric.world_size)  # ranks' gradients are averaged, and their sum is wanted
             total += loss.detach()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return total, sum(self.train.lengths[i] - 1 for i in indices)
+        self.upcoming = self.prepare(self.step + 1)  # while a GPU still computes: nothing has waited for it
+        return total, batch.tokens
+
+    def prepare(self, step: int) -> Batch:
+        """What step `step` trains on. Beyond the last, nothing."""
+        hp, train = self.hp, self.train
+        indices = data.step_samples(len(train), hp.batch_size, hp.seed, step, self.schedule.samples)
+        rows = [data.pack(row).to(self.fabric.device) for row in rank_rows(train, indices, hp, self.fabric)]
+        supervised = data.supervised_count(train[i] for i in indices)
+        return Batch(step, rows, supervised, sum(train.lengths[i] - 1 for i in indices))
 
     def log(self, evaluating: bool) -> None:
         losses = self.records.losses()

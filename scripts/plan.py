@@ -35,13 +35,19 @@ def main(hp: SimpleNamespace) -> None:
     quantize = stored["quantize"] if stored else hp.quantize
     finetune_method = replace(METHOD["method"](hp), quantize=quantize)
     check_quantized(hp, finetune_method, quantize)
-    found, lengths = plan_flags(config, finetune_method, hp)
+    found, lengths, kind = plan_flags(config, finetune_method, hp)
     if hp.json:
-        print(json_format.dumps(asdict(found) | {"train": found.train, "tokens": sum(lengths)}, indent=2))
+        print(
+            json_format.dumps(
+                asdict(found) | {"train": found.train, "tokens": sum(lengths), "activation_checkpointing": kind},
+                indent=2,
+            )
+        )
         return
     print(f"{hp.method} on {hp.model or hp.checkpoint_dir}, one of {hp.devices * hp.num_nodes} {hp.device} devices")
     print(f"parameters {found.parameters:,}, of which {found.trainable:,} train")
     print(f"a packed row of {len(lengths)} x {lengths[0]} tokens, every token supervised")
+    print(f"activation checkpointing: {kind}")
     for name, value in table(found):
         print(f"  {name:<42}{value / 1e9:9.3f} GB")
     if hp.memory_gb:
@@ -55,19 +61,20 @@ def table(found: Any) -> list[tuple[str, int]]:
 
 
 def fits(config: Any, finetune_method: Any, hp: SimpleNamespace) -> None:
-    """What larger and smaller rows would need, with and without activation checkpointing."""
+    """What larger and smaller rows would need, with each kind of activation checkpointing."""
+    from lit_gpt.memory import KINDS
     from lit_gpt.plan import plan_flags
 
     print(f"\nsettings and whether their peak stays within {hp.memory_gb:g} GB")
-    for recompute in (False, True):
+    for kind in KINDS if hp.device == "cuda" else KINDS[:-1]:
         for tokens in (16384, 8192, 4096, 2048, 1024, 512):
-            change = {"activation_checkpointing": recompute, "micro_batch_tokens": tokens, "micro_batch_size": None}
-            found, lengths = plan_flags(config, finetune_method, SimpleNamespace(**vars(hp) | change))
+            change = {"activation_checkpointing": kind, "micro_batch_tokens": tokens, "micro_batch_size": None}
+            found, lengths, _ = plan_flags(config, finetune_method, SimpleNamespace(**vars(hp) | change))
             if tokens < lengths[0]:
                 continue  # the same row as for more tokens
             verdict = "fits" if found.peak <= hp.memory_gb * 1e9 else "does not fit"
-            flags = f"--micro_batch_tokens {tokens} --activation_checkpointing {str(recompute).lower()}"
-            print(f"  {flags:<65}{found.peak / 1e9:9.3f} GB  {verdict}")
+            flags = f"--micro_batch_tokens {tokens} --activation_checkpointing {kind}"
+            print(f"  {flags:<69}{found.peak / 1e9:9.3f} GB  {verdict}")
 
 
 def method_script(argv: list[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The operations with gradients of their own against plain formulas: results, gradients, what is kept."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -12,9 +13,10 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 
-from lit_gpt import GPT, Config, attention, data, fused, kernels, lora
+from lit_gpt import GPT, Config, adapter_v2, attention, data, fused, kernels, lora, memory
+from lit_gpt.adapter import AdapterConfig
 from lit_gpt.loss import summed_cross_entropy
-from lit_gpt.memory import recompute_blocks
+from lit_gpt.memory import KINDS, spare_activations
 from lit_gpt.model import Targets
 
 NARROW, WIDE = torch.bfloat16, torch.float64
@@ -406,7 +408,7 @@ def random_row(lengths: tuple[int, ...] = (9, 31, 5)) -> data.PackedRow:
     return data.pack([data.Sample(t, torch.ones(len(t), dtype=torch.uint8)) for t in tokens])
 
 
-def test_steps_are_deterministic_and_recomputing_blocks_changes_nothing(tiny: Tiny):
+def test_steps_are_deterministic_and_keeping_less_changes_nothing(tiny: Tiny):
     torch.manual_seed(0)
     gpt, row = lora.attach(GPT.from_checkpoint(tiny.folder), ALL), random_row()
     for layer in lora.lora_layers(gpt).values():
@@ -414,8 +416,39 @@ def test_steps_are_deterministic_and_recomputing_blocks_changes_nothing(tiny: Ti
     first = step(gpt, row)
     assert all(torch.equal(a, b) for a, b in zip(first, step(gpt, row), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first, step(gpt, row, seed=1), strict=True))
-    recompute_blocks(gpt)
-    assert all(torch.equal(a, b) for a, b in zip(first, step(gpt, row), strict=True))
+    plain = [block.forward for block in gpt.h]
+    for kind in KINDS:
+        spare_activations(gpt, kind)
+        assert all(torch.equal(a, b) for a, b in zip(first, step(gpt, row), strict=True)), kind
+        if kind != "selective":  # that stays, for its parts are of other modules
+            for block, forward in zip(gpt.h, plain, strict=True):
+                block.forward = forward
+
+
+@pytest.mark.parametrize("method", ["adapter_v2", "full"])
+def test_keeping_less_changes_nothing_for_other_methods(tiny: Tiny, method):
+    """In bfloat16 over float32 weights too."""
+    row = random_row()
+    for kind in KINDS[1:]:
+        torch.manual_seed(0)
+        gpt = GPT.from_checkpoint(tiny.folder)
+        gpt = adapter_v2.attach(gpt, AdapterConfig(start_layer=1)) if method == "adapter_v2" else gpt.requires_grad_()
+        for arithmetic in (nullcontext(), torch.autocast("cpu", NARROW, cache_enabled=False)):
+            with arithmetic:
+                first = step(gpt, row)
+        spare_activations(gpt, kind)
+        with arithmetic:
+            assert all(torch.equal(a, b) for a, b in zip(first, step(gpt, row), strict=True)), kind
+
+
+def test_what_is_offloaded_is_the_blocks_inputs(tiny: Tiny, monkeypatch):
+    torch.manual_seed(0)
+    gpt, row, moved = lora.attach(GPT.from_checkpoint(tiny.folder), ALL), random_row(), []
+    to_host = memory.to_host
+    monkeypatch.setattr(memory, "to_host", lambda x: moved.append(x.shape) or to_host(x))
+    spare_activations(gpt, "offload")
+    step(gpt, row)
+    assert moved == [(1, row.idx.numel(), gpt.config.n_embd)] * gpt.config.n_layer
 
 
 @pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
@@ -458,16 +491,21 @@ def test_a_step_without_contents(kind, with_kernels):
     assert all(p.grad.shape == p.shape for p in gpt.parameters() if p.requires_grad)
 
 
-def test_a_block_keeps_what_it_must(with_kernels):
+@pytest.mark.parametrize("spare", ["none", "selective"])
+def test_a_block_keeps_what_it_must(with_kernels, spare, monkeypatch):
     """Bytes per token that a block of Llama's kind with LoRA keeps for the backward pass, as counted by hand."""
     config = Config.from_name("SmolLM2-135M", n_layer=2)
     gpt, row = lora.attach(GPT(config).bfloat16(), lora.LoRAConfig(key=True, projection=True, mlp=True)), random_row()
     kept: dict[int, int] = {}
 
-    def note(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+    def note(saved: Tensor | memory.Recipe) -> Tensor | memory.Recipe:
+        storage = (saved.x if isinstance(saved, memory.Recipe) else saved).untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return saved
 
+    pack = memory.Remade.pack
+    monkeypatch.setattr(memory.Remade, "pack", lambda self, tensor: note(pack(self, tensor)))
+    spare_activations(gpt, spare)
     x = torch.randn(1, row.idx.size(1), config.n_embd).bfloat16().requires_grad_()
     rotation = gpt.rope(row.segments.positions, row.segments.lengths, x.dtype)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -476,6 +514,7 @@ def test_a_block_keeps_what_it_must(with_kernels):
     found = sum(size for pointer, size in kept.items() if pointer not in weights) / row.idx.numel()
     n, inner, qkv, r = config.n_embd, config.intermediate_size, sum(config.qkv_sizes), 8
     elements = 2 * n + 2 * n + qkv + n + 3 * inner  # norms, what they give, q k v, what is found, gate up and product
+    elements -= 2 * n + inner if spare == "selective" else 0
     masks, low, rest = (3 * n + inner) / 8, 7 * r * 2, 2 * 4 + 4 * config.head_size
     if with_kernels:  # a seed for a mask, and of the probabilities each query's sum
         masks, low, rest = 0, 7 * r * 4, rest + 4 * config.n_head

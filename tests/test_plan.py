@@ -12,9 +12,9 @@ from conftest import ROOT
 from lit_gpt import GPT, Config
 from lit_gpt import cli as command_line
 from lit_gpt.attention import Segments
-from lit_gpt.memory import recompute_blocks
+from lit_gpt.memory import KINDS, spare_activations
 from lit_gpt.model import Targets
-from lit_gpt.plan import Live, plan, simulate
+from lit_gpt.plan import Live, fit, plan, simulate
 from lit_gpt.variants import Method
 
 METHODS = ("lora", "adapter", "adapter_v2", "full")
@@ -31,26 +31,27 @@ def flags_of(method: str, **flags) -> tuple[Method, SimpleNamespace]:
     return script["method"](hp), hp
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
-def test_few_layers_tell_of_many(method, recompute):
-    method, hp = flags_of(method, activation_checkpointing=str(recompute).lower())
+def test_few_layers_tell_of_many(method, kind):
+    method, hp = flags_of(method, activation_checkpointing=kind)
     few, all_layers = plan(SMALL, method, hp, ROW, 50, cuda=True), simulate(SMALL, method, hp, ROW, 50, cuda=True)
     assert astuple(few)[:-1] == pytest.approx(astuple(all_layers)[:-1], rel=0.002)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["selective", "full"])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_step_holds_what_was_planned(method, precision):
+def test_the_step_holds_what_was_planned(method, precision, kind):
     """The same count over a real step's tensors."""
-    method, hp = flags_of(method, precision=precision, activation_checkpointing="true")
+    method, hp = flags_of(method, precision=precision, activation_checkpointing=kind)
     found = simulate(SMALL, method, hp, ROW, 50, cuda=False)
     segments, idx = Segments.of(ROW), torch.randint(300, (1, sum(ROW)))
     targets = Targets(torch.arange(50), torch.randint(300, (50,)))
     with Live() as live:
         model = GPT(SMALL)
         model = method.attach(model.to(method.stored(hp))).train()
-        recompute_blocks(model)
+        spare_activations(model, kind)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         held = live.now
         live.peak = live.now
@@ -64,7 +65,7 @@ def test_the_step_holds_what_was_planned(method, precision):
 
 
 def test_the_optimizers_state():
-    full, hp = flags_of("full")
+    full, hp = flags_of("full", activation_checkpointing="none")
     counts = sum(p.numel() for p in GPT(SMALL).parameters())
     for optimizer, expected in (("adamw", 8), ("sgd", 0)):
         hp.optimizer = optimizer
@@ -88,8 +89,24 @@ def test_falcon_7b(cli, method, trainable):
     assert found["weights"] == pytest.approx(expected, rel=0.002) and found["train"] > found["weights"]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_each_kind_of_checkpointing_holds_less_and_what_fits_is_chosen(method):
+    row, found = ([400] * 3, 50), {}
+    for kind in KINDS:
+        method_of, hp = flags_of(method, activation_checkpointing=kind)
+        found[kind] = plan(SMALL, method_of, hp, *row, cuda=True)
+    peaks = [found[kind].activations for kind in KINDS]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) >= 3, peaks
+    hp.activation_checkpointing = "auto"
+    for kind in KINDS:
+        chosen = fit(SMALL, method_of, hp, [row], True, int(1.1 * found[kind].peak) + 1)[0]
+        assert found[chosen].peak == found[kind].peak
+    assert fit(SMALL, method_of, hp, [row], True, 0)[0] == "offload"
+    assert fit(SMALL, method_of, hp, [row], False, 0)[0] == "full"
+
+
 def test_sharing_among_ranks():
-    method, hp = flags_of("full")
+    method, hp = flags_of("full", activation_checkpointing="none")
     one = plan(SMALL, method, hp, ROW, 50, False)
     hp.devices, hp.strategy = 4, "fsdp"
     shared = one.shared(hp)

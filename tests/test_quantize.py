@@ -319,7 +319,7 @@ def test_qlora_from_start_to_end(cli, flags, llama, stored):  # noqa: F811
     process.kill()
     process.communicate()
     on_stored = {k: v for k, v in killed.items() if k != "quantize"} | {"checkpoint_dir": stored}
-    assert "resumed" in cli("finetune/lora.py", **on_stored, activation_checkpointing="true").out
+    assert "resumed" in cli("finetune/lora.py", **on_stored, activation_checkpointing="full").out
     assert identical(final(out), final(killed["out_dir"]))
     cli("finetune/lora.py", **killed | {"quantize": "int8"}).refused("another quantization")
 

@@ -14,8 +14,9 @@ import pytest
 import torch
 from conftest import ROOT, spawn
 from test_data import write_rows
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from lit_gpt import GPT, checkpoint, variants
+from lit_gpt import GPT, checkpoint, train, variants
 from lit_gpt.train import Schedule
 
 STEPS = 12
@@ -88,10 +89,10 @@ def test_a_run_leaves_its_records(cli, flags, data_dir, llama):
 
 
 def test_results_are_of_the_flags_not_of_the_cut(cli, flags):
-    """Packed rows of any size, checkpointed or not, give the same weights up to rounding."""
+    """Packed rows of any size, checkpointed or not, with kernels or without, give the same weights up to rounding."""
     flags |= {"lora_dropout": 0.0, "optimizer": "sgd"}
     variants = [{}, {"micro_batch_size": 1}, {"micro_batch_tokens": 100, "micro_batch_size": "null"},
-                {"activation_checkpointing": "true"}]  # fmt: skip
+                {"activation_checkpointing": "full"}, {"compile": "false"}]  # fmt: skip
     states = []
     for i, change in enumerate(variants):
         out = flags["out_dir"].with_name(f"out{i}")
@@ -99,6 +100,48 @@ def test_results_are_of_the_flags_not_of_the_cut(cli, flags):
         states.append(final(out))
     for other in states[1:]:
         assert all(torch.allclose(states[0][k], other[k], atol=1e-5) for k in other)
+
+
+class NoReading(TorchDispatchMode):
+    """Fails where the host would wait for a device: at what brings numbers out of tensors."""
+
+    READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "unique", "masked_select", "item")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.removeprefix("aten::")
+        assert not name.startswith(self.READS), name
+        assert name != "index" or not any(i is not None and i.dtype == torch.bool for i in args[1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("script", ["lora", "adapter", "adapter_v2", "full"])
+def test_between_logs_nothing_is_read_from_the_device(cli, flags, script, monkeypatch):
+    """Only `prepare` looks into tensors, those of the data set on the host; and of a step the next is ready."""
+    optimize, prepare, prepared = train.Run.optimize, train.Run.prepare, []
+
+    def optimize_unread(run):
+        assert run.step == 0 or run.upcoming.step == run.step
+        with NoReading(), monkeypatch.context() as patch:
+            for name in ("tolist", "numpy", "cpu"):  # which some devices do without an operator
+                patch.setattr(torch.Tensor, name, None)
+            return optimize(run)
+
+    def prepare_reading(run, step):
+        prepared.append(step)
+        with _disable_current_modes(), monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "tolist", tolist)
+            return prepare(run, step)
+
+    tolist = torch.Tensor.tolist
+    monkeypatch.setattr(train.Run, "optimize", optimize_unread)
+    monkeypatch.setattr(train.Run, "prepare", prepare_reading)
+    flags = {k: v for k, v in flags.items() if script == "lora" or not k.startswith("lora")}
+    result = cli(
+        f"finetune/{script}.py", **flags | {"max_steps": 6, "log_interval": 4, "save_interval": 50, "precision": "bf16"}
+    )
+    assert result.code == 0, result.err
+    assert prepared == list(range(7))
+    assert [int(row["step"]) for row in metrics(flags["out_dir"]) if row["loss"]] == [4, 5, 6]
 
 
 @pytest.mark.parametrize("moment", [1, 4, 9])
@@ -189,6 +232,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run(cli, flags, llama):
         ({"lora_r": 0}, ["--lora_r", "above 0"], 2),
         ({"lora_dropout": 1}, ["--lora_dropout", "not including, 1"], 2),
         ({"batch_size": "many"}, ["--batch_size", "whole number"], 2),
+        ({"compile": "maybe"}, ["--compile", "true, false, auto", "maybe"], 2),
+        ({"activation_checkpointing": "offload"}, ["--activation_checkpointing offload", "try full"], 2),
         ({"optimizer": "adam"}, ["--optimizer adam", "adamw, sgd"], 2),
         ({"lora_rank": 8}, ["unknown flag --lora_rank", "did you mean --lora_"], 2),
         ({"lora_query": "false", "lora_value": "false", "lora_mlp": "false"}, ["nothing would be trained"], 2),

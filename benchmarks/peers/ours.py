@@ -32,6 +32,7 @@ def flags(job: dict) -> dict:
             "save_interval": FOREVER,
         },
         **{"eval_samples": 1, "sample_tokens": 0, "micro_batch_tokens": job["row_tokens"]},
+        **{"activation_checkpointing": job["activation_checkpointing"], "compile": str(job["compile"]).lower()},
     }
 
 

@@ -33,9 +33,13 @@ def make_checkpoint(folder: Path, hf: dict, seed: int) -> None:
     hf_files.convert(folder, hf_files.StoredWeights(folder))
 
 
+def lengths_like_alpaca(n: int, longest: int, generator: torch.Generator) -> list[int]:
+    lengths = torch.empty(n).normal_(math.log(MEDIAN), SIGMA, generator=generator).exp().round().long().tolist()
+    return [min(max(length, SHORTEST), LONGEST, longest) for length in lengths]
+
+
 def write_split(split: data.SplitWriter, rows: int, vocabulary: int, longest: int, generator: torch.Generator) -> None:
-    for n in torch.empty(rows).normal_(math.log(MEDIAN), SIGMA, generator=generator).exp().round().long().tolist():
-        n = min(max(n, SHORTEST), longest)
+    for n in lengths_like_alpaca(rows, longest, generator):
         ids = torch.randint(vocabulary, (n,), generator=generator, dtype=torch.int32)
         split.append(ids.tolist(), [i >= n // 2 for i in range(n)])
     split.finish()
@@ -46,7 +50,7 @@ def main(model: str, fields: dict, rows: int, seed: int, folder: str) -> None:
     checkpoint_dir = Path(folder) / "checkpoint"
     make_checkpoint(checkpoint_dir, hf, seed)
     generator = torch.Generator().manual_seed(seed)
-    longest = min(LONGEST, hf.get("max_position_embeddings", 2048))
+    longest = hf.get("max_position_embeddings", 2048)
     with new_folder(Path(folder) / "data") as destination:
         splits = {name: data.SplitWriter(destination / f"{name}.safetensors") for name in data.SPLITS}
         for split, n in zip(splits.values(), (rows, 4), strict=True):

@@ -1,0 +1,66 @@
+"""What it would save to compute a prefix that all samples share once in each packed row, counted without training.
+
+    python benchmarks/shared_prefix.py --data_dir data/gsm8k
+    python benchmarks/shared_prefix.py --prefix 28
+
+Only without dropout are the hidden states of a shared prefix the same in each sample. Products go by tokens, attention
+by pairs of a query and a key.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+from lit_gpt.cli import NonNegativeInt, PositiveFloat, PositiveInt, run
+
+data_dir: Path | None = None  # prepared data (null: lengths like Alpaca's)
+prefix: NonNegativeInt = 28  # without data_dir: tokens of the prefix; Alpaca's template has about so many
+batch_size: PositiveInt = 128  # samples per optimizer step
+head_share: PositiveFloat = 0.06  # of a step's products those of the head and others that the prefix has none of
+seed: NonNegativeInt = 1337  # of data order
+
+
+def main(hp: SimpleNamespace) -> None:
+    import torch
+    from peers.synthetic import lengths_like_alpaca
+
+    from lit_gpt import data
+
+    if hp.data_dir:
+        dataset = data.Dataset(hp.data_dir, "train")
+        lengths, shared = [n - 1 for n in dataset.lengths], shared_by_all(dataset)
+    else:
+        lengths = lengths_like_alpaca(12800, 2048, torch.Generator().manual_seed(hp.seed))
+        shared = min(hp.prefix, *lengths)
+    print(f"{len(lengths):,} samples, {sum(lengths) / len(lengths):.0f} tokens in the mean, the first {shared} shared")
+    for tokens in (1024, 2048, 4096, 16384):
+        products, pairs = saved(hp, lengths, shared, tokens)
+        print(f"  rows of {tokens:>5} tokens: {products:5.1%} of products saved, {pairs:5.1%} of attention's pairs")
+
+
+def shared_by_all(dataset) -> int:
+    """Tokens that all samples begin with."""
+    first = dataset[0].tokens
+    shared = len(first)
+    for sample in dataset:
+        n = min(shared, len(sample.tokens))
+        other = (sample.tokens[:n] != first[:n]).nonzero()
+        shared = int(other[0]) if len(other) else n
+    return shared
+
+
+def saved(hp: SimpleNamespace, lengths: list[int], shared: int, tokens: int) -> tuple[float, float]:
+    """The shares of the blocks' products and of attention's pairs that are not computed."""
+    from lit_gpt import data
+
+    spared, steps = 0, len(lengths) // hp.batch_size
+    used = [data.step_samples(len(lengths), hp.batch_size, hp.seed, step, len(lengths)) for step in range(steps or 1)]
+    for indices in used:
+        spared += sum(len(row) - 1 for row in data.micro_batches(indices, lengths, None, tokens))
+    all_used = [lengths[i] for indices in used for i in indices]
+    pairs = sum(n * (n + 1) // 2 for n in all_used)
+    products = spared * shared / sum(all_used) * (1 - hp.head_share)
+    return products, spared * shared * (shared + 1) // 2 / pairs
+
+
+if __name__ == "__main__":
+    run(main)

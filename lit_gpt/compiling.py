@@ -1,0 +1,74 @@
+"""`--compile`: what makes a training step fast beyond torch's own operators.
+
+On a CPU these are the C++ kernels of lit_gpt/native. On CUDA torch.compile makes kernels of what surrounds the matrix
+products and attention: of one block, for all layers and for rows of any length.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from lit_gpt.config import Config
+from lit_gpt.errors import UsageError
+from lit_gpt.model import GPT, Block
+
+# Compiling takes about a minute, or with what an earlier run left in the cache less. From so many steps on we expect it
+# to pay; that has not been measured on a GPU.
+ENOUGH_STEPS = 200
+
+
+@contextmanager
+def kernels(wanted: bool | str) -> Iterator[None]:
+    """With `--compile false` the C++ kernels are left out while the block runs."""
+    if wanted is not False:
+        yield
+        return
+    with mock.patch("lit_gpt.kernels.available", lambda: False):
+        yield
+
+
+def wanted(hp: SimpleNamespace, config: Config, quantize: str | None, device: str, steps: int) -> bool:
+    """Whether the blocks are to be compiled by torch.compile.
+
+    Raises:
+        UsageError: it is asked for and cannot be.
+    """
+    if device != "cuda" or hp.compile is False:
+        return False
+    obstacles = {
+        "routed experts": config.n_expert,
+        "quantized weights": quantize,
+        f"--strategy {hp.strategy}": hp.strategy in ("fsdp", "deepspeed"),
+    }
+    found = next((name for name, there in obstacles.items() if there), None)
+    if hp.compile is True and found:
+        raise UsageError(f"--compile true: does not go with {found}; leave it out")
+    return not found and (hp.compile is True or steps >= ENOUGH_STEPS)
+
+
+def compile_blocks(model: GPT, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile what comes before and after the attention of a block, once for all layers.
+
+    Attention itself stays outside, as its kernels are whole already and take the lengths of the samples as numbers: to
+    compile for these would be to compile for every row. Only training is compiled: a validation is too short to pay.
+    """
+    enter, leave = (torch.compile(function, backend=backend) for function in (Block.enter, Block.leave))
+    for block in model.h:
+        block.enter = partial(in_training, enter, block.enter)
+        block.leave = partial(in_training, leave, block.leave)
+
+
+def in_training(compiled: Callable[..., Any], plain: Callable[..., Any], x: Tensor, *rest: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return plain(x, *rest)
+    for tensor in (x, *rest):
+        for part in tensor if isinstance(tensor, tuple) else (tensor,):
+            if part is not None:
+                torch._dynamo.maybe_mark_dynamic(part, part.ndim - 2)  # the tokens, so that no length is compiled for
+    return compiled(plain.__self__, x, *rest)
