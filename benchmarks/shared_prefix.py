@@ -10,12 +10,11 @@ by pairs of a query and a key.
 from pathlib import Path
 from types import SimpleNamespace
 
-from lit_gpt.cli import NonNegativeInt, PositiveFloat, PositiveInt, run
+from lit_gpt.cli import NonNegativeInt, PositiveInt, run
 
 data_dir: Path | None = None  # prepared data (null: lengths like Alpaca's)
 prefix: NonNegativeInt = 28  # without data_dir: tokens of the prefix; Alpaca's template has about so many
 batch_size: PositiveInt = 128  # samples per optimizer step
-head_share: PositiveFloat = 0.06  # of a step's products those of the head and others that the prefix has none of
 seed: NonNegativeInt = 1337  # of data order
 
 
@@ -30,11 +29,11 @@ def main(hp: SimpleNamespace) -> None:
         lengths, shared = [n - 1 for n in dataset.lengths], shared_by_all(dataset)
     else:
         lengths = lengths_like_alpaca(12800, 2048, torch.Generator().manual_seed(hp.seed))
-        shared = min(hp.prefix, *lengths)
+        shared, lengths = hp.prefix, [max(n, hp.prefix + 2) for n in lengths]
     print(f"{len(lengths):,} samples, {sum(lengths) / len(lengths):.0f} tokens in the mean, the first {shared} shared")
     for tokens in (1024, 2048, 4096, 16384):
         products, pairs = saved(hp, lengths, shared, tokens)
-        print(f"  rows of {tokens:>5} tokens: {products:5.1%} of products saved, {pairs:5.1%} of attention's pairs")
+        print(f"  rows of {tokens:>5} tokens: {products:5.1%} of the blocks' products saved, {pairs:5.1%} of attention's pairs")
 
 
 def shared_by_all(dataset) -> int:
@@ -58,7 +57,7 @@ def saved(hp: SimpleNamespace, lengths: list[int], shared: int, tokens: int) -> 
         spared += sum(len(row) - 1 for row in data.micro_batches(indices, lengths, None, tokens))
     all_used = [lengths[i] for indices in used for i in indices]
     pairs = sum(n * (n + 1) // 2 for n in all_used)
-    products = spared * shared / sum(all_used) * (1 - hp.head_share)
+    products = spared * shared / sum(all_used)
     return products, spared * shared * (shared + 1) // 2 / pairs
 
 

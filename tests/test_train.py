@@ -136,9 +136,9 @@ def test_between_logs_nothing_is_read_from_the_device(cli, flags, script, monkey
     monkeypatch.setattr(train.Run, "optimize", optimize_unread)
     monkeypatch.setattr(train.Run, "prepare", prepare_reading)
     flags = {k: v for k, v in flags.items() if script == "lora" or not k.startswith("lora")}
-    result = cli(
-        f"finetune/{script}.py", **flags | {"max_steps": 6, "log_interval": 4, "save_interval": 50, "precision": "bf16"}
-    )
+    flags |= {"max_steps": 6, "log_interval": 4, "save_interval": 50, "precision": "bf16"}
+    flags |= {"adapter_start_layer": 1} if script.startswith("adapter") else {}
+    result = cli(f"finetune/{script}.py", **flags)
     assert result.code == 0, result.err
     assert prepared == list(range(7))
     assert [int(row["step"]) for row in metrics(flags["out_dir"]) if row["loss"]] == [4, 5, 6]
