@@ -2,10 +2,10 @@
 
     python benchmarks/generate_speed.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct \\
         --peers_dir out/peers
-    python benchmarks/generate_speed.py --model falcon-7b --contestants ours,ours_compiled,hf,hf_static
+    python benchmarks/generate_speed.py --model falcon-7b --contestants ours_compiled,ours_compiled_int8,hf,hf_static
 
-Each contestant is a process that holds its model and answers a prompt when it is asked to; they take turns, and in the
-same turns the machine's own speed of reading memory is measured, which bounds them: each token needs all weights once.
+Each contestant is a process that holds its model and answers a prompt when it is asked to. They take turns, and before
+each turn the machine's own speed of reading memory is measured, which bounds them: each token needs all weights once.
 Writes generate_speed_cpu.json and .md, or with a GPU generate_speed_cuda.*.
 """
 
@@ -29,20 +29,21 @@ peers_dir: Path | None = None  # where LitGPT's environment lies, or is made (nu
 out_dir: Path = Path("benchmarks/results")  # folder for the results
 prompt_tokens: PositiveInt = 64  # tokens of the prompt
 new_tokens: PositiveInt = 128  # tokens of the answer
-rounds: PositiveInt = 5  # answers of each that count, one in each round; the first, in which is compiled, does not
+rounds: PositiveInt = 5  # answers of each that count, one in each round; a first one, that compiles, does not
 precision: Literal["bf16", "fp32"] = "bf16"  # of weights and arithmetic
 litgpt_name: str = "SmolLM2-135M-Instruct"  # what LitGPT calls the model
 
 TITLES = {
-    "ours": "Lit-GPT", "ours_compiled": "Lit-GPT, compiled", "ours_compiled_int8": "the same, int8",
-    "ours_compiled_lora": "the same, LoRA apart", "ours_compiled_lora_merged": "the same, LoRA merged",
-    "ours_compiled_v2": "the same, Adapter v2", "hf": "transformers", "hf_static": "transformers, static and compiled",
-    "litgpt": "LitGPT",
+    "ours": "Lit-GPT", "ours_int8": "int8", "ours_int4": "int4", "ours_lora": "LoRA apart",
+    "ours_lora_merged": "LoRA merged", "ours_adapter": "Adapter", "ours_v2": "Adapter v2",
+    "ours_eager": "by torch's operators", "ours_compiled": "compiled", "ours_compiled_int8": "compiled, int8",
+    "hf": "transformers", "hf_static": "transformers, static and compiled", "litgpt": "LitGPT",
 }  # fmt: skip
+ALL = [name for name in TITLES if "compiled" not in name]
 
 
 def main(hp: SimpleNamespace) -> None:
-    names = list(TITLES) if hp.contestants == "all" else [name.strip() for name in hp.contestants.split(",")]
+    names = ALL if hp.contestants == "all" else [name.strip() for name in hp.contestants.split(",")]
     if bool(hp.model) == bool(hp.checkpoint_dir):
         raise UsageError("--checkpoint_dir or --model: expected one of them")
     if unknown := set(names) - set(TITLES):
@@ -61,12 +62,14 @@ def main(hp: SimpleNamespace) -> None:
             running.append(Contestant(name, job, folder, pythons.get(name, sys.executable), script="decode.py"))
             stack.callback(running[-1].stop)
             running[-1].ready()
+        memory, *contestants = running
         for n in range(hp.rounds + 1):
-            for contestant in running:
-                contestant.step(n)
-            rates = (f"{c.name} {c.answers[-1]['tokens_per_second']:.1f}" for c in running[1:])
+            for contestant in contestants:
+                reads = memory.step(n)["bytes_per_second"]
+                contestant.step(n)["reads"] = reads
+            rates = (f"{c.name} {c.answers[-1]['tokens_per_second']:.1f}" for c in contestants)
             print(f"round {n} of {hp.rounds}, tokens/s: {', '.join(rates)}", file=sys.stderr)
-        report(hp, job, running)
+        report(hp, job, contestants)
 
 
 def prepare(hp: SimpleNamespace, names: list[str], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -81,7 +84,6 @@ def prepare(hp: SimpleNamespace, names: list[str], folder: Path) -> tuple[dict[s
     job = {
         "checkpoint_dir": str(hp.checkpoint_dir.absolute()), "prompt": prompt, "new_tokens": hp.new_tokens,
         "precision": hp.precision, "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "weight_bytes": (hp.checkpoint_dir / "lit_model.pth").stat().st_size,
     }  # fmt: skip
     pythons = dict.fromkeys(names, sys.executable)
     if "litgpt" in pythons and not hp.peers_dir:
@@ -95,33 +97,16 @@ def prepare(hp: SimpleNamespace, names: list[str], folder: Path) -> tuple[dict[s
     return job, pythons
 
 
-def report(hp: SimpleNamespace, job: dict[str, Any], running: list) -> None:
+def report(hp: SimpleNamespace, job: dict[str, Any], contestants: list) -> None:
     import torch
     from peers.report import command, machine
 
-    memory, *contestants = running
-    reads = [answer["bytes_per_second"] for answer in memory.answers[1:]]
     reference = next((c for c in contestants if c.name == "hf"), contestants[0])
-    found = {}
-    for c in contestants:
-        answers = c.answers[1:]
-        pairs = sorted(
-            a["tokens_per_second"] / r["tokens_per_second"] for a, r in zip(answers, reference.answers[1:], strict=True)
-        )
-        found[c.name] = {
-            "tokens_per_second": median(a["tokens_per_second"] for a in answers),
-            "over_reference": median(pairs), "range": [pairs[0], pairs[-1]],
-            "of_bound": median(a["tokens_per_second"] * job["weight_bytes"] / r for a, r in zip(answers, reads,
-                                                                                            strict=True)),
-            "first_seconds": median(a["first_seconds"] for a in answers),
-            "first_answer_seconds": c.answers[0]["first_seconds"] + hp.new_tokens / c.answers[0]["tokens_per_second"],
-            "peak_bytes": max(a["peak_bytes"] for a in answers),
-            "same_tokens": sum(a == b for a, b in zip(answers[0]["ids"], reference.answers[1]["ids"], strict=True)),
-        }  # fmt: skip
     contents = {
         "command": command("generate_speed"), "date": date.today().isoformat(), "torch": torch.__version__,
-        "machine": machine(contestants[0].about["threads"]), "reads_bytes_per_second": median(reads),
-        "weight_bytes": job["weight_bytes"], "reference": reference.name, "contestants": found,
+        "machine": machine(contestants[0].about["threads"]), "reference": reference.name,
+        "reads_bytes_per_second": sorted(a["reads"] for c in contestants for a in c.answers[1:]),
+        "contestants": {c.name: figures(hp, c, reference) for c in contestants},
     }  # fmt: skip
     stem = hp.out_dir / f"generate_speed_{job['device']}"
     hp.out_dir.mkdir(parents=True, exist_ok=True)
@@ -130,34 +115,55 @@ def report(hp: SimpleNamespace, job: dict[str, Any], running: list) -> None:
     print(table(hp, contents))
 
 
+def figures(hp: SimpleNamespace, c: Any, reference: Any) -> dict[str, Any]:
+    """Medians of a contestant's answers, each held against the reference's in the same round and against what memory
+    allowed just before."""
+    answers, weights = c.answers[1:], c.about["weight_bytes"]
+    rates = [a["tokens_per_second"] for a in answers]
+    pairs = sorted(rate / r["tokens_per_second"] for rate, r in zip(rates, reference.answers[1:], strict=True))
+    same = zip(answers[0]["ids"], reference.answers[1]["ids"], strict=True)
+    return {
+        "tokens_per_second": median(rates), "over_reference": median(pairs), "range": [pairs[0], pairs[-1]],
+        "weight_bytes": weights,
+        "of_bound": median(rate * weights / a["reads"] for rate, a in zip(rates, answers, strict=True)),
+        "first_seconds": median(a["first_seconds"] for a in answers),
+        "prompt_tokens_per_second": median(hp.prompt_tokens / a["first_seconds"] for a in answers),
+        "first_answer_seconds": c.answers[0]["first_seconds"] + (hp.new_tokens - 1) / c.answers[0]["tokens_per_second"],
+        "peak_bytes": max(a["peak_bytes"] for a in answers), "same_tokens": sum(a == b for a, b in same),
+    }  # fmt: skip
+
+
 def table(hp: SimpleNamespace, r: dict[str, Any]) -> str:
     from peers.report import fill
 
-    bound = r["reads_bytes_per_second"] / r["weight_bytes"]
-    machine = r["machine"]
+    machine, reads = r["machine"], r["reads_bytes_per_second"]
     where = machine.get("gpu") or f"{machine['cores']} cores of {machine['cpu']} ({', '.join(machine['extensions'])})"
     rows = "\n".join(
         f"| {TITLES[name]} | {c['tokens_per_second']:.1f} | {c['over_reference']:.2f} ({c['range'][0]:.2f} to "
-        f"{c['range'][1]:.2f}) | {c['of_bound']:.0%} | {c['first_seconds']:.2f} s | {c['first_answer_seconds']:.1f} s "
-        f"| {c['peak_bytes'] / 1e9:.2f} GB | {c['same_tokens']} |"
+        f"{c['range'][1]:.2f}) | {c['of_bound']:.0%} | {c['prompt_tokens_per_second']:.0f} "
+        f"| {c['first_seconds']:.2f} s | {c['first_answer_seconds']:.1f} s | {c['peak_bytes'] / 1e9:.2f} GB "
+        f"| {c['same_tokens']} |"
         for name, c in r["contestants"].items()
     )
+    sizes = sorted({round(c["weight_bytes"] / 1e6) for c in r["contestants"].values()}, reverse=True)
     notes = (
         f"{hp.precision}, a prompt of {hp.prompt_tokens} random tokens, {hp.new_tokens} greedy tokens, medians of "
-        f"{hp.rounds} rounds in which all take turns. The bound, {bound:.0f} tokens/s, is what reading "
-        f"{r['weight_bytes'] / 1e6:.0f} MB of weights a token allows at {r['reads_bytes_per_second'] / 1e9:.1f} GB/s, "
-        "measured in the same rounds; int8 is held against it too. The first answer of a process, which is not among "
-        "the medians, includes compiling with what torch's cache on disk holds. Same: how many of the answer's tokens "
-        "are the reference's, in place; in bfloat16 a near tie ends the likeness."
+        f"{hp.rounds} rounds in which all take turns. Bound: the weights that a token needs ("
+        f"{', '.join(map(str, sizes))} MB), read at the speed that the machine shows just before each answer, the best "
+        f"of eight sums of half a gigabyte: {reads[0] / 1e9:.0f} to {reads[-1] / 1e9:.0f} GB/s. The prompt's speed is "
+        "its length over the time to the first token. The first answer of a process, which is not among the medians, "
+        "includes compiling where something is compiled, with what is kept of it on disk. Same: how many of the "
+        "answer's tokens are the reference's, in place; in bfloat16 a near tie ends the likeness."
     )
+    head = f"tokens/s | over {TITLES[r['reference']]} (range) | of bound | prompt tokens/s | first token | first answer"
     return f"""# Generating at batch 1: {hp.model or hp.checkpoint_dir.name}
 
 `{r["command"]}`
 
 {where}, threads {machine["threads"]}, {machine["memory_gib"]} GiB; torch {r["torch"]}; {r["date"]}.
 
-| | tokens/s | over {TITLES[r["reference"]]} (range) | of bound | first token | first answer | peak memory | same |
-|---|---:|---:|---:|---:|---:|---:|---:|
+| | {head} | peak memory | same |
+|---|---:|---:|---:|---:|---:|---:|---:|---:|
 {rows}
 
 {fill(notes)}

@@ -33,9 +33,8 @@ def main(hp: SimpleNamespace) -> None:
     print(f"{len(lengths):,} samples, {sum(lengths) / len(lengths):.0f} tokens in the mean, the first {shared} shared")
     for tokens in (1024, 2048, 4096, 16384):
         products, pairs = saved(hp, lengths, shared, tokens)
-        print(
-            f"  rows of {tokens:>5} tokens: {products:5.1%} of the blocks' products saved, {pairs:5.1%} of attention's pairs"
-        )
+        what = f"{products:5.1%} of the blocks' products saved, {pairs:5.1%} of attention's pairs"
+        print(f"  rows of {tokens:>5} tokens: {what}")
 
 
 def shared_by_all(dataset) -> int:

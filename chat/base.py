@@ -4,9 +4,11 @@
     python chat/base.py --checkpoint_dir checkpoints/tiiuae/falcon-7b \\
         --finetuned_path out/lora/alpaca/lit_model_lora_finetuned.pth
 
-Keeps the conversation as long as the context holds it. Ctrl-C stops an answer, Ctrl-D ends.
+Keeps the conversation as long as the context holds it. Ctrl-C stops an answer, Ctrl-D ends. `/lora PATH` goes on with
+another LoRA of the same base, `/lora` with the base alone.
 """
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -25,31 +27,39 @@ top_p: ClosedUnitInterval = 1.0  # sample among the likeliest tokens of together
 seed: NonNegativeInt = 1234  # of the sampling
 precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and arithmetic
 quantize: Quantizer | None = None  # keep the weights in fewer bits (null: as trained, or as stored)
-compile: bool = False  # compile the step of one token: takes seconds at first, then answers come faster
+compile: bool = False  # compile the step of one token where there are no kernels for it: takes seconds at first
 
 
 def main(hp: SimpleNamespace) -> None:
     from lit_gpt import lora, variants
+    from lit_gpt.base import Base
     from lit_gpt.chat import Chat, converse
-    from lit_gpt.generation import default_device, dtype_of, sampling_options
-    from lit_gpt.model import GPT
+    from lit_gpt.generation import default_device, dtype_of, new_step, sampling_options
+    from lit_gpt.loras import LoRAs
     from lit_gpt.prompts import PromptStyle
     from lit_gpt.quantize import is_quantized
     from lit_gpt.tokenizer import Tokenizer
 
-    place = {"dtype": dtype_of(hp), "device": default_device(), "quantize": hp.quantize}
+    place, base = {"dtype": dtype_of(hp), "device": default_device()}, Base.of(hp.checkpoint_dir, hp.quantize)
     tokenizer = Tokenizer(hp.checkpoint_dir)
+    named = hp.prompt_style and PromptStyle.from_name(hp.prompt_style, tokenizer)
+    own = style = named or PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer)
+    method = lora.METHOD
     if hp.finetuned_path:
-        model, record = variants.load_model(hp.checkpoint_dir, hp.finetuned_path, None, **place)
+        model, record = variants.load_model(hp.checkpoint_dir, hp.finetuned_path, None, **place, quantize=hp.quantize)
+        base, method = base.as_trained(record.get("quantize"), hp.finetuned_path), record["method"]
         if not is_quantized(model):
             lora.merge(model)
-        style = PromptStyle.from_dict(record["prompt_style"])
+        style = named or PromptStyle.from_dict(record["prompt_style"])
     else:
-        model = GPT.from_checkpoint(hp.checkpoint_dir, **place)
-        style = PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer)
-    if hp.prompt_style:
-        style = PromptStyle.from_name(hp.prompt_style, tokenizer)
-    chat = Chat(model, tokenizer, style, hp.context, hp.max_new_tokens, **sampling_options(hp, model))
+        model = base.build(**place)
+
+    def open_loras() -> LoRAs:
+        return LoRAs(base.build(**place) if hp.finetuned_path else model, base, own, fixed=bool(named))
+
+    options = sampling_options(hp, model) | {"new_step": partial(new_step, hp)}
+    options["open_loras"] = open_loras if method == lora.METHOD else None
+    chat = Chat(model, tokenizer, style, hp.context, hp.max_new_tokens, **options)
     if hp.system:
         chat.messages.append({"role": "system", "content": hp.system})
     converse(chat)

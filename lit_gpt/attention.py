@@ -38,7 +38,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
         return fused.attention(q, k, v, scores, (T,))
     if T == 1:
         first = 0 if window is None else max(0, S - window)
-        return weigh(q, k[:, :, first:], v[:, :, first:], scores)
+        return weigh_one(q, k[:, :, first:], v[:, :, first:], scores)
     if T == S and (window is None or S <= window):
         gqa = q.size(1) != k.size(1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=gqa)
@@ -47,19 +47,36 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
 
 
 def weigh(q: Tensor, k: Tensor, v: Tensor, scores: Scores, seen: Tensor | None = None) -> Tensor:
-    """Attention of queries (B, n_head, T, head_size) to the keys that they see: bool (T, S); None: to all."""
-    if scores.softcap is None:
-        gqa = q.size(1) != k.size(1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scores.scale, enable_gqa=gqa)
+    """Attention of queries (B, n_head, T, head_size) to the keys that they see: bool (T, S) or (B, 1, T, S); None: to
+    all."""
+    if scores.softcap is not None:
+        return weigh_by_products(q, k, v, scores, seen)
+    gqa = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scores.scale, enable_gqa=gqa)
+
+
+def weigh_one(q: Tensor, k: Tensor, v: Tensor, scores: Scores, seen: Tensor | None = None) -> Tensor:
+    """The same for one query of each row."""
+    if q.device.type != "cpu":
+        return weigh(q, k, v, scores, seen)
+    # torch's own kernel takes many times as long there, and so do products in narrow types
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return weigh_by_products(q.to(wide), k.to(wide), v.to(wide), scores, seen).to(q.dtype)
+
+
+def weigh_by_products(q: Tensor, k: Tensor, v: Tensor, scores: Scores, seen: Tensor | None) -> Tensor:
     grouped = q.unflatten(1, (k.size(1), -1))  # (B, n_query_groups, heads of a group, T, head_size)
-    found = (grouped.flatten(2, 3) @ k.mT).float() * scores.scale
-    found = (scores.softcap * torch.tanh(found / scores.softcap)).unflatten(2, grouped.shape[2:4])
-    found = found if seen is None else found.masked_fill(~seen, -torch.inf)
+    found = (grouped.flatten(2, 3) @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scores.scale
+    if scores.softcap is not None:
+        found = scores.softcap * torch.tanh(found / scores.softcap)
+    found = found.unflatten(2, grouped.shape[2:4])
+    if seen is not None:
+        found = found.masked_fill(~(seen if seen.ndim == 2 else seen.unsqueeze(1)), -torch.inf)
     return (found.softmax(-1).to(v.dtype).flatten(2, 3) @ v).view_as(q)
 
 
 def attend_at(q: Tensor, k: Tensor, v: Tensor, scores: Scores, positions: Tensor) -> Tensor:
-    """Attention of one query of each row to the places up to its position; written for torch.compile to make one loop.
+    """Attention of one query of each row to the places up to its position.
 
     Args:
         q: (B, n_head, 1, head_size). k, v: (B, n_query_groups, S, head_size).
@@ -67,6 +84,9 @@ def attend_at(q: Tensor, k: Tensor, v: Tensor, scores: Scores, positions: Tensor
     """
     behind = positions[:, None] - torch.arange(k.size(2), device=k.device)  # (B, S)
     seen = behind >= 0 if scores.window is None else (behind >= 0) & (behind < scores.window)
+    if not torch.compiler.is_compiling():
+        return weigh_one(q, k, v, scores, seen[:, None, None])
+    # written for the compiler to make one loop of it
     grouped = q.unflatten(1, (k.size(1), -1)).float()  # (B, n_query_groups, heads of a group, 1, head_size)
     found = (grouped * k.unsqueeze(2).float()).sum(-1) * scores.scale  # (B, n_query_groups, heads of a group, S)
     if scores.softcap is not None:

@@ -4,7 +4,7 @@ Quantizing goes tensor by tensor, from the mapped file to what is kept, so that 
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from lit_gpt import checkpoint, quantize
 from lit_gpt.config import Config
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.memory import release
+from lit_gpt.meta import on_meta
 from lit_gpt.model import GPT
 
 
@@ -28,6 +29,7 @@ class Base:
     fingerprint: str  # of the weights before they were quantized
     quantize: str | None = None  # a format of lit_gpt.quantize
     stored: bool = False  # the file is quantized already
+    codes: str | None = None  # fingerprint of its tensors, if they are others than rounding to the nearest gives
 
     @classmethod
     def of(cls, checkpoint_dir: Path, quantize: str | None = None) -> "Base":
@@ -49,18 +51,35 @@ class Base:
                 f"--quantize {quantize}: {checkpoint_dir} is quantized already ({found['quantize']}); leave the flag "
                 "out, or give the folder that it was made from"
             )
-        return cls(Path(checkpoint_dir), config, state, found["source"], found["quantize"], stored=True)
+        return cls(Path(checkpoint_dir), config, state, found["source"], found["quantize"], True, found.get("codes"))
+
+    @property
+    def quantization(self) -> str | None:
+        """By which a finetuned file knows how its base is quantized: the format, of a calibrated one also the codes."""
+        return f"{self.quantize}:{self.codes}" if self.codes else self.quantize
 
     def as_trained(self, trained_on: str | None, path: Path) -> "Base":
         """This base, quantized as a finetuned file has it; one that was trained on full weights takes any.
 
+        Args:
+            trained_on: the `quantization` of its base.
+
         Raises:
-            UserError: this one is to be quantized otherwise.
+            UserError: this one is quantized otherwise, or is to be.
         """
-        if trained_on and self.quantize not in (None, trained_on):
-            where = f"--checkpoint_dir {self.checkpoint_dir} is" if self.stored else "--quantize asks for"
-            raise UserError(f"{path}: trained on a base in {trained_on}, and {where} {self.quantize}; use {trained_on}")
-        return replace(self, quantize=self.quantize or trained_on)
+        if trained_on in (None, self.quantization):
+            return self
+        name, _, codes = trained_on.partition(":")
+        if codes:
+            raise UserError(
+                f"{path}: trained on the calibrated {name} checkpoint of fingerprint {codes}, which --checkpoint_dir "
+                f"{self.checkpoint_dir} is not; give the folder that scripts/quantize.py wrote"
+            )
+        if self.quantize is None:
+            return replace(self, quantize=name)
+        where = f"--checkpoint_dir {self.checkpoint_dir} is" if self.stored else "--quantize asks for"
+        here, mend = (f"calibrated {name}", "the folder that it was made from") if self.codes else (self.quantize, name)
+        raise UserError(f"{path}: trained on a base in {name}, and {where} {here}; use {mend}")
 
     def build(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> GPT:
         """The model, in evaluation mode; see GPT.from_checkpoint."""
@@ -80,7 +99,7 @@ class Base:
         return quantize.attach(model, self.quantize)
 
     def skeleton(self, dtype: torch.dtype) -> GPT:
-        with torch.device("meta"):
+        with on_meta():
             return self.attach(GPT(self.config).to(dtype))
 
     def quantized(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -101,11 +120,14 @@ class Base:
                 raise UserError(f"{self.checkpoint_dir / 'lit_model.pth'}: {name} holds values that are not numbers")
             yield from ((f"{path}.{key}", part) for key, part in found.items())
 
-    def write_quantized(self, folder: Path) -> None:
-        """Write the quantized model into a checkpoint folder that has all but the weights."""
+    def write_quantized(self, folder: Path, tensors: Iterable[tuple[str, Tensor]], calibrated: bool) -> None:
+        """Write the tensors of a quantized model into a checkpoint folder that has all but the weights."""
         layout = self.skeleton(self.dtype).state_dict()
         for name in [name for name in layout if name.startswith("wte.")] if self.config.tie_embeddings else ():
             del layout[name.replace("wte.", "lm_head.")]
-        checkpoint.write_streamed(folder / "lit_model.pth", layout, self.quantized(self.dtype))
+        path = folder / "lit_model.pth"
+        checkpoint.write_streamed(path, layout, tensors)
         record = {"format_version": checkpoint.QUANTIZED_VERSION, "quantize": self.quantize, "source": self.fingerprint}
+        if calibrated:
+            record["codes"] = checkpoint.fingerprint(checkpoint.load(path))
         (folder / "lit_quantize.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -88,7 +88,8 @@ def licence_of(base: Path, folder: Path) -> str | None:
     for path in base.glob("LICENSE*"):
         shutil.copyfile(path, folder / path.name)
     card = base / "README.md"
-    head = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
     found = re.search(r"^license: *[\"']?([^\s\"']+)", head[1], re.MULTILINE) if head else None
     return found[1] if found else "other" if any(base.glob("LICENSE*")) else None
 
@@ -114,12 +115,16 @@ def losses(summary: dict[str, Any], run_dir: Path, folder: Path) -> str:
 
 
 def checked(figures: dict[str, Any]) -> str:
-    return (
+    text = (
         f"## Checked\n\nRead back by {figures['reader']} before it was written: its logits differ from the source's by "
         f"{figures['logits_difference']:.1e} of their norm (allowed: {figures['logits_difference_allowed']:.0e}); "
         f"{figures['texts_compared']} texts have the same tokens and {figures['conversations_compared']} conversations "
         "the same prompts. The figures and hashes are in export.json."
     )
+    if "trained_on" in figures:
+        moved = figures["logits_difference_from_training"]
+        text += f" It was trained on a base in {figures['trained_on']}; full weights move its logits by {moved:.1e}."
+    return text
 
 
 def table(title: str, rows: dict[str, Any]) -> str:

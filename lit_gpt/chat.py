@@ -1,10 +1,13 @@
 """A conversation with a model: its history, within the context, and a cache that lives as long as it does."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+from lit_gpt.decoding import Step
 from lit_gpt.errors import UserError
 from lit_gpt.generation import generate
+from lit_gpt.loras import LoRAs
 from lit_gpt.model import GPT, forget
 from lit_gpt.prompts import Message, PromptStyle, common_prefix
 from lit_gpt.tokenizer import Tokenizer
@@ -15,17 +18,45 @@ class Chat:
 
     Args:
         context: tokens of history and answer together.
+        open_loras: makes a model beside which LoRAs can be switched; None: they cannot.
+        new_step: makes what takes a model's place after the prompt, if anything does.
         options: of lit_gpt.generation.generate.
     """
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, style: PromptStyle, context: int, max_new_tokens: int, **options
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        style: PromptStyle,
+        context: int,
+        max_new_tokens: int,
+        open_loras: Callable[[], LoRAs] | None = None,
+        new_step: Callable[[GPT], Step | None] = lambda model: None,
+        **options,
     ) -> None:
         self.model, self.tokenizer, self.style, self.options = model, tokenizer, style, options
+        self.open_loras, self.loras = open_loras, None
+        self.new_step, self.step = new_step, new_step(model)
         self.context, self.max_new_tokens = min(context, model.config.block_size), max_new_tokens
         self.messages: list[Message] = []
         self.cache = model.kv_cache(1, self.context)
         self.cached: list[int] = []  # the tokens behind the cache's entries
+
+    def use(self, path: Path | None) -> None:
+        """Answer through the LoRA of a file from now on, in its prompt style; None: as the base alone does.
+
+        Raises:
+            UserError: it cannot be had. All stays as it is.
+        """
+        if self.open_loras is None:
+            raise UserError("/lora: an Adapter is attached; start without --finetuned_path to use LoRAs")
+        loras = self.loras or self.open_loras()
+        number = loras.load(path) if path else 0
+        loras.choose([number])
+        self.loras, self.model, self.style = loras, loras.model, loras.styles[number]
+        self.step = self.new_step(self.model)
+        forget(self.cache, 0)
+        self.cached = []
 
     def prompt(self) -> list[int]:
         """The tokens up to the next answer; the oldest turns leave until an answer has room.
@@ -61,20 +92,23 @@ class Chat:
                 pieces.append(piece)
                 yield piece
         finally:
-            self.cached = (prompt + ids)[: self.cache[0].length]
+            known = min(layer.length for layer in self.cache)  # Ctrl-C may come between layers
+            forget(self.cache, known)
+            self.cached = (prompt + ids)[:known]
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
     def _watch(self, prompt: list[int], ids: list[int]) -> Iterator[int]:
-        stops = self.style.stop_ids
-        for token in generate(
-            self.model, prompt, self.max_new_tokens, stop_ids=stops, cache=self.cache, **self.options
-        ):
+        held = {"stop_ids": self.style.stop_ids, "cache": self.cache, "step": self.step}
+        for token in generate(self.model, prompt, self.max_new_tokens, **held, **self.options):
             ids.append(token)
             yield token
 
 
 def converse(chat: Chat) -> None:
-    """Read messages from standard input until it ends; Ctrl-C stops an answer, not the conversation."""
+    """Read messages from standard input until it ends; Ctrl-C stops an answer, not the conversation.
+
+    `/lora PATH` is no message: it changes the LoRA, and alone takes it off.
+    """
     while True:
         try:
             text = input("> ")
@@ -85,7 +119,12 @@ def converse(chat: Chat) -> None:
             continue
         if not text.strip():
             continue
+        command, _, path = text.strip().partition(" ")
         try:
+            if command == "/lora":
+                chat.use(Path(path.strip()) if path else None)
+                print(f"[from now on: {path.strip() or 'the base alone'}]", file=sys.stderr)
+                continue
             for piece in chat.answer(text):
                 print(piece, end="", flush=True)
             print()

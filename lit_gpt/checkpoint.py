@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
+from lit_gpt.meta import on_meta
 from lit_gpt.model import GPT
 from lit_gpt.quantize import FORMATS
 
@@ -293,7 +294,7 @@ def build(
     Raises:
         UserError: missing or unexpected names, or shapes that the configuration contradicts.
     """
-    with torch.device("meta"):
+    with on_meta():
         model = GPT(config).to(dtype)
         model = attach(model) if attach else model
     if config.tie_embeddings:

@@ -66,6 +66,9 @@ class Config:
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
+        for size in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size"):
+            if not isinstance(value := getattr(self, size), int) or value < 1:
+                raise UserError(f"{self.name}: {size} is {value!r}, expected a whole number above 0")
         self.padded_vocab_size = self.padded_vocab_size or self.vocab_size
         self.n_query_groups = self.n_query_groups or self.n_head
         self.head_size = self.head_size or self.n_embd // self.n_head
@@ -102,6 +105,10 @@ class Config:
             values = family.config(hf)
         except KeyError as missing:
             raise UserError(f"config.json: model_type '{hf['model_type']}' needs the field {missing}") from None
+        except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"config.json: a field holds what model_type '{hf['model_type']}' cannot ({error})"
+            ) from None
         return cls(name=name or hf["model_type"], family=family.__name__.rpartition(".")[2], **values)
 
     @classmethod

@@ -1,7 +1,7 @@
-"""The decode step compiled: one block is compiled and serves all layers, so it takes seconds, not minutes.
+"""The step of one more token of one row, by the fastest way that there is for the model and its device.
 
-What a step of one row costs is reading each weight once. On a CPU torch's own matrix product reaches a third of the
-memory's speed there; as a plain loop over the weight's rows, which the compiler makes of it here, it reaches most.
+What such a step costs is reading each weight once, if nothing else gets in the way: with torch's operators one by one
+it takes several times as long.
 """
 
 import os
@@ -15,12 +15,44 @@ from torch import Tensor, nn
 
 from lit_gpt.errors import UsageError
 from lit_gpt.model import GPT, KVCache, OneMore
+from lit_gpt.native_step import NativeStep, Unsupported
 
 aten = torch.ops.aten
+Step = Callable[[Tensor, KVCache], Tensor]
+
+
+class FastStep:
+    """The logits that follow one more token, like `model(idx, cache=cache, last=True)[:, -1]`. For one row.
+
+    On a CPU by lit_gpt.native_step, if it knows all that the model is made of: it is ready at once, so that no answer
+    is too short for it. Else, only if it is asked for, by a compiled step, which takes seconds before it is ready.
+
+    Raises:
+        UsageError: as CompiledStep, if it is asked for.
+    """
+
+    def __init__(self, model: GPT, compile: bool = False) -> None:
+        self.model, self.chosen = model, None
+        self.otherwise: Step = CompiledStep(model) if compile else self.plain
+
+    def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
+        """idx: int64 (1, 1); returns (1, padded_vocab_size), which the next call may overwrite."""
+        if self.chosen is None:  # not before: the first token, which comes from the prompt, need not wait for it
+            try:
+                self.chosen = NativeStep(self.model)
+            except Unsupported:
+                self.chosen = self.otherwise
+        return self.chosen(idx, cache)
+
+    def plain(self, idx: Tensor, cache: KVCache) -> Tensor:
+        return self.model(idx, cache=cache, last=True)[:, -1]
 
 
 class CompiledStep:
-    """The logits that follow one more token, like `model(idx, cache=cache, last=True)[:, -1]`. For one row.
+    """The same, compiled: one block, which serves all layers, so that it takes seconds, not minutes.
+
+    torch's own product of one row reaches a third of the memory's speed on a CPU; as a plain loop over the weight's
+    rows, which the compiler makes of it here, it reaches most.
 
     The first call compiles. What is compiled holds for this model, for caches of any size; torch keeps it on disk, so
     that another process is ready sooner.

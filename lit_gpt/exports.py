@@ -155,7 +155,11 @@ def own_checkpoint(folder: Path) -> parity.Own:
 
 
 def to_peft(checkpoint_dir: Path, lora_path: Path, out_dir: Path) -> dict[str, Any]:
-    """Export a LoRA file as an adapter that `PeftModel.from_pretrained` loads. Returns the figures."""
+    """Export a LoRA file as an adapter that `PeftModel.from_pretrained` loads. Returns the figures.
+
+    It goes onto the base as that is stored. Where it was trained on a quantized one, that moves its logits, by how much
+    is among the figures.
+    """
     with checkpoint.new_folder(out_dir) as folder:
         source = Source.of(checkpoint_dir, lora_path)
         base = card.repository(checkpoint_dir) or str(checkpoint_dir)
@@ -164,7 +168,7 @@ def to_peft(checkpoint_dir: Path, lora_path: Path, out_dir: Path) -> dict[str, A
         source.write_prompt(folder, stops=False)  # an adapter goes by its base's generation_config.json
         what = f"the export of {lora_path}"
         reader = read_adapter(what, source, folder)
-        found = source.golden.compare(reader, what)
+        found = source.golden.compare(reader, what) | moved_by_full_weights(source)
         use = (
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
             f'base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")\n'
@@ -172,6 +176,20 @@ def to_peft(checkpoint_dir: Path, lora_path: Path, out_dir: Path) -> dict[str, A
         )
         source.finish(folder, out_dir, found, use, "peft", format="peft")
     return found
+
+
+def moved_by_full_weights(source: Source) -> dict[str, Any]:
+    """For an adapter that was trained on a quantized base: how far its logits are off on full weights."""
+    trained_on = source.record.get("quantize")
+    if not trained_on:
+        return {}
+    trained = Source.of(source.checkpoint_dir, source.adapter, quantized=True).golden.logits
+    moved = verify.difference(source.golden.logits, trained)
+    print(
+        f"{source.adapter}: trained on a base in {trained_on}; on the base as it is stored, which PEFT gives it, its "
+        f"logits differ by {moved:.1e} of their norm. scripts/merge_lora.py keeps the base that it was trained on"
+    )
+    return {"trained_on": trained_on, "logits_difference_from_training": moved}
 
 
 def read_adapter(what: str, source: Source, folder: Path) -> parity.Reader:

@@ -2,21 +2,40 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lit_gpt.checkpoint import DTYPES
-from lit_gpt.decoding import CompiledStep
+from lit_gpt.decoding import FastStep, Step
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.memory import peak_memory_bytes
-from lit_gpt.model import GPT, KVCache, forget
-from lit_gpt.prompts import PromptStyle, instruction_messages
+from lit_gpt.model import GPT, KVCache, OneMore, forget, move, of_row
+from lit_gpt.prompts import Message, PromptStyle, Tools, instruction_messages
 from lit_gpt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lit_gpt.loras import LoRAs
+    from lit_gpt.prompt_file import PromptFile
+
+PIECE = 512  # tokens of a prompt that are read at once, so that a long one needs no more memory than that
+
+
+@dataclass(eq=False)
+class Row:
+    """A sequence that is being continued."""
+
+    ids: list[int]  # its tokens, of the prompt at first; at least one
+    room: int  # tokens that may still follow; set to 0, it ends
+    generator: torch.Generator | None = None  # of the sampling, on the model's device; None: torch's own
+    cached: int = 0  # beginning of the prompt that its place in the cache holds already
+    lora: int = 0  # see lit_gpt.loras
+    cache: KVCache = field(default_factory=list)  # its place
 
 
 @torch.no_grad()
@@ -31,7 +50,7 @@ def generate(
     stop_ids: Iterable[int] = (),
     generator: torch.Generator | None = None,
     cache: KVCache | None = None,
-    step: CompiledStep | None = None,
+    step: Step | None = None,
 ) -> Iterator[int]:
     """Token ids that continue `prompt`, one by one, until a stop id (not yielded) or `max_new_tokens`.
 
@@ -48,46 +67,109 @@ def generate(
     Raises:
         UserError: prompt and answer do not fit the model's context.
     """
-    limit = model.config.block_size
-    if len(prompt) + max_new_tokens > limit:
-        raise UserError(
-            f"the prompt's {len(prompt)} tokens and --max_new_tokens {max_new_tokens} exceed the model's context of "
-            f"{limit}; shorten the prompt or ask for fewer tokens"
-        )
+    check_room(model, len(prompt), max_new_tokens)
     stops = set(stop_ids)
     cache = cache or model.kv_cache(1, len(prompt) + max_new_tokens)
-    for (token,) in decode(model, [prompt], max_new_tokens, cache, temperature, top_k, top_p, generator, step=step):
+    row = Row(list(prompt), max_new_tokens, generator, cache[0].length)
+    for _, token in decode(model, [row], cache, temperature, top_k, top_p, step=step):
         if token in stops:
             return
         yield token
 
 
+def check_room(model: GPT, length: int, max_new_tokens: int) -> None:
+    limit = model.config.block_size
+    if length + max_new_tokens > limit:
+        raise UserError(
+            f"the prompt's {length} tokens and --max_new_tokens {max_new_tokens} exceed the model's context of "
+            f"{limit}; shorten the prompt or ask for fewer tokens"
+        )
+
+
 @torch.no_grad()
 def decode(
     model: GPT,
-    prompts: list[list[int]],
-    steps: int,
+    rows: Iterable[Row],
     cache: KVCache,
-    *sampling: Any,
-    step: CompiledStep | None = None,
-) -> Iterator[list[int]]:
-    """The next token of each prompt, `steps` times.
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    *,
+    step: Step | None = None,
+    choose: Callable[[list[Row]], None] = lambda rows: None,
+) -> Iterator[tuple[Row, int]]:
+    """Each row with its next token, in turns. As many are continued together as the cache has places; when one ends,
+    the next takes its place.
+
+    Prompts are read one by one, so nothing is padded; from then on each row adds a token to its own place in the cache,
+    at its own position. So a row is what it would be alone, wherever the others are.
 
     Args:
-        prompts: token ids, as many in each; `cache` may hold a beginning of them, and has room for the answers.
-        sampling: of `sample`, after the logits.
-        step: gives the logits that follow a single token, for a single prompt.
+        cache: each place has room for every row's prompt and answer.
+        step: gives the logits that follow a single token, if only one row is there.
+        choose: is told which rows the model is about to compute.
     """
-    rows = [list(prompt) for prompt in prompts]
-    for _ in range(steps):
-        if model.outdated(cache, len(rows[0])):
-            forget(cache, 0)
-        idx = torch.tensor([row[cache[0].length :] for row in rows], device=model.wte.weight.device)
-        logits = step(idx, cache) if step and idx.size(1) == 1 else model(idx, cache=cache, last=True)[:, -1]
-        tokens = torch.cat([sample(row, *sampling) for row in logits]).tolist()
-        yield tokens
-        for row, token in zip(rows, tokens, strict=True):
-            row.append(token)
+    waiting, going, n = iter(rows), [], len(cache[0].k)
+    places = [cache] if n == 1 else [of_row(cache, i) for i in range(n)]
+    while True:
+        for place in places[len(going) :]:
+            if (row := next(waiting, None)) is None:
+                break
+            forget(place, row.cached)
+            row.cache = list(place)  # a list of its own tells a step that another row begins
+            going.append(row)
+        if not going:
+            return
+        logits = next_logits(model, going, cache, step, choose)
+        drawn = [sample(x, temperature, top_k, top_p, row.generator) for x, row in zip(logits, going, strict=True)]
+        for row, token in zip(going, torch.cat(drawn).tolist(), strict=True):
+            row.ids.append(token)
+            row.room -= 1
+            yield row, token
+        for i in reversed(range(len(going))):
+            if going[i].room <= 0:
+                close_up(going, i)
+
+
+def next_logits(
+    model: GPT,
+    rows: list[Row],
+    cache: KVCache,
+    step: Step | None,
+    choose: Callable[[list[Row]], None],
+) -> Tensor:
+    """The logits that follow each row, (len(rows), padded_vocab_size)."""
+    device = model.wte.weight.device
+    for row in rows:
+        if model.outdated(row.cache, len(row.ids)):
+            forget(row.cache, 0)
+        # alone, the last piece gives the logits; else all rows add one token together
+        read_to = len(row.ids) - (PIECE if len(rows) == 1 else 1)
+        while (start := row.cache[0].length) < read_to:
+            choose([row])
+            piece = row.ids[start : min(start + PIECE, read_to)]
+            model.hidden(torch.tensor([piece], device=device), cache=row.cache, length=len(row.ids))
+    choose(rows)
+    if len(rows) == 1:
+        place = rows[0].cache
+        idx = torch.tensor([rows[0].ids[place[0].length :]], device=device)
+        return step(idx, place) if step and idx.size(1) == 1 else model(idx, cache=place, last=True)[:, -1]
+    idx = torch.tensor([row.ids[-1:] for row in rows], device=device)
+    lengths = tuple(len(row.ids) for row in rows)
+    positions, span = torch.tensor(lengths, device=device) - 1, (slice(len(rows)), slice(None), slice(max(lengths)))
+    logits = model(idx, cache=[OneMore(x.k[span], x.v[span], positions, lengths) for x in cache], last=True)
+    for row in rows:
+        for layer in row.cache:
+            layer.length += 1
+    return logits[:, -1]
+
+
+def close_up(rows: list[Row], i: int) -> None:
+    """Take out row i, and put the last into its place, so that those that remain are the cache's first."""
+    last = rows.pop()
+    if i < len(rows):
+        move(last.cache, rows[i].cache)
+        last.cache, rows[i] = rows[i].cache, last
 
 
 def sample(
@@ -115,14 +197,20 @@ def dtype_of(hp: SimpleNamespace) -> torch.dtype:
     return DTYPES[hp.precision]
 
 
-def read_prompt(hp: SimpleNamespace) -> str:
-    """The prompt from --prompt, or from --prompt_file ("-": standard input)."""
+def read_prompt(hp: SimpleNamespace) -> "str | PromptFile":
+    """The prompt from --prompt, or from --prompt_file ("-": standard input); with --out, the prompts of that file."""
     if bool(hp.prompt) == bool(hp.prompt_file):
         raise UsageError("--prompt: expected a prompt, either by --prompt or by --prompt_file (- is standard input)")
+    if hp.out:
+        from lit_gpt.prompt_file import PromptFile
+
+        return PromptFile.read(hp)
     if hp.prompt:
         text = hp.prompt
     elif str(hp.prompt_file) == "-":
         text = sys.stdin.read()
+    elif hp.prompt_file.suffix == ".jsonl":
+        raise UsageError(f"--prompt_file {hp.prompt_file}: holds a prompt on each line; add --out FILE for the answers")
     else:
         try:
             text = Path(hp.prompt_file).read_text(encoding="utf-8")
@@ -133,30 +221,59 @@ def read_prompt(hp: SimpleNamespace) -> str:
     return text
 
 
+def lora_paths(prompt: "str | PromptFile") -> list[Path]:
+    """LoRA files that lines of a prompt file name."""
+    return [] if isinstance(prompt, str) else prompt.lora_paths
+
+
 def sampling_options(hp: SimpleNamespace, model: GPT) -> dict[str, Any]:
-    """The options of `generate` that a script's flags set."""
+    """The options of `generate` that a script's flags set, besides the step."""
     generator = torch.Generator(model.wte.weight.device).manual_seed(hp.seed)
-    step = CompiledStep(model) if hp.compile else None
-    return {
-        "temperature": hp.temperature, "top_k": hp.top_k, "top_p": hp.top_p, "generator": generator, "step": step,
-    }  # fmt: skip
+    return {"temperature": hp.temperature, "top_k": hp.top_k, "top_p": hp.top_p, "generator": generator}
 
 
-def answer(hp: SimpleNamespace, text: str, model: GPT, tokenizer: Tokenizer, style: PromptStyle) -> None:
-    """Print `num_samples` answers to the prompt as they come: the text on stdout, figures on stderr."""
-    prompt = style.encode_prompt(instruction_messages(text, hp.input), tokenizer)
-    if not prompt:
-        raise UsageError("--prompt: holds no tokens")
-    if max(prompt) >= model.config.padded_vocab_size:
-        raise UserError(f"the tokenizer gives the id {max(prompt)}, which the model's embedding does not have")
-    options = sampling_options(hp, model)
+def new_step(hp: SimpleNamespace, model: GPT) -> Step:
+    """What takes the model's place for one more token of one row."""
+    return FastStep(model, hp.compile)
+
+
+def prompt_ids(
+    messages: list[Message], model: GPT, tokenizer: Tokenizer, style: PromptStyle, tools: Tools = None
+) -> list[int]:
+    """Token ids up to the answer, at least one.
+
+    Raises:
+        UserError: there is none, or one that the model does not have; the template refuses the messages.
+    """
+    ids = style.encode_prompt(messages, tokenizer, tools)
+    if not ids:
+        raise UsageError("the prompt holds no tokens")
+    if max(ids) >= model.config.padded_vocab_size:
+        raise UserError(f"the tokenizer gives the id {max(ids)}, which the model's embedding does not have")
+    return ids
+
+
+def answer(
+    hp: SimpleNamespace,
+    prompt: "str | PromptFile",
+    model: GPT,
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    loras: "LoRAs | None" = None,
+) -> None:
+    """Print `num_samples` answers to the prompt as they come: the text on stdout, figures on stderr. Or answer a
+    file."""
+    if not isinstance(prompt, str):
+        return prompt.answer(hp, model, tokenizer, style, loras)
+    ids = prompt_ids(instruction_messages(prompt, hp.input), model, tokenizer, style)
+    options = sampling_options(hp, model) | {"step": new_step(hp, model)}
     for _ in range(hp.num_samples):
         clock = Clock()
-        ids = generate(model, prompt, hp.max_new_tokens, stop_ids=style.stop_ids, **options)
-        for piece in tokenizer.decode_stream(clock.watch(ids)):
+        new = generate(model, ids, hp.max_new_tokens, stop_ids=style.stop_ids, **options)
+        for piece in tokenizer.decode_stream(clock.watch(new)):
             print(piece, end="", flush=True)
         print(flush=True)
-        print(f"[prompt {len(prompt)} tokens, {clock.report()}]", file=sys.stderr)
+        print(f"[prompt {len(ids)} tokens, {clock.report()}]", file=sys.stderr)
 
 
 class Clock:

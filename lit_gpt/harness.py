@@ -5,7 +5,7 @@ into rows without padding, and probabilities are float32 whatever the weights ar
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from lit_gpt import data, variants
 from lit_gpt.checkpoint import atomic, check_checkpoint_dir
 from lit_gpt.errors import UsageError, UserError
-from lit_gpt.generation import decode, default_device, dtype_of
+from lit_gpt.generation import Row, decode, default_device, dtype_of
 from lit_gpt.model import GPT
 from lit_gpt.prompts import Message, PromptStyle, as_list, generation_stop_ids
 from lit_gpt.tokenizer import Tokenizer, find_tokenizer, read_json, read_settings
@@ -197,24 +197,17 @@ class Harness(TemplateLM):
     # generation
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """An answer to each request. Prompts of one length and with the same options are answered together."""
-        groups: dict[tuple[int, str], list[int]] = {}
-        prompts, answers = [], {}
+        """An answer to each request. Those with the same options are answered together."""
+        groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
-            text, options = request.args
-            prompts.append(self.prompt(text, normalize_gen_kwargs(options, DEFAULT_MAX_GEN_TOKS)["max_gen_toks"]))
-            groups.setdefault((len(prompts[i]), repr(options)), []).append(i)
+            groups.setdefault(repr(request.args[1]), []).append(i)
+        answers: dict[int, str] = {}
         bar = tqdm(total=len(requests), desc="answers", unit="request", disable=disable_tqdm or None)
-        for (length, _), group in sorted(groups.items(), reverse=True):
-            options = requests[group[0]].args[1]
-            room = normalize_gen_kwargs(options, DEFAULT_MAX_GEN_TOKS)["max_gen_toks"]
-            size = max(1, self.batch_tokens // (length + room))
-            for start in range(0, len(group), size):
-                indices = group[start : start + size]
-                for i, text in zip(indices, self.answer([prompts[i] for i in indices], options), strict=True):
-                    answers[i] = text
-                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
-                bar.update(len(indices))
+        for group in groups.values():
+            for place, text in self.answer([requests[i].args[0] for i in group], requests[group[0]].args[1]):
+                answers[group[place]] = text
+                self.cache_hook.add_partial("generate_until", requests[group[place]].args, text)
+                bar.update()
         bar.close()
         return [answers[i] for i in range(len(requests))]
 
@@ -228,23 +221,21 @@ class Harness(TemplateLM):
         self.cut += len(tokens) > self.max_length - room
         return tokens[room - self.max_length :]
 
-    def answer(self, prompts: list[list[int]], options: dict[str, Any]) -> list[str]:
-        """The answers to prompts of one length."""
+    def answer(self, texts: list[str], options: dict[str, Any]) -> Iterator[tuple[int, str]]:
+        """The answers to texts, as they are ready, each with its text's place among them."""
         options = normalize_gen_kwargs(options, DEFAULT_MAX_GEN_TOKS)
         room, sampling = options.pop("max_gen_toks"), self.sampling(options)
         stops = handle_stop_sequences(list(options["until"]), self.tok.eos_token)
-        complete = self.completion(stops)
-        answers: list[list[int]] = [[] for _ in prompts]
-        going = set(range(len(prompts)))
-        cache = self.model.kv_cache(len(prompts), len(prompts[0]) + room)
-        for tokens in decode(self.model, prompts, room, cache, *sampling):
-            for i in sorted(going):
-                answers[i].append(tokens[i])
-                if complete(answers[i]):
-                    going.discard(i)
-            if not going:
-                break
-        return [postprocess_generated_text(self.tok.decode(answer), stops, None) for answer in answers]
+        complete, prompts = self.completion(stops), [self.prompt(text, room) for text in texts]
+        rows = {Row(list(prompt), room, self.generator): i for i, prompt in enumerate(prompts)}
+        length = max(map(len, prompts)) + room
+        cache = self.model.kv_cache(max(1, min(len(rows), self.batch_tokens // length)), length)
+        longest_first = sorted(rows, key=lambda row: len(row.ids), reverse=True)
+        for row, _ in decode(self.model, longest_first, cache, *sampling):
+            answer = row.ids[len(prompts[rows[row]]) :]
+            row.room = 0 if complete(answer) else row.room
+            if not row.room:
+                yield rows[row], postprocess_generated_text(self.tok.decode(answer), stops, None)
 
     def completion(self, stops: list[str]) -> Callable[[list[int]], bool]:
         """Whether an answer's newest tokens hold a stop string, or the last is an end token."""
@@ -257,15 +248,15 @@ class Harness(TemplateLM):
 
         return complete
 
-    def sampling(self, options: dict[str, Any]) -> tuple[float, int | None, float, torch.Generator | None]:
-        """The arguments of `lit_gpt.generation.sample`."""
+    def sampling(self, options: dict[str, Any]) -> tuple[float, int | None, float]:
+        """The temperature, top_k and top_p of `lit_gpt.generation.sample`."""
         unknown = sorted(options.keys() - SAMPLING - {"until"})
         if unknown:
             raise UserError(
                 f"a task asks to generate with {', '.join(unknown)}; known here are {', '.join(sorted(SAMPLING))}"
             )
         temperature = options["temperature"] if options.get("do_sample") else 0.0
-        return temperature, options.get("top_k") or None, options.get("top_p") or 1.0, self.generator
+        return temperature, options.get("top_k") or None, options.get("top_p") or 1.0
 
 
 def end_tokens(checkpoint_dir: Path) -> list[int]:

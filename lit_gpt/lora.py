@@ -5,7 +5,7 @@ attached model gives exactly the base's logits.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lit_gpt import checkpoint, fused
 from lit_gpt.config import Config
 from lit_gpt.errors import UsageError, UserError
+from lit_gpt.meta import on_meta
 from lit_gpt.model import GPT
 from lit_gpt.moe import Experts, Router, Routes, grouped_product
 from lit_gpt.quantize import Quantized, QuantizedLinear, weight_of
@@ -141,6 +142,32 @@ def targets(model: GPT, config: LoRAConfig) -> Iterator[tuple[str, list[tuple[in
         yield "lm_head", [(0, model.lm_head.out_features)]
 
 
+def updates(
+    model: GPT, config: LoRAConfig, state: Mapping[str, Tensor], source: Path | str
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Each layer that a finetuned file's tensors adapt, with A and B of which B A is its whole update.
+
+    A is (len(parts) * r, in_features), and B (out_features, len(parts) * r) with the scale in it and zeros where a
+    part's rows and another's columns meet; before them is the number of experts, in a layer of experts.
+
+    Raises:
+        UserError: the tensors contradict the configuration.
+    """
+    layers, shapes = {path: (model.get_submodule(path), parts) for path, parts in targets(model, config)}, {}
+    for path, (layer, parts) in layers.items():
+        experts = (layer.n_expert,) if hasattr(layer, "n_expert") else ()
+        shapes[f"{path}.lora_A"] = *experts, len(parts) * config.r, layer.in_features
+        shapes[f"{path}.lora_B"] = *experts, sum(stop - start for start, stop in parts), config.r
+    checkpoint.check_state({name: torch.empty(s, device="meta") for name, s in shapes.items()}, state, source)
+    for path, (layer, parts) in layers.items():
+        A, found = state[f"{path}.lora_A"], state[f"{path}.lora_B"]
+        B = found.new_zeros(*found.shape[:-2], layer.out_features, len(parts) * config.r)
+        sizes = [stop - start for start, stop in parts]
+        for i, ((start, stop), part) in enumerate(zip(parts, found.split(sizes, dim=-2), strict=True)):
+            B[..., start:stop, i * config.r : (i + 1) * config.r] = part * (config.alpha / config.r)
+        yield path, A, B
+
+
 def lora_layers(model: GPT) -> dict[str, LoRALinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
@@ -170,7 +197,7 @@ def merged_config(model: GPT) -> Config:
 def write_merged(path: Path, model: GPT) -> None:
     """Write the state dict of the merged model, dequantized if it is quantized, holding one tensor at a time."""
     config = merged_config(model)
-    with torch.device("meta"):
+    with on_meta():
         names = dict(GPT(config).named_parameters())  # tied ones once
     layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
     layout = {name: names[name].to(stored_dtype(layer, model.dtype)) for name, layer in layers.items()}

@@ -35,9 +35,8 @@ class Targets:
 class LayerCache:
     """Keys and values of one layer for the tokens seen so far."""
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> None:
-        self.k = torch.zeros(shape, device=device, dtype=dtype)  # (B, n_query_groups, max_length, head_size)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.k, self.v = k, v  # (B, n_query_groups, max_length, head_size)
         self.length = 0
         self.long = False  # whether the keys are rotated as those of a long sequence; see GPT.outdated
 
@@ -52,10 +51,16 @@ class LayerCache:
 
 
 class OneMore:
-    """A layer's cache to which each row adds one token at a position of its own; nothing but tensors changes in it."""
+    """A layer's cache to which each row adds one token at a position of its own; nothing but tensors changes in it.
 
-    def __init__(self, k: Tensor, v: Tensor, positions: Tensor) -> None:
-        self.k, self.v, self.positions = k, v, positions  # as in LayerCache; int64 (B,)
+    Args:
+        k, v: as in LayerCache.
+        positions: int64 (B,).
+        lengths: of the rows, the new tokens included.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, positions: Tensor, lengths: tuple[int, ...] = ()) -> None:
+        self.k, self.v, self.positions, self.lengths = k, v, positions, lengths
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of the new tokens, return those of all places, empty ones too."""
@@ -65,6 +70,18 @@ class OneMore:
 
 
 KVCache = list[LayerCache]
+
+
+def of_row(cache: KVCache, row: int) -> KVCache:
+    """A cache of one sequence, in the place that a row of another has."""
+    return [LayerCache(layer.k[row : row + 1], layer.v[row : row + 1]) for layer in cache]
+
+
+def move(source: KVCache, target: KVCache) -> None:
+    """Copy what is in one cache into another with as much room."""
+    for old, new in zip(source, target, strict=True):
+        new.length, new.long = old.length, old.long
+        new.k[:, :, : old.length], new.v[:, :, : old.length] = old.k[:, :, : old.length], old.v[:, :, : old.length]
 
 
 def forget(cache: KVCache, length: int) -> None:
@@ -98,7 +115,7 @@ class GPT(nn.Module):
         self,
         idx: Tensor,
         segments: Segments | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | list[OneMore] | None = None,
         targets: Targets | None = None,
         last: bool = False,
     ) -> Tensor:
@@ -107,7 +124,7 @@ class GPT(nn.Module):
         Args:
             idx: token ids, int64 (B, T).
             segments: boundaries of the samples packed into the row; B must be 1. None: each row is one sequence.
-            cache: what `kv_cache` made; `idx` follows the tokens in it and is added.
+            cache: what `kv_cache` made; `idx` follows the tokens in it and is added. Or each layer's OneMore.
             targets: supervised positions. The logits of the others are never computed, nor all of them held at once.
             last: compute the logits of the last position alone.
 
@@ -132,18 +149,31 @@ class GPT(nn.Module):
         x = self.ln_f(self.hidden(idx, segments).flatten(0, 1)[targets.positions])
         return log_probabilities(self.lm_head, x, targets.labels, self.finish)
 
-    def hidden(self, idx: Tensor, segments: Segments | None = None, cache: KVCache | None = None) -> Tensor:
-        """What the last block gives, (B, T, n_embd), before norm and head; arguments and errors as of `forward`."""
+    def hidden(
+        self,
+        idx: Tensor,
+        segments: Segments | None = None,
+        cache: KVCache | list[OneMore] | None = None,
+        length: int | None = None,
+    ) -> Tensor:
+        """What the last block gives, (B, T, n_embd), before norm and head; arguments and errors as of `forward`.
+
+        Args:
+            length: that the sequence is about to reach, whose angles are to hold. None: it ends with `idx`.
+        """
         if segments is not None:
             positions, lengths = segments.positions, segments.lengths
+        elif cache and isinstance(cache[0], OneMore):
+            positions, lengths = cache[0].positions.unsqueeze(1), cache[0].lengths
         else:
             start = cache[0].length if cache else 0
-            length = start + idx.size(1)
+            end = start + idx.size(1)
+            length = length or end
             if cache and self.outdated(cache, length):
                 raise ValueError(f"with {length} tokens other angles hold: forget the cache and give all tokens")
             if cache:
                 cache[0].long = self.rope.is_long(length)
-            positions, lengths = torch.arange(start, length, device=idx.device), (length,)
+            positions, lengths = torch.arange(start, end, device=idx.device), (length,)
         x = self.embed(idx, positions, lengths)  # (B, T, n_embd)
         rotations = self.rotations(positions, lengths, x.dtype)
         for layer, (block, rotation) in enumerate(zip(self.h, rotations, strict=True)):
@@ -183,7 +213,8 @@ class GPT(nn.Module):
     def kv_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` sequences of up to `max_length` tokens, in the model's dtype and place."""
         shape = (batch_size, self.config.n_query_groups, max_length, self.config.head_size)
-        return [LayerCache(shape, self.wte.weight.device, self.dtype) for _ in self.h]
+        new = partial(torch.zeros, shape, device=self.wte.weight.device, dtype=self.dtype)
+        return [LayerCache(new(), new()) for _ in self.h]
 
     @property
     def dtype(self) -> torch.dtype:

@@ -26,6 +26,9 @@ from lit_gpt.hf_files import read_json
 from lit_gpt.model import GPT
 
 CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+NO_ADAPTER = (
+    "{}: no adapter; expected adapter_model.safetensors beside adapter_config.json, as PEFT's save_pretrained writes"
+)
 PREFIX = "base_model.model."  # what PEFT puts before the names of transformers
 Pairs = dict[str, tuple[Tensor, Tensor]]  # {layer of transformers: A (r, in_features) and B (out_features, r)}
 
@@ -164,6 +167,8 @@ def read(
         UserError: the folder is no LoRA adapter, or has what cannot be taken over; the field or tensor is named.
     """
     path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise UserError(NO_ADAPTER.format(folder))
     fields = read_json(path)
     check_config(fields, path)
     known = {layer.name: layer for layer in layers(config)}
@@ -234,7 +239,7 @@ def read_pairs(folder: Path) -> tuple[Pairs, dict[str, Tensor]]:
         path = folder / OLD_TENSORS
         tensors = checkpoint.load(path)
     else:
-        raise UserError(f"{folder}: no adapter; expected {TENSORS} beside {CONFIG}, as PEFT's save_pretrained writes")
+        raise UserError(NO_ADAPTER.format(folder))
     halves: dict[str, dict[str, Tensor]] = {}
     others = {}
     for name, tensor in tensors.items():

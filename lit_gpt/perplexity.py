@@ -1,12 +1,12 @@
 """Perplexity: how well a model predicts a text, or the supervised tokens of prepared data."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_gpt import data
 from lit_gpt.errors import UsageError, UserError
@@ -89,9 +89,16 @@ def score_data(model: GPT, dataset: data.Dataset, samples: int | None = None, ro
         row_tokens: of a packed row, which holds at least one sample.
     """
     indices = list(range(len(dataset)))[:samples]
-    total = Score(0.0, 0)
-    for part in data.micro_batches(indices, dataset.lengths, None, row_tokens):
-        row = data.pack([dataset[i] for i in part]).to(model.wte.weight.device)
-        nats = model(row.idx, segments=row.segments, targets=row.targets).item()
-        total += Score(nats, len(row.targets.labels))
-    return total
+    parts = data.micro_batches(indices, dataset.lengths, None, row_tokens)
+    return score_rows(model, ([dataset[i] for i in part] for part in parts), model.wte.weight.device)
+
+
+@torch.no_grad()
+def score_rows(model: nn.Module, rows: Iterable[Sequence[data.Sample]], device: torch.device) -> Score:
+    """The score of the supervised tokens of packed rows, each given as its samples. Also what validation is made of."""
+    nats, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    for samples in rows:
+        row = data.pack(samples).to(device)
+        nats += model(row.idx, segments=row.segments, targets=row.targets)
+        tokens += len(row.targets.labels)
+    return Score(nats.item(), tokens)

@@ -160,9 +160,8 @@ def prepare(hp: SimpleNamespace, rows: str, validation_rows: str | None = None) 
     with new_folder(hp.destination_path) as folder:
         splits = {name: data.SplitWriter(folder / f"{name}.safetensors") for name in data.SPLITS}
         tokenization = Tokenization(hp, tokenizer, style, limit, rows=len(times))
-        bar = tqdm(
-            conversations([*sources, *apart], hp), desc="tokenizing", unit=" rows", total=len(times), disable=None
-        )
+        found = conversations([*sources, *apart], counts, hp)
+        bar = tqdm(found, desc="tokenizing", unit=" rows", total=len(times), disable=None)
         for conversation, n in zip(bar, times.tolist(), strict=True):
             if n:
                 tokenization.add(conversation, splits["validation" if n == VALIDATION else "train"], abs(n))
@@ -223,6 +222,8 @@ def draw(sources: list[Source], counts: list[int], fraction: float | None, seed:
     if fraction is None:
         return drawn
     taken = drawn.nonzero().squeeze(1)
+    if not len(taken):
+        raise UserError(f"{', '.join(f'{s.name}={s.weight:g}' for s in sources)}: such weights take none of the rows")
     held_out = max(1, round(fraction * len(taken)))
     if held_out >= len(taken):
         raise UserError(f"--validation_fraction {fraction}: leaves none of the {len(taken)} rows to train on")
@@ -312,12 +313,26 @@ class Seen:
         return new
 
 
-def conversations(sources: list[Source], hp: SimpleNamespace) -> Iterator[Conversation]:
-    """The rows that can be used, those that `survey` has counted."""
-    for source in sources:
+def conversations(sources: list[Source], counts: list[int], hp: SimpleNamespace) -> Iterator[Conversation]:
+    """The rows that can be used, those that `survey` has counted.
+
+    Raises:
+        UserError: there are now more or fewer.
+    """
+    for source, expected in zip(sources, counts, strict=True):
+        count = 0
         for row in source.rows():
             with suppress(BadRow):
-                yield to_conversation(row, hp)
+                conversation = to_conversation(row, hp)
+                count += 1
+                if count > expected:
+                    break
+                yield conversation
+        if count != expected:
+            raise UserError(
+                f"{source.name}: changed while it was prepared, it no longer has {expected} usable rows; prepare it "
+                "again when nothing writes to it; nothing was written"
+            )
 
 
 def refuse_unusable(splits: dict[str, data.SplitWriter], hp: SimpleNamespace) -> None:

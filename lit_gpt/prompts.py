@@ -17,7 +17,7 @@ from lit_gpt import supervision
 from lit_gpt.errors import UserError
 from lit_gpt.supervision import REASONING, Encoded, Message, Rendered
 from lit_gpt.templates import Template
-from lit_gpt.tokenizer import CHAT_TEMPLATE_DIR, Encoding, Tokenizer
+from lit_gpt.tokenizer import CHAT_TEMPLATE_DIR, Encoding, Tokenizer, read_json, read_text
 
 Tools = list[dict[str, Any]] | None  # the tools of a conversation as JSON schemas
 FILE = "prompt_style.json"
@@ -83,7 +83,7 @@ class PromptStyle:
         elif name in STYLES:
             style = cls(name, STYLES[name], own_bos=False)
         elif Path(name).is_file():
-            style = cls(name, Path(name).read_text(encoding="utf-8"), own_bos=False)
+            style = cls(name, read_text(Path(name)), own_bos=False)
         else:
             raise UserError(
                 f"--prompt_style {name}: expected auto, checkpoint, {', '.join(STYLES)} or a path to a Jinja file"
@@ -95,7 +95,10 @@ class PromptStyle:
         """The style that a finetune has left in the folder, else the checkpoint's own template, else plain text."""
         path = Path(checkpoint_dir) / FILE
         if path.is_file():
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            try:
+                return cls.from_dict(read_json(path))
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{path}: expected what a finetune leaves ({error}); make the folder again") from None
         style = cls.from_name("checkpoint" if tokenizer.chat_template else "plain", tokenizer)
         return replace(style, stop_ids=tuple(dict.fromkeys((*style.stop_ids, *generation_stop_ids(checkpoint_dir)))))
 
@@ -116,14 +119,14 @@ class PromptStyle:
         (folder / "chat_template.jinja").write_text(self.for_others(tokenizer), encoding="utf-8")
         shutil.rmtree(folder / CHAT_TEMPLATE_DIR, ignore_errors=True)
         settings = folder / "tokenizer_config.json"
-        fields = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+        fields = read_json(settings)
         if fields.pop("chat_template", None) is not None:
             settings.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def write_stops(self, folder: Path) -> None:
         """Have generation_config.json name the ids that end an answer."""
         path = folder / "generation_config.json"
-        fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        fields = read_json(path)
         stops = list(dict.fromkeys((*self.stop_ids, *generation_stop_ids(folder))))
         if stops != generation_stop_ids(folder):
             path.write_text(json.dumps(fields | {"eos_token_id": stops}, indent=2) + "\n", encoding="utf-8")
@@ -222,8 +225,7 @@ def present(message: Message) -> Message:
 
 def generation_stop_ids(checkpoint_dir: Path) -> list[int]:
     """The end tokens that the checkpoint's generation_config.json names."""
-    path = Path(checkpoint_dir) / "generation_config.json"
-    return as_list(json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")) if path.is_file() else []
+    return as_list(read_json(Path(checkpoint_dir) / "generation_config.json").get("eos_token_id"))
 
 
 def as_list(ids: int | list[int] | None) -> list[int]:

@@ -7,7 +7,9 @@ stay as they are. A quantized layer is frozen, and methods wrap it as they wrap 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from statistics import NormalDist
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -52,16 +54,68 @@ class Int8:
         """Undo `pack`: tensors whose first dimension is the rows."""
         return tensors
 
+    def decode_whole(self, tensors: Tensors, dtype: torch.dtype) -> Tensor | None:
+        """All rows as `decode` gives them, rounded to `dtype`, where somebody else's kernel can do it."""
+        return None
 
-class Int4(Int8):
-    """Groups of 64 along the input, each with a scale and a zero: w = scale * code + zero, code from 0 to 15.
 
-    Two codes a byte, the first in the upper half. A group's range is not that of its weights but the one found to give
-    the least squared error: rounding and a least-squares fit of scale and zero take turns, from several clipped ranges.
+class FourBit(Int8):
+    """Groups of 64 along the input, each with numbers of its own that say what the 16 codes stand for.
+
+    Two codes a byte, the first in the upper half.
     """
 
+    FITTED: tuple[str, ...]  # names of a group's numbers
     CLIPS = (1.0, 0.9, 0.8)
     ROUNDS = 4
+
+    def fit(self, groups: Tensor, importance: Tensor) -> tuple[Tensor, ...]:
+        """Numbers (..., 1) each that give groups (..., n) a small squared error, in which each of n has its weight.
+
+        They are not the groups' range: rounding and a least-squares fit take turns, from several clipped ranges.
+        """
+        best, least = (), None
+        for clip in self.CLIPS:
+            found = self.start(groups, clip)
+            for _ in range(self.ROUNDS):
+                found = self.refit(groups, importance, *found)
+            found = self.kept(*found)
+            error = self.values(self.codes(groups, *found), *found).sub_(groups).square_().mul_(importance)
+            error = error.sum(-1, keepdim=True)
+            better = error < (torch.inf if least is None else least)
+            best = tuple(torch.where(better, *pair) for pair in zip(found, best or found, strict=True))
+            least = error if least is None else torch.minimum(error, least)
+        return best
+
+    def tensors(self, codes: Tensor, *fitted: Tensor) -> Tensors:
+        """Those of codes (rows, columns), all groups full, and each group's numbers (rows, groups)."""
+        return {"weight": in_pairs(codes.to(torch.uint8))} | dict(zip(self.FITTED, fitted, strict=True))
+
+    def kept(self, *fitted: Tensor) -> tuple[Tensor, ...]:
+        """A group's numbers as they will be stored."""
+        return fitted
+
+    def start(self, groups: Tensor, clip: float) -> tuple[Tensor, ...]:
+        """A group's numbers by its range, `clip` of which is covered."""
+        raise NotImplementedError
+
+    def refit(self, groups: Tensor, importance: Tensor, *fitted: Tensor) -> tuple[Tensor, ...]:
+        """Numbers of less error than the given ones."""
+        raise NotImplementedError
+
+    def codes(self, w: Tensor, *fitted: Tensor) -> Tensor:
+        """Of the values that are nearest to some weights, as whole numbers of any dtype."""
+        raise NotImplementedError
+
+    def values(self, codes: Tensor, *fitted: Tensor) -> Tensor:
+        """What codes stand for, float32."""
+        raise NotImplementedError
+
+
+class Int4(FourBit):
+    """Each group with a scale and a zero: w = scale * code + zero, code from 0 to 15; bfloat16 numbers as in Int8."""
+
+    FITTED = ("scale", "zero")
 
     def layout(self, rows: int, columns: int) -> Layout:
         groups = -(-columns // GROUP)
@@ -70,40 +124,37 @@ class Int4(Int8):
 
     def encode(self, w: Tensor) -> Tensors:
         groups = grouped(w)
+        fitted = self.fit(groups, torch.ones(GROUP, device=w.device))
+        return self.tensors(self.codes(groups, *fitted).flatten(1), *(x.squeeze(-1) for x in fitted))
+
+    def start(self, groups: Tensor, clip: float) -> tuple[Tensor, ...]:
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
-        center, span = (low + high) / 2, high - low
-        scale, zero, error = self.fitted(groups, span / 15, low)
-        for clip in self.CLIPS:
-            found = self.fitted(groups, span * clip / 15, center - span * clip / 2)
-            better = found[2] < error
-            scale, zero, error = (
-                torch.where(better, new, old) for new, old in zip(found, (scale, zero, error), strict=True)
-            )
-        codes = self.codes(groups, scale, zero).to(torch.uint8)
-        return {"weight": in_pairs(codes.flatten(1)), "scale": scale.squeeze(-1), "zero": zero.squeeze(-1)}
+        span = (high - low) * clip
+        return span / 15, (low + high - span) / 2
 
-    def fitted(self, groups: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A scale and zero of less squared error than the given ones, and that error: (rows, groups, 1) each."""
-        mean = groups.mean(-1, keepdim=True)
-        for _ in range(self.ROUNDS):
-            codes = self.codes(groups, scale, zero)
-            center = codes.mean(-1, keepdim=True)
-            codes -= center
-            variance = codes.square().sum(-1, keepdim=True)
-            scale = torch.where(variance > 0, (codes * groups).sum(-1, keepdim=True) / variance, scale)
-            zero = mean - scale * center
-        scale, zero = scale.bfloat16().float(), zero.bfloat16().float()
-        error = torch.addcmul(zero, self.codes(groups, scale, zero), scale).sub_(groups)
-        return scale, zero, error.square_().sum(-1, keepdim=True)
+    def refit(self, groups: Tensor, importance: Tensor, *fitted: Tensor) -> tuple[Tensor, ...]:
+        share = importance / importance.sum()
+        codes = self.codes(groups, *fitted)
+        center = (codes * share).sum(-1, keepdim=True)
+        codes -= center
+        variance = (codes.square() * share).sum(-1, keepdim=True)
+        scale = torch.where(variance > 0, (codes * groups * share).sum(-1, keepdim=True) / variance, fitted[0])
+        return scale, (groups * share).sum(-1, keepdim=True) - scale * center
 
-    @staticmethod
-    def codes(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        return (groups - zero).div_(divisor(scale)).round_().clamp_(0, 15)
+    def kept(self, *fitted: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.bfloat16().float() for x in fitted)
+
+    def codes(self, w: Tensor, *fitted: Tensor) -> Tensor:
+        scale, zero = fitted
+        return (w - zero).div_(divisor(scale)).round_().clamp_(0, 15)
+
+    def values(self, codes: Tensor, *fitted: Tensor) -> Tensor:
+        scale, zero = fitted
+        return torch.addcmul(zero, codes, scale)
 
     def decode(self, tensors: Tensors) -> Tensor:
         codes = halves(tensors["weight"]).float().unflatten(-1, (-1, GROUP))
-        scale, zero = (tensors[name].float().unsqueeze(-1) for name in ("scale", "zero"))
-        return torch.addcmul(zero, codes, scale).flatten(1)
+        return self.values(codes, *(tensors[name].float().unsqueeze(-1) for name in self.FITTED)).flatten(1)
 
 
 def normal_float() -> list[float]:
@@ -116,13 +167,14 @@ def normal_float() -> list[float]:
     return [value / positive[-1] for value in (*negative, 0.0, *positive)]
 
 
-class NF4(Int8):
+class NF4(FourBit):
     """4-bit NormalFloat (Dettmers et al. 2023): w = absmax * value[code], absmax of blocks of 64 along the input.
 
-    Two codes a byte, the first in the upper half; absmax is float32. So does bitsandbytes keep it.
+    absmax is float32, and by rounding to the nearest what its name says. So does bitsandbytes keep it.
     """
 
     VALUES = normal_float()
+    FITTED = ("absmax",)
 
     def layout(self, rows: int, columns: int) -> Layout:
         blocks = -(-columns // GROUP)
@@ -130,11 +182,24 @@ class NF4(Int8):
 
     def encode(self, w: Tensor) -> Tensors:
         blocks = grouped(w)
-        absmax = blocks.abs().amax(-1)
+        (absmax,) = self.start(blocks, 1.0)
+        return self.tensors(self.codes(blocks, absmax).flatten(1), absmax.squeeze(-1))
+
+    def start(self, groups: Tensor, clip: float) -> tuple[Tensor, ...]:
+        return (groups.abs().amax(-1, keepdim=True) * clip,)
+
+    def refit(self, groups: Tensor, importance: Tensor, *fitted: Tensor) -> tuple[Tensor, ...]:
+        values = self.values(self.codes(groups, *fitted), torch.ones_like(fitted[0]))
+        square = (values.square() * importance).sum(-1, keepdim=True)
+        found = (values * groups * importance).sum(-1, keepdim=True) / divisor(square)
+        return (torch.where(found > 0, found, fitted[0]),)
+
+    def codes(self, w: Tensor, *fitted: Tensor) -> Tensor:
         values = torch.tensor(self.VALUES, device=w.device)
-        between = (values[1:] + values[:-1]) / 2
-        codes = torch.bucketize(blocks / divisor(absmax).unsqueeze(-1), between, out_int32=True)
-        return {"weight": in_pairs(codes.to(torch.uint8).flatten(1)), "absmax": absmax}
+        return torch.bucketize(w / divisor(fitted[0]), (values[1:] + values[:-1]) / 2, out_int32=True)
+
+    def values(self, codes: Tensor, *fitted: Tensor) -> Tensor:
+        return torch.tensor(self.VALUES, device=codes.device)[codes.long()] * fitted[0]
 
     def decode(self, tensors: Tensors) -> Tensor:
         codes, absmax = tensors["weight"], tensors["absmax"]
@@ -142,6 +207,15 @@ class NF4(Int8):
         pairs = torch.cartesian_prod(values, values).view(torch.int64).flatten()  # of each byte, as one number
         found = pairs.index_select(0, codes.flatten().long()).view(torch.float32)
         return found.view(*absmax.shape, GROUP).mul_(absmax.unsqueeze(-1)).flatten(1)
+
+    def decode_whole(self, tensors: Tensors, dtype: torch.dtype) -> Tensor | None:
+        kernels = bitsandbytes()
+        if kernels is None or torch.compiler.is_compiling() or dtype not in (torch.float32, torch.bfloat16):
+            return None
+        codes, absmax = tensors["weight"], tensors["absmax"]
+        shape, values = (len(codes), 2 * codes.size(1)), torch.tensor(self.VALUES, device=codes.device)
+        state = kernels.QuantState(absmax.flatten(), shape, values, GROUP, "nf4", dtype)
+        return kernels.dequantize_4bit(codes.view(-1, 1), state)
 
 
 class NF4Double(NF4):
@@ -171,6 +245,17 @@ class NF4Double(NF4):
 
 
 FORMATS: dict[str, Int8] = {"int8": Int8(), "int4": Int4(), "nf4": NF4(), "nf4-dq": NF4Double()}
+
+
+@cache
+def bitsandbytes() -> ModuleType | None:
+    """The functions of bitsandbytes, if it is installed and fits this machine: they read NF4 as it is kept here, on a
+    CPU eighteen times as fast."""
+    try:
+        from bitsandbytes import functional
+    except Exception:  # however its libraries fail to load, all can be done without it
+        return None
+    return functional
 
 
 def up_to_bf16(x: Tensor) -> Tensor:
@@ -234,6 +319,9 @@ def decode(tensors: Tensors, name: str, columns: int, dtype: torch.dtype) -> Ten
     quantizer = FORMATS[name]
     tensors = quantizer.unpack(tensors)
     codes = tensors["weight"]
+    whole = quantizer.decode_whole(tensors, dtype)
+    if whole is not None:
+        return whole[:, :columns].contiguous()
     weight = torch.empty(len(codes), columns, dtype=dtype, device=codes.device)
     for span in spans(*weight.shape, weight.device):
         weight[span] = quantizer.decode({key: tensor[span] for key, tensor in tensors.items()})[:, :columns]
@@ -279,6 +367,11 @@ class QuantizedLinear(Quantized):
 
     def forward(self, x: Tensor) -> Tensor:
         return product(x, self)
+
+
+def unpacked(layer: Quantized) -> Tensors:
+    """The tensors of its format, those that are kept packed undone."""
+    return FORMATS[layer.format].unpack({key: layer.get_parameter(key).detach() for key in layer.keys})
 
 
 class QuantizedEmbedding(Quantized):

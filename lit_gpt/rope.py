@@ -26,15 +26,18 @@ class RotaryEmbedding(nn.Module):
         """Cosine and sine for int64 `positions` (T,): each (T, rope_n_elem) of `dtype`.
 
         Args:
-            lengths: of the sequences that are packed into the T positions; of a single one with what precedes them.
+            positions: or (B, 1), of rows that are each at another; then the result is (B, 1, rope_n_elem).
+            lengths: of the sequences that are packed into the T positions; of a single one, or of each row, with what
+                precedes them.
         """
         # not a buffer: it must stay float32 whatever the model is cast to, and needs no place in a checkpoint
         self.frequencies = frequencies = self.frequencies.to(positions.device)
         if self.original is not None:
             rows = [frequencies[int(self.is_long(n))] for n in lengths]
-            each = (row.expand(n, -1) for row, n in zip(rows, lengths, strict=True))
-            frequencies = rows[0] if len(rows) == 1 else torch.cat(list(each))
-        angles = positions[:, None].float() * frequencies
+            counts = [1] * len(rows) if positions.ndim == 2 else lengths
+            each = (row.expand(n, -1) for row, n in zip(rows, counts, strict=True))
+            frequencies = rows[0] if len(rows) == 1 else torch.cat(list(each)).view(*positions.shape, -1)
+        angles = positions[..., None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return tuple((f(angles) * self.attention_factor).to(dtype) for f in (torch.cos, torch.sin))
 

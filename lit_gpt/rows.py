@@ -61,9 +61,9 @@ def parse_sources(text: str) -> list[Source]:
     """The sources of a flag: `a.jsonl`, or several with weights, `a.jsonl,b.parquet=0.5,owner/name=2`.
 
     Raises:
-        UserError: a weight is not a number above 0 and up to 100.
+        UserError: a weight is not a number above 0 and up to 100, or there is no source.
     """
-    if Path(text).exists():
+    if text and Path(text).exists():
         return [Source(text)]
     sources = []
     for part in filter(None, map(str.strip, text.split(","))):
@@ -77,6 +77,8 @@ def parse_sources(text: str) -> list[Source]:
             sources.append(Source(name, 0.0))
         if not 0 < sources[-1].weight <= 100:
             raise UserError(f"{part}: expected FILE=WEIGHT, the weight a number above 0 and up to 100")
+    if not sources:
+        raise UserError(f"'{text}': names no rows; expected a file, or several with commas between")
     return sources
 
 

@@ -30,7 +30,22 @@ class Encoding(NamedTuple):
     """The ids of a text and where in it they lie, from and to which character; what the text lacks, at its start."""
 
     ids: list[int]
-    offsets: list[tuple[int, int]]
+    offsets: Sequence[tuple[int, int]]
+
+
+class Offsets(Sequence[tuple[int, int]]):
+    """Where the ids of a text lie in it. Few are looked at, and a tuple for each would take as long as encoding."""
+
+    def __init__(self, spans: tokenizers.Encoding, missing: int) -> None:
+        self._spans, self._missing = spans, missing  # `missing`: ids before the first, which the text lacks
+
+    def __len__(self) -> int:
+        return self._missing + len(self._spans)
+
+    def __getitem__(self, i: int) -> tuple[int, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        return self._spans.token_to_chars(i - self._missing) if i >= self._missing else (0, 0)
 
 
 class Tokenizer:
@@ -102,9 +117,10 @@ class Tokenizer:
         if bos and self.bos_id not in lead:
             lead = [self.bos_id]
         for text, spans in zip(texts, self._tokens.encode_batch(texts, add_special_tokens=False), strict=True):
-            ids, offsets = self._sentencepiece(text, spans) if self._spm else (spans.ids, spans.offsets)
+            ids, offsets = self._sentencepiece(text, spans) if self._spm else (spans.ids, None)
             missing = lead if ids[:1] != lead[:1] else []
-            yield Encoding(missing + ids, [(0, 0)] * len(missing) + offsets)
+            places = Offsets(spans, len(missing)) if offsets is None else [(0, 0)] * len(missing) + offsets
+            yield Encoding(missing + ids, places)
 
     def decode(self, ids: Sequence[int] | torch.Tensor, skip_special_tokens: bool = True) -> str:
         """The text of ids of shape (T,). Ids past the vocabulary (padded embedding rows) have no text."""
@@ -285,6 +301,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, overruled by special_tokens_map.json where transformers still reads that."""
     settings = read_json(folder / "tokenizer_config.json")
@@ -341,7 +364,7 @@ def find_chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"
     if files:
-        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+        return {name: read_text(path) for name, path in files.items()}
     template = settings.get("chat_template") or {}
     if isinstance(template, list):
         return {entry["name"]: entry["template"] for entry in template}

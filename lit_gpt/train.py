@@ -24,6 +24,7 @@ from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation import generate
 from lit_gpt.model import GPT
 from lit_gpt.optimizers import Schedule
+from lit_gpt.perplexity import score_rows
 from lit_gpt.plan import Plan, Row, fit, row_tokens
 from lit_gpt.probe import WINDOW, Probe
 from lit_gpt.prompts import PromptStyle
@@ -80,13 +81,13 @@ def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric) -> None:
     wrapped, optimizer = devices.setup(fabric, model, hp)
 
     identity = {"base": base.fingerprint, "data": train.fingerprint, "settings": method.settings}
-    identity["quantization"] = base.quantize
+    identity["quantization"] = base.quantization
     identity["probe"] = probe and probe.fingerprint
     if probe:
         fabric.print(f"probe {hp.probe_path}: {probe.describe()}")
     run = Run(hp, fabric, wrapped, model, optimizer, train, validation, schedule, records, probe)
     run.states = States(hp, fabric, identity)
-    record = {"hyperparameters": method.settings, "prompt_style": style.to_dict(), "quantize": base.quantize}
+    record = {"hyperparameters": method.settings, "prompt_style": style.to_dict(), "quantize": base.quantization}
     run.contents = partial(file_contents, method.name, base.fingerprint, **record)
     run.arithmetic = partial(method.arithmetic, hp, fabric.device.type)
     run.plan = partial(fit, config, method, hp, cuda=on_cuda, memory=room)
@@ -434,20 +435,16 @@ def rank_rows(
     return rows + [[idle]] * (max(map(len, shares)) - len(rows))
 
 
-@torch.no_grad()
 def validate(
     fabric: Fabric, model: nn.Module, dataset: data.Dataset | Probe, hp: SimpleNamespace, count: int | None = None
 ) -> float:
     """Mean cross-entropy in nats over all supervised tokens of the first `count` samples, over all ranks."""
     model.eval()
     indices = list(range(len(dataset)))[:count]
-    total = torch.zeros(2, device=fabric.device, dtype=torch.float64)  # loss, tokens
-    for samples in rank_rows(dataset, indices, hp, fabric):
-        row = data.pack(samples).to(fabric.device)
-        total[0] += model(row.idx, segments=row.segments, targets=row.targets)
-        total[1] += len(row.targets.labels)
-    total = fabric.all_reduce(total, reduce_op="sum")
-    return (total[0] / total[1]).item()
+    score = score_rows(model, rank_rows(dataset, indices, hp, fabric), fabric.device)
+    total = torch.tensor([score.nats, score.tokens], device=fabric.device, dtype=torch.float64)
+    nats, tokens = fabric.all_reduce(total, reduce_op="sum")
+    return (nats / tokens).item()
 
 
 def print_sample(

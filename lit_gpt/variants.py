@@ -148,13 +148,16 @@ def attach_file(model: nn.Module, path: Path, method: str | None, base: str) -> 
 
 def attach_record(model: nn.Module, path: Path, record: dict[str, Any]) -> None:
     """Attach what `read_file` found; errors as `attach_file`'s."""
-    module = method_module(record["method"])
+    method_module(record["method"]).attach(model, hyperparameters(record, path))
+    load_trained(model, record["state"], path)
+
+
+def hyperparameters(record: dict[str, Any], path: Path) -> Any:
+    """Of the method whose file `read_file` has read; errors as `attach_file`'s."""
     try:
-        config = module.CONFIG(**record["hyperparameters"])
+        return method_module(record["method"]).CONFIG(**record["hyperparameters"])
     except TypeError as error:
         raise UserError(f"{path}: not the hyperparameters of a {record['method']} file ({error})") from None
-    module.attach(model, config)
-    load_trained(model, record["state"], path)
 
 
 def load_model(

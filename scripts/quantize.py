@@ -3,38 +3,60 @@
     python scripts/quantize.py --checkpoint_dir checkpoints/tiiuae/falcon-7b --quantize nf4 \\
         --out_dir checkpoints/tiiuae/falcon-7b-nf4
 
-Goes tensor by tensor: memory for the whole model is never needed. The result is what the flag --quantize of the other
-scripts makes each time anew.
+4 bits are calibrated (GPTQ): rounded so that what the blocks give for some text changes least. The text is that of
+--calibration_path or, if none is given, the model's own. int8, which loses nothing to speak of, is rounded to the
+nearest, and with --rounding nearest so are 4 bits: that is what --quantize of the other scripts makes each time anew.
 """
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Literal
 
-from lit_gpt.cli import Quantizer, run
+from lit_gpt.cli import PositiveInt, Quantizer, run
 from lit_gpt.errors import UsageError
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder
 out_dir: Path | None = None  # where to write; must not hold anything yet
 quantize: Quantizer = "nf4"  # int8: a scale per output channel; int4, nf4: per 64 weights; nf4-dq: these in 8 bits
 
+rounding: Literal["calibrated", "nearest"] | None = None  # null: calibrated, but int8 to the nearest
+calibration_path: Path | None = None  # text, rows (.jsonl and so on) or a prepared folder (null: the model's own text)
+calibration_tokens: PositiveInt = 8192  # of it
+
 
 def main(hp: SimpleNamespace) -> None:
     if hp.out_dir is None:
         raise UsageError("--out_dir: expected a folder to write to")
+    rounding = hp.rounding or ("nearest" if hp.quantize == "int8" else "calibrated")
+    if hp.quantize == "int8" and rounding == "calibrated":
+        raise UsageError("--rounding calibrated: is for 4 bits; int8 loses nothing by --rounding nearest")
+    if hp.calibration_path and rounding == "nearest":
+        raise UsageError("--calibration_path: is not used by --rounding nearest, nor by int8; leave it out")
     from lit_gpt import checkpoint, hf_files
     from lit_gpt.base import Base
     from lit_gpt.prompts import FILE
 
     base = Base.of(hp.checkpoint_dir, hp.quantize)
     with checkpoint.new_folder(hp.out_dir) as folder:
-        base.write_quantized(folder)
+        base.write_quantized(folder, tensors(hp, base, rounding), rounding == "calibrated")
         (folder / "lit_config.json").write_text(base.config.to_json())
         hf_files.copy_side_files(hp.checkpoint_dir, folder)
         if (hp.checkpoint_dir / FILE).exists():  # of a finetune
             shutil.copyfile(hp.checkpoint_dir / FILE, folder / FILE)
         sizes = [(path / "lit_model.pth").stat().st_size / 1e9 for path in (hp.checkpoint_dir, folder)]
     print(f"wrote {hp.out_dir}: {sizes[1]:.2f} GB in place of {sizes[0]:.2f} GB")
+
+
+def tensors(hp: SimpleNamespace, base: Any, rounding: str) -> Iterator[tuple[str, Any]]:
+    if rounding == "nearest":
+        yield from base.quantized(base.dtype)
+        return
+    from lit_gpt import calibrate
+    from lit_gpt.generation import default_device
+
+    yield from calibrate.calibrated(base, calibrate.sequences(hp, base, default_device()), base.dtype)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The conversation: remembered, cached without a difference, cut to the context, and driven through a terminal."""
 
+import io
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,11 +11,15 @@ import time
 
 import pytest
 from conftest import ROOT
+from test_batching import LORAS, lora_files
 
-from lit_gpt import GPT, Tokenizer
-from lit_gpt.chat import Chat
+from lit_gpt import GPT, Tokenizer, variants
+from lit_gpt.base import Base
+from lit_gpt.chat import Chat, converse
+from lit_gpt.decoding import FastStep
 from lit_gpt.errors import UserError
 from lit_gpt.generation import generate
+from lit_gpt.loras import LoRAs
 from lit_gpt.prompts import PromptStyle
 
 
@@ -49,6 +55,46 @@ def test_the_oldest_turns_leave_first_and_it_says_so(parts, capsys):
     with pytest.raises(UserError, match="not sent"):
         list(chat.answer("z" * 200))
     assert "".join(chat.answer("still there")) == chat.messages[-1]["content"] and before
+
+
+def test_switching_between_loras(parts, llama, tmp_path, monkeypatch, capsys):
+    """Each answer is that of the whole conversation under the LoRA that holds now, in its style."""
+    folder, (model, tokenizer, _) = shutil.copytree(llama, tmp_path / "base"), parts
+    style, *styles = (PromptStyle.from_name(name, tokenizer) for name in ("plain", "falcon-instruct", "plain"))
+    paths = [lora_files(folder, [LORAS[i]], style=styles[i].to_dict())[0].rename(tmp_path / f"{i}") for i in (0, 1)]
+    chat = Chat(model, tokenizer, style, 256, 6, lambda: LoRAs(model, Base.of(folder), style), FastStep, temperature=0)
+    singles = [(GPT.from_checkpoint(folder), style)]
+    singles += [(variants.load_model(folder, path, "lora")[0], of) for path, of in zip(paths, styles, strict=True)]
+    typed = ["the cat", f"/lora {paths[0]}", "the dog", f"/lora {tmp_path / 'none'}", "a", f"/lora {paths[1]}", "b"]
+    typed += [f"/lora  {paths[0]} ", "c", "/lora", "the end"]
+    monkeypatch.setattr("builtins.input", lambda _: typed.pop(0) if typed else (_ for _ in ()).throw(EOFError))
+    converse(chat)
+    printed = capsys.readouterr()
+    assert "none: no such file" in printed.err and "the base alone" in printed.err
+    assert [m["content"] for m in chat.messages[::2]] == ["the cat", "the dog", "a", "b", "c", "the end"]
+    for turn, number in enumerate((0, 1, 1, 2, 1, 0)):
+        alone, of = singles[number]
+        ids = of.encode_prompt(chat.messages[: 2 * turn + 1], tokenizer)
+        found = list(generate(alone, ids, 6, temperature=0, stop_ids=of.stop_ids))
+        assert chat.messages[2 * turn + 1]["content"] == tokenizer.decode(found), turn
+
+
+def test_a_conversation_that_begins_with_a_merged_lora(cli, llama, tmp_path, monkeypatch):
+    folder = shutil.copytree(llama, tmp_path / "base")
+    style = PromptStyle.from_name("alpaca", Tokenizer(folder)).to_dict()
+    first, second = lora_files(folder, LORAS[:2], style=style)
+    flags = {"checkpoint_dir": folder, "temperature": 0, "precision": "fp32", "max_new_tokens": 12, "context": 200}
+
+    def told(*typed: str, **more) -> str:
+        monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(typed)))
+        result = cli("chat/base.py", **flags, **more)
+        assert result.code == 0
+        return result.out.replace("> ", "")
+
+    assert told("the cat", finetuned_path=first) == told(f"/lora {first}", "the cat")
+    assert told(f"/lora {second}", "the cat", finetuned_path=first) == told("the cat", finetuned_path=second)
+    assert told("/lora", "the cat", finetuned_path=first) == told("the cat")
+    assert len({told("the cat", finetuned_path=first), told("the cat", finetuned_path=second), told("the cat")}) > 1
 
 
 def test_through_a_terminal(llama):

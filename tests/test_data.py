@@ -70,6 +70,9 @@ def test_own_template_file_and_its_mistakes(tokenizer, tmp_path):
         file.write_text(broken)
         with pytest.raises(UserError, match="template"):
             PromptStyle.from_name(str(file), tokenizer).render(CHAT, tokenizer)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="mine.jinja: expected UTF-8 text"):
+        PromptStyle.from_name(str(file), tokenizer)
     with pytest.raises(UserError, match="expected auto, checkpoint, plain"):
         PromptStyle.from_name("alpacca", tokenizer)
 

@@ -46,6 +46,15 @@ def test_two_processes_train_as_one(cli, flags, method, strategy):  # noqa: F811
     same_run(flags["out_dir"], two["out_dir"], method)
 
 
+def test_two_processes_train_as_one_beside_quantized_weights(cli, flags):  # noqa: F811
+    flags = of_method(flags, "lora") | {"quantize": "nf4", "lora_dropout": 0.0, "max_steps": 4}  # noqa: F811
+    assert cli("finetune/lora.py", **flags).code == 0
+    two = flags | {"out_dir": flags["out_dir"].with_name("two"), "devices": 2, "strategy": "ddp"}
+    out, err = (process := spawn("finetune/lora.py", **two)).communicate(timeout=120)
+    assert process.returncode == 0, (out, err)
+    same_run(flags["out_dir"], two["out_dir"], "lora")
+
+
 def same_run(one: Path, other: Path, method: str) -> None:
     for a, b in zip(metrics(one), metrics(other), strict=True):
         assert a["tokens"] == b["tokens"]

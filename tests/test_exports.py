@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import pytest
 import tokenizers
 import torch
 from conftest import LAYOUTS as ALL_LAYOUTS
-from conftest import bpe_tokenizer, tiny_hf_model
+from conftest import ROOT, bpe_tokenizer, tiny_hf_model
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -249,6 +252,9 @@ def test_tensors_that_do_not_belong(cli, bases, tmp_path):
     save_file(whole, path)
     cli(IMPORT, checkpoint_dir=bases["falcon"], **flags).refused("model.layers.0", "no such layer")
     cli(IMPORT, checkpoint_dir=bases["llama"]).refused("--peft_dir", code=2)
+    for lacking in (peft_files.TENSORS, "adapter_config.json"):
+        (tmp_path / "peft" / lacking).unlink()
+        cli(IMPORT, checkpoint_dir=bases["llama"], **flags).refused("no adapter; expected", "adapter_config.json")
     assert not (tmp_path / "out").exists()
 
 
@@ -380,6 +386,46 @@ def test_where_no_other_reader_is_installed(cli, bases, tmp_path, monkeypatch, k
     monkeypatch.setattr(PromptStyle, "for_others", lambda *a: "lost")
     monkeypatch.setattr(lora.LoRALinear, "merged", lambda layer: layer.linear.weight)
     cli(MERGE if kind == "merged" else EXPORT, **flags).refused("read back by Lit-GPT", "nothing was written")
+
+
+def test_killed_before_it_is_put_in_place(cli, bases, tmp_path):
+    """SIGKILL when all is written and compared: no folder, and the same command then starts over."""
+    flags = {"checkpoint_dir": bases["llama"], "out_dir": tmp_path / "out"}
+    code = (
+        "import os, runpy, sys\nfrom lit_gpt import card\ncard.write = lambda *a, **k: os.kill(os.getpid(), 9)\n"
+        "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    argv = [sys.executable, "-c", code, ROOT / EXPORT, *(f"--{name}={value}" for name, value in flags.items())]
+    assert subprocess.run(argv, capture_output=True).returncode == -signal.SIGKILL
+    assert any((tmp_path / ".out.tmp").iterdir()) and not (tmp_path / "out").exists()
+    assert cli(EXPORT, **flags).code == 0
+    assert (tmp_path / "out" / "export.json").is_file() and not (tmp_path / ".out.tmp").exists()
+
+
+def test_damaged_files_beside_the_weights(cli, bases, tmp_path):
+    """Of the source: each is named in one line, and nothing is written."""
+    for name, text, words in (
+        ("prompt_style.json", b"{", "expected JSON"),
+        ("prompt_style.json", b"{}", "expected what a finetune leaves"),
+        ("generation_config.json", b"[]", "expected a JSON object"),
+        ("tokenizer_config.json", b"{", "expected JSON"),
+        ("chat_template.jinja", b"\xff", "expected UTF-8 text"),
+        ("tokenizer.json", b"{}", "expected a tokenizer"),
+        ("config.json", b"{", "not a readable JSON file"),
+    ):
+        base = tmp_path / "base"
+        shutil.copytree(bases["llama"], base)
+        (base / name).write_bytes(text)
+        cli(EXPORT, checkpoint_dir=base, out_dir=tmp_path / "out").refused(name, words)
+        shutil.rmtree(base)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_card_in_another_encoding_does_not_end_an_export(bases, tmp_path):
+    shutil.copytree(bases["llama"], tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_bytes(b"---\nlicense: mit\n---\nGr\xfc\xdfe")
+    exports.to_hf(tmp_path / "base", tmp_path / "out")
+    assert 'license: "mit"' in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_flags_that_do_not_go_together(cli, bases, tmp_path):

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lit_gpt import GPT, Config, hf_files, weights
 from lit_gpt.checkpoint import load_state
 from lit_gpt.errors import UserError
-from lit_gpt.families import families
+from lit_gpt.families import families, preset
 
 TOLERANCE = 1e-4  # of the logits' norm, float32
 
@@ -249,6 +249,13 @@ def test_which_layers_have_a_window_or_positions():
 def test_what_the_model_does_not_do_is_refused(kind, fields, words):
     with pytest.raises(UserError, match=words):
         GPT(Config.from_hf(dict(TINY, model_type=kind, sliding_window=6) | fields))
+
+
+@pytest.mark.parametrize("fields", [{"vocab_size": "x"}, {"hidden_size": 64.5}, {"num_attention_heads": 0},
+                                    {"num_hidden_layers": None}, {"rope_parameters": 3}])  # fmt: skip
+def test_values_of_another_kind_are_refused(fields):
+    with pytest.raises(UserError, match="expected a whole number above 0|a field holds what"):
+        Config.from_hf({**preset("falcon-7b"), **fields})
 
 
 def test_unknown_rope_scaling_is_refused():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -448,6 +449,30 @@ def test_what_is_offloaded_is_the_blocks_inputs(tiny: Tiny, monkeypatch):
     spare_activations(gpt, "offload")
     step(gpt, row)
     assert moved == [(1, row.idx.numel(), gpt.config.n_embd)] * gpt.config.n_layer
+
+
+@pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("name", ["SmolLM2-135M", "gemma-2b", "Qwen3-0.6B"])
+def test_a_step_with_kernels_has_the_gradients_of_one_without(name, monkeypatch):
+    """In float32 the same; in bfloat16 as far from float32's as the plain path's at most."""
+    small = dict(n_layer=2, padded_vocab_size=96, n_embd=128, intermediate_size=192)
+    torch.manual_seed(0)
+    gpt = lora.attach(GPT(Config.from_name(name, **small)), replace(ALL, dropout=0.0))
+    for layer in lora.lora_layers(gpt).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    row, ways = random_row((9, 131, 5)), {}
+    for dtype in (torch.float32, NARROW):
+        for parameter in gpt.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        for there in (True, False):
+            monkeypatch.setattr(kernels, "available", lambda there=there: there)
+            ways[dtype, there] = step(gpt, row)
+    exact = ways[torch.float32, False]
+    for found, expected in zip(ways[torch.float32, True], exact, strict=True):
+        assert off(found, expected) < 1e-5
+    ours, plain = ([off(*pair) for pair in zip(ways[NARROW, there], exact, strict=True)] for there in (True, False))
+    assert sum(ours) <= 1.1 * sum(plain) and max(ours) <= 1.2 * max(plain)
 
 
 @pytest.mark.parametrize("kind", ["fake", "meta"])

@@ -8,9 +8,11 @@ import torch
 from conftest import ROOT, Tiny
 from test_families import tokens
 
-from lit_gpt import GPT, Tokenizer
+from lit_gpt import GPT, Tokenizer, native
+from lit_gpt.decoding import FastStep
 from lit_gpt.errors import UserError
-from lit_gpt.generation import decode, generate, sample
+from lit_gpt.generation import generate, sample
+from lit_gpt.native_step import NativeStep
 
 SCRIPT = "generate/base.py"
 
@@ -19,6 +21,10 @@ def test_greedy_equals_transformers(tiny: Tiny):
     model, prompt = GPT.from_checkpoint(tiny.folder), tokens(tiny.hf, rows=1, length=9)
     expected = tiny.hf.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 9:]
     assert list(generate(model, prompt[0].tolist(), 20, temperature=0)) == expected.tolist()
+    step = FastStep(model)
+    assert list(generate(model, prompt[0].tolist(), 20, temperature=0, step=step)) == expected.tolist()
+    if native.library("decode"):  # which knows all but routed experts
+        assert isinstance(step.chosen, NativeStep) == (not model.config.n_expert)
 
 
 def test_greedy_with_cache_equals_without(llama):
@@ -35,13 +41,6 @@ def test_stop_ids_end_the_answer_and_are_not_part_of_it(llama):
     whole = list(generate(model, [5, 6, 7], 30, temperature=0))
     stop = whole[10]
     assert list(generate(model, [5, 6, 7], 30, temperature=0, stop_ids=[stop])) == whole[: whole.index(stop)]
-
-
-def test_prompts_of_one_length_are_continued_together(tiny: Tiny):
-    model, prompts = GPT.from_checkpoint(tiny.folder), tokens(tiny.hf, rows=3, length=9).tolist()
-    together = list(decode(model, prompts, 12, model.kv_cache(3, 21), 0, None, 1.0, None))
-    for i, prompt in enumerate(prompts):
-        assert [row[i] for row in together] == list(generate(model, prompt, 12, temperature=0))
 
 
 def test_sampling_follows_the_seed(llama):

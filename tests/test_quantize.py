@@ -22,6 +22,7 @@ from torch import nn
 from lit_gpt import GPT, Config, adapter, adapter_v2, checkpoint, lora, quantize, variants
 from lit_gpt.errors import UsageError
 from lit_gpt.loss import summed_cross_entropy
+from lit_gpt.memory import spare_activations
 from lit_gpt.model import Targets
 from lit_gpt.plan import Live
 from lit_gpt.train import check_quantized
@@ -113,6 +114,16 @@ def test_double_quantization_of_the_absmax():
     assert len(blocks) == 3 and torch.allclose(double["absmax_scale"], steps)
     steps = steps.repeat_interleave(256)[: len(absmax)]
     assert ((found - absmax).abs() <= steps * 0.501).all() and not torch.equal(found, absmax)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["nf4", "nf4-dq"])
+def test_the_kernels_of_bitsandbytes_give_the_same(name, dtype, monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="an extra")
+    assert quantize.bitsandbytes()
+    found = there_and_back(weight(), name, dtype)
+    monkeypatch.setattr(quantize, "bitsandbytes", lambda: None)
+    assert torch.equal(found, there_and_back(weight(), name, dtype))
 
 
 @pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4.5), ("nf4", 4.5), ("nf4-dq", 4.127)])
@@ -248,6 +259,21 @@ def test_methods_on_a_quantized_base(llama, method):
     assert grads[0].keys() == grads[1].keys() and all(off(grads[0][k], grads[1][k]) < 1e-4 for k in grads[0])
 
 
+def test_activation_checkpointing_on_a_quantized_base_gives_the_same_gradients(llama):
+    idx = torch.arange(3, 43).unsqueeze(0)
+    grads = []
+    for recomputed in (False, True):
+        torch.manual_seed(1)
+        model = lora.attach(GPT.from_checkpoint(llama, quantize="nf4"), EVERYTHING)
+        for layer in lora.lora_layers(model).values():
+            nn.init.normal_(layer.lora_B, std=0.1)
+        if recomputed:
+            spare_activations(model, "full")
+        model.train()(idx, targets=Targets(torch.arange(39), idx[0, 1:])).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert identical(*grads) and all(grad.any() for grad in grads[0].values())
+
+
 @torch.no_grad()
 def test_lora_merges_into_the_dequantized_weights(tiny: Tiny):
     model, idx = lora.attach(quantized(tiny, "nf4"), EVERYTHING).eval(), tokens(tiny.hf)
@@ -261,14 +287,17 @@ def test_lora_merges_into_the_dequantized_weights(tiny: Tiny):
 @pytest.fixture
 def stored(cli, llama, tmp_path):
     """A quantized checkpoint folder."""
-    result = cli("scripts/quantize.py", checkpoint_dir=llama, out_dir=tmp_path / "q", quantize="nf4")
+    result = cli(
+        "scripts/quantize.py", checkpoint_dir=llama, out_dir=tmp_path / "q", quantize="nf4", rounding="nearest"
+    )
     assert result.code == 0 and "wrote" in result.out, result.err
     return tmp_path / "q"
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_stored_model_is_the_one_quantized_on_the_fly(cli, llama, tmp_path, name):
-    assert cli("scripts/quantize.py", checkpoint_dir=llama, out_dir=tmp_path / "q", quantize=name).code == 0
+    more = {"quantize": name, "rounding": "nearest"}
+    assert cli("scripts/quantize.py", checkpoint_dir=llama, out_dir=tmp_path / "q", **more).code == 0
     for dtype in (None, torch.bfloat16):
         a, b = GPT.from_checkpoint(tmp_path / "q", dtype), GPT.from_checkpoint(llama, dtype, quantize=name)
         assert identical(a.state_dict(), b.state_dict())
@@ -310,6 +339,11 @@ def test_qlora_from_start_to_end(cli, flags, llama, stored):  # noqa: F811
     ]  # fmt: skip
     answers += [cli("generate/full.py", checkpoint_dir=merged, prompt="describe the cat 1", **place).out]
     assert len(set(answers)) == 1 and answers[0]
+    adapter = out.with_name("peft")  # which goes onto full weights
+    result = cli("scripts/convert_lit_checkpoint.py", checkpoint_dir=llama, lora_path=path, out_dir=adapter)
+    figures = json.loads((adapter / "export.json").read_text())
+    assert "trained on a base in nf4" in result.out and figures["trained_on"] == "nf4", result.err
+    assert figures["logits_difference"] < 1e-5 < 1e-2 < figures["logits_difference_from_training"] < 0.5
     cli("generate/lora.py", checkpoint_dir=llama, lora_path=path, quantize="int8").refused("--prompt", code=2)
     cli("generate/lora.py", checkpoint_dir=llama, lora_path=path, quantize="int8", prompt="x").refused(
         "lit_model_lora_finetuned.pth", "nf4", "int8"
@@ -336,6 +370,10 @@ def test_bad_input(cli, flags, llama, stored, tmp_path):  # noqa: F811
         cli("generate/base.py", checkpoint_dir=stored, prompt="x").refused("lit_quantize.json", words)
     (stored / "lit_quantize.json").write_text("{")
     cli("generate/base.py", checkpoint_dir=stored, prompt="x").refused("lit_quantize.json", "quantize again")
+    (stored / "lit_quantize.json").write_text(json.dumps(record))
+    contents = (stored / "lit_model.pth").read_bytes()
+    (stored / "lit_model.pth").write_bytes(contents[: len(contents) // 2])
+    cli("generate/base.py", checkpoint_dir=stored, prompt="x").refused("lit_model.pth", "truncated")
 
 
 def test_weights_that_are_not_numbers(cli, llama, tmp_path):
@@ -344,7 +382,10 @@ def test_weights_that_are_not_numbers(cli, llama, tmp_path):
     state = {name: tensor.clone() for name, tensor in checkpoint.load_state(llama).items()}
     state["h.1.mlp.proj.weight"][0, 0] = math.nan
     checkpoint.save(folder / "lit_model.pth", state)
-    cli("scripts/quantize.py", checkpoint_dir=folder, out_dir=tmp_path / "x").refused("h.1.mlp.proj.weight")
+    where = {"checkpoint_dir": folder, "out_dir": tmp_path / "x"}
+    cli("scripts/quantize.py", **where, rounding="nearest").refused("h.1.mlp.proj.weight")
+    (tmp_path / "t.txt").write_text("the cat and the dog " * 99)
+    cli("scripts/quantize.py", **where, calibration_path=tmp_path / "t.txt").refused("h.1.mlp.proj.weight")
     assert not (tmp_path / "x").exists()
 
 

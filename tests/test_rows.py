@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, spawn
 from test_data import ROWS, write_rows
 
-from lit_gpt import Tokenizer, data, rows
+from lit_gpt import Tokenizer, data, prepare, rows
 from lit_gpt.errors import UserError
 from lit_gpt.rows import Source, parse_sources
 
@@ -86,6 +86,9 @@ def test_sources_and_weights(tmp_path):
     for wrong in ("a.jsonl=0", "a.jsonl=-1", "a.jsonl=x", "a.jsonl=1000", "a.jsonl=nan"):
         with pytest.raises(UserError, match="WEIGHT"):
             parse_sources(wrong)
+    for nothing in ("", ",", " , "):
+        with pytest.raises(UserError, match="names no rows"):
+            parse_sources(nothing)
 
 
 def test_mixed_by_weight(cli, llama, flags, tmp_path):
@@ -107,6 +110,11 @@ def test_mixed_by_weight(cli, llama, flags, tmp_path):
     assert all(
         (tmp_path / "d" / n).read_bytes() == (tmp_path / "e" / n).read_bytes() for n in os.listdir(tmp_path / "d")
     )
+
+
+def test_weights_that_take_nothing(cli, flags, tmp_path):
+    path = write_rows(tmp_path / "r.jsonl")
+    cli(SCRIPT, **flags, json_path=f"{path}=0.01").refused("r.jsonl=0.01", "take none of the rows")
 
 
 def test_duplicates(cli, llama, flags, tmp_path):
@@ -199,6 +207,39 @@ def test_what_is_missing_is_said(cli, flags, tmp_path, monkeypatch):
     monkeypatch.undo()
     pytest.importorskip("pyarrow")
     cli(SCRIPT, **flags, json_path=tmp_path / "r.parquet").refused("r.parquet", "Parquet")
+
+
+def test_folders_that_datasets_has_saved(cli, flags, llama, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="an extra")
+    whole = datasets.Dataset.from_list(ROWS)
+    whole.save_to_disk(tmp_path / "whole")
+    datasets.DatasetDict(train=whole, test=whole.select(range(2))).save_to_disk(tmp_path / "splits")
+    for name, expected in (("whole", ROWS), ("splits", ROWS), ("splits:test", ROWS[:2])):
+        assert [row.fields for row in Source(str(tmp_path / name)).rows()] == expected
+    for name, words in (("splits:dev", "dev"), ("d.txt", "expected a file that ends in")):
+        cli(SCRIPT, **flags, json_path=tmp_path / name).refused(name, words)
+    assert cli(SCRIPT, **flags, json_path=f"{tmp_path / 'splits'},{tmp_path / 'splits:test'}=2").code == 0
+    assert len(texts(flags["destination_path"], llama)) > len(ROWS)
+
+
+@pytest.mark.parametrize("change", ["longer", "shorter", "damaged", "gone"])
+def test_rows_that_change_while_they_are_prepared(cli, llama, flags, tmp_path, monkeypatch, change):
+    """Between the two times that they are read."""
+    path, survey = tmp_path / "r.jsonl", prepare.survey
+    write_rows(path, ROWS)
+
+    def survey_then_change(sources, hp):
+        counts, lines = survey(sources, hp), path.read_text().splitlines(keepends=True)
+        texts = {"longer": lines + lines[:1], "shorter": lines[:-1], "damaged": [*lines[:-1], lines[-1][:9]]}
+        path.unlink()
+        if change in texts:
+            path.write_text("".join(texts[change]))
+        return counts
+
+    monkeypatch.setattr(prepare, "survey", survey_then_change)
+    words = ["no such file"] if change == "gone" else ["changed while it was prepared", "nothing was written"]
+    cli(SCRIPT, **flags, json_path=path).refused("r.jsonl: ", *words)
+    assert not flags["destination_path"].exists() and not (tmp_path / ".d.tmp").exists()
 
 
 def test_killed_in_the_middle(llama, flags, tmp_path, cli):

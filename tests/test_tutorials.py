@@ -36,6 +36,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-ins
 # What a tiny model and little data need besides the page's own flags; of a flag given twice the last counts.
 EXTRA = {
     "scripts/prepare_alpaca.py": "--json_path alpaca.jsonl",
+    "scripts/quantize.py": "--calibration_tokens 256",
     "finetune/adapter": "--adapter_start_layer 1",
     "finetune/": "--warmup_steps 0",
     "generate/": "--max_new_tokens 4",
@@ -61,6 +62,7 @@ for used, module in EXTRAS.items():
 FINETUNE = f"python finetune/lora.py --checkpoint_dir {BASE} --data_dir data/alpaca --max_steps 2 --warmup_steps 0 "
 FILMS = f"python scripts/prepare_json.py --checkpoint_dir {BASE} --json_path films.jsonl --destination_path "
 EXPORT = "python scripts/convert_lit_checkpoint.py --checkpoint_dir out/falcon-7b-alpaca "
+ANSWER = f"python generate/base.py --checkpoint_dir {BASE}"
 SLURM = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_ID": "12345"}
 
 
@@ -118,6 +120,11 @@ def lost_template() -> None:
         in_process((EXPORT + "--out_dir out/x").split()[1:])
 
 
+def another_base() -> None:
+    path = Path("out/lora/wide/lit_model_lora_finetuned.pth")
+    torch.save(torch.load(path) | {"base": "0123456789abcdef"}, path)
+
+
 def lost_rank() -> None:  # tests/test_devices.py kills one
     print(f"error: rank 0: lost touch with another process of the run{devices.Watch.ADVICE}")
 
@@ -156,6 +163,14 @@ MISTAKES = {
     "many_devices_slurm.md": [
         (SLURM | {"SLURM_NTASKS_PER_NODE": "2"}, FINETUNE + "--out_dir out/x"),
         (SLURM, FINETUNE + "--out_dir out/x --devices 2"),
+    ],
+    "generate.md": [
+        f"{ANSWER} --prompt_file prompts.jsonl --out answers.jsonl --temperature 0",
+        edit("prompts.jsonl", lambda text: text + '{"question": "who?"}\n'),
+        f"{ANSWER} --prompt_file prompts.jsonl --out answers.jsonl --max_new_tokens 4",
+        f"{ANSWER} --prompt dog --max_new_tokens 3000",
+        another_base,
+        f"{ANSWER} --prompt_file mixed.jsonl --out x.jsonl",
     ],
     "quantize.md": [
         f"python generate/base.py --checkpoint_dir {BASE}-nf4 --quantize nf4 --prompt x",

@@ -19,27 +19,38 @@ JOB = worker.job
 NAME, PROMPT, NEW = JOB["contestant"], JOB["prompt"], JOB["new_tokens"]
 DTYPE = DTYPES[JOB["precision"]]
 Answer = Callable[[], Iterator[int]]
+about: dict[str, int] = {}
 
 
 def ours() -> Answer:
-    from lit_gpt import GPT, adapter_v2, lora
-    from lit_gpt.decoding import CompiledStep
+    from lit_gpt import GPT, adapter, adapter_v2, lora
+    from lit_gpt.decoding import FastStep
     from lit_gpt.generation import generate
 
-    options = set(NAME.split("_")[1:])
+    options = NAME.split("_")[1:]
     torch.manual_seed(0)
-    quantize = "int8" if "int8" in options else None
-    model = GPT.from_checkpoint(Path(JOB["checkpoint_dir"]), DTYPE, worker.device, quantize)
+    formats = [option for option in options if option in ("int8", "int4")]
+    model = GPT.from_checkpoint(Path(JOB["checkpoint_dir"]), DTYPE, worker.device, *formats)
     if "lora" in options:
         lora.attach(model, lora.LoRAConfig(key=True, projection=True, mlp=True))
         for layer in lora.lora_layers(model).values():
             torch.nn.init.normal_(layer.lora_B, std=0.002)
     if "merged" in options:
         lora.merge(model)
+    if "adapter" in options:
+        adapter.attach(model, adapter.CONFIG())
     if "v2" in options:
         adapter_v2.attach(model, adapter_v2.CONFIG())
-    step = CompiledStep(model.eval()) if "compiled" in options else None
+    count_weights(model, model.wte)
+    step = None if "eager" in options else FastStep(model.eval(), compile="compiled" in options)
     return lambda: generate(model, PROMPT, NEW, temperature=0, step=step)
+
+
+def count_weights(model: torch.nn.Module, embedding: torch.nn.Module) -> None:
+    """What a token needs of the weights: all, but of an embedding that is not the head as well a single row."""
+    modules = [module for module in model.modules() if module is not embedding]
+    sizes = {p.data_ptr(): p.nbytes for module in modules for p in module.parameters(recurse=False)}
+    about["weight_bytes"] = sum(sizes.values())
 
 
 def transformers() -> Answer:
@@ -56,6 +67,7 @@ def transformers() -> Answer:
     times: list[tuple[float, list[int]]] = []
     model = AutoModelForCausalLM.from_pretrained(JOB["checkpoint_dir"], dtype=DTYPE).to(worker.device)
     model.generation_config.eos_token_id = None
+    count_weights(model, model.get_input_embeddings())
     idx = torch.tensor([PROMPT], device=worker.device)
     more = {"cache_implementation": "static"} if NAME.endswith("static") else {}
 
@@ -81,6 +93,8 @@ def litgpt() -> Answer:
         model.set_kv_cache(batch_size=1)
     model.eval()
     load_checkpoint(fabric, model, folder / "lit_model.pth")
+    # its copy of the embedding is not tied to the head
+    count_weights(model, model.transformer.wte)
     prompt, whole = torch.tensor(PROMPT, device=worker.device), len(PROMPT) + NEW
 
     def answer() -> Iterator[int]:
@@ -95,12 +109,12 @@ def litgpt() -> Answer:
 
 
 def memory() -> None:
-    """Not a contestant: how fast this machine reads, by the sum of numbers that no cache holds."""
+    """Not a contestant: how fast this machine reads, by the sum of numbers that no cache holds; the best of several."""
     numbers = torch.ones(2**27 if worker.device.type == "cpu" else 2**30, device=worker.device)
     worker.send(ready=True)
     for _ in sys.stdin:
         seconds = []
-        for _ in range(5):
+        for _ in range(8):
             start = time.perf_counter()
             float(numbers.sum())
             seconds.append(time.perf_counter() - start)
@@ -113,7 +127,8 @@ def main() -> None:
         return memory()
     answer = {"ours": ours, "hf": transformers, "litgpt": litgpt}[NAME.split("_")[0]]()
     model_bytes = held_bytes(worker.device)
-    worker.send(ready=True, torch=torch.__version__, threads=torch.get_num_threads(), model_bytes=model_bytes)
+    versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    worker.send(ready=True, model_bytes=model_bytes, **versions, **about)
     forget_peak(worker.device)
     for line in sys.stdin:
         json.loads(line)

@@ -218,7 +218,8 @@ def how(r: dict[str, Any], s: dict[str, Any]) -> list[str]:
         f"{r['supervised_per_step']:.0f} of them supervised (medians). Tokens are those that predict another, never "
         "padding. The time is the median over rounds of the ratio of the two steps in a round. Peak memory is of the "
         "whole process, over the model what training adds. The start is from launching the process, alone on the "
-        f"machine, to its first finished step, the quickest of {s['starts']}. Those who waited used "
+        "machine and on a CPU our kernels not yet compiled, to its first finished step, the quickest of "
+        f"{s['starts']}. Those who waited used "
         f"{r['idle_share_of_a_core']:.1%} of one core.",
         f"The ceiling, {r['ceiling_tokens_per_second']:.0f} tokens/s, is what the step's matrix products alone would "
         f"allow at {r['gemm_flops_per_second'] / 1e9:.0f} GFLOP/s, the rate of the frozen layers' products measured in "

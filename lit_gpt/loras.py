@@ -1,0 +1,158 @@
+"""Several LoRAs on one base: each row of a batch goes through the one chosen for it (Sheng et al. 2023, S-LoRA).
+
+Only to generate. Nothing is merged, so that a choice is no more than a few numbers, and the base may be quantized.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_gpt import lora, variants
+from lit_gpt.base import Base
+from lit_gpt.errors import UserError
+from lit_gpt.model import GPT
+from lit_gpt.moe import Routes, grouped_product, rows_per_expert
+from lit_gpt.prompts import PromptStyle
+
+
+class Choice:
+    """Which LoRA each row of the batch goes through; 0 is none."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rows = torch.zeros(1, dtype=torch.long, device=device)  # int64 (B,)
+        self.same: int | None = 0  # that of all rows, if it is one
+
+    def set(self, numbers: Sequence[int]) -> None:
+        self.rows = torch.tensor(numbers, device=self.rows.device)
+        self.same = numbers[0] if len(set(numbers)) == 1 else None
+
+
+class ManyLoRAs(nn.Module):
+    """A linear layer with an update B A from each of n LoRAs, of which each row takes the chosen one's.
+
+    Ranks that are lower than others are filled up with zeros, and so is a LoRA that leaves the layer as it is.
+    """
+
+    def __init__(self, linear: nn.Module, choice: Choice, n: int) -> None:
+        super().__init__()
+        self.linear, self.choice = linear, choice
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.experts = (linear.n_expert,) if hasattr(linear, "n_expert") else ()
+        self.A = torch.zeros(n, *self.experts, 0, linear.in_features)
+        self.B = torch.zeros(n, *self.experts, linear.out_features, 0)
+
+    def add(self, A: Tensor, B: Tensor) -> None:
+        """One more LoRA's, of the shapes that `lit_gpt.lora.updates` gives, in the dtype and place of the model."""
+        missing = A.size(-2) - self.A.size(-2)
+        more, less = max(missing, 0), max(-missing, 0)
+        self.A = torch.cat((F.pad(self.A.to(A), (0, 0, 0, more)), F.pad(A, (0, 0, 0, less)).unsqueeze(0)))
+        self.B = torch.cat((F.pad(self.B.to(B), (0, more)), F.pad(B, (0, less)).unsqueeze(0)))
+
+    def add_none(self) -> None:
+        self.add(self.A.new_zeros(self.A.shape[1:]), self.B.new_zeros(self.B.shape[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, in_features)."""
+        same = self.choice.same
+        if same is not None and not torch.compiler.is_compiling():  # what is compiled must not depend on the number
+            return F.linear(F.linear(x, self.A[same]), self.B[same]).add_(self.linear(x)) if same else self.linear(x)
+        A, B = self.A[self.choice.rows], self.B[self.choice.rows]
+        return self.linear(x) + (x @ A.mT) @ B.mT
+
+
+class ManyLoRAExperts(ManyLoRAs):
+    """The same for each expert of a layer, of which each LoRA has its own."""
+
+    def __init__(self, linear: nn.Module, choice: Choice, n: int) -> None:
+        super().__init__(linear, choice, n)
+        self.n_expert = linear.n_expert
+
+    def forward(self, x: Tensor, routes: Routes) -> Tensor:
+        chosen, order = self.choice.rows, routes.order
+        owners = chosen[order // (len(order) // len(chosen))]  # of each place
+        experts = torch.arange(self.n_expert, device=x.device).repeat_interleave(
+            torch.tensor(routes.counts, device=x.device)
+        )
+        # an expert under a LoRA is one expert, under another another
+        pairs, places = (owners * self.n_expert + experts).sort(stable=True)
+        counts = rows_per_expert(pairs, len(self.A) * self.n_expert)
+        low = grouped_product(x[places], self.A.flatten(0, 1), counts)
+        return self.linear(x, routes).index_add(0, places, grouped_product(low, self.B.flatten(0, 1), counts))
+
+
+class LoRAs:
+    """The LoRAs that are loaded beside a base, by number; 0 is the base alone.
+
+    Args:
+        style: the base's.
+        fixed: whether that style holds for the LoRAs too, in place of those that they were trained in.
+    """
+
+    def __init__(self, model: GPT, base: Base, style: PromptStyle, fixed: bool = False) -> None:
+        self.model, self.base, self.fixed = model, base, fixed
+        self.choice = Choice(model.wte.weight.device)
+        self.styles, self.numbers = [style], {}  # by number; numbers by file
+        self.layers: dict[str, ManyLoRAs] = {}
+
+    @classmethod
+    def beside(
+        cls, base: Base, paths: Iterable[Path], style: PromptStyle, fixed: bool = False, **place: Any
+    ) -> "LoRAs":
+        """A base's model with the LoRAs of some files, quantized as they were trained.
+
+        Args:
+            place: dtype and device of the model.
+
+        Raises:
+            UserError: as `load`.
+        """
+        paths = list(dict.fromkeys(paths))
+        for path in paths:  # all, before the model takes its time
+            base = base.as_trained(read(path, base).get("quantize"), path)
+        loras = cls(base.build(**place), base, style, fixed)
+        for path in paths:
+            loras.load(path)
+        return loras
+
+    def load(self, path: Path) -> int:
+        """The number of a file's LoRA, which is loaded unless it is there.
+
+        Raises:
+            UserError: not a LoRA file, of another base, or trained on one that was quantized otherwise.
+        """
+        key = Path(path).resolve()
+        if key in self.numbers:
+            return self.numbers[key]
+        record, model = read(path, self.base), self.model
+        if self.base.as_trained(trained_on := record.get("quantize"), path).quantize != self.base.quantize:
+            raise UserError(f"{path}: trained on a base in {trained_on}; start with --quantize {trained_on}")
+        place = {"dtype": model.dtype, "device": self.choice.rows.device}
+        config, added = variants.hyperparameters(record, path), set()
+        for name, A, B in lora.updates(model, config, record["state"], path):
+            self.layer(name).add(A.to(**place), B.to(**place))
+            added.add(name)
+        for name in self.layers.keys() - added:
+            self.layers[name].add_none()
+        self.numbers[key] = len(self.styles)
+        self.styles.append(self.styles[0] if self.fixed else PromptStyle.from_dict(record["prompt_style"]))
+        return self.numbers[key]
+
+    def layer(self, name: str) -> ManyLoRAs:
+        if name not in self.layers:
+            linear = self.model.get_submodule(name)
+            wrapper = ManyLoRAExperts if hasattr(linear, "n_expert") else ManyLoRAs
+            self.layers[name] = wrapper(linear, self.choice, len(self.styles))
+            self.model.set_submodule(name, self.layers[name])
+        return self.layers[name]
+
+    def choose(self, numbers: Sequence[int]) -> None:
+        """The LoRA of each row that the model computes from now on."""
+        self.choice.set(numbers)
+
+
+def read(path: Path, base: Base) -> dict[str, Any]:
+    return variants.read_file(path, lora.METHOD, base.fingerprint)

@@ -1,0 +1,91 @@
+"""The step of one token as a list of native operations: the same tokens as without. tests/test_generation.py has it go
+through every layout."""
+
+import pytest
+import torch
+from test_decoding import as_if_trained, model_of, with_adapter_v2, with_lora_and_adapter
+
+from lit_gpt import GPT, lora, native, quantize
+from lit_gpt.decoding import FastStep
+from lit_gpt.generation import generate
+from lit_gpt.model import forget
+from lit_gpt.native_step import NativeStep, Unsupported
+
+pytestmark = pytest.mark.skipif(native.library("decode") is None, reason="needs a C++ compiler")
+
+
+def same_tokens(model: GPT) -> None:
+    """Past the window of Mistral and of Gemma 2; of answers that follow each other."""
+    step = NativeStep(model)
+    for prompt, new in ([5], 20), (list(range(40)), 9), ([7, 8, 9], 30):
+        expected = list(generate(model, prompt, new, temperature=0))
+        assert list(generate(model, prompt, new, temperature=0, step=step)) == expected
+
+
+@pytest.mark.parametrize("format", [None, "int8", "int4", "nf4", "nf4-dq"])
+@pytest.mark.parametrize(
+    "family, layout, attach",
+    [("llama", "mistral", with_lora_and_adapter), ("gemma", "gemma2", with_adapter_v2)],
+    ids=["mistral", "gemma2"],
+)
+def test_every_method_and_format(family, layout, attach, format, tmp_path):
+    model = model_of(family, layout, tmp_path)
+    model = model if format is None else quantize.attach(model, format)
+    same_tokens(as_if_trained(attach(model)))
+
+
+@pytest.mark.parametrize(
+    "family, layout", [("falcon", "7b"), ("gpt_neox", "pythia"), ("mpt", "mpt"), ("qwen", "qwen3")]
+)
+def test_methods_together(family, layout, tmp_path):
+    same_tokens(as_if_trained(with_lora_and_adapter(with_adapter_v2(model_of(family, layout, tmp_path)))))
+
+
+def test_what_a_model_becomes_counts_from_the_next_answer_on(llama):
+    """The same cache serves all answers, as in a conversation."""
+    model = GPT.from_checkpoint(llama)
+    step, cache = FastStep(model), model.kv_cache(1, 64)
+    lora.attach(model, lora.LoRAConfig(r=4)).eval()
+    for _ in range(3):
+        expected = list(generate(model, [5, 6], 20, temperature=0))
+        forget(cache, 0)
+        assert list(generate(model, [5, 6], 20, temperature=0, cache=cache, step=step)) == expected
+        as_if_trained(model)
+    assert isinstance(step.chosen, NativeStep)
+
+
+def test_several_threads_find_the_same(llama):
+    model, threads = GPT.from_checkpoint(llama), torch.get_num_threads()
+    expected = list(generate(model, [5, 6, 7], 30, temperature=0))
+    try:
+        for torch_threads in (1, 2, 3):  # more than there may be cores
+            torch.set_num_threads(torch_threads)
+            assert list(generate(model, [5, 6, 7], 30, temperature=0, step=NativeStep(model))) == expected
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_there_is_no_kernel_for_goes_through_the_model(llama, monkeypatch):
+    model = GPT.from_checkpoint(llama)
+    expected = list(generate(model, [5, 6, 7], 9, temperature=0))
+    model.h[1].mlp.__class__ = type("Other", (type(model.h[1].mlp),), {})  # may do more than what it is derived from
+    with pytest.raises(Unsupported, match="Other"):
+        NativeStep(model)
+    assert list(generate(model, [5, 6, 7], 9, temperature=0, step=FastStep(model))) == expected
+    monkeypatch.setattr(native, "library", lambda name: None)
+    with pytest.raises(Unsupported, match="compiler"):
+        NativeStep(GPT.from_checkpoint(llama))
+    with pytest.raises(Unsupported):
+        NativeStep(GPT.from_checkpoint(llama, torch.float16))
+
+
+def test_a_step_beyond_the_cache_is_refused(llama):
+    model = GPT.from_checkpoint(llama)
+    cache = model.kv_cache(1, 2)
+    step = NativeStep(model)
+    for _ in range(2):
+        step(torch.tensor([[5]]), cache)
+    with pytest.raises(IndexError, match="position 2"):
+        step(torch.tensor([[5]]), cache)
+    with pytest.raises(IndexError, match="token 320"):
+        step(torch.tensor([[320]]), model.kv_cache(1, 2))
