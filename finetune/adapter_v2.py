@@ -43,7 +43,7 @@ strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"  # how devices sh
 zero_stage: Literal[2, 3] = 2  # deepspeed: 2 shares out gradients and optimizer state, 3 weights too
 zero_offload: bool = False  # deepspeed: keep that in host memory
 activation_checkpointing: Checkpointing = "auto"  # what is computed twice to save memory (auto: what has to be)
-compile: bool | Literal["auto"] = "auto"  # faster kernels: in C++ on a CPU, by torch.compile on a GPU in longer runs
+compile: bool | Literal["auto"] = "auto"  # faster kernels: in C++ on a CPU (auto too), by torch.compile on a GPU
 # watching
 logger: Literal["csv", "tensorboard", "wandb", "mlflow"] = "csv"  # where the run is followed besides metrics.csv
 probe_path: Path | None = None  # .jsonl of texts or messages: their loss is told before and after (null: none)

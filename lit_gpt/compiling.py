@@ -18,10 +18,6 @@ from lit_gpt.config import Config
 from lit_gpt.errors import UsageError
 from lit_gpt.model import GPT, Block
 
-# Compiling takes about a minute, or with what an earlier run left in the cache less. From so many steps on we expect it
-# to pay; that has not been measured on a GPU.
-ENOUGH_STEPS = 200
-
 
 @contextmanager
 def kernels(wanted: bool | str) -> Iterator[None]:
@@ -33,13 +29,13 @@ def kernels(wanted: bool | str) -> Iterator[None]:
         yield
 
 
-def wanted(hp: SimpleNamespace, config: Config, quantize: str | None, device: str, steps: int) -> bool:
-    """Whether the blocks are to be compiled by torch.compile.
+def wanted(hp: SimpleNamespace, config: Config, quantize: str | None, device: str) -> bool:
+    """Whether the blocks are to be compiled by torch.compile: only if asked for, for on a GPU it is not yet measured.
 
     Raises:
         UsageError: it is asked for and cannot be.
     """
-    if device != "cuda" or hp.compile is False:
+    if device != "cuda" or hp.compile is not True:
         return False
     obstacles = {
         "routed experts": config.n_expert,
@@ -47,9 +43,9 @@ def wanted(hp: SimpleNamespace, config: Config, quantize: str | None, device: st
         f"--strategy {hp.strategy}": hp.strategy in ("fsdp", "deepspeed"),
     }
     found = next((name for name, there in obstacles.items() if there), None)
-    if hp.compile is True and found:
+    if found:
         raise UsageError(f"--compile true: does not go with {found}; leave it out")
-    return not found and (hp.compile is True or steps >= ENOUGH_STEPS)
+    return True
 
 
 def compile_blocks(model: GPT, backend: str | Callable[..., Any] = "inductor") -> None:

@@ -70,7 +70,7 @@ def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric) -> None:
     records.check_unused()
     on_cuda, room = fabric.device.type == "cuda", memory.of_device(fabric.device)
     check_offload(hp, on_cuda)
-    compiled = compiling.wanted(hp, config, base.quantize, fabric.device.type, schedule.steps)
+    compiled = compiling.wanted(hp, config, base.quantize, fabric.device.type)
 
     if not hp.micro_batch_size and not hp.micro_batch_tokens:
         hp.micro_batch_tokens = row_tokens(config, method, hp, room if on_cuda else None)

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from lit_gpt import GPT, adapter_v2, compiling, hf_files, lora
 from lit_gpt.adapter import AdapterConfig
 
-ALL = lora.LoRAConfig(r=4, dropout=0.0, key=True, projection=True, mlp=True)
+ALL = lora.LoRAConfig(r=4, dropout=0.1, key=True, projection=True, mlp=True)
 METHODS = {
     "lora": lambda gpt: lora.attach(gpt, ALL),
     "adapter_v2": lambda gpt: adapter_v2.attach(gpt, AdapterConfig(start_layer=1)),
