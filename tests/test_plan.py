@@ -92,13 +92,15 @@ def test_falcon_7b(cli, method, trainable):
 @pytest.mark.parametrize("method", METHODS)
 def test_each_kind_of_checkpointing_holds_less_and_what_fits_is_chosen(method):
     row, found = ([400] * 3, 50), {}
-    for kind in KINDS:
+    # no layer that an adapter trains reads what norms and gates give, so there is nothing for `selective` to spare
+    kinds = [kind for kind in KINDS if kind != "selective" or not method.startswith("adapter")]
+    for kind in kinds:
         method_of, hp = flags_of(method, activation_checkpointing=kind)
         found[kind] = plan(SMALL, method_of, hp, *row, cuda=True)
-    peaks = [found[kind].activations for kind in KINDS]
+    peaks = [found[kind].activations for kind in kinds]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) >= 3, peaks
     hp.activation_checkpointing = "auto"
-    for kind in KINDS:
+    for kind in kinds:
         chosen = fit(SMALL, method_of, hp, [row], True, int(1.1 * found[kind].peak) + 1)[0]
         assert found[chosen].peak == found[kind].peak
     assert fit(SMALL, method_of, hp, [row], True, 0)[0] == "offload"
