@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from lit_gpt import data
 from lit_gpt.base import Base
+from lit_gpt.decoding import FastStep, Row
 from lit_gpt.errors import UserError
-from lit_gpt.generation import Row, decode
+from lit_gpt.generation import decode
 from lit_gpt.memory import release
 from lit_gpt.model import GPT, Block, Rotation
 from lit_gpt.quantize import FORMATS, GROUP, FourBit, Tensors
@@ -76,7 +77,7 @@ def own_text(model: GPT, tokenizer: Tokenizer, tokens: int, length: int) -> Tens
     known = min(tokenizer.vocab_size, model.config.vocab_size)
     first = torch.randint(known, (n,), generator=generator, device=device).tolist()
     rows = [Row([token], length - 1, generator) for token in first]
-    for _ in decode(model, rows, model.kv_cache(n, length), 1.0, None, 1.0):
+    for _ in decode(model, rows, model.kv_cache(n, length), 1.0, None, 1.0, step=FastStep(model)):
         pass
     return torch.tensor([row.ids for row in rows], device=device)
 

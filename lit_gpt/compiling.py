@@ -9,23 +9,23 @@ from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
+from lit_gpt import kernels
 from lit_gpt.config import Config
 from lit_gpt.errors import UsageError
 from lit_gpt.model import GPT, Block
 
 
 @contextmanager
-def kernels(wanted: bool | str) -> Iterator[None]:
+def kernels_if(wanted: bool | str) -> Iterator[None]:
     """With `--compile false` the C++ kernels are left out while the block runs."""
     if wanted is not False:
         yield
         return
-    with mock.patch("lit_gpt.kernels.available", lambda: False):
+    with kernels.off():
         yield
 
 

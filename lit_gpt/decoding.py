@@ -1,4 +1,4 @@
-"""The step of one more token of one row, by the fastest way that there is for the model and its device.
+"""The step of one more token of each row, by the fastest way that there is for the model and its device.
 
 What such a step costs is reading each weight once, if nothing else gets in the way: with torch's operators one by one
 it takes several times as long.
@@ -7,6 +7,7 @@ it takes several times as long.
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,11 +19,44 @@ from lit_gpt.model import GPT, KVCache, OneMore
 from lit_gpt.native_step import NativeStep, Unsupported
 
 aten = torch.ops.aten
-Step = Callable[[Tensor, KVCache], Tensor]
+
+
+@dataclass(eq=False)
+class Row:
+    """A sequence that is being continued."""
+
+    ids: list[int]  # its tokens, of the prompt at first; at least one
+    room: int  # tokens that may still follow; set to 0, it ends
+    generator: torch.Generator | None = None  # of the sampling, on the model's device; None: torch's own
+    cached: int = 0  # beginning of the prompt that its place in the cache holds already
+    lora: int = 0  # see lit_gpt.loras
+    cache: KVCache = field(default_factory=list)  # its place
+
+
+# The logits that follow each row, (rows, padded_vocab_size), which the next call may overwrite. Each row's place holds
+# all of its tokens but the last; rows that are several have the first places of the cache.
+Step = Callable[[list[Row], KVCache], Tensor]
+
+
+def one_more(model: GPT, rows: list[Row], cache: KVCache) -> Tensor:
+    """A Step by the model's own operations. A row alone may have more tokens that its place does not hold."""
+    device = model.wte.weight.device
+    if len(rows) == 1:
+        place = rows[0].cache
+        idx = torch.tensor([rows[0].ids[place[0].length :]], device=device)
+        return model(idx, cache=place, last=True)[:, -1]
+    idx = torch.tensor([row.ids[-1:] for row in rows], device=device)
+    lengths = tuple(len(row.ids) for row in rows)
+    positions, span = torch.tensor(lengths, device=device) - 1, (slice(len(rows)), slice(None), slice(max(lengths)))
+    logits = model(idx, cache=[OneMore(x.k[span], x.v[span], positions, lengths) for x in cache], last=True)
+    for row in rows:
+        for layer in row.cache:
+            layer.length += 1
+    return logits[:, -1]
 
 
 class FastStep:
-    """The logits that follow one more token, like `model(idx, cache=cache, last=True)[:, -1]`. For one row.
+    """A Step.
 
     On a CPU by lit_gpt.native_step, if it knows all that the model is made of: it is ready at once, so that no answer
     is too short for it. Else, only if it is asked for, by a compiled step, which takes seconds before it is ready.
@@ -31,21 +65,23 @@ class FastStep:
         UsageError: as CompiledStep, if it is asked for.
     """
 
+    MOST = 16  # rows for which the native step is faster than torch's operators
+
     def __init__(self, model: GPT, compile: bool = False) -> None:
         self.model, self.chosen = model, None
-        self.otherwise: Step = CompiledStep(model) if compile else self.plain
+        self.otherwise: Step = CompiledStep(model) if compile else partial(one_more, model)
 
-    def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
-        """idx: int64 (1, 1); returns (1, padded_vocab_size), which the next call may overwrite."""
-        if self.chosen is None:  # not before: the first token, which comes from the prompt, need not wait for it
-            try:
-                self.chosen = NativeStep(self.model)
-            except Unsupported:
-                self.chosen = self.otherwise
-        return self.chosen(idx, cache)
-
-    def plain(self, idx: Tensor, cache: KVCache) -> Tensor:
-        return self.model(idx, cache=cache, last=True)[:, -1]
+    def __call__(self, rows: list[Row], cache: KVCache) -> Tensor:
+        if len(rows) > self.MOST:
+            return one_more(self.model, rows, cache)
+        if self.chosen is self.otherwise:
+            return self.chosen(rows, cache)
+        try:  # not before: the first token, which comes from the prompt, need not wait for it
+            self.chosen = self.chosen or NativeStep(self.model)
+            return self.chosen(rows, cache)
+        except Unsupported:
+            self.chosen = self.otherwise
+            return self.chosen(rows, cache)
 
 
 class CompiledStep:
@@ -71,9 +107,12 @@ class CompiledStep:
         compiled = partial(torch.compile, backend=backend)
         self.block, self.head = compiled(run_block), compiled(run_head)
 
-    def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
-        """idx: int64 (1, 1); returns (1, padded_vocab_size)."""
-        model, start = self.model, cache[0].length
+    def __call__(self, rows: list[Row], cache: KVCache) -> Tensor:
+        """For one row; several go through the model."""
+        if len(rows) > 1:
+            return one_more(self.model, rows, cache)
+        model, cache = self.model, rows[0].cache
+        idx, start = torch.tensor([rows[0].ids[-1:]], device=model.wte.weight.device), cache[0].length
         positions = torch.full((1,), start, device=idx.device)
         with torch.compiler.set_stance(skip_guard_eval_unsafe=self.ready):  # they take a third of a small model's time
             x = model.embed(idx, positions, (start + 1,))

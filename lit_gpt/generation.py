@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -12,10 +11,10 @@ import torch
 from torch import Tensor
 
 from lit_gpt.checkpoint import DTYPES
-from lit_gpt.decoding import FastStep, Step
+from lit_gpt.decoding import FastStep, Row, Step, one_more
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.memory import peak_memory_bytes
-from lit_gpt.model import GPT, KVCache, OneMore, forget, move, of_row
+from lit_gpt.model import GPT, KVCache, forget, move, of_row
 from lit_gpt.prompts import Message, PromptStyle, Tools, instruction_messages
 from lit_gpt.tokenizer import Tokenizer
 
@@ -24,18 +23,6 @@ if TYPE_CHECKING:
     from lit_gpt.prompt_file import PromptFile
 
 PIECE = 512  # tokens of a prompt that are read at once, so that a long one needs no more memory than that
-
-
-@dataclass(eq=False)
-class Row:
-    """A sequence that is being continued."""
-
-    ids: list[int]  # its tokens, of the prompt at first; at least one
-    room: int  # tokens that may still follow; set to 0, it ends
-    generator: torch.Generator | None = None  # of the sampling, on the model's device; None: torch's own
-    cached: int = 0  # beginning of the prompt that its place in the cache holds already
-    lora: int = 0  # see lit_gpt.loras
-    cache: KVCache = field(default_factory=list)  # its place
 
 
 @torch.no_grad()
@@ -106,7 +93,7 @@ def decode(
 
     Args:
         cache: each place has room for every row's prompt and answer.
-        step: gives the logits that follow a single token, if only one row is there.
+        step: takes the place of the model once the prompts are read.
         choose: is told which rows the model is about to compute.
     """
     waiting, going, n = iter(rows), [], len(cache[0].k)
@@ -150,18 +137,9 @@ def next_logits(
             piece = row.ids[start : min(start + PIECE, read_to)]
             model.hidden(torch.tensor([piece], device=device), cache=row.cache, length=len(row.ids))
     choose(rows)
-    if len(rows) == 1:
-        place = rows[0].cache
-        idx = torch.tensor([rows[0].ids[place[0].length :]], device=device)
-        return step(idx, place) if step and idx.size(1) == 1 else model(idx, cache=place, last=True)[:, -1]
-    idx = torch.tensor([row.ids[-1:] for row in rows], device=device)
-    lengths = tuple(len(row.ids) for row in rows)
-    positions, span = torch.tensor(lengths, device=device) - 1, (slice(len(rows)), slice(None), slice(max(lengths)))
-    logits = model(idx, cache=[OneMore(x.k[span], x.v[span], positions, lengths) for x in cache], last=True)
-    for row in rows:
-        for layer in row.cache:
-            layer.length += 1
-    return logits[:, -1]
+    if step and all(row.cache[0].length == len(row.ids) - 1 for row in rows):
+        return step(rows, cache)
+    return one_more(model, rows, cache)
 
 
 def close_up(rows: list[Row], i: int) -> None:

@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from lit_gpt import data, variants
 from lit_gpt.checkpoint import atomic, check_checkpoint_dir
+from lit_gpt.decoding import FastStep, Row
 from lit_gpt.errors import UsageError, UserError
-from lit_gpt.generation import Row, decode, default_device, dtype_of
+from lit_gpt.generation import decode, default_device, dtype_of
 from lit_gpt.model import GPT
 from lit_gpt.prompts import Message, PromptStyle, as_list, generation_stop_ids
 from lit_gpt.tokenizer import Tokenizer, find_tokenizer, read_json, read_settings
@@ -231,7 +232,7 @@ class Harness(TemplateLM):
         length = max(map(len, prompts)) + room
         cache = self.model.kv_cache(max(1, min(len(rows), self.batch_tokens // length)), length)
         longest_first = sorted(rows, key=lambda row: len(row.ids), reverse=True)
-        for row, _ in decode(self.model, longest_first, cache, *sampling):
+        for row, _ in decode(self.model, longest_first, cache, *sampling, step=FastStep(self.model)):
             answer = row.ids[len(prompts[rows[row]]) :]
             row.room = 0 if complete(answer) else row.room
             if not row.room:

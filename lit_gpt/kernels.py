@@ -5,7 +5,8 @@ lit_gpt.fused chooses between them and torch's formulas; `serves` says whether t
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from lit_gpt import native
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 ACTIVATIONS = ("silu", "gelu_tanh")  # as numbered in layers.cpp
 ALL_KEPT = 2**16  # the threshold of no dropout
-LIBRARIES = ("layers", "lora", "attention")
+LIBRARIES = ("layers", "lora", "attention", "dequantize")
 _operators = torch.library.Library("lit_gpt", "FRAGMENT")
 
 
@@ -27,17 +28,33 @@ def serves(*tensors: Tensor) -> bool:
     Not while torch.compile looks, which makes its own.
     """
     first = tensors[0]
-    return (
-        first.device.type == "cpu"
-        and first.dtype in SUFFIXES
-        and all(x.dtype == first.dtype for x in tensors)
-        and not torch.compiler.is_compiling()
-        and available()
-    )
+    return all(x.dtype == first.dtype for x in tensors) and _serves(first.device, first.dtype)
+
+
+def _serves(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and dtype in SUFFIXES and not torch.compiler.is_compiling() and available()
+
+
+_off = False
+
+
+@contextmanager
+def off() -> Iterator[None]:
+    """Without them while the block runs."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
+
+
+def available() -> bool:
+    return not _off and _compiled()
 
 
 @functools.cache
-def available() -> bool:
+def _compiled() -> bool:
     return all(native.library(name) is not None for name in LIBRARIES)
 
 
@@ -53,6 +70,7 @@ _SIGNATURES = {
     },
     "lora": {"lora": "lipppifuwiippppi", "lora_backward": "lippppifuwiipppippp"},
     "attention": {"attention": "pppppp", "attention_backward": "p" * 11},
+    "dequantize": {"dequantize": "lppppllp"},
 }  # fmt: skip
 
 
@@ -280,3 +298,34 @@ def attention_backward(
     sizes = _Sizes.of(q, k, scale, window, lengths)
     _call("attention", "attention_backward", q, sizes, *heads, log_sums, *map(_Heads.of, grads), *by_head)
     return grads
+
+
+FORMATS = {torch.int8: 2, torch.float32: 3, torch.bfloat16: 4}  # of products.h: int8, and 4 bits by their scales
+
+
+def quantized_format(codes: Tensor, scale: Tensor) -> int:
+    return FORMATS[torch.int8 if codes.dtype == torch.int8 else scale.dtype]
+
+
+def takes_dequantize(codes: Tensor, dtype: torch.dtype) -> bool:
+    return codes.is_contiguous() and _serves(codes.device, dtype)
+
+
+@_operator(
+    "dequantize(Tensor codes, Tensor scale, Tensor? zero, Tensor? pairs, int columns, ScalarType dtype) -> Tensor",
+    lambda codes, scale, zero, pairs, columns, dtype: codes.new_empty(len(codes), columns, dtype=dtype),
+)
+def dequantize(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, pairs: Tensor | None, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """The weight (rows, columns).
+
+    Args:
+        codes: int8 (rows, columns), or uint8 (rows, groups * 32) with two codes of 4 bits in each.
+        scale: float32 (rows,), or of groups of 64 (rows, groups) in float32 or bfloat16, and so `zero`.
+        pairs: float32 (256, 2), the values of the codes in each byte.
+    """
+    y = codes.new_empty(len(codes), columns, dtype=dtype)
+    tensors = codes, scale, zero, pairs
+    _call("dequantize", "dequantize", y, quantized_format(codes, scale), *tensors, len(y), columns, y)
+    return y

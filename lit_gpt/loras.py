@@ -42,8 +42,8 @@ class ManyLoRAs(nn.Module):
         self.linear, self.choice = linear, choice
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.experts = (linear.n_expert,) if hasattr(linear, "n_expert") else ()
-        self.A = torch.zeros(n, *self.experts, 0, linear.in_features)
-        self.B = torch.zeros(n, *self.experts, linear.out_features, 0)
+        self.register_buffer("A", torch.zeros(n, *self.experts, 0, linear.in_features), persistent=False)
+        self.register_buffer("B", torch.zeros(n, *self.experts, linear.out_features, 0), persistent=False)
 
     def add(self, A: Tensor, B: Tensor) -> None:
         """One more LoRA's, of the shapes that `lit_gpt.lora.updates` gives, in the dtype and place of the model."""

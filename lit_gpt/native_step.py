@@ -1,12 +1,14 @@
-"""The step of one token of one row on a CPU, as a list of operations of lit_gpt/native/decode.cpp.
+"""The step of one more token of a few rows on a CPU, as a list of operations of lit_gpt/native/decode.cpp.
 
 The list is made from the model as it stands, by walking its modules, whatever wraps them included, and holds pointers
-to its weights and to the cache. Running it is one call: no operator of torch, and no compiling.
+to its weights. Running it is one call: no operator of torch, and no compiling.
 """
 
 import ctypes
 import weakref
-from typing import Any
+from itertools import chain
+from operator import is_
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,26 +18,28 @@ from lit_gpt.adapter import AdapterPrompt
 from lit_gpt.adapter_v2 import ScaledLinear, TrainedNorm
 from lit_gpt.alibi import alibi_slopes
 from lit_gpt.fused import ACTIVATIONS
+from lit_gpt.kernels import quantized_format
 from lit_gpt.lora import LoRALinear
-from lit_gpt.loras import ManyLoRAs
+from lit_gpt.loras import Choice, ManyLoRAs
 from lit_gpt.model import (
     GPT,
     Block,
     CausalSelfAttention,
     GptNeoxMLP,
     KVCache,
-    LayerCache,
     LayerNorms,
     QKNorm,
     RMSNorm,
     SwiGLU,
     UnitOffsetRMSNorm,
 )  # fmt: skip
-from lit_gpt.quantize import NF4, QuantizedEmbedding, QuantizedLinear, unpacked
+from lit_gpt.quantize import FORMATS, QuantizedEmbedding, QuantizedLinear, unpacked
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of decode.cpp's Format, like the next two
-INT8, NIBBLES = 2, 3
-KINDS = list(ACTIVATIONS)  # of its Activation
+if TYPE_CHECKING:
+    from lit_gpt.decoding import Row
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of products.h's Format
+KINDS = list(ACTIVATIONS)  # of decode.cpp's Activation
 
 
 class Unsupported(Exception):
@@ -43,10 +47,10 @@ class Unsupported(Exception):
 
 
 class NativeStep:
-    """The logits that follow one more token, like `model(idx, cache=cache, last=True)[:, -1]`. For one row.
+    """The logits that follow one more token of each row, as lit_gpt.decoding.one_more gives them.
 
-    Weights are read where they lie; what is attached to a model, and small things like norms, are copied when an answer
-    begins, that is, when the cache is another one or does not continue where the last step ended.
+    Weights are read where they lie; what is attached to a model, and small things like norms, are copied, and copied
+    again when they have changed, which is looked at when other rows are continued than before.
 
     Raises:
         Unsupported: there is no kernel for some part of the model, or no compiler to make kernels.
@@ -58,41 +62,70 @@ class NativeStep:
         self.library = native.library("decode")
         if self.library is None:
             raise Unsupported("no compiler")
-        self.model, self.next = model, 0
-        self.record(model.kv_cache(1, 1))
+        self.model, self.places, self.lengths = model, [], []  # the last two of the rows of the last call
+        self.record(1)
 
-    def record(self, cache: KVCache) -> None:
-        self.tape, self.cache = Tape(self.library, self.model, cache), cache
+    def record(self, n: int) -> None:
+        self.tape, self.seen = Tape(self.library, self.model, n), versions(self.model)
 
-    def __call__(self, idx: Tensor, cache: KVCache) -> Tensor:
-        """idx: int64 (1, 1); returns float32 (1, padded_vocab_size), which the next call overwrites."""
-        position = cache[0].length
-        if cache is not self.cache or position != self.next:
-            self.record(cache)
-        self.tape.run(int(idx), position)
-        for layer in cache:
-            layer.length += 1
-        cache[0].long, self.next = self.model.rope.is_long(position + 1), position + 1
-        return self.tape.logits
+    def __call__(self, rows: list["Row"], cache: KVCache) -> Tensor:
+        """Float32 (len(rows), padded_vocab_size), which the next call overwrites."""
+        places, lengths = [row.cache for row in rows], [len(row.ids) for row in rows]
+        if lengths != [length + 1 for length in self.lengths] or not all(map(is_, places, self.places)):
+            if self.tape.n < len(rows) or changed(self.seen, versions(self.model)):
+                self.record(max(len(rows), len(cache[0].k)))
+            self.tape.use(rows[0].cache if len(rows) == 1 else cache)
+        self.places, self.lengths = places, lengths
+        logits = self.tape.run([row.ids[-1] for row in rows], [length - 1 for length in lengths])
+        for row in rows:
+            row.cache[0].long = self.model.rope.is_long(len(row.ids))
+            for layer in row.cache:
+                layer.length += 1
+        return logits
+
+
+def versions(model: GPT) -> list[tuple[Tensor, int]]:
+    """All that a model computes with, and how often each was written to."""
+    tensors = chain(model.parameters(), model.buffers())
+    return [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+
+def changed(before: list[tuple[Tensor, int]], now: list[tuple[Tensor, int]]) -> bool:
+    pairs = zip(before, now, strict=False)
+    return len(before) != len(now) or any(old is not new or m != n for (old, m), (new, n) in pairs)
 
 
 class Tape:
-    """The operations of a model's step with a cache; `logits` is where the result lies."""
+    """The operations of a model's step, for up to n rows."""
 
-    def __init__(self, library: ctypes.CDLL, model: GPT, cache: KVCache) -> None:
-        self.library, self.model, self.cache = library, model, cache
+    def __init__(self, library: ctypes.CDLL, model: GPT, n: int) -> None:
+        self.library, self.model, self.n = library, model, n
         self.dtype, self.kept, self.buffers = model.dtype, [], {}
+        self.choice: Choice | None = None
         library.tape_new.restype = ctypes.c_void_p
         self.handle = ctypes.c_void_p(library.tape_new())
         weakref.finalize(self, library.tape_free, self.handle)
         with torch.no_grad():
-            self.logits = self.whole().unsqueeze(0)
-        self.places = min(cache[0].k.size(2), model.config.block_size if model.wpe else cache[0].k.size(2))
+            self.logits = self.whole()
 
-    def run(self, token: int, position: int) -> None:
-        if not (0 <= token < self.model.config.padded_vocab_size and position < self.places):
-            raise IndexError(f"token {token} or position {position} is beyond what model and cache have room for")
-        self.library.tape_run(self.handle, *map(ctypes.c_long, (token, position)), torch.get_num_threads())
+    def use(self, cache: KVCache) -> None:
+        """Add to this cache, to its first places, from now on."""
+        self.cache, self.places = cache, cache[0].k.size(2)
+        pointers = [tensor.data_ptr() for layer in cache for tensor in (layer.k, layer.v)]
+        self.pointers = (ctypes.c_void_p * len(pointers))(*pointers)
+
+    def run(self, tokens: list[int], positions: list[int]) -> Tensor:
+        config, rope = self.model.config, self.model.rope
+        limit = min(self.places, config.block_size if self.model.wpe else self.places)
+        for token, position in zip(tokens, positions, strict=True):
+            if not (0 <= token < config.padded_vocab_size and position < limit):
+                raise IndexError(f"token {token} or position {position} is beyond what model and cache have room for")
+        chosen = self.choice.rows.tolist() if self.choice else [0] * len(tokens)
+        extended = [int(rope.is_long(position + 1)) for position in positions]
+        rows = torch.tensor(list(zip(tokens, positions, chosen, extended, strict=True)))
+        n, threads = ctypes.c_long(len(tokens)), torch.get_num_threads()
+        self.library.tape_run(self.handle, self.plain(rows), n, self.pointers, ctypes.c_long(self.places), threads)
+        return self.logits[: len(tokens)]
 
     # what operations are made with
 
@@ -111,9 +144,9 @@ class Tape:
         return ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_long(argument)
 
     def buffer(self, name: str, size: int) -> Tensor:
-        """Float32 (size,), one for all layers."""
+        """Float32 (n, size), one for all layers."""
         if (name, size) not in self.buffers:
-            self.buffers[name, size] = torch.zeros(size)
+            self.buffers[name, size] = torch.zeros(self.n, size)
         return self.buffers[name, size]
 
     # the parts of a model
@@ -125,138 +158,135 @@ class Tape:
         if model.wpe is not None:
             self.embed(x, model.wpe, 1.0, by_position=True)
         rotations = self.rotations()
-        for block, layer, rotation in zip(model.h, self.cache, rotations, strict=True):
+        for layer, (block, rotation) in enumerate(zip(model.h, rotations, strict=True)):
             self.block(block, x, layer, rotation)
         logits = self.linear(model.lm_head, self.norm(model.ln_f, x, "n"), "logits")
         if config.logit_divisor != 1.0 or config.logit_softcap:
-            self.add("finish", logits, len(logits), float(config.logit_divisor), float(config.logit_softcap or 0))
+            self.add("finish", logits, logits.size(1), float(config.logit_divisor), float(config.logit_softcap or 0))
         return logits
 
     def embed(self, x: Tensor, table: nn.Module, factor: float, by_position: bool) -> None:
         expect(table, nn.Embedding, QuantizedEmbedding)
-        codes = isinstance(table, QuantizedEmbedding)
-        kind, scale = (INT8, table.scale.float()) if codes else (self.type(table.weight), None)
-        self.add("embed", x, table.weight, kind, scale, len(x), factor, by_position)
+        if isinstance(table, QuantizedEmbedding):
+            kind, scale = quantized_format(table.weight, table.scale), table.scale.float()
+        else:
+            kind, scale = self.type(table.weight), None
+        self.add("embed", x, table.weight, kind, scale, x.size(1), factor, by_position)
 
     def rotations(self) -> list[tuple[Tensor, Tensor] | None]:
-        """Cosine and sine of each layer, float32 (rope_n_elem / 2,), if it is rotated."""
+        """Cosine and sine of each layer, float32 (n, rope_n_elem / 2), if it is rotated."""
         model, config, found = self.model, self.model.config, {}
         for rope in (model.rope, model.local_rope):
-            frequencies = rope.frequencies if rope.original is None else rope.frequencies[int(self.cache[0].long)]
-            n = len(frequencies)
-            found[rope] = torch.zeros(n), torch.zeros(n)
+            frequencies = rope.frequencies.float().view(1 if rope.original is None else 2, -1)
+            kinds, n = frequencies.shape
+            found[rope] = torch.zeros(self.n, n), torch.zeros(self.n, n)
             if n:
                 factor = float(rope.attention_factor)
-                self.add("angles", *found[rope], frequencies.float(), n, factor, TYPES[self.dtype])
+                self.add("angles", *found[rope], frequencies, n, kinds, factor, TYPES[self.dtype])
         kinds = [found[model.rope if config.window(i) is None else model.local_rope] for i in range(config.n_layer)]
         return [None if i in config.unrotated_layers else kind for i, kind in enumerate(kinds)]
 
-    def block(self, block: Block, x: Tensor, layer: LayerCache, rotation: tuple[Tensor, Tensor] | None) -> None:
+    def block(self, block: Block, x: Tensor, layer: int, rotation: tuple[Tensor, Tensor] | None) -> None:
         expect(block, Block)
         n_1 = self.norm(block.norm_1, x, "n_1")
         h = self.norm(block.post_norm_1, self.attention(block.attn, n_1, layer, rotation), "h")
         if not block.parallel:
-            self.add("add", x, len(x), h, float(block.scale))
+            self.add("add", x, x.size(1), h, float(block.scale))
         n_2 = n_1 if block.norm_2 is None else self.norm(block.norm_2, x, "n_2")
         y = self.norm(block.post_norm_2, self.mlp(block.mlp, n_2), "y")
         if block.parallel:
-            self.add("add", x, len(x), h, 1.0)
-        self.add("add", x, len(x), y, 1.0 if block.parallel else float(block.scale))
+            self.add("add", x, x.size(1), h, 1.0)
+        self.add("add", x, x.size(1), y, 1.0 if block.parallel else float(block.scale))
 
     def attention(
-        self, attn: CausalSelfAttention, x: Tensor, layer: LayerCache, rotation: tuple[Tensor, Tensor] | None
+        self, attn: CausalSelfAttention, x: Tensor, layer: int, rotation: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         expect(attn, CausalSelfAttention)
         heads, groups, size, scores = attn.n_head, attn.n_query_groups, attn.head_size, attn.scores
         qkv = self.linear(attn.qkv, x, "qkv")
         if attn.qk_norm is not None:
             self.qk_norm(attn.qk_norm, qkv, attn.sizes)
-        if rotation is not None and len(rotation[0]):
-            self.add("rotate", qkv, heads + groups, size, *rotation, len(rotation[0]))
-        places, kind = layer.k.size(2), self.type(layer.k)
-        self.add("append", qkv, heads, groups, size, layer.k, layer.v, places, kind)
+        if rotation is not None and rotation[0].numel():
+            self.add("rotate", qkv, qkv.size(1), heads + groups, size, *rotation, rotation[0].size(1))
+        sizes, kind = (heads, groups, size), TYPES[self.dtype]
+        self.add("append", qkv, *sizes, layer, kind)
         slopes = None
         if attn.alibi:  # as the model rounds them
             slopes = (alibi_slopes(heads) / scores.scale).to(self.dtype).float() * scores.scale
-        y, sizes = self.buffer("heads", heads * size), (heads, groups, size)
-        how = float(scores.scale), float(scores.softcap or 0)
-        self.add("attend", y, qkv, *sizes, layer.k, layer.v, places, kind, *how, slopes, scores.window or 0, 0, None)
+        y, how = self.buffer("heads", heads * size), (float(scores.scale), float(scores.softcap or 0))
+        self.add("attend", y, qkv, *sizes, layer, kind, *how, slopes, scores.window or 0)
         if attn.prefix is not None:
             expect(attn.prefix, AdapterPrompt)
             _, k, v = attn.heads(attn.prefix.prompt.to(self.dtype).unsqueeze(0), rotation=None)
             k, v, gate = (tensor.float().contiguous() for tensor in (k, v, attn.prefix.gate.to(self.dtype)))
-            self.add("attend", y, qkv, *sizes, k, v, k.size(2), TYPES[k.dtype], *how, None, 0, k.size(2), gate)
+            self.add("attend_prefix", y, qkv, *sizes, k, v, k.size(2), *how, gate)
         return self.linear(attn.proj, y, "h")
 
     def qk_norm(self, norms: QKNorm, qkv: Tensor, sizes: tuple[int, ...]) -> None:
         expect(norms, QKNorm)
-        for norm, part, width in zip((norms.q, norms.k), qkv.split(sizes), norms.widths, strict=False):
-            self.norm(norm, part, None, len(part) // width)
+        for norm, part, width in zip((norms.q, norms.k), qkv.split(sizes, 1), norms.widths, strict=False):
+            self.norm(norm, part, None, part.size(1) // width)
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
         expect(mlp, GptNeoxMLP, SwiGLU)
         kind = KINDS.index(mlp.activation.name)
         if isinstance(mlp, GptNeoxMLP):
             h = self.linear(mlp.fc, x, "inner")
-            self.add("activate", h, len(h), kind)
+            self.add("activate", h, h.size(1), kind)
         else:
             gate_up = self.linear(mlp.gate_up, x, "gate_up")
-            h = self.buffer("inner", len(gate_up) // 2)
-            self.add("gate", h, gate_up, len(h), kind)
+            h = self.buffer("inner", gate_up.size(1) // 2)
+            self.add("gate", h, gate_up, h.size(1), kind)
         return self.linear(mlp.proj, h, "y")
 
-    def norm(self, norm: nn.Module, x: Tensor, name: str | None, rows: int = 1) -> Tensor:
-        """The norm of x, of so many rows of it; in a buffer, or without a name in place."""
+    def norm(self, norm: nn.Module, x: Tensor, name: str | None, parts: int = 1) -> Tensor:
+        """The norm of x, of so many parts of it; in a buffer, or without a name in place."""
         if type(norm) is nn.Identity:
             return x
         norm = norm.norm if type(norm) is TrainedNorm else norm
         expect(norm, nn.LayerNorm, LayerNorms, RMSNorm, UnitOffsetRMSNorm)
-        y, size = x if name is None else self.buffer(name, len(x)), len(x) // rows
+        y, size = x if name is None else self.buffer(name, x.size(1)), x.size(1) // parts
         weight, bias = (None if w is None else w.float() for w in (norm.weight, getattr(norm, "bias", None)))
         stride = size if type(norm) is LayerNorms else 0
         offset, centered = getattr(norm, "offset", 0.0), isinstance(norm, nn.LayerNorm)
-        self.add("norm", y, x, rows, size, weight, bias, stride, norm.eps, offset, centered)
+        rows = y[0], y.stride(0), x[0], x.stride(0)  # of a view only a row is contiguous
+        self.add("norm", *rows, parts, size, weight, bias, stride, norm.eps, offset, centered)
         return y
 
     def linear(self, layer: nn.Module, x: Tensor, name: str) -> Tensor:
         """W x + bias, and what wraps the layer does to it, in a buffer."""
         expect(layer, nn.Linear, QuantizedLinear, LoRALinear, ManyLoRAs, ScaledLinear)
-        y, n = self.buffer(name, layer.out_features), layer.out_features
+        y, n, kind = self.buffer(name, layer.out_features), layer.out_features, TYPES[self.dtype]
         if isinstance(layer, ScaledLinear):
             self.linear(layer.linear, x, name)
             self.add("scale", y, n, layer.scale, layer.shift)
         elif isinstance(layer, LoRALinear):
-            A = layer.lora_A.to(self.dtype)
-            low = torch.zeros(len(A))
-            self.add("linear", low, x, *A.shape, TYPES[self.dtype], A, None, None, None, None)
+            low = self.lower(layer.lora_A.to(self.dtype), x, by_row=False)
             self.linear(layer.linear, x, name)
-            for (start, stop), B, part in zip(layer.parts, layer.split_B(), low.split(layer.r), strict=True):
+            for part, ((start, stop), B) in enumerate(zip(layer.parts, layer.split_B(), strict=True)):
                 B = (B * layer.scale).to(self.dtype).t().contiguous()
-                self.add("update", y, n, part, B, TYPES[self.dtype], layer.r, start, stop)
+                self.add("raise", y, n, low, low.size(1), part * layer.r, B, kind, layer.r, start, stop, False)
         elif isinstance(layer, ManyLoRAs):
+            low, B = self.lower(layer.A, x, by_row=True), layer.B.mT.contiguous()
             self.linear(layer.linear, x, name)
-            if number := layer.choice.same:
-                A, B = layer.A[number], layer.B[number].t().contiguous()
-                low = torch.zeros(len(A))
-                self.add("linear", low, x, *A.shape, TYPES[self.dtype], A, None, None, None, None)
-                self.add("update", y, n, low, B, TYPES[self.dtype], len(A), 0, n)
+            self.add("raise", y, n, low, low.size(1), 0, B, kind, low.size(1), 0, n, True)
+            self.choice = layer.choice
         else:
             bias = None if layer.bias is None else layer.bias.float()
             self.add("linear", y, x, n, layer.in_features, *self.weight(layer), bias)
         return y
 
+    def lower(self, A: Tensor, x: Tensor, by_row: bool) -> Tensor:
+        low = torch.zeros(self.n, A.size(-2))
+        self.add("lower", low, x, *A.shape[-2:], A, TYPES[self.dtype], by_row)
+        return low
+
     def weight(self, layer: nn.Linear | QuantizedLinear) -> tuple[int | Tensor | None, ...]:
-        """Format, weight, and scale, zero and values of a quantized one."""
+        """Format, weight, and scale, zero and pairs of a quantized one."""
         if isinstance(layer, nn.Linear):
             return self.type(layer.weight), layer.weight, None, None, None
-        tensors = unpacked(layer)
-        if layer.format == "int8":
-            return INT8, layer.weight, tensors["scale"].float(), None, None
-        if layer.format == "int4":
-            scale, zero, values = tensors["scale"], tensors["zero"], torch.arange(16.0)
-        else:
-            scale, zero, values = tensors["absmax"], None, torch.tensor(NF4.VALUES)
-        return NIBBLES + self.type(scale), layer.weight, scale, zero, values
+        codes, scale, *rest = FORMATS[layer.format].for_kernels(unpacked(layer))
+        return quantized_format(codes, scale), codes, scale, *rest
 
     def type(self, tensor: Tensor) -> int:
         if tensor.dtype not in TYPES:

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lit_gpt import adapter, lora, parity, quantize
+from lit_gpt import adapter, kernels, lora, parity, quantize
 from lit_gpt.attention import Segments
 from lit_gpt.config import Config
 from lit_gpt.memory import KINDS, spare_activations
@@ -278,8 +278,7 @@ def kernels_of(cuda: bool) -> Iterator[None]:
         yield
         return
     flash = mock.patch("lit_gpt.attention.flash_takes", lambda q: q.size(-1) <= 256)
-    of_cpu = mock.patch("lit_gpt.kernels.available", lambda: False)
-    with flash, of_cpu, mock.patch("lit_gpt.quantize.CPU_PIECE", quantize.PIECE):
+    with flash, kernels.off(), mock.patch("lit_gpt.quantize.CPU_PIECE", quantize.PIECE):
         yield
 
 

@@ -19,8 +19,9 @@ import torch
 from tqdm import tqdm
 
 from lit_gpt.checkpoint import atomic
+from lit_gpt.decoding import Row
 from lit_gpt.errors import UsageError, UserError
-from lit_gpt.generation import Row, check_room, decode, new_step, prompt_ids
+from lit_gpt.generation import check_room, decode, new_step, prompt_ids
 from lit_gpt.loras import LoRAs
 from lit_gpt.memory import peak_memory_bytes
 from lit_gpt.model import GPT

@@ -5,6 +5,8 @@ head are kept in int8 whatever the format, for few bits hurt them most; tied one
 stay as they are. A quantized layer is frozen, and methods wrap it as they wrap any other.
 """
 
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lit_gpt import kernels
 from lit_gpt.errors import UsageError
 
 GROUP = 64  # weights of a row that share a scale, in the formats of 4 bits
@@ -54,8 +57,14 @@ class Int8:
         """Undo `pack`: tensors whose first dimension is the rows."""
         return tensors
 
-    def decode_whole(self, tensors: Tensors, dtype: torch.dtype) -> Tensor | None:
-        """All rows as `decode` gives them, rounded to `dtype`, where somebody else's kernel can do it."""
+    def for_kernels(self, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Unpacked tensors as `kernels.dequantize` takes them."""
+        return tensors["weight"], tensors["scale"].float(), None, None
+
+    def decode_by_kernel(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor | None:
+        """What `decode` gives without what was added, rounded to `dtype`; None where no kernel can do it."""
+        if kernels.takes_dequantize(tensors["weight"], dtype):
+            return kernels.dequantize(*self.for_kernels(tensors), columns, dtype)
         return None
 
 
@@ -152,6 +161,9 @@ class Int4(FourBit):
         scale, zero = fitted
         return torch.addcmul(zero, codes, scale)
 
+    def for_kernels(self, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return tensors["weight"], tensors["scale"], tensors["zero"], pairs_of(torch.arange(16.0))
+
     def decode(self, tensors: Tensors) -> Tensor:
         codes = halves(tensors["weight"]).float().unflatten(-1, (-1, GROUP))
         return self.values(codes, *(tensors[name].float().unsqueeze(-1) for name in self.FITTED)).flatten(1)
@@ -203,19 +215,22 @@ class NF4(FourBit):
 
     def decode(self, tensors: Tensors) -> Tensor:
         codes, absmax = tensors["weight"], tensors["absmax"]
-        values = torch.tensor(self.VALUES, device=codes.device)
-        pairs = torch.cartesian_prod(values, values).view(torch.int64).flatten()  # of each byte, as one number
-        found = pairs.index_select(0, codes.flatten().long()).view(torch.float32)
+        pairs = pairs_of(torch.tensor(self.VALUES, device=codes.device)).view(torch.int64)  # each as one number
+        found = pairs.flatten().index_select(0, codes.flatten().long()).view(torch.float32)
         return found.view(*absmax.shape, GROUP).mul_(absmax.unsqueeze(-1)).flatten(1)
 
-    def decode_whole(self, tensors: Tensors, dtype: torch.dtype) -> Tensor | None:
-        kernels = bitsandbytes()
-        if kernels is None or torch.compiler.is_compiling() or dtype not in (torch.float32, torch.bfloat16):
-            return None
+    def for_kernels(self, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return tensors["weight"], tensors["absmax"], None, pairs_of(torch.tensor(self.VALUES))
+
+    def decode_by_kernel(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor | None:
+        found = super().decode_by_kernel(tensors, columns, dtype)
+        theirs = bitsandbytes() if found is None else None
+        if theirs is None or torch.compiler.is_compiling() or dtype not in (torch.float32, torch.bfloat16):
+            return found
         codes, absmax = tensors["weight"], tensors["absmax"]
         shape, values = (len(codes), 2 * codes.size(1)), torch.tensor(self.VALUES, device=codes.device)
-        state = kernels.QuantState(absmax.flatten(), shape, values, GROUP, "nf4", dtype)
-        return kernels.dequantize_4bit(codes.view(-1, 1), state)
+        state = theirs.QuantState(absmax.flatten(), shape, values, GROUP, "nf4", dtype)
+        return theirs.dequantize_4bit(codes.view(-1, 1), state)[:, :columns].contiguous()
 
 
 class NF4Double(NF4):
@@ -249,11 +264,13 @@ FORMATS: dict[str, Int8] = {"int8": Int8(), "int4": Int4(), "nf4": NF4(), "nf4-d
 
 @cache
 def bitsandbytes() -> ModuleType | None:
-    """The functions of bitsandbytes, if it is installed and fits this machine: they read NF4 as it is kept here, on a
-    CPU eighteen times as fast."""
+    """The functions of bitsandbytes, if it is installed and fits this machine: they read NF4 as it is kept here."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return None
     try:
         from bitsandbytes import functional
-    except Exception:  # however its libraries fail to load, all can be done without it
+    except Exception as error:  # however its libraries fail to load, all can be done without it
+        print(f"NF4 goes without the faster kernels of bitsandbytes, which fails to load: {error}", file=sys.stderr)
         return None
     return functional
 
@@ -275,6 +292,11 @@ def grouped(w: Tensor) -> Tensor:
 
 def in_pairs(codes: Tensor) -> Tensor:
     return codes[:, ::2] << 4 | codes[:, 1::2]
+
+
+def pairs_of(values: Tensor) -> Tensor:
+    """What the two codes of each byte stand for, float32 (256, 2)."""
+    return torch.cartesian_prod(values, values)
 
 
 def halves(pairs: Tensor) -> Tensor:
@@ -318,14 +340,20 @@ def decode(tensors: Tensors, name: str, columns: int, dtype: torch.dtype) -> Ten
     """The weight (rows, columns) that `encode`'s tensors stand for, computed in float32 and rounded once."""
     quantizer = FORMATS[name]
     tensors = quantizer.unpack(tensors)
-    codes = tensors["weight"]
-    whole = quantizer.decode_whole(tensors, dtype)
-    if whole is not None:
-        return whole[:, :columns].contiguous()
-    weight = torch.empty(len(codes), columns, dtype=dtype, device=codes.device)
-    for span in spans(*weight.shape, weight.device):
-        weight[span] = quantizer.decode({key: tensor[span] for key, tensor in tensors.items()})[:, :columns]
+    codes, weight = tensors["weight"], quantizer.decode_by_kernel(tensors, columns, dtype)
+    if weight is None:
+        weight = torch.empty(len(codes), columns, dtype=dtype, device=codes.device)
+        for span, part in pieces(tensors, quantizer, columns, dtype):
+            weight[span] = part
     return weight
+
+
+def pieces(tensors: Tensors, quantizer: Int8, columns: int, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight, some rows at a time, of tensors that are unpacked."""
+    for span in spans(len(tensors["weight"]), columns, tensors["weight"].device):
+        some = {key: tensor[span] for key, tensor in tensors.items()}
+        weight = quantizer.decode_by_kernel(some, columns, dtype)
+        yield span, quantizer.decode(some)[:, :columns].to(dtype) if weight is None else weight
 
 
 class Quantized(nn.Module):
@@ -395,7 +423,11 @@ def product(x: Tensor, layer: QuantizedLinear) -> Tensor:
     if torch.compiler.is_compiling() and layer.format == "int8":  # which makes one loop of it, over the codes
         y = F.linear(x.float(), layer.weight.float()) * layer.scale.float()
         return (y if layer.bias is None else y + layer.bias).to(x.dtype)
-    return F.linear(x, layer.dequantize(x.dtype), layer.bias)
+    if layer.held is not None:
+        return F.linear(x, layer.dequantize(x.dtype), layer.bias)
+    parts, bias = pieces(unpacked(layer), FORMATS[layer.format], layer.columns, x.dtype), layer.bias
+    found = [F.linear(x, weight, None if bias is None else bias[span]) for span, weight in parts]
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
 
 
 class _Product(torch.autograd.Function):

@@ -50,7 +50,7 @@ def finetune(hp: SimpleNamespace, method: Method) -> None:
         raise UsageError(f"--out_dir {hp.out_dir}: is the base's own folder; choose another")
     trained = method.stored(hp) if method.whole_model else torch.float32
     fabric = devices.launch(hp, trained, frozen=checkpoint.DTYPES[hp.precision])
-    with devices.company(fabric), compiling.kernels(hp.compile):
+    with devices.company(fabric), compiling.kernels_if(hp.compile):
         train_method(hp, method, fabric)
 
 

@@ -11,8 +11,9 @@ from test_lora import STYLE
 
 from lit_gpt import GPT, generation, hf_files, lora, variants
 from lit_gpt.base import Base
+from lit_gpt.decoding import FastStep, Row, Step
 from lit_gpt.errors import UserError
-from lit_gpt.generation import Row, decode, generate
+from lit_gpt.generation import decode, generate
 from lit_gpt.loras import LoRAs
 from lit_gpt.prompts import PromptStyle
 
@@ -22,11 +23,13 @@ def prompts_of(lengths: list[int], vocabulary: int) -> list[list[int]]:
     return [torch.randint(vocabulary, (n,), generator=generator).tolist() for n in lengths]
 
 
-def together(model: GPT, prompts: list[list[int]], new: list[int], places: int) -> list[list[int]]:
+def together(
+    model: GPT, prompts: list[list[int]], new: list[int], places: int, step: Step | None = None
+) -> list[list[int]]:
     """The greedy answers of rows in a batch with so many places."""
     rows = [Row(list(prompt), n) for prompt, n in zip(prompts, new, strict=True)]
     cache = model.kv_cache(places, max(map(len, prompts)) + max(new))
-    for _ in decode(model, rows, cache, 0, None, 1.0):
+    for _ in decode(model, rows, cache, 0, None, 1.0, step=step):
         pass
     return [row.ids[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
@@ -41,7 +44,9 @@ def test_each_row_is_what_it_would_be_alone(tiny: Tiny):
     most = min(60, model.config.block_size - 12)
     lengths = [1, 14, most, 3, 30, most // 2]
     prompts, new = prompts_of(lengths, model.config.vocab_size), [12, 3, 7, 12, 1, 9]
-    assert together(model, prompts, new, places=4) == alone(model, prompts, new)
+    expected = alone(model, prompts, new)
+    assert together(model, prompts, new, places=4) == expected
+    assert together(model, prompts, new, places=4, step=FastStep(model)) == expected
 
 
 @pytest.mark.parametrize(("family", "layout"), [("llama", "mistral"), ("gemma", "gemma2"), ("phi3", "longrope")])
@@ -51,7 +56,8 @@ def test_long_prompts(family, layout, tmp_path, monkeypatch):
     hf_files.convert(tmp_path, hf_files.StoredWeights(tmp_path))
     model, lengths = GPT.from_checkpoint(tmp_path), [500, 1, 211, 25, 64, 129, 430, 7]
     prompts, new = prompts_of(lengths, model.config.vocab_size), [12] * len(lengths)
-    expected = [uncached(model, prompt, 12) for prompt in prompts]
+    expected, step = [uncached(model, prompt, 12) for prompt in prompts], FastStep(model)
+    assert together(model, prompts, new, places=5, step=step) == together(model, prompts, new, 1, step) == expected
     assert alone(model, prompts, new) == together(model, prompts, new, places=3) == expected
     monkeypatch.setattr(generation, "PIECE", 64)
     assert alone(model, prompts, new) == together(model, prompts, new, places=8) == expected
@@ -103,17 +109,18 @@ def mixed_equals_single(folder: Path, paths: list[Path]) -> None:
     loras = LoRAs.beside(Base.of(folder), paths, PromptStyle.from_dict(STYLE))
     prompts = prompts_of([3, 9, 1, 14, 20, 5, 12, 2], loras.model.config.vocab_size)
     numbers = [1, 2, 3, 4, 4, 0, 2, 1]
-    rows = [Row(list(prompt), 10, lora=number) for prompt, number in zip(prompts, numbers, strict=True)]
-    cache = loras.model.kv_cache(5, 30)
-    for _ in decode(loras.model, rows, cache, 0, None, 1.0, choose=lambda some: loras.choose([r.lora for r in some])):
-        pass
     singles = [loras.base.build(), *(variants.load_model(folder, path, lora.METHOD)[0] for path in paths)]
     expected = [list(generate(singles[n], p, 10, temperature=0)) for n, p in zip(numbers, prompts, strict=True)]
-    assert [row.ids[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)] == expected
-    for number in (0, 3, 1):  # switched
-        loras.choose([number])
-        found, theirs = (list(generate(m, prompts[0], 10, temperature=0)) for m in (loras.model, singles[number]))
-        assert found == theirs
+    options = {"choose": lambda rows: loras.choose([row.lora for row in rows])}
+    for step in (None, FastStep(loras.model)):
+        rows = [Row(list(prompt), 10, lora=number) for prompt, number in zip(prompts, numbers, strict=True)]
+        for _ in decode(loras.model, rows, loras.model.kv_cache(5, 30), 0, None, 1.0, step=step, **options):
+            pass
+        assert [row.ids[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)] == expected
+        for number in (0, 3, 1):  # switched
+            loras.choose([number])
+            theirs = list(generate(singles[number], prompts[0], 10, temperature=0))
+            assert list(generate(loras.model, prompts[0], 10, temperature=0, step=step)) == theirs
     assert len({tuple(generate(model, prompts[0], 10, temperature=0)) for model in singles}) > 2  # they do something
 
 

@@ -6,7 +6,7 @@ import torch
 from test_decoding import as_if_trained, model_of, with_adapter_v2, with_lora_and_adapter
 
 from lit_gpt import GPT, lora, native, quantize
-from lit_gpt.decoding import FastStep
+from lit_gpt.decoding import FastStep, Row
 from lit_gpt.generation import generate
 from lit_gpt.model import forget
 from lit_gpt.native_step import NativeStep, Unsupported
@@ -82,10 +82,11 @@ def test_what_there_is_no_kernel_for_goes_through_the_model(llama, monkeypatch):
 def test_a_step_beyond_the_cache_is_refused(llama):
     model = GPT.from_checkpoint(llama)
     cache = model.kv_cache(1, 2)
-    step = NativeStep(model)
-    for _ in range(2):
-        step(torch.tensor([[5]]), cache)
+    step, row = NativeStep(model), Row([5], 9, cache=cache)
+    for token in (5, 6):
+        step([row], cache)
+        row.ids.append(token)
     with pytest.raises(IndexError, match="position 2"):
-        step(torch.tensor([[5]]), cache)
+        step([row], cache)
     with pytest.raises(IndexError, match="token 320"):
-        step(torch.tensor([[320]]), model.kv_cache(1, 2))
+        step([Row([320], 9, cache=cache)], cache)

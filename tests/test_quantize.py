@@ -19,7 +19,7 @@ from test_lora import EVERYTHING
 from test_train import data_dir, final, flags, identical, wait_for_step  # noqa: F401 (fixtures among them)
 from torch import nn
 
-from lit_gpt import GPT, Config, adapter, adapter_v2, checkpoint, lora, quantize, variants
+from lit_gpt import GPT, Config, adapter, adapter_v2, checkpoint, kernels, lora, quantize, variants
 from lit_gpt.errors import UsageError
 from lit_gpt.loss import summed_cross_entropy
 from lit_gpt.memory import spare_activations
@@ -121,9 +121,37 @@ def test_double_quantization_of_the_absmax():
 def test_the_kernels_of_bitsandbytes_give_the_same(name, dtype, monkeypatch):
     pytest.importorskip("bitsandbytes", reason="an extra")
     assert quantize.bitsandbytes()
-    found = there_and_back(weight(), name, dtype)
-    monkeypatch.setattr(quantize, "bitsandbytes", lambda: None)
-    assert torch.equal(found, there_and_back(weight(), name, dtype))
+    with kernels.off():
+        found = there_and_back(weight(), name, dtype)
+        monkeypatch.setattr(quantize, "bitsandbytes", lambda: None)
+        assert torch.equal(found, there_and_back(weight(), name, dtype))
+
+
+@pytest.mark.skipif(not kernels.available(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [64, 100, 200])
+@pytest.mark.parametrize("name", FORMATS)
+def test_our_kernels_give_the_same_as_the_formulas(name, columns, dtype):
+    w = weight(rows=37, columns=columns)
+    found = there_and_back(w, name, dtype)
+    with kernels.off():
+        assert torch.equal(found, there_and_back(w, name, dtype))
+
+
+def test_bitsandbytes_that_fails_to_load_is_named(monkeypatch, tmp_path, capsys):
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes" / "__init__.py").write_text("raise OSError('libcuda is too old')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
+    quantize.bitsandbytes.cache_clear()
+    try:
+        with kernels.off():
+            there_and_back(weight(), "nf4")
+            there_and_back(weight(), "nf4")
+    finally:
+        quantize.bitsandbytes.cache_clear()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "bitsandbytes" in line and "libcuda is too old" in line
 
 
 @pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4.5), ("nf4", 4.5), ("nf4-dq", 4.127)])
@@ -164,8 +192,8 @@ def test_the_backward_pass_keeps_no_dequantized_weight():
     x = torch.randn(8, 512, requires_grad=True)
     with Live() as live:
         y = layer(x)
-        assert live.now == y.nbytes + sum(p.nbytes for p in layer.parameters())
-        assert live.peak > live.now + 4 * 512 * 512
+        assert live.now <= y.nbytes + sum(p.nbytes for p in layer.parameters())
+        assert live.peak >= live.now + 4 * 512 * 512
 
 
 def test_a_head_that_is_used_piece_by_piece_is_dequantized_once(monkeypatch):
@@ -305,9 +333,10 @@ def test_a_stored_model_is_the_one_quantized_on_the_fly(cli, llama, tmp_path, na
     assert record["source"] == checkpoint.fingerprint(checkpoint.load_state(llama))
 
 
-def test_qlora_from_start_to_end(cli, flags, llama, stored):  # noqa: F811
+def test_qlora_from_start_to_end(cli, flags, llama, stored, monkeypatch):  # noqa: F811
     """It learns; killed and resumed it ends with the same bits; on the stored checkpoint it gives the same; the file
     answers as trained, and merged it is the same function."""
+    monkeypatch.setattr(quantize, "CPU_PIECE", 2**22)  # as in the process that is killed
     result = cli("finetune/lora.py", **flags, quantize="nf4")
     out = flags["out_dir"]
     assert result.code == 0, result.err

@@ -1,19 +1,18 @@
-// The step of one token of one row on a CPU: a list of operations on fixed buffers, made once by lit_gpt/decoding.py and
-// then run for each token by one call. What it costs is reading each weight once; so all threads stay within the call,
-// and wait for each other between operations by watching a number.
+// The step of one more token of a few rows on a CPU: a list of operations on fixed buffers, made once by
+// lit_gpt/native_step.py and then run for each token by one call. What it costs is reading each weight once; so all
+// threads stay within the call, and wait for each other between operations by watching a number.
 //
-// Whatever lies between the operations is float32; weights and cache are as they are stored.
+// Whatever lies between the operations is float32, the rows of a buffer one after the other; weights and cache are as
+// they are stored. A row is computed as it would be alone, wherever the others are.
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
-#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <thread>
-#include <vector>
 
-#include "vectors.h"
+#include "products.h"
 
 namespace {
 
@@ -21,8 +20,16 @@ struct Span {
     long begin, end;
 };
 
+// What is particular to a row. With lora 0 it goes through none; `extended`: its angles are those of a long sequence.
+struct Row {
+    long token, position, lora, extended;
+};
+
 struct Run {
-    long token, position;
+    const Row *rows;
+    long n;              // rows
+    void *const *cache;  // keys and values of each layer in turn, (n, groups, places, size) each
+    long places;
     int thread, threads;
 
     // This thread's share of n items, in multiples of `grain`.
@@ -42,15 +49,26 @@ struct Tape {
     long shared = 0;  // elements that the last operation shared out among the threads, if those were elements
     std::atomic<int> arrived{0}, round{0};
 
-    // An operation on n elements; `follows`: of what other operations made it reads only its own share of n elements.
+    // An operation on n elements of each row; `follows`: of what other operations made it reads only its own share of n
+    // elements.
     template <class F> void elements(long n, bool follows, F f) {
         operations.push_back({[=](const Run &run) { f(run, run.share(n, 16)); }, !(follows && n == shared)});
         shared = n;
     }
 
-    // An operation on n larger things.
+    // The same, row by row: f(run, row, span).
+    template <class F> void elements_of_rows(long n, bool follows, F f) {
+        elements(n, follows, [=](const Run &run, Span span) {
+            for (long row = 0; row < run.n; row++) f(run, row, span);
+        });
+    }
+
+    // An operation on n larger things of each row: f(run, row, thing).
     template <class F> void items(long n, F f) {
-        operations.push_back({[=](const Run &run) { f(run, run.share(n, 1)); }, true});
+        operations.push_back({[=](const Run &run) {
+            Span span = run.share(n * run.n, 1);
+            for (long i = span.begin; i < span.end; i++) f(run, i / n, i % n);
+        }, true});
         shared = 0;
     }
 
@@ -65,95 +83,6 @@ struct Tape {
         }
     }
 };
-
-enum Format { FLOAT32, BFLOAT16, INT8, NIBBLES_FLOAT32, NIBBLES_BFLOAT16 };
-
-inline float to_float(int8_t x) { return x; }
-using ::to_float;
-
-// One row at a time, as a plain loop: the processor reads ahead of one stream better than of several. Written by
-// hand for int8 it takes two thirds of the time from a cache, and a quarter more from memory.
-template <class T> inline float dot(const T *w, const float *x, long n) {
-    float total = 0;
-    for (long k = 0; k < n; k++) total += to_float(w[k]) * x[k];
-    return total;
-}
-
-// Weights of 4 bits: w = scale * values[code] (+ zero), with a scale for each 64 of a row; two codes a byte, the first in
-// the upper half.
-template <class S> struct Nibbles {
-    const uint8_t *codes;
-    const S *scale, *zero;
-    v16 values;
-    long groups;
-    typedef Vectors<16>::words words;
-
-    // x in the order in which `row` meets the codes, then the sums of its groups.
-    const float *order(const float *x, long columns) const {
-        static thread_local std::vector<float> kept;
-        long blocks = (groups + 1) / 2;
-        kept.assign(128 * blocks + groups, 0);
-        float *found = kept.data(), *sums = found + 128 * blocks, padded[128] = {};
-        for (long b = 0; b < blocks; b++) {
-            const float *from = x + 128 * b;
-            if (long left = columns - 128 * b; left < 128) from = (const float *)memcpy(padded, from, 4 * left);
-            for (int word = 0; word < 16; word++)
-                for (int i = 0; i < 8; i++) found[128 * b + (i ^ 1) * 16 + word] = from[8 * word + i];
-        }
-        for (long g = 0; zero && g < groups; g++)
-            for (int i = 0; i < 64; i++) sums[g] += found[g / 2 * 128 + i / 8 * 16 + g % 2 * 8 + i % 8];
-        return found;
-    }
-
-    float row(long r, const float *x) const {
-        const uint8_t *w = codes + r * groups * 32;
-        const S *by = scale + r * groups;
-        v16 total{};
-        for (long g = 0; g < groups; g += 2, w += 64, x += 128) {
-            bool both = g + 1 < groups;
-            words c{};
-            both ? memcpy(&c, w, 64) : memcpy(&c, w, 32);
-            v16 even{}, odd{};
-            for (int s = 0; s < 8; s += 2) {
-                even += look_up(c >> (4 * s)) * load<16>(x + 16 * s);
-                odd += look_up(c >> (4 * s + 4)) * load<16>(x + 16 * s + 16);
-            }
-            float a = to_float(by[g]), b = both ? to_float(by[g + 1]) : 0;
-            total += (even + odd) * v16{a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
-        }
-        return sum(total) + (zero ? dot(zero + r * groups, x, groups) : 0);
-    }
-
-    // the values of the codes in the lowest bits
-    v16 look_up(words c) const {
-#ifdef __clang__
-        v16 found;
-        for (int i = 0; i < 16; i++) found[i] = values[c[i] & 15];
-        return found;
-#else
-        return __builtin_shuffle(values, c);
-#endif
-    }
-};
-
-template <class Row> void product(Tape *tape, float *y, long rows, const float *bias, Row row) {
-    tape->elements(rows, false, [=](const Run &, Span span) {
-        auto product_with = row();
-        for (long r = span.begin; r < span.end; r++) y[r] = product_with(r) + (bias ? bias[r] : 0);
-    });
-}
-
-template <class T> void plain(Tape *tape, float *y, const float *x, long rows, long columns, const void *w, const float *bias) {
-    auto weight = (const T *)w;
-    product(tape, y, rows, bias, [=] { return [=](long r) { return dot(weight + r * columns, x, columns); }; });
-}
-
-template <class S>
-void nibbles(Tape *tape, float *y, const float *x, long rows, long columns, const Nibbles<S> &weight, const float *bias) {
-    product(tape, y, rows, bias, [=] {
-        return [ordered = weight.order(x, columns), weight](long r) { return weight.row(r, ordered); };
-    });
-}
 
 enum Activation { GELU, GELU_TANH, RELU, SILU };
 
@@ -231,41 +160,30 @@ template <class T> struct Attention {
 };
 
 template <class T>
-void append(Tape *tape, float *qkv, long heads, long groups, long size, T *k, T *v, long places) {
-    tape->items(groups, [=](const Run &run, Span span) {
-        for (long g = span.begin; g < span.end; g++) {
-            const float *key = qkv + (heads + g) * size, *value = key + groups * size;
-            long to = (g * places + run.position) * size;
-            for (long d = 0; d < size; d++) from_float(k + to + d, key[d]), from_float(v + to + d, value[d]);
-        }
-    });
-}
-
-template <class T>
-void attention(Tape *tape, float *y, const float *q, long heads, Attention<T> attention, long window, long length, const float *gate) {
-    long size = attention.size;
-    tape->items(heads, [=](const Run &run, Span span) {
-        long end = length ? length : run.position + 1, first = window ? std::max(0l, end - window) : 0;
-        for (long h = span.begin; h < span.end; h++)
-            attention.find(y + h * size, q + h * size, h, first, end, gate ? gate[h] : 1, gate);
+void append(Tape *tape, const float *qkv, long heads, long groups, long size, long layer) {
+    tape->items(groups, [=](const Run &run, long row, long g) {
+        const float *key = qkv + (row * (heads + 2 * groups) + heads + g) * size, *value = key + groups * size;
+        long to = ((row * groups + g) * run.places + run.rows[row].position) * size;
+        T *k = (T *)run.cache[2 * layer] + to, *v = (T *)run.cache[2 * layer + 1] + to;
+        for (long d = 0; d < size; d++) from_float(k + d, key[d]), from_float(v + d, value[d]);
     });
 }
 
 }  // namespace
 
-// y and x are float32 throughout, sizes in elements; `type` and `format` are of Format, null is None.
+// y and x are float32 throughout, sizes in elements of a row; `type` and `format` are of Format, null is None.
 extern "C" {
 
 Tape *tape_new() { return new Tape; }
 void tape_free(Tape *tape) { delete tape; }
 
-void tape_run(Tape *tape, long token, long position, int threads) {
+void tape_run(Tape *tape, const Row *rows, long n, void *const *cache, long places, int threads) {
 #pragma omp parallel num_threads(threads)
     {
 #ifdef _OPENMP
-        Run run{token, position, omp_get_thread_num(), omp_get_num_threads()};
+        Run run{rows, n, cache, places, omp_get_thread_num(), omp_get_num_threads()};
 #else
-        Run run{token, position, 0, 1};
+        Run run{rows, n, cache, places, 0, 1};
 #endif
         for (auto &operation : tape->operations) {
             if (operation.waits) tape->wait(run.threads);
@@ -276,39 +194,51 @@ void tape_run(Tape *tape, long token, long position, int threads) {
 
 // y = factor * a row of a table, that of the token or of the position; or added to y
 void tape_embed(Tape *tape, float *y, const void *table, long type, const float *scale, long size, double factor, long by_position) {
-    tape->elements(size, by_position, [=](const Run &run, Span span) {
-        long row = by_position ? run.position : run.token, from = row * size;
-        float by = factor * (scale ? scale[row] : 1);
+    tape->elements_of_rows(size, by_position, [=](const Run &run, long row, Span span) {
+        long entry = by_position ? run.rows[row].position : run.rows[row].token, from = entry * size;
+        float by = factor * (scale ? scale[entry] : 1), *to = y + row * size;
         for (long i = span.begin; i < span.end; i++) {
             float x = type == FLOAT32 ? ((const float *)table)[from + i]
                       : type == BFLOAT16 ? to_float(((const bf16 *)table)[from + i]) : ((const int8_t *)table)[from + i];
-            y[i] = by_position ? y[i] + x * by : x * by;
+            to[i] = by_position ? to[i] + x * by : x * by;
         }
     });
 }
 
 // y = W x + bias
-void tape_linear(Tape *tape, float *y, const float *x, long rows, long columns, long format, const void *w, const void *scale, const void *zero, const float *values, const float *bias) {
-    switch (format) {
-    case FLOAT32: return plain<float>(tape, y, x, rows, columns, w, bias);
-    case BFLOAT16: return plain<bf16>(tape, y, x, rows, columns, w, bias);
-    case INT8: {
-        auto codes = (const int8_t *)w;
-        auto by = (const float *)scale;
-        return product(tape, y, rows, bias, [=] { return [=](long r) { return by[r] * dot(codes + r * columns, x, columns); }; });
-    }
-    case NIBBLES_FLOAT32: return nibbles(tape, y, x, rows, columns, Nibbles<float>{(const uint8_t *)w, (const float *)scale, (const float *)zero, load<16>(values), (columns + 63) / 64}, bias);
-    case NIBBLES_BFLOAT16: return nibbles(tape, y, x, rows, columns, Nibbles<bf16>{(const uint8_t *)w, (const bf16 *)scale, (const bf16 *)zero, load<16>(values), (columns + 63) / 64}, bias);
-    }
+void tape_linear(Tape *tape, float *y, const float *x, long rows, long columns, long format, const void *w, const void *scale, const void *zero, const float *pairs, const float *bias) {
+    with_weight(format, w, scale, zero, pairs, columns, [=](auto weight) {
+        tape->elements(rows, false, [=](const Run &run, Span span) {
+            multiply(weight, span.begin, span.end, columns, x, run.n, y, rows);
+            for (long row = 0; bias && row < run.n; row++)
+                for (long r = span.begin; r < span.end; r++) y[row * rows + r] += bias[r];
+        });
+    });
 }
 
-// y[start:stop] += B^T low, of y's n elements; B: (rank, stop - start)
-void tape_update(Tape *tape, float *y, long n, const float *low, const void *B, long type, long rank, long start, long stop) {
+// low = A x; `by_row`: A is that of the row's LoRA, one of several
+void tape_lower(Tape *tape, float *low, const float *x, long ranks, long columns, const void *A, long type, long by_row) {
+    auto add = [=](auto *a) {
+        tape->elements_of_rows(ranks, false, [=](const Run &run, long row, Span span) {
+            long lora = by_row ? run.rows[row].lora : 0;
+            for (long r = span.begin; r < span.end && (lora || !by_row); r++)
+                low[row * ranks + r] = dot(a + (lora * ranks + r) * columns, x + row * columns, columns);
+        });
+    };
+    type == FLOAT32 ? add((const float *)A) : add((const bf16 *)A);
+}
+
+// y[start:stop] += B^T low[from : from + rank], of y's n elements; B: (rank, stop - start), or with `by_row` several
+void tape_raise(Tape *tape, float *y, long n, const float *low, long ranks, long from, const void *B, long type, long rank, long start, long stop, long by_row) {
     auto add = [=](auto *b) {
-        tape->elements(n, true, [=](const Run &, Span span) {
-            for (long j = 0; j < rank; j++)
+        tape->elements_of_rows(n, true, [=](const Run &run, long row, Span span) {
+            long lora = by_row ? run.rows[row].lora : 0, size = stop - start;
+            float *to = y + row * n;
+            for (long j = 0; j < rank && (lora || !by_row); j++) {
+                float factor = low[row * ranks + from + j];
                 for (long i = std::max(start, span.begin); i < std::min(stop, span.end); i++)
-                    y[i] += low[j] * to_float(b[j * (stop - start) + i - start]);
+                    to[i] += factor * to_float(b[(lora * rank + j) * size + i - start]);
+            }
         });
     };
     type == FLOAT32 ? add((const float *)B) : add((const bf16 *)B);
@@ -316,92 +246,107 @@ void tape_update(Tape *tape, float *y, long n, const float *low, const void *B, 
 
 // y = scale * (y + shift)
 void tape_scale(Tape *tape, float *y, long n, const float *scale, const float *shift) {
-    tape->elements(n, true, [=](const Run &, Span span) {
-        for (long i = span.begin; i < span.end; i++) y[i] = scale[i] * (y[i] + shift[i]);
+    tape->elements_of_rows(n, true, [=](const Run &, long row, Span span) {
+        float *to = y + row * n;
+        for (long i = span.begin; i < span.end; i++) to[i] = scale[i] * (to[i] + shift[i]);
     });
 }
 
 // y += factor * x
 void tape_add(Tape *tape, float *y, long n, const float *x, double factor) {
-    tape->elements(n, true, [=](const Run &, Span span) {
-        for (long i = span.begin; i < span.end; i++) y[i] += (float)factor * x[i];
+    tape->elements_of_rows(n, true, [=](const Run &, long row, Span span) {
+        for (long i = row * n + span.begin; i < row * n + span.end; i++) y[i] += (float)factor * x[i];
     });
 }
 
-// y = norm of each of n rows of x, which may be y; a row's weights begin `stride` after those of the one before
-void tape_norm(Tape *tape, float *y, const float *x, long n, long size, const float *weight, const float *bias, long stride, double eps, double offset, long centered) {
-    tape->items(n, [=](const Run &, Span span) {
-        for (long r = span.begin; r < span.end; r++) {
-            const float *in = x + r * size, *w = weight ? weight + r * stride : nullptr;
-            float mean = 0, square = 0;
-            for (long i = 0; centered && i < size; i++) mean += in[i];
-            mean /= size;
-            for (long i = 0; i < size; i++) square += (in[i] - mean) * (in[i] - mean);
-            float by = 1 / std::sqrt(square / size + (float)eps);
-            for (long i = 0; i < size; i++)
-                y[r * size + i] = (in[i] - mean) * by * (w ? w[i] + (float)offset : 1) + (bias ? bias[i] : 0);
-        }
+// y = norm of each of n parts of x, which may be y; a part's weights begin `stride` after those of the one before, the
+// parts of a row of x and of y `x_row` and `y_row` after those of the one before
+void tape_norm(Tape *tape, float *y, long y_row, const float *x, long x_row, long n, long size, const float *weight, const float *bias, long stride, double eps, double offset, long centered) {
+    tape->items(n, [=](const Run &, long row, long part) {
+        const float *in = x + row * x_row + part * size, *w = weight ? weight + part * stride : nullptr;
+        float *out = y + row * y_row + part * size, mean = 0, square = 0;
+        for (long i = 0; centered && i < size; i++) mean += in[i];
+        mean /= size;
+        for (long i = 0; i < size; i++) square += (in[i] - mean) * (in[i] - mean);
+        float by = 1 / std::sqrt(square / size + (float)eps);
+        for (long i = 0; i < size; i++) out[i] = (in[i] - mean) * by * (w ? w[i] + (float)offset : 1) + (bias ? bias[i] : 0);
     });
 }
 
-// the position's angles, rounded to `type`
-void tape_angles(Tape *tape, float *cosine, float *sine, const float *frequencies, long n, double factor, long type) {
-    tape->items(1, [=](const Run &run, Span span) {
-        for (long i = 0; span.begin < span.end && i < n; i++) {
-            float angle = run.position * frequencies[i], found[2] = {std::cos(angle) * (float)factor, std::sin(angle) * (float)factor};
+// the position's angles, rounded to `type`; `frequencies`: n, and if there are others for long sequences n more
+void tape_angles(Tape *tape, float *cosine, float *sine, const float *frequencies, long n, long kinds, double factor, long type) {
+    tape->items(1, [=](const Run &run, long row, long) {
+        const float *of = frequencies + (kinds > 1 && run.rows[row].extended ? n : 0);
+        for (long i = 0; i < n; i++) {
+            float angle = run.rows[row].position * of[i], found[2] = {std::cos(angle) * (float)factor, std::sin(angle) * (float)factor};
             bf16 rounded[2];
             for (int j = 0; type == BFLOAT16 && j < 2; j++) from_float(rounded + j, found[j]), found[j] = to_float(rounded[j]);
-            cosine[i] = found[0], sine[i] = found[1];
+            cosine[row * n + i] = found[0], sine[row * n + i] = found[1];
         }
     });
 }
 
-// rotates the first n pairs of each head of x against each other, in place
-void tape_rotate(Tape *tape, float *x, long heads, long size, const float *cosine, const float *sine, long n) {
-    tape->items(heads, [=](const Run &, Span span) {
-        for (long h = span.begin; h < span.end; h++) {
-            float *low = x + h * size, *high = low + n;
-            for (long i = 0; i < n; i++) {
-                float turned = low[i] * cosine[i] - high[i] * sine[i];
-                high[i] = high[i] * cosine[i] + low[i] * sine[i], low[i] = turned;
-            }
+// rotates the first n pairs of each head of x, the first of a row of x_row elements, against each other, in place
+void tape_rotate(Tape *tape, float *x, long x_row, long heads, long size, const float *cosine, const float *sine, long n) {
+    tape->items(heads, [=](const Run &, long row, long head) {
+        float *low = x + row * x_row + head * size, *high = low + n;
+        const float *c = cosine + row * n, *s = sine + row * n;
+        for (long i = 0; i < n; i++) {
+            float turned = low[i] * c[i] - high[i] * s[i];
+            high[i] = high[i] * c[i] + low[i] * s[i], low[i] = turned;
         }
     });
 }
 
-// the keys and values of qkv into the cache, k and v: (groups, places, size)
-void tape_append(Tape *tape, float *qkv, long heads, long groups, long size, void *k, void *v, long places, long type) {
-    type == FLOAT32 ? append(tape, qkv, heads, groups, size, (float *)k, (float *)v, places)
-                    : append(tape, qkv, heads, groups, size, (bf16 *)k, (bf16 *)v, places);
+// the keys and values of qkv into the cache of a layer
+void tape_append(Tape *tape, const float *qkv, long heads, long groups, long size, long layer, long type) {
+    type == FLOAT32 ? append<float>(tape, qkv, heads, groups, size, layer) : append<bf16>(tape, qkv, heads, groups, size, layer);
 }
 
-// y = what the queries find in the last `window` places (0: in all), or with `length` y += gate * what they find in so many
-void tape_attend(Tape *tape, float *y, const float *q, long heads, long groups, long size, const void *k, const void *v, long places, long type, double scale, double softcap, const float *slopes, long window, long length, const float *gate) {
-    auto add = [=](auto *keys, auto *values) {
-        using T = std::remove_const_t<std::remove_pointer_t<decltype(keys)>>;
-        attention(tape, y, q, heads, Attention<T>{keys, values, heads / groups, size, places, (float)scale, (float)softcap, slopes}, window, length, gate);
+// y = what the queries of qkv find in the last `window` places (0: in all) of a layer's cache
+void tape_attend(Tape *tape, float *y, const float *qkv, long heads, long groups, long size, long layer, long type, double scale, double softcap, const float *slopes, long window) {
+    auto find = [=](auto zero) {
+        using T = decltype(zero);
+        tape->items(heads, [=](const Run &run, long row, long head) {
+            long end = run.rows[row].position + 1, first = window ? std::max(0l, end - window) : 0;
+            long from = row * groups * run.places * size;
+            const T *k = (const T *)run.cache[2 * layer] + from, *v = (const T *)run.cache[2 * layer + 1] + from;
+            Attention<T> attention{k, v, heads / groups, size, run.places, (float)scale, (float)softcap, slopes};
+            attention.find(y + (row * heads + head) * size, qkv + (row * (heads + 2 * groups) + head) * size, head, first, end, 1, false);
+        });
     };
-    type == FLOAT32 ? add((const float *)k, (const float *)v) : add((const bf16 *)k, (const bf16 *)v);
+    type == FLOAT32 ? find(0.0f) : find(bf16{});
+}
+
+// y += gate * what they find in the `length` places of keys and values that are there for all, float32
+void tape_attend_prefix(Tape *tape, float *y, const float *qkv, long heads, long groups, long size, const float *k, const float *v, long length, double scale, double softcap, const float *gate) {
+    Attention<float> attention{k, v, heads / groups, size, length, (float)scale, (float)softcap, nullptr};
+    tape->items(heads, [=](const Run &, long row, long head) {
+        attention.find(y + (row * heads + head) * size, qkv + (row * (heads + 2 * groups) + head) * size, head, 0, length, gate[head], true);
+    });
 }
 
 void tape_activate(Tape *tape, float *y, long n, long kind) {
-    tape->elements(n, true, [=](const Run &, Span span) {
-        activate(kind, y + span.begin, y + span.begin, span.end - span.begin);
+    tape->elements_of_rows(n, true, [=](const Run &, long row, Span span) {
+        float *from = y + row * n + span.begin;
+        activate(kind, from, from, span.end - span.begin);
     });
 }
 
 // y = activation(gate) * up; the gate's n elements are followed by those of up
 void tape_gate(Tape *tape, float *y, const float *gate_up, long n, long kind) {
-    tape->elements(n, false, [=](const Run &, Span span) {
-        activate(kind, y + span.begin, gate_up + span.begin, span.end - span.begin);
-        for (long i = span.begin; i < span.end; i++) y[i] *= gate_up[n + i];
+    tape->elements_of_rows(n, false, [=](const Run &, long row, Span span) {
+        const float *gate = gate_up + 2 * row * n, *up = gate + n;
+        float *to = y + row * n;
+        activate(kind, to + span.begin, gate + span.begin, span.end - span.begin);
+        for (long i = span.begin; i < span.end; i++) to[i] *= up[i];
     });
 }
 
 // logits from what the head gives
 void tape_finish(Tape *tape, float *y, long n, double divisor, double softcap) {
-    tape->elements(n, true, [=](const Run &, Span span) {
-        for (long i = span.begin; i < span.end; i++) {
+    tape->elements_of_rows(n, true, [=](const Run &, long row, Span span) {
+        for (long i = row * n + span.begin; i < row * n + span.end; i++) {
             y[i] /= (float)divisor;
             if (softcap) y[i] = (float)softcap * std::tanh(y[i] / (float)softcap);
         }
