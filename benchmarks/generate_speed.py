@@ -1,15 +1,18 @@
-"""Speed and memory of generating at batch 1 against what could be used instead, as ratios from one run on one machine.
+"""Speed and memory of generating against what could be used instead, as ratios from one run on one machine.
 
     python benchmarks/generate_speed.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct \\
         --peers_dir out/peers
+    python benchmarks/generate_speed.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct \\
+        --batch_size 8 --contestants ours,ours_int8,ours_lora,hf
     python benchmarks/generate_speed.py --model falcon-7b --contestants ours_compiled,ours_compiled_int8,hf,hf_static
 
-Each contestant is a process that holds its model and answers a prompt when it is asked to. They take turns, and before
-each turn the machine's own speed of reading memory is measured, which bounds them: each token needs all weights once.
-Writes generate_speed_cpu.json and .md, or with a GPU generate_speed_cuda.*.
+Each contestant is a process that holds its model and answers the prompts when it is asked to. They take turns, and
+before each turn the machine's own speed of reading memory is measured, which bounds them: each turn needs all weights
+once. Writes generate_speed_cpu.json and .md, or with a GPU generate_speed_cuda.*, of several prompts with _batchN.
 """
 
 import json
+import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -27,19 +30,21 @@ model: str | None = None  # instead: random weights of this size, such as falcon
 contestants: str = "all"  # who takes part, of the names in TITLES; transformers with a static cache is hf_static
 peers_dir: Path | None = None  # where LitGPT's environment lies, or is made (null: LitGPT is left out)
 out_dir: Path = Path("benchmarks/results")  # folder for the results
-prompt_tokens: PositiveInt = 64  # tokens of the prompt
-new_tokens: PositiveInt = 128  # tokens of the answer
+batch_size: PositiveInt = 1  # prompts that are answered together
+prompt_tokens: PositiveInt = 64  # tokens of a prompt
+new_tokens: PositiveInt = 128  # tokens of an answer
 rounds: PositiveInt = 5  # answers of each that count, one in each round; a first one, that compiles, does not
 precision: Literal["bf16", "fp32"] = "bf16"  # of weights and arithmetic
 litgpt_name: str = "SmolLM2-135M-Instruct"  # what LitGPT calls the model
 
 TITLES = {
-    "ours": "Lit-GPT", "ours_int8": "int8", "ours_int4": "int4", "ours_lora": "LoRA apart",
+    "ours": "Lit-GPT", "ours_int8": "int8", "ours_int4": "int4", "ours_nf4": "NF4", "ours_lora": "LoRA apart",
     "ours_lora_merged": "LoRA merged", "ours_adapter": "Adapter", "ours_v2": "Adapter v2",
     "ours_eager": "by torch's operators", "ours_compiled": "compiled", "ours_compiled_int8": "compiled, int8",
     "hf": "transformers", "hf_static": "transformers, static and compiled", "litgpt": "LitGPT",
 }  # fmt: skip
 ALL = [name for name in TITLES if "compiled" not in name]
+FORMATS = ("int8", "int4", "nf4")
 
 
 def main(hp: SimpleNamespace) -> None:
@@ -80,21 +85,32 @@ def prepare(hp: SimpleNamespace, names: list[str], folder: Path) -> tuple[dict[s
     from lit_gpt import Config
 
     vocabulary = Config.from_checkpoint(hp.checkpoint_dir).vocab_size
-    prompt = torch.randint(vocabulary, (hp.prompt_tokens,), generator=torch.Generator().manual_seed(7)).tolist()
+    shape, generator = (hp.batch_size, hp.prompt_tokens), torch.Generator().manual_seed(7)
     job = {
-        "checkpoint_dir": str(hp.checkpoint_dir.absolute()), "prompt": prompt, "new_tokens": hp.new_tokens,
+        "checkpoint_dir": str(hp.checkpoint_dir.absolute()), "new_tokens": hp.new_tokens,
+        "prompts": torch.randint(vocabulary, shape, generator=generator).tolist(),
         "precision": hp.precision, "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "quantized": {f: quantized(hp, folder / f, f) for f in FORMATS if any(n.endswith(f) for n in names)},
     }  # fmt: skip
     pythons = dict.fromkeys(names, sys.executable)
-    if "litgpt" in pythons and not hp.peers_dir:
+    if "litgpt" in pythons and (hp.batch_size > 1 or not hp.peers_dir):
         del pythons["litgpt"]
-        print("left out: litgpt: --peers_dir names a folder to install it into", file=sys.stderr)
+        why = "it answers one prompt at a time" if hp.peers_dir else "--peers_dir names a folder to install it into"
+        print(f"left out: litgpt: {why}", file=sys.stderr)
     if "litgpt" in pythons:
         pythons["litgpt"] = environment.litgpt_python(hp.peers_dir, torch.__version__)
         where = folder / "litgpt_checkpoint"
         made = environment.litgpt_checkpoint(pythons["litgpt"], hp.checkpoint_dir, where, hp.litgpt_name)
         job["litgpt_dir"] = str(made)
     return job, pythons
+
+
+def quantized(hp: SimpleNamespace, folder: Path, format: str) -> str:
+    """The checkpoint in fewer bits, as scripts/quantize.py keeps it."""
+    script = Path(__file__).parent.parent / "scripts" / "quantize.py"
+    flags = ["--checkpoint_dir", hp.checkpoint_dir, "--quantize", format, "--rounding", "nearest", "--out_dir", folder]
+    subprocess.run([sys.executable, script, *flags], check=True, stdout=sys.stderr)
+    return str(folder)
 
 
 def report(hp: SimpleNamespace, job: dict[str, Any], contestants: list) -> None:
@@ -108,7 +124,8 @@ def report(hp: SimpleNamespace, job: dict[str, Any], contestants: list) -> None:
         "reads_bytes_per_second": sorted(a["reads"] for c in contestants for a in c.answers[1:]),
         "contestants": {c.name: figures(hp, c, reference) for c in contestants},
     }  # fmt: skip
-    stem = hp.out_dir / f"generate_speed_{job['device']}"
+    several = f"_batch{hp.batch_size}" if hp.batch_size > 1 else ""
+    stem = hp.out_dir / f"generate_speed_{job['device']}{several}"
     hp.out_dir.mkdir(parents=True, exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(contents, indent=2) + "\n")
     stem.with_suffix(".md").write_text(table(hp, contents))
@@ -125,10 +142,11 @@ def figures(hp: SimpleNamespace, c: Any, reference: Any) -> dict[str, Any]:
     return {
         "tokens_per_second": median(rates), "over_reference": median(pairs), "range": [pairs[0], pairs[-1]],
         "weight_bytes": weights,
-        "of_bound": median(rate * weights / a["reads"] for rate, a in zip(rates, answers, strict=True)),
+        "of_bound": median(rate / hp.batch_size * weights / a["reads"] for rate, a in zip(rates, answers, strict=True)),
         "first_seconds": median(a["first_seconds"] for a in answers),
-        "prompt_tokens_per_second": median(hp.prompt_tokens / a["first_seconds"] for a in answers),
-        "first_answer_seconds": c.answers[0]["first_seconds"] + (hp.new_tokens - 1) / c.answers[0]["tokens_per_second"],
+        "prompt_tokens_per_second": median(hp.batch_size * hp.prompt_tokens / a["first_seconds"] for a in answers),
+        "first_answer_seconds": c.answers[0]["first_seconds"]
+        + hp.batch_size * (hp.new_tokens - 1) / c.answers[0]["tokens_per_second"],
         "peak_bytes": max(a["peak_bytes"] for a in answers), "same_tokens": sum(a == b for a, b in same),
     }  # fmt: skip
 
@@ -147,16 +165,16 @@ def table(hp: SimpleNamespace, r: dict[str, Any]) -> str:
     )
     sizes = sorted({round(c["weight_bytes"] / 1e6) for c in r["contestants"].values()}, reverse=True)
     notes = (
-        f"{hp.precision}, a prompt of {hp.prompt_tokens} random tokens, {hp.new_tokens} greedy tokens, medians of "
-        f"{hp.rounds} rounds in which all take turns. Bound: the weights that a token needs ("
-        f"{', '.join(map(str, sizes))} MB), read at the speed that the machine shows just before each answer, the best "
-        f"of eight sums of half a gigabyte: {reads[0] / 1e9:.0f} to {reads[-1] / 1e9:.0f} GB/s. The prompt's speed is "
-        "its length over the time to the first token. The first answer of a process, which is not among the medians, "
-        "includes compiling where something is compiled, with what is kept of it on disk. Same: how many of the "
-        "answer's tokens are the reference's, in place; in bfloat16 a near tie ends the likeness."
+        f"{hp.precision}, {hp.batch_size} prompts of {hp.prompt_tokens} random tokens, {hp.new_tokens} greedy tokens "
+        f"each, medians of {hp.rounds} rounds in which all take turns. Bound: the weights that a token of each prompt "
+        f"needs ({', '.join(map(str, sizes))} MB), read at the speed that the machine shows just before each answer, "
+        f"the best of eight sums of half a gigabyte: {reads[0] / 1e9:.0f} to {reads[-1] / 1e9:.0f} GB/s. The prompts' "
+        "speed is their tokens over the time to the first new ones. The first answer of a process, which is not among "
+        "the medians, includes compiling where something is compiled, with what is kept of it on disk. Same: how many "
+        "of the answers' tokens are the reference's, in place; in bfloat16 a near tie ends the likeness."
     )
     head = f"tokens/s | over {TITLES[r['reference']]} (range) | of bound | prompt tokens/s | first token | first answer"
-    return f"""# Generating at batch 1: {hp.model or hp.checkpoint_dir.name}
+    return f"""# Generating at batch {hp.batch_size}: {hp.model or hp.checkpoint_dir.name}
 
 `{r["command"]}`
 

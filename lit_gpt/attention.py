@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_gpt import fused
-from lit_gpt.fused import Scores
+from lit_gpt import block_attention
+from lit_gpt.block_attention import Scores
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> Tensor:
     """
     T, S, window = q.size(2), k.size(2), scores.window
     if T == S and by_products(q, scores):
-        return fused.attention(q, k, v, scores, (T,))
+        return block_attention.attention(q, k, v, scores, (T,))
     if T == 1:
         first = 0 if window is None else max(0, S - window)
         return weigh_one(q, k[:, :, first:], v[:, :, first:], scores)
@@ -100,7 +100,7 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, scores: Scores, segments: Seg
     if scores.softcap is None and flash_takes(q):
         return attend_varlen(q, k, v, scores, segments)
     if by_products(q, scores):
-        return fused.attention(q, k, v, scores, segments.lengths)
+        return block_attention.attention(q, k, v, scores, segments.lengths)
     parts = zip(*(x.split(segments.lengths, dim=2) for x in (q, k, v)), strict=True)
     return torch.cat([attend(*part, scores) for part in parts], dim=2)
 

@@ -39,7 +39,7 @@ class Config:
     sliding_window: int | None = None  # a token sees this many, itself included
     global_layers: list[int] = field(default_factory=list)  # these see all tokens in spite of the window
     attention_scale: float | None = None  # of the scores; None: head_size ** -0.5
-    attention_softcap: float | None = None  # see lit_gpt.fused.Scores
+    attention_softcap: float | None = None  # see lit_gpt.block_attention.Scores
     qk_norm: str | None = None  # over the "projection"s of queries and keys, each "head", or "heads": own weights each
     # block
     parallel_residual: bool = False

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lit_gpt.attention import Segments
 from lit_gpt.checkpoint import DTYPES
 from lit_gpt.decoding import FastStep, Row, Step, one_more
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.memory import peak_memory_bytes
-from lit_gpt.model import GPT, KVCache, forget, move, of_row
+from lit_gpt.model import GPT, KVCache, Several, forget, move, of_row
 from lit_gpt.prompts import Message, PromptStyle, Tools, instruction_messages
 from lit_gpt.tokenizer import Tokenizer
 
@@ -88,8 +89,8 @@ def decode(
     """Each row with its next token, in turns. As many are continued together as the cache has places; when one ends,
     the next takes its place.
 
-    Prompts are read one by one, so nothing is padded; from then on each row adds a token to its own place in the cache,
-    at its own position. So a row is what it would be alone, wherever the others are.
+    Prompts are packed to be read, so nothing is padded; from then on each row adds a token to its own place in the
+    cache, at its own position. So a row is what it would be alone, wherever the others are.
 
     Args:
         cache: each place has room for every row's prompt and answer.
@@ -127,6 +128,9 @@ def next_logits(
 ) -> Tensor:
     """The logits that follow each row, (len(rows), padded_vocab_size)."""
     device = model.wte.weight.device
+    for pack in packs(model, rows) if len(rows) > 1 else ():
+        choose(pack[:1])
+        read_together(model, pack)
     for row in rows:
         if model.outdated(row.cache, len(row.ids)):
             forget(row.cache, 0)
@@ -140,6 +144,32 @@ def next_logits(
     if step and all(row.cache[0].length == len(row.ids) - 1 for row in rows):
         return step(rows, cache)
     return one_more(model, rows, cache)
+
+
+def packs(model: GPT, rows: list[Row]) -> Iterator[list[Row]]:
+    """Rows that nothing is read of, a piece's tokens at most; under one LoRA, for what is packed looks like one row."""
+    pack, size = [], 0
+    for row in sorted(rows, key=lambda row: row.lora):
+        tokens = len(row.ids) - 1
+        same_angles = model.rope.is_long(tokens) == model.rope.is_long(tokens + 1)
+        if row.cache[0].length or not 0 < tokens <= PIECE or not same_angles:
+            continue
+        if pack and (size + tokens > PIECE or row.lora != pack[0].lora):
+            yield pack
+            pack, size = [], 0
+        pack, size = [*pack, row], size + tokens
+    if pack:
+        yield pack
+
+
+def read_together(model: GPT, rows: list[Row]) -> None:
+    """All tokens of the rows but the last of each, packed."""
+    device, lengths = model.wte.weight.device, [len(row.ids) - 1 for row in rows]
+    idx = torch.tensor([[token for row in rows for token in row.ids[:-1]]], device=device)
+    cache = [Several(caches, tuple(lengths)) for caches in zip(*(row.cache for row in rows), strict=True)]
+    model.hidden(idx, Segments.of(lengths, device), cache)
+    for row in rows:
+        row.cache[0].long = model.rope.is_long(len(row.ids))
 
 
 def close_up(rows: list[Row], i: int) -> None:

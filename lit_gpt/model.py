@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from lit_gpt import fused
 from lit_gpt.alibi import with_alibi
 from lit_gpt.attention import Segments, attend, attend_at, attend_packed
+from lit_gpt.block_attention import Scores
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
-from lit_gpt.fused import ACTIVATIONS, Activation, Scores
+from lit_gpt.fused import ACTIVATIONS, Activation
 from lit_gpt.loss import log_probabilities, summed_cross_entropy
 from lit_gpt.moe import Experts, Router
 from lit_gpt.rope import RotaryEmbedding
@@ -67,6 +68,20 @@ class OneMore:
         rows = torch.arange(len(k), device=k.device)
         self.k[rows, :, self.positions], self.v[rows, :, self.positions] = k[:, :, 0], v[:, :, 0]
         return self.k, self.v
+
+
+class Several:
+    """The caches of sequences that are packed into a row, empty so far, each of which its samples are added to."""
+
+    positions: Tensor | None = None
+
+    def __init__(self, caches: tuple[LayerCache, ...], lengths: tuple[int, ...]) -> None:
+        self.caches, self.lengths = caches, lengths
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        for cache, *new in zip(self.caches, k.split(self.lengths, 2), v.split(self.lengths, 2), strict=True):
+            cache.append(*new)
+        return k, v
 
 
 KVCache = list[LayerCache]
@@ -153,7 +168,7 @@ class GPT(nn.Module):
         self,
         idx: Tensor,
         segments: Segments | None = None,
-        cache: KVCache | list[OneMore] | None = None,
+        cache: KVCache | list[OneMore] | list[Several] | None = None,
         length: int | None = None,
     ) -> Tensor:
         """What the last block gives, (B, T, n_embd), before norm and head; arguments and errors as of `forward`.
@@ -257,7 +272,11 @@ class Block(nn.Module):
         self.post_norm_2 = post()
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None, segments: Segments | None, cache: LayerCache | OneMore | None
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        segments: Segments | None,
+        cache: LayerCache | OneMore | Several | None,
     ) -> Tensor:
         n_1, q, k, v = self.enter(x, rotation)
         y = self.attn.find(q, k, v, segments, cache)
@@ -297,7 +316,7 @@ class CausalSelfAttention(nn.Module):
         self.register_module("prefix", None)  # adds to what the queries find; see lit_gpt.adapter
 
     def find(
-        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, cache: LayerCache | OneMore | None
+        self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, cache: LayerCache | OneMore | Several | None
     ) -> Tensor:
         """What the queries find, (B, T, n_head * head_size); q, k, v as `heads` gives them."""
         if cache is not None:

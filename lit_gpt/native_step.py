@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lit_gpt.decoding import Row
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of products.h's Format
+INT8_FAST = 5
 KINDS = list(ACTIVATIONS)  # of decode.cpp's Activation
 
 
@@ -286,7 +287,10 @@ class Tape:
         if isinstance(layer, nn.Linear):
             return self.type(layer.weight), layer.weight, None, None, None
         codes, scale, *rest = FORMATS[layer.format].for_kernels(unpacked(layer))
-        return quantized_format(codes, scale), codes, scale, *rest
+        kind = quantized_format(codes, scale)
+        if layer.format == "int8" and self.dtype == torch.bfloat16:  # whose rounding is coarser than that to 16 bits
+            kind = INT8_FAST
+        return kind, codes, scale, *rest
 
     def type(self, tensor: Tensor) -> int:
         if tensor.dtype not in TYPES:

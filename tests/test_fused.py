@@ -13,8 +13,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 
-from lit_gpt import GPT, Config, adapter_v2, attention, data, fused, kernels, lora, memory
+from lit_gpt import GPT, Config, adapter_v2, attention, block_attention, data, fused, kernels, lora, memory
 from lit_gpt.adapter import AdapterConfig
+from lit_gpt.block_attention import Scores
 from lit_gpt.loss import summed_cross_entropy
 from lit_gpt.memory import KINDS, spare_activations
 from lit_gpt.model import Targets
@@ -227,7 +228,7 @@ def test_lora_layer_drops_only_when_it_trains(training):
 # attention
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, scores: fused.Scores, lengths: tuple[int, ...]) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, lengths: tuple[int, ...]) -> Tensor:
     found = []
     for part in zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True):
         q, k, v = part
@@ -243,8 +244,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scores: fused.Scores, lengt
 
 
 @pytest.mark.parametrize("groups", [6, 2, 1])
-@pytest.mark.parametrize("scores", [fused.Scores(0.25), fused.Scores(0.25, 1), fused.Scores(0.4, 50),
-                                    fused.Scores(0.4, 50, softcap=1.5)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("scores", [Scores(0.25), Scores(0.25, 1), Scores(0.4, 50),
+                                    Scores(0.4, 50, softcap=1.5)], ids=str)  # fmt: skip
 @pytest.mark.parametrize("lengths", [(1, 130, 2, 300, 17), (45,), (256, 128)], ids=str)
 def test_attention(groups, scores, lengths, with_kernels):
     T, batch = sum(lengths), 2 if len(lengths) == 1 else 1
@@ -259,14 +260,18 @@ def test_attention(groups, scores, lengths, with_kernels):
 
         return run
 
-    holds(from_packed(fused.attention), from_packed(plain_attention), [packed])
+    holds(from_packed(block_attention.attention), from_packed(plain_attention), [packed])
 
 
 def test_attention_gradcheck(monkeypatch):
-    monkeypatch.setattr(fused, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(block_attention, "QUERY_BLOCK", 3)
     args = [x.detach().double().requires_grad_() for x in inputs((2, 4, 9, 3), (2, 2, 9, 3), (2, 2, 9, 3))]
-    for scores in (fused.Scores(0.5), fused.Scores(0.5, window=4), fused.Scores(0.5, 4, softcap=0.8)):
-        assert gradcheck(lambda q, k, v, scores=scores: fused.attention(q, k, v, scores, (2, 7)), args)
+    for scores in (
+        Scores(0.5),
+        Scores(0.5, window=4),
+        Scores(0.5, 4, softcap=0.8),
+    ):
+        assert gradcheck(lambda q, k, v, scores=scores: block_attention.attention(q, k, v, scores, (2, 7)), args)
 
 
 def test_training_attends_as_evaluation(tiny: Tiny):
@@ -518,7 +523,7 @@ def test_a_block_keeps_what_it_must(with_kernels, spare, monkeypatch):
     masks, low, rest = (3 * n + inner) / 8, 7 * r * 2, 2 * 4 + 4 * config.head_size
     if with_kernels:  # a seed for a mask, and of the probabilities each query's sum
         masks, low, rest = 0, 7 * r * 4, rest + 4 * config.n_head
-    blocks = fused._blocks(row.segments.lengths, fused.Scores(1.0))
+    blocks = block_attention._blocks(row.segments.lengths, Scores(1.0))
     probabilities = 2 * config.n_head * sum((b.end - b.begin) * (b.end - b.first) for b in blocks) / row.idx.numel()
     probabilities = 0 if with_kernels else probabilities
     assert found < 1.01 * (2 * elements + masks + low + rest + probabilities)

@@ -1,12 +1,14 @@
 """The step of one token as a list of native operations: the same tokens as without. tests/test_generation.py has it go
 through every layout."""
 
+from functools import partial
+
 import pytest
 import torch
 from test_decoding import as_if_trained, model_of, with_adapter_v2, with_lora_and_adapter
 
 from lit_gpt import GPT, lora, native, quantize
-from lit_gpt.decoding import FastStep, Row
+from lit_gpt.decoding import FastStep, Row, one_more
 from lit_gpt.generation import generate
 from lit_gpt.model import forget
 from lit_gpt.native_step import NativeStep, Unsupported
@@ -90,3 +92,20 @@ def test_a_step_beyond_the_cache_is_refused(llama):
         step([row], cache)
     with pytest.raises(IndexError, match="token 320"):
         step([Row([320], 9, cache=cache)], cache)
+
+
+def test_int8_in_bfloat16_is_nearer_to_float32_than_the_model_is(llama):
+    """Its products are of whole numbers, of 16 bits on the side of the hidden states."""
+    exact, model = (
+        GPT.from_checkpoint(llama, torch.float32, quantize="int8"),
+        GPT.from_checkpoint(llama, torch.bfloat16, quantize="int8"),
+    )
+    ids = list(range(40, 60))
+    with torch.no_grad():
+        expected = exact(torch.tensor([ids]), last=True)[:, -1]
+        errors = []
+        for step in (NativeStep(model), partial(one_more, model)):
+            cache = model.kv_cache(1, 20)
+            model.hidden(torch.tensor([ids[:-1]]), cache=cache)
+            errors.append((step([Row(ids, 1, cache=cache)], cache).float() - expected).norm() / expected.norm())
+    assert errors[0] < errors[1] < 0.05

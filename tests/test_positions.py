@@ -13,8 +13,8 @@ from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 from lit_gpt import GPT, Config, hf_files
 from lit_gpt.alibi import alibi_slopes, with_alibi
 from lit_gpt.attention import Segments, attend
+from lit_gpt.block_attention import Scores
 from lit_gpt.errors import UserError
-from lit_gpt.fused import Scores
 
 
 def test_files_saved_from_a_model_without_its_head(tmp_path):

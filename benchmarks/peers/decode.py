@@ -1,4 +1,4 @@
-"""A contestant of benchmarks/generate_speed.py: holds its model and answers the prompt, greedily, when it is asked to.
+"""A contestant of benchmarks/generate_speed.py: holds its model and answers the prompts, greedily, when it is asked to.
 
 Which library and which variant is the job's "contestant". Needs torch and that library alone.
 """
@@ -16,21 +16,22 @@ worker = Worker()
 import torch  # noqa: E402
 
 JOB = worker.job
-NAME, PROMPT, NEW = JOB["contestant"], JOB["prompt"], JOB["new_tokens"]
+NAME, PROMPTS, NEW = JOB["contestant"], JOB["prompts"], JOB["new_tokens"]
 DTYPE = DTYPES[JOB["precision"]]
-Answer = Callable[[], Iterator[int]]
+Turns = Iterator[tuple[float, list[int]]]  # when each turn's tokens were there, one of each prompt's answer
+Answer = Callable[[], Turns]
 about: dict[str, int] = {}
 
 
 def ours() -> Answer:
     from lit_gpt import GPT, adapter, adapter_v2, lora
-    from lit_gpt.decoding import FastStep
-    from lit_gpt.generation import generate
+    from lit_gpt.decoding import FastStep, Row
+    from lit_gpt.generation import decode
 
     options = NAME.split("_")[1:]
     torch.manual_seed(0)
-    formats = [option for option in options if option in ("int8", "int4")]
-    model = GPT.from_checkpoint(Path(JOB["checkpoint_dir"]), DTYPE, worker.device, *formats)
+    folder = next((JOB["quantized"][option] for option in options if option in JOB["quantized"]), JOB["checkpoint_dir"])
+    model = GPT.from_checkpoint(Path(folder), DTYPE, worker.device)
     if "lora" in options:
         lora.attach(model, lora.LoRAConfig(key=True, projection=True, mlp=True))
         for layer in lora.lora_layers(model).values():
@@ -43,7 +44,17 @@ def ours() -> Answer:
         adapter_v2.attach(model, adapter_v2.CONFIG())
     count_weights(model, model.wte)
     step = None if "eager" in options else FastStep(model.eval(), compile="compiled" in options)
-    return lambda: generate(model, PROMPT, NEW, temperature=0, step=step)
+
+    def answer() -> Turns:
+        rows, turn = [Row(list(prompt), NEW) for prompt in PROMPTS], []
+        cache = model.kv_cache(len(rows), len(PROMPTS[0]) + NEW)
+        for _, token in decode(model, rows, cache, 0, None, 1.0, step=step):
+            turn.append(token)
+            if len(turn) == len(rows):
+                yield time.perf_counter(), turn
+                turn = []
+
+    return answer
 
 
 def count_weights(model: torch.nn.Module, embedding: torch.nn.Module) -> None:
@@ -68,13 +79,17 @@ def transformers() -> Answer:
     model = AutoModelForCausalLM.from_pretrained(JOB["checkpoint_dir"], dtype=DTYPE).to(worker.device)
     model.generation_config.eos_token_id = None
     count_weights(model, model.get_input_embeddings())
-    idx = torch.tensor([PROMPT], device=worker.device)
-    more = {"cache_implementation": "static"} if NAME.endswith("static") else {}
+    idx = torch.tensor(PROMPTS, device=worker.device)
+    more = {"attention_mask": torch.ones_like(idx), "pad_token_id": 0}
+    if NAME.endswith("static"):
+        more["cache_implementation"] = "static"
+        if worker.device.type == "cpu":  # on a GPU it compiles by itself
+            model.forward = torch.compile(model.forward)
 
-    def answer() -> Iterator[tuple[float, int]]:
+    def answer() -> Turns:
         times.clear()
-        model.generate(idx, max_new_tokens=NEW, do_sample=False, streamer=Times(), pad_token_id=0, **more)
-        return iter([(at, ids[0]) for at, ids in times[1:]])  # the prompt comes first
+        model.generate(idx, max_new_tokens=NEW, do_sample=False, streamer=Times(), **more)
+        return iter(times[1:])  # the prompts come first
 
     return answer
 
@@ -89,21 +104,21 @@ def litgpt() -> Answer:
     fabric = Fabric(accelerator=worker.device.type, devices=1, precision="bf16-true")
     with fabric.init_module():
         model = GPT(Config.from_file(folder / "model_config.yaml"))
-        model.max_seq_length = len(PROMPT) + NEW
+        model.max_seq_length = len(PROMPTS[0]) + NEW
         model.set_kv_cache(batch_size=1)
     model.eval()
     load_checkpoint(fabric, model, folder / "lit_model.pth")
     # its copy of the embedding is not tied to the head
     count_weights(model, model.transformer.wte)
-    prompt, whole = torch.tensor(PROMPT, device=worker.device), len(PROMPT) + NEW
+    prompt, whole = torch.tensor(PROMPTS[0], device=worker.device), len(PROMPTS[0]) + NEW
 
-    def answer() -> Iterator[int]:
+    def answer() -> Turns:
         for block in model.transformer.h:
             block.attn.kv_cache.reset_parameters()
         found = generate_fn(
             model, prompt, whole, temperature=0.0, top_p=0.0, include_prompt=False, include_eos=True, stop_tokens=()
         )
-        return (int(token) for token in found)
+        return ((time.perf_counter(), [int(token)]) for token in found)
 
     return answer
 
@@ -133,12 +148,12 @@ def main() -> None:
     for line in sys.stdin:
         json.loads(line)
         start = time.perf_counter()
-        found = [token if isinstance(token, tuple) else (time.perf_counter(), token) for token in answer()]
+        found = list(answer())
         (first, _), (last, _) = found[0], found[-1]
         worker.send(
             first_seconds=first - start,
-            tokens_per_second=(len(found) - 1) / (last - first),
-            ids=[token for _, token in found],
+            tokens_per_second=(len(found) - 1) * len(PROMPTS) / (last - first),
+            ids=[token for _, turn in found for token in turn],
             peak_bytes=peak_bytes(worker.device),
         )
 

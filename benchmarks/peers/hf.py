@@ -74,7 +74,7 @@ class Packed:
         if compile:
             self.model.base_model.compile(dynamic=True)
         if self.lent:
-            from lit_gpt.fused import Scores
+            from lit_gpt.block_attention import Scores
             from lit_gpt.model import attend_packed
 
             def attention(module, q, k, v, mask, scaling, **_):

@@ -36,8 +36,9 @@ def library(name: str) -> ctypes.CDLL | None:
             compile_to(path, compiler, SOURCES / f"{name}.cpp")
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        print(f"the CPU goes without the faster kernels, {compiler} failed: {said.splitlines()[0]}", file=sys.stderr)
+        said = (getattr(error, "stderr", None) or str(error)).splitlines()
+        said = next((line for line in said if "error" in line), said[0])
+        print(f"the CPU goes without the faster kernels, {compiler} failed: {said}", file=sys.stderr)
         return None
 
 

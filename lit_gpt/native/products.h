@@ -5,7 +5,8 @@
 
 #include "vectors.h"
 
-enum Format { FLOAT32, BFLOAT16, INT8, NIBBLES_FLOAT32, NIBBLES_BFLOAT16 };
+// INT8_FAST is INT8 in a product that rounds x to 16 bits.
+enum Format { FLOAT32, BFLOAT16, INT8, NIBBLES_FLOAT32, NIBBLES_BFLOAT16, INT8_FAST };
 
 inline float to_float(int8_t x) { return x; }
 
@@ -57,31 +58,82 @@ template <class T> inline void dots(const T *w, long rows, long columns, const f
 template <class Weight>
 inline void multiply(const Weight &weight, long begin, long end, long columns, const float *x, long n, float *y, long y_row) {
     if (n == 1) return weight.multiply(begin, end, columns, x, y);
-    if constexpr (Weight::as_it_is) return dots(weight.w + begin * columns, end - begin, columns, x, n, y + begin, y_row);
-    std::vector<float> few(4 * columns);  // rows of the weight, which stay in the cache for all of x
-    for (long r = begin; r < end; r += 4) {
-        long count = std::min(4l, end - r), bytes = weight.row_bytes(columns);
-        for (long i = 0; i < count; i++) weight.expand(r + i, columns, few.data() + i * columns);
-        for (long i = 0; i < 4 * bytes; i += 64) soon((const char *)weight.w, (r + 4) * bytes + i);
-        dots(few.data(), count, columns, x, n, y + r, y_row);
+    if constexpr (Weight::as_it_is) {
+        dots(weight.w + begin * columns, end - begin, columns, x, n, y + begin, y_row);
+    } else {
+        std::vector<float> few(4 * columns);  // rows of the weight, which stay in the cache for all of x
+        for (long r = begin; r < end; r += 4) {
+            long count = std::min(4l, end - r), bytes = weight.row_bytes(columns);
+            for (long i = 0; i < count; i++) weight.expand(r + i, columns, few.data() + i * columns);
+            for (long i = 0; i < 4 * bytes; i += 64) soon((const char *)weight.w, (r + 4) * bytes + i);
+            dots(few.data(), count, columns, x, n, y + r, y_row);
+        }
     }
 }
 
-// A weight whose numbers are stored one by one; `scale`: of each row, or null.
+// A weight in floating point.
 template <class T> struct Plain {
-    static constexpr bool as_it_is = sizeof(T) > 1;
+    static constexpr bool as_it_is = true;
     const T *w;
-    const float *scale;
-
-    long row_bytes(long columns) const { return columns * sizeof(T); }
 
     void expand(long r, long columns, float *to) const {
-        float by = scale ? scale[r] : 1;
-        for (long k = 0; k < columns; k++) to[k] = by * to_float(w[r * columns + k]);
+        for (long k = 0; k < columns; k++) to[k] = to_float(w[r * columns + k]);
     }
 
     void multiply(long begin, long end, long columns, const float *x, float *y) const {
-        for (long r = begin; r < end; r++) y[r] = dot(w + r * columns, x, columns) * (scale ? scale[r] : 1);
+        for (long r = begin; r < end; r++) y[r] = dot(w + r * columns, x, columns);
+    }
+};
+
+// x in whole numbers of 16 bits, which the largest of each block fills. A block's products with bytes fit 32 bits.
+struct Whole {
+    static constexpr long BLOCK = 512;
+    std::vector<int16_t> numbers;
+    std::vector<float> steps;  // of each block
+
+    Whole(const float *x, long n) : numbers(n), steps((n + BLOCK - 1) / BLOCK) {
+        for (long b = 0; b < (long)steps.size(); b++) {
+            long end = std::min(n, (b + 1) * BLOCK);
+            float most = 0;
+            for (long k = b * BLOCK; k < end; k++) most = std::max(most, std::abs(x[k]));
+            steps[b] = most / 32767;
+            float inverse = most > 0 ? 32767 / most : 0;
+            for (long k = b * BLOCK; k < end; k++) numbers[k] = (int16_t)std::nearbyint(x[k] * inverse);
+        }
+    }
+
+    float dot(const int8_t *w) const {
+        float total = 0;
+        long n = numbers.size();
+        for (long b = 0; b < (long)steps.size(); b++) {
+            int sum = 0;
+            for (long k = b * BLOCK, end = std::min(n, k + BLOCK); k < end; k++) sum += (int16_t)w[k] * numbers[k];
+            total += steps[b] * sum;
+        }
+        return total;
+    }
+};
+
+// A weight of bytes, with a scale for each row.
+struct Bytes {
+    static constexpr bool as_it_is = false;
+    const int8_t *w;
+    const float *scale;
+    bool fast;
+
+    long row_bytes(long columns) const { return columns; }
+
+    void expand(long r, long columns, float *to) const {
+        for (long k = 0; k < columns; k++) to[k] = scale[r] * w[r * columns + k];
+    }
+
+    void multiply(long begin, long end, long columns, const float *x, float *y) const {
+        if (fast) {
+            Whole whole(x, columns);
+            for (long r = begin; r < end; r++) y[r] = scale[r] * whole.dot(w + r * columns);
+        } else {
+            for (long r = begin; r < end; r++) y[r] = scale[r] * dot(w + r * columns, x, columns);
+        }
     }
 };
 
@@ -168,10 +220,11 @@ template <class S> struct Nibbles {
 template <class Use>
 void with_weight(long format, const void *w, const void *scale, const void *zero, const float *pairs, long columns, Use use) {
     switch (format) {
-    case FLOAT32: return use(Plain<float>{(const float *)w, nullptr});
-    case BFLOAT16: return use(Plain<bf16>{(const bf16 *)w, nullptr});
-    case INT8: return use(Plain<int8_t>{(const int8_t *)w, (const float *)scale});
+    case FLOAT32: return use(Plain<float>{(const float *)w});
+    case BFLOAT16: return use(Plain<bf16>{(const bf16 *)w});
+    case INT8: return use(Bytes{(const int8_t *)w, (const float *)scale, false});
     case NIBBLES_FLOAT32: return use(Nibbles<float>(w, scale, zero, pairs, columns));
     case NIBBLES_BFLOAT16: return use(Nibbles<bf16>(w, scale, zero, pairs, columns));
+    case INT8_FAST: return use(Bytes{(const int8_t *)w, (const float *)scale, true});
     }
 }
