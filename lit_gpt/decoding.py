@@ -65,15 +65,11 @@ class FastStep:
         UsageError: as CompiledStep, if it is asked for.
     """
 
-    MOST = 16  # rows for which the native step is faster than torch's operators
-
     def __init__(self, model: GPT, compile: bool = False) -> None:
         self.model, self.chosen = model, None
         self.otherwise: Step = CompiledStep(model) if compile else partial(one_more, model)
 
     def __call__(self, rows: list[Row], cache: KVCache) -> Tensor:
-        if len(rows) > self.MOST:
-            return one_more(self.model, rows, cache)
         if self.chosen is self.otherwise:
             return self.chosen(rows, cache)
         try:  # not before: the first token, which comes from the prompt, need not wait for it

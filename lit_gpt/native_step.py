@@ -124,8 +124,9 @@ class Tape:
         chosen = self.choice.rows.tolist() if self.choice else [0] * len(tokens)
         extended = [int(rope.is_long(position + 1)) for position in positions]
         rows = torch.tensor(list(zip(tokens, positions, chosen, extended, strict=True)))
-        n, threads = ctypes.c_long(len(tokens)), torch.get_num_threads()
-        self.library.tape_run(self.handle, self.plain(rows), n, self.pointers, ctypes.c_long(self.places), threads)
+        places, threads = ctypes.c_long(self.places), torch.get_num_threads()
+        at, n = ctypes.c_void_p(rows.data_ptr()), ctypes.c_long(len(rows))
+        self.library.tape_run(self.handle, at, n, self.pointers, places, threads)
         return self.logits[: len(tokens)]
 
     # what operations are made with
