@@ -42,8 +42,8 @@ def perplexity(hp: SimpleNamespace, folder: Path, text: Path) -> float:
 def main(hp: SimpleNamespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        lines = hp.rows.read_text(encoding="utf-8").splitlines()
-        texts = ["\n".join(filter(None, json.loads(line).values())) for line in lines]
+        with open(hp.rows, encoding="utf-8") as lines:
+            texts = ["\n".join(filter(None, json.loads(line).values())) for line in lines]
         parts = {"scored": texts[: hp.scored], "calibration": texts[hp.skipped :]}
         for name, part in parts.items():
             (work / name).write_text("\n\n".join(part), encoding="utf-8")

@@ -307,8 +307,8 @@ def quantized_format(codes: Tensor, scale: Tensor) -> int:
     return FORMATS[torch.int8 if codes.dtype == torch.int8 else scale.dtype]
 
 
-def takes_dequantize(codes: Tensor, dtype: torch.dtype) -> bool:
-    return codes.is_contiguous() and _serves(codes.device, dtype)
+def takes_dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> bool:
+    return codes.is_contiguous() and scale.dtype in SUFFIXES and _serves(codes.device, dtype)
 
 
 @_operator(

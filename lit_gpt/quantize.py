@@ -63,8 +63,9 @@ class Int8:
 
     def decode_by_kernel(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor | None:
         """What `decode` gives without what was added, rounded to `dtype`; None where no kernel can do it."""
-        if kernels.takes_dequantize(tensors["weight"], dtype):
-            return kernels.dequantize(*self.for_kernels(tensors), columns, dtype)
+        given = self.for_kernels(tensors)
+        if kernels.takes_dequantize(*given[:2], dtype):
+            return kernels.dequantize(*given, columns, dtype)
         return None
 
 

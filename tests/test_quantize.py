@@ -138,6 +138,15 @@ def test_our_kernels_give_the_same_as_the_formulas(name, columns, dtype):
         assert torch.equal(found, there_and_back(w, name, dtype))
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_scales_in_float16(name):
+    """As in a model that is loaded in it; no kernel takes them."""
+    tensors = quantize.encode(weight(), name, torch.float16)
+    found = quantize.decode(tensors, name, 200, torch.float32)
+    with kernels.off():
+        assert torch.equal(found, quantize.decode(tensors, name, 200, torch.float32))
+
+
 def test_bitsandbytes_that_fails_to_load_is_named(monkeypatch, tmp_path, capsys):
     (tmp_path / "bitsandbytes").mkdir()
     (tmp_path / "bitsandbytes" / "__init__.py").write_text("raise OSError('libcuda is too old')")
