@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from lit_gpt.decoding import Row
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of products.h's Format
-INT8_FAST = 5
 KINDS = list(ACTIVATIONS)  # of decode.cpp's Activation
 
 
@@ -275,7 +274,8 @@ class Tape:
             self.choice = layer.choice
         else:
             bias = None if layer.bias is None else layer.bias.float()
-            self.add("linear", y, x, n, layer.in_features, *self.weight(layer), bias)
+            fast = self.dtype == torch.bfloat16  # whose rounding is coarser than that of fast products
+            self.add("linear", y, x, n, layer.in_features, *self.weight(layer), bias, fast)
         return y
 
     def lower(self, A: Tensor, x: Tensor, by_row: bool) -> Tensor:
@@ -288,10 +288,7 @@ class Tape:
         if isinstance(layer, nn.Linear):
             return self.type(layer.weight), layer.weight, None, None, None
         codes, scale, *rest = FORMATS[layer.format].for_kernels(unpacked(layer))
-        kind = quantized_format(codes, scale)
-        if layer.format == "int8" and self.dtype == torch.bfloat16:  # whose rounding is coarser than that to 16 bits
-            kind = INT8_FAST
-        return kind, codes, scale, *rest
+        return quantized_format(codes, scale), codes, scale, *rest
 
     def type(self, tensor: Tensor) -> int:
         if tensor.dtype not in TYPES:

@@ -94,12 +94,10 @@ def test_a_step_beyond_the_cache_is_refused(llama):
         step([Row([320], 9, cache=cache)], cache)
 
 
-def test_int8_in_bfloat16_is_nearer_to_float32_than_the_model_is(llama):
+@pytest.mark.parametrize("format", ["int8", "int4", "nf4", "nf4-dq"])
+def test_in_bfloat16_it_is_nearer_to_float32_than_the_model_is(llama, format):
     """Its products are of whole numbers, of 16 bits on the side of the hidden states."""
-    exact, model = (
-        GPT.from_checkpoint(llama, torch.float32, quantize="int8"),
-        GPT.from_checkpoint(llama, torch.bfloat16, quantize="int8"),
-    )
+    exact, model = (GPT.from_checkpoint(llama, dtype, quantize=format) for dtype in (torch.float32, torch.bfloat16))
     ids = list(range(40, 60))
     with torch.no_grad():
         expected = exact(torch.tensor([ids]), last=True)[:, -1]
@@ -109,3 +107,11 @@ def test_int8_in_bfloat16_is_nearer_to_float32_than_the_model_is(llama):
             model.hidden(torch.tensor([ids[:-1]]), cache=cache)
             errors.append((step([Row(ids, 1, cache=cache)], cache).float() - expected).norm() / expected.norm())
     assert errors[0] < errors[1] < 0.05
+
+
+@pytest.mark.parametrize("format", ["int8", "nf4"])
+def test_what_is_no_number_is_not_hidden_by_rounding(llama, format):
+    model = GPT.from_checkpoint(llama, torch.bfloat16, quantize=format)
+    model.h[0].norm_1.weight.data.fill_(torch.nan)
+    cache = model.kv_cache(1, 2)
+    assert NativeStep(model)([Row([5], 1, cache=cache)], cache).isnan().all()

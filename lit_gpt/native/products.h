@@ -1,12 +1,15 @@
 // Products of a few rows with a weight, as it is stored: what a step of generating spends its time on.
 #pragma once
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <vector>
 
 #include "vectors.h"
 
-// INT8_FAST is INT8 in a product that rounds x to 16 bits.
-enum Format { FLOAT32, BFLOAT16, INT8, NIBBLES_FLOAT32, NIBBLES_BFLOAT16, INT8_FAST };
+enum Format { FLOAT32, BFLOAT16, INT8, NIBBLES_FLOAT32, NIBBLES_BFLOAT16 };
 
 inline float to_float(int8_t x) { return x; }
 
@@ -85,21 +88,26 @@ template <class T> struct Plain {
     }
 };
 
-// x in whole numbers of 16 bits, which the largest of each block fills. A block's products with bytes fit 32 bits.
+// Rounds n numbers to whole ones of 16 bits, which the largest fills; number i goes to `place(i)`. Returns what a one stands
+// for: NaN, if some are not finite.
+template <class Place> inline float to_whole(const float *x, long n, int16_t *to, Place place) {
+    float most = 0, broken = 0;
+    for (long i = 0; i < n; i++) most = std::max(most, std::abs(x[i])), broken += x[i] * 0;
+    if (broken != 0) return broken;
+    float inverse = most > 0 ? 32767 / most : 0;
+    for (long i = 0; i < n; i++) to[place(i)] = (int16_t)std::nearbyint(x[i] * inverse);
+    return most / 32767;
+}
+
+// x in whole numbers. A block's products with bytes fit 32 bits.
 struct Whole {
     static constexpr long BLOCK = 512;
     std::vector<int16_t> numbers;
     std::vector<float> steps;  // of each block
 
     Whole(const float *x, long n) : numbers(n), steps((n + BLOCK - 1) / BLOCK) {
-        for (long b = 0; b < (long)steps.size(); b++) {
-            long end = std::min(n, (b + 1) * BLOCK);
-            float most = 0;
-            for (long k = b * BLOCK; k < end; k++) most = std::max(most, std::abs(x[k]));
-            steps[b] = most / 32767;
-            float inverse = most > 0 ? 32767 / most : 0;
-            for (long k = b * BLOCK; k < end; k++) numbers[k] = (int16_t)std::nearbyint(x[k] * inverse);
-        }
+        for (long b = 0, k = 0; k < n; b++, k += BLOCK)
+            steps[b] = to_whole(x + k, std::min(BLOCK, n - k), numbers.data() + k, [](long i) { return i; });
     }
 
     float dot(const int8_t *w) const {
@@ -114,7 +122,7 @@ struct Whole {
     }
 };
 
-// A weight of bytes, with a scale for each row.
+// A weight of bytes, with a scale for each row. `fast`: x is rounded to 16 bits.
 struct Bytes {
     static constexpr bool as_it_is = false;
     const int8_t *w;
@@ -138,17 +146,18 @@ struct Bytes {
 };
 
 // Weights of 4 bits: w = scale * values[code] (+ zero), with a scale for each 64 of a row; two codes a byte, the first in
-// the upper half.
+// the upper half. `fast`: x is rounded to 16 bits, and values that are not whole to 15.
 template <class S> struct Nibbles {
     static constexpr bool as_it_is = false;
     const uint8_t *w;
     const S *scale, *zero;
     const float *pairs;  // the values of the codes of each byte
+    bool fast;
     long groups;
     typedef Vectors<16>::words words;
 
-    Nibbles(const void *codes, const void *scale, const void *zero, const float *pairs, long columns)
-        : w((const uint8_t *)codes), scale((const S *)scale), zero((const S *)zero), pairs(pairs), groups((columns + 63) / 64) {}
+    Nibbles(const void *codes, const void *scale, const void *zero, const float *pairs, long columns, bool fast)
+        : w((const uint8_t *)codes), scale((const S *)scale), zero((const S *)zero), pairs(pairs), fast(fast), groups((columns + 63) / 64) {}
 
     long row_bytes(long) const { return groups * 32; }
 
@@ -163,6 +172,9 @@ template <class S> struct Nibbles {
     }
 
     void multiply(long begin, long end, long columns, const float *x, float *y) const {
+#ifdef __AVX512VNNI__
+        if (fast) return multiply_whole(begin, end, columns, x, y);
+#endif
         auto ordered = order(x, columns);
         v16 table;
         for (int code = 0; code < 16; code++) table[code] = pairs[2 * code + 1];
@@ -204,6 +216,34 @@ template <class S> struct Nibbles {
         return sum(total) + (zero ? dot(zero + r * groups, x, groups) : 0);
     }
 
+#ifdef __AVX512VNNI__
+    // In whole numbers, a group's places of even number before the others.
+    void multiply_whole(long begin, long end, long columns, const float *x, float *y) const {
+        const float unit = zero ? 1 : 16383;  // four products fit 32 bits
+        std::vector<int16_t> numbers(64 * groups);
+        std::vector<float> steps(groups), sums(groups);
+        for (long g = 0; g < groups; g++) {
+            long n = std::min(64l, columns - 64 * g);
+            for (long i = 0; i < n; i++) sums[g] += x[64 * g + i];
+            steps[g] = to_whole(x + 64 * g, n, &numbers[64 * g], [](long i) { return i / 2 + i % 2 * 32; }) / unit;
+        }
+        int16_t values[32];  // twice, for the lowest five bits of a byte look them up
+        for (int i = 0; i < 32; i++) values[i] = (int16_t)std::nearbyint(pairs[2 * (i % 16) + 1] * unit);
+        __m512i table = _mm512_loadu_si512(values);
+        for (long r = begin; r < end; r++) {
+            __m512 total = _mm512_setzero_ps();
+            for (long g = 0; g < groups; g++) {
+                __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(w + (r * groups + g) * 32)));
+                __m512i first = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table), second = _mm512_permutexvar_epi16(bytes, table);
+                __m512i sum = _mm512_dpwssd_epi32(_mm512_setzero_si512(), first, _mm512_loadu_si512(&numbers[64 * g]));
+                sum = _mm512_dpwssd_epi32(sum, second, _mm512_loadu_si512(&numbers[64 * g + 32]));
+                total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(to_float(scale[r * groups + g]) * steps[g]), total);
+            }
+            y[r] = _mm512_reduce_add_ps(total) + (zero ? dot(zero + r * groups, sums.data(), groups) : 0);
+        }
+    }
+#endif
+
     // the values of the codes in the lowest bits
     static v16 look_up(v16 table, words c) {
 #ifdef __clang__
@@ -218,13 +258,12 @@ template <class S> struct Nibbles {
 
 // `use` of the weight (rows, columns) in its format; `scale`, `zero` and `pairs` as the format has them.
 template <class Use>
-void with_weight(long format, const void *w, const void *scale, const void *zero, const float *pairs, long columns, Use use) {
+void with_weight(long format, const void *w, const void *scale, const void *zero, const float *pairs, bool fast, long columns, Use use) {
     switch (format) {
     case FLOAT32: return use(Plain<float>{(const float *)w});
     case BFLOAT16: return use(Plain<bf16>{(const bf16 *)w});
-    case INT8: return use(Bytes{(const int8_t *)w, (const float *)scale, false});
-    case NIBBLES_FLOAT32: return use(Nibbles<float>(w, scale, zero, pairs, columns));
-    case NIBBLES_BFLOAT16: return use(Nibbles<bf16>(w, scale, zero, pairs, columns));
-    case INT8_FAST: return use(Bytes{(const int8_t *)w, (const float *)scale, true});
+    case INT8: return use(Bytes{(const int8_t *)w, (const float *)scale, fast});
+    case NIBBLES_FLOAT32: return use(Nibbles<float>(w, scale, zero, pairs, columns, fast));
+    case NIBBLES_BFLOAT16: return use(Nibbles<bf16>(w, scale, zero, pairs, columns, fast));
     }
 }
