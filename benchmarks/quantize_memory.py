@@ -24,17 +24,17 @@ quantize: Quantizer = "nf4"  # format
 WATCH = """
 import json, sys
 import torch
-from lit_gpt import GPT
+from lit_gpt import GPT, Config
 from lit_gpt.base import Base
 from lit_gpt.memory import field, restart
 from lit_gpt.quantize import encode
 
 folder, quantize = sys.argv[1:]
-base = Base.of(folder, None if quantize == "bf16" else quantize)
 with torch.device("meta"):  # the libraries' own room
-    GPT(base.config)
+    GPT(Config.from_checkpoint(folder))
 encode(torch.randn(64, 64), "nf4", torch.bfloat16)
 before = restart(torch.nn.Module())
+base = Base.of(folder, None if quantize == "bf16" else quantize)
 model = base.build(torch.bfloat16)
 peak = field("VmHWM")
 del base
