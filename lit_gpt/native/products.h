@@ -2,9 +2,13 @@
 #pragma once
 #ifdef __AVX512VNNI__
 #include <immintrin.h>
+constexpr bool VNNI = true;
+#else
+constexpr bool VNNI = false;
 #endif
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -45,10 +49,22 @@ inline void dots(const T *w, long columns, const float *x, float *y, long y_row)
         for (int b = 0; b < B; b++) y[b * y_row + r] = sum(sums[r][b]) + dot(w + r * columns + k, x + b * columns + k, columns - k);
 }
 
-template <int R, class T> inline void dots(const T *w, long columns, const float *x, long n, float *y, long y_row) {
+// f(how many, the first) for n rows of x, four at a time and then one
+template <class F> inline void by_fours(long n, F f) {
     long b = 0;
-    for (; b + 4 <= n; b += 4) dots<R, 4>(w, columns, x + b * columns, y + b * y_row, y_row);
-    for (; b < n; b++) dots<R, 1>(w, columns, x + b * columns, y + b * y_row, y_row);
+    for (; b + 4 <= n; b += 4) f(std::integral_constant<int, 4>{}, b);
+    for (; b < n; b++) f(std::integral_constant<int, 1>{}, b);
+}
+
+// f(how many, the first, r) for n rows of x by fours with each row r of a weight, of which a few stay in the cache
+template <class F> inline void by_tiles(long begin, long end, long row_bytes, long n, F f) {
+    long few = std::max(1l, 16384 / row_bytes);
+    for (long from = begin; from < end; from += few)
+        by_fours(n, [&](auto B, long b) { for (long r = from; r < std::min(end, from + few); r++) f(B, b, r); });
+}
+
+template <int R, class T> inline void dots(const T *w, long columns, const float *x, long n, float *y, long y_row) {
+    by_fours(n, [=](auto B, long b) { dots<R, B>(w, columns, x + b * columns, y + b * y_row, y_row); });
 }
 
 template <class T> inline void dots(const T *w, long rows, long columns, const float *x, long n, float *y, long y_row) {
@@ -60,9 +76,13 @@ template <class T> inline void dots(const T *w, long rows, long columns, const f
 // y[b * y_row + r] for the weight's rows r from `begin` to `end` and n rows of x
 template <class Weight>
 inline void multiply(const Weight &weight, long begin, long end, long columns, const float *x, long n, float *y, long y_row) {
-    if (n == 1) return weight.multiply(begin, end, columns, x, y);
     if constexpr (Weight::as_it_is) {
+        if (n == 1) return weight.multiply(begin, end, columns, x, y);
         dots(weight.w + begin * columns, end - begin, columns, x, n, y + begin, y_row);
+    } else if (weight.fast) {
+        weight.multiply_whole(begin, end, columns, x, n, y, y_row);
+    } else if (n == 1) {
+        weight.multiply(begin, end, columns, x, y);
     } else {
         std::vector<float> few(4 * columns);  // rows of the weight, which stay in the cache for all of x
         for (long r = begin; r < end; r += 4) {
@@ -99,26 +119,31 @@ template <class Place> inline float to_whole(const float *x, long n, int16_t *to
     return most / 32767;
 }
 
-// x in whole numbers. A block's products with bytes fit 32 bits.
+// n rows of x in whole numbers. A block's products with bytes fit 32 bits.
 struct Whole {
     static constexpr long BLOCK = 512;
+    long columns, blocks;
     std::vector<int16_t> numbers;
     std::vector<float> steps;  // of each block
 
-    Whole(const float *x, long n) : numbers(n), steps((n + BLOCK - 1) / BLOCK) {
-        for (long b = 0, k = 0; k < n; b++, k += BLOCK)
-            steps[b] = to_whole(x + k, std::min(BLOCK, n - k), numbers.data() + k, [](long i) { return i; });
+    Whole(const float *x, long n, long columns)
+        : columns(columns), blocks((columns + BLOCK - 1) / BLOCK), numbers(n * columns), steps(n * blocks) {
+        for (long i = 0; i < n * blocks; i++) {
+            long from = i / blocks * columns + i % blocks * BLOCK, size = std::min(BLOCK, columns - i % blocks * BLOCK);
+            steps[i] = to_whole(x + from, size, numbers.data() + from, [](long i) { return i; });
+        }
     }
 
-    float dot(const int8_t *w) const {
-        float total = 0;
-        long n = numbers.size();
-        for (long b = 0; b < (long)steps.size(); b++) {
-            int sum = 0;
-            for (long k = b * BLOCK, end = std::min(n, k + BLOCK); k < end; k++) sum += (int16_t)w[k] * numbers[k];
-            total += steps[b] * sum;
+    // y[i * y_row] of B rows from b on, with a row of bytes
+    template <int B> void dots(const int8_t *w, float scale, long b, float *y, long y_row) const {
+        float totals[B] = {};
+        for (long block = 0; block < blocks; block++) {
+            int sums[B] = {};
+            for (long k = block * BLOCK, end = std::min(columns, k + BLOCK); k < end; k++)
+                for (int i = 0; i < B; i++) sums[i] += (int16_t)w[k] * numbers[(b + i) * columns + k];
+            for (int i = 0; i < B; i++) totals[i] += steps[(b + i) * blocks + block] * sums[i];
         }
-        return total;
+        for (int i = 0; i < B; i++) y[i * y_row] = scale * totals[i];
     }
 };
 
@@ -136,12 +161,14 @@ struct Bytes {
     }
 
     void multiply(long begin, long end, long columns, const float *x, float *y) const {
-        if (fast) {
-            Whole whole(x, columns);
-            for (long r = begin; r < end; r++) y[r] = scale[r] * whole.dot(w + r * columns);
-        } else {
-            for (long r = begin; r < end; r++) y[r] = scale[r] * dot(w + r * columns, x, columns);
-        }
+        for (long r = begin; r < end; r++) y[r] = scale[r] * dot(w + r * columns, x, columns);
+    }
+
+    void multiply_whole(long begin, long end, long columns, const float *x, long n, float *y, long y_row) const {
+        Whole whole(x, n, columns);
+        by_tiles(begin, end, columns, n, [&](auto B, long b, long r) {
+            whole.dots<B>(w + r * columns, scale[r], b, y + b * y_row + r, y_row);
+        });
     }
 };
 
@@ -157,7 +184,7 @@ template <class S> struct Nibbles {
     typedef Vectors<16>::words words;
 
     Nibbles(const void *codes, const void *scale, const void *zero, const float *pairs, long columns, bool fast)
-        : w((const uint8_t *)codes), scale((const S *)scale), zero((const S *)zero), pairs(pairs), fast(fast), groups((columns + 63) / 64) {}
+        : w((const uint8_t *)codes), scale((const S *)scale), zero((const S *)zero), pairs(pairs), fast(fast && VNNI), groups((columns + 63) / 64) {}
 
     long row_bytes(long) const { return groups * 32; }
 
@@ -172,9 +199,6 @@ template <class S> struct Nibbles {
     }
 
     void multiply(long begin, long end, long columns, const float *x, float *y) const {
-#ifdef __AVX512VNNI__
-        if (fast) return multiply_whole(begin, end, columns, x, y);
-#endif
         auto ordered = order(x, columns);
         v16 table;
         for (int code = 0; code < 16; code++) table[code] = pairs[2 * code + 1];
@@ -216,31 +240,44 @@ template <class S> struct Nibbles {
         return sum(total) + (zero ? dot(zero + r * groups, x, groups) : 0);
     }
 
-#ifdef __AVX512VNNI__
     // In whole numbers, a group's places of even number before the others.
-    void multiply_whole(long begin, long end, long columns, const float *x, float *y) const {
+    void multiply_whole(long begin, long end, long columns, const float *x, long n, float *y, long y_row) const {
+#ifdef __AVX512VNNI__
         const float unit = zero ? 1 : 16383;  // four products fit 32 bits
-        std::vector<int16_t> numbers(64 * groups);
-        std::vector<float> steps(groups), sums(groups);
-        for (long g = 0; g < groups; g++) {
-            long n = std::min(64l, columns - 64 * g);
-            for (long i = 0; i < n; i++) sums[g] += x[64 * g + i];
-            steps[g] = to_whole(x + 64 * g, n, &numbers[64 * g], [](long i) { return i / 2 + i % 2 * 32; }) / unit;
+        std::vector<int16_t> numbers(64 * n * groups);
+        std::vector<float> steps(n * groups), sums(n * groups);
+        for (long i = 0; i < n * groups; i++) {
+            long size = std::min(64l, columns - i % groups * 64);
+            const float *from = x + i / groups * columns + i % groups * 64;
+            for (long k = 0; k < size; k++) sums[i] += from[k];
+            steps[i] = to_whole(from, size, &numbers[64 * i], [](long k) { return k / 2 + k % 2 * 32; }) / unit;
         }
         int16_t values[32];  // twice, for the lowest five bits of a byte look them up
         for (int i = 0; i < 32; i++) values[i] = (int16_t)std::nearbyint(pairs[2 * (i % 16) + 1] * unit);
         __m512i table = _mm512_loadu_si512(values);
-        for (long r = begin; r < end; r++) {
-            __m512 total = _mm512_setzero_ps();
-            for (long g = 0; g < groups; g++) {
-                __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(w + (r * groups + g) * 32)));
-                __m512i first = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table), second = _mm512_permutexvar_epi16(bytes, table);
-                __m512i sum = _mm512_dpwssd_epi32(_mm512_setzero_si512(), first, _mm512_loadu_si512(&numbers[64 * g]));
-                sum = _mm512_dpwssd_epi32(sum, second, _mm512_loadu_si512(&numbers[64 * g + 32]));
-                total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(to_float(scale[r * groups + g]) * steps[g]), total);
+        by_tiles(begin, end, row_bytes(columns), n, [&](auto B, long b, long r) {
+            float *to = y + b * y_row + r;
+            whole_row<B>(r, table, &numbers[64 * b * groups], &steps[b * groups], to, y_row);
+            for (int i = 0; zero && i < B; i++) to[i * y_row] += dot(zero + r * groups, &sums[(b + i) * groups], groups);
+        });
+#endif
+    }
+
+#ifdef __AVX512VNNI__
+    template <int B> void whole_row(long r, __m512i table, const int16_t *numbers, const float *steps, float *y, long y_row) const {
+        __m512 totals[B] = {};
+        for (long g = 0; g < groups; g++) {
+            __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(w + (r * groups + g) * 32)));
+            __m512i first = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table), second = _mm512_permutexvar_epi16(bytes, table);
+            float by = to_float(scale[r * groups + g]);
+            for (int i = 0; i < B; i++) {
+                const int16_t *x = numbers + 64 * (i * groups + g);
+                __m512i sum = _mm512_dpwssd_epi32(_mm512_setzero_si512(), first, _mm512_loadu_si512(x));
+                sum = _mm512_dpwssd_epi32(sum, second, _mm512_loadu_si512(x + 32));
+                totals[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(by * steps[i * groups + g]), totals[i]);
             }
-            y[r] = _mm512_reduce_add_ps(total) + (zero ? dot(zero + r * groups, sums.data(), groups) : 0);
         }
+        for (int i = 0; i < B; i++) y[i * y_row] = _mm512_reduce_add_ps(totals[i]);
     }
 #endif
 
