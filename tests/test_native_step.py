@@ -7,10 +7,10 @@ import pytest
 import torch
 from test_decoding import as_if_trained, model_of, with_adapter_v2, with_lora_and_adapter
 
-from lit_gpt import GPT, lora, native, quantize
+from lit_gpt import GPT, Config, lora, native, quantize
 from lit_gpt.decoding import FastStep, Row, one_more
 from lit_gpt.generation import generate
-from lit_gpt.model import forget
+from lit_gpt.model import forget, of_row
 from lit_gpt.native_step import NativeStep, Unsupported
 
 pytestmark = pytest.mark.skipif(native.library("decode") is None, reason="needs a C++ compiler")
@@ -115,3 +115,21 @@ def test_what_is_no_number_is_not_hidden_by_rounding(llama, format):
     model.h[0].norm_1.weight.data.fill_(torch.nan)
     cache = model.kv_cache(1, 2)
     assert NativeStep(model)([Row([5], 1, cache=cache)], cache).isnan().all()
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "nf4", "nf4-dq"])
+def test_several_rows_in_whole_numbers_are_what_each_is_alone(format):
+    """With more columns than a block holds, and not a multiple of anything."""
+    config = Config(
+        "odd", "falcon", n_layer=1, n_head=4, n_embd=120, intermediate_size=1129, vocab_size=150, block_size=16
+    )
+    torch.manual_seed(1)
+    model = quantize.attach(GPT(config), format).to(torch.bfloat16).eval()
+    cache = model.kv_cache(7, 4)
+    rows = [Row([i + 3], 1, cache=of_row(cache, i)) for i in range(7)]
+    together, alone = NativeStep(model)(rows, cache).clone(), NativeStep(model)
+    for row, logits in zip(rows, together, strict=True):
+        cache = model.kv_cache(1, 4)
+        single = alone([Row(row.ids, 1, cache=cache)], cache)[0]
+        torch.testing.assert_close(logits, single)
+        assert (logits - one_more(model, [Row(row.ids, 1, cache=model.kv_cache(1, 4))], None)[0]).abs().max() < 0.02

@@ -141,7 +141,7 @@ struct Whole {
             int sums[B] = {};
             for (long k = block * BLOCK, end = std::min(columns, k + BLOCK); k < end; k++)
                 for (int i = 0; i < B; i++) sums[i] += (int16_t)w[k] * numbers[(b + i) * columns + k];
-            for (int i = 0; i < B; i++) totals[i] += steps[(b + i) * blocks + block] * sums[i];
+            for (int i = 0; i < B; i++) totals[i] = std::fma(steps[(b + i) * blocks + block], (float)sums[i], totals[i]);
         }
         for (int i = 0; i < B; i++) y[i * y_row] = scale * totals[i];
     }
