@@ -117,14 +117,15 @@ def test_what_is_no_number_is_not_hidden_by_rounding(llama, format):
     assert NativeStep(model)([Row([5], 1, cache=cache)], cache).isnan().all()
 
 
-@pytest.mark.parametrize("format", ["int8", "int4", "nf4", "nf4-dq"])
-def test_several_rows_in_whole_numbers_are_what_each_is_alone(format):
+@pytest.mark.parametrize("format", [None, "int8", "int4", "nf4", "nf4-dq"])
+def test_several_rows_in_bfloat16_are_what_each_is_alone(format):
     """With more columns than a block holds, and not a multiple of anything."""
     config = Config(
         "odd", "falcon", n_layer=1, n_head=4, n_embd=120, intermediate_size=1129, vocab_size=150, block_size=16
     )
     torch.manual_seed(1)
-    model = quantize.attach(GPT(config), format).to(torch.bfloat16).eval()
+    model = GPT(config) if format is None else quantize.attach(GPT(config), format)
+    model.to(torch.bfloat16).eval()
     cache = model.kv_cache(7, 4)
     rows = [Row([i + 3], 1, cache=of_row(cache, i)) for i in range(7)]
     together, alone = NativeStep(model)(rows, cache).clone(), NativeStep(model)

@@ -209,7 +209,7 @@ void tape_embed(Tape *tape, float *y, const void *table, long type, const float 
 void tape_linear(Tape *tape, float *y, const float *x, long rows, long columns, long format, const void *w, const void *scale, const void *zero, const float *pairs, const float *bias, long fast) {
     with_weight(format, w, scale, zero, pairs, fast, columns, [=](auto weight) {
         tape->elements(rows, false, [=](const Run &run, Span span) {
-            multiply(weight, span.begin, span.end, columns, x, run.n, y, rows);
+            weight.multiply(span.begin, span.end, columns, x, run.n, y, rows);
             for (long row = 0; bias && row < run.n; row++)
                 for (long r = span.begin; r < span.end; r++) y[row * rows + r] += bias[r];
         });

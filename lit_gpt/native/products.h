@@ -1,109 +1,43 @@
 // Products of a few rows with a weight, as it is stored: what a step of generating spends its time on.
 #pragma once
+#include <algorithm>
+#include <vector>
+
+#include "dots.h"
+
 #ifdef __AVX512VNNI__
-#include <immintrin.h>
 constexpr bool VNNI = true;
 #else
 constexpr bool VNNI = false;
 #endif
 
-#include <algorithm>
-#include <type_traits>
-#include <vector>
-
-#include "vectors.h"
-
 enum Format { FLOAT32, BFLOAT16, INT8, NIBBLES_FLOAT32, NIBBLES_BFLOAT16 };
 
-inline float to_float(int8_t x) { return x; }
-
-// p[i] will be read; it may lie beyond what is there
-template <class T> inline void soon(const T *p, long i) { __builtin_prefetch((const void *)((uintptr_t)p + i * sizeof(T)), 0, 2); }
-
-// One row at a time, as a plain loop: the processor reads ahead of one stream better than of several. Written by
-// hand for int8 it takes two thirds of the time from a cache, and a quarter more from memory.
-template <class T> inline float dot(const T *w, const float *x, long n) {
-    float total = 0;
-    for (long k = 0; k < n; k++) total += to_float(w[k]) * x[k];
-    return total;
-}
-
-// The same of R rows of a weight with B of x at once, of which each number is loaded once: y[b * y_row + r]. What the
-// rows after them hold is asked for early, for the processor does not read ahead of so many streams by itself.
-template <int R, int B, class T>
-inline void dots(const T *w, long columns, const float *x, float *y, long y_row) {
-    v16 sums[R][B] = {};
-    long k = 0;
-    for (; k + 16 <= columns; k += 16) {
-        v16 a[R];
-        for (int r = 0; r < R; r++) {
-            a[r] = load<16>(w + r * columns + k);
-            if (k % (64 / sizeof(T)) == 0) soon(w, (r + R) * columns + k);
-        }
-        for (int b = 0; b < B; b++) {
-            v16 c = load<16>(x + b * columns + k);
-            for (int r = 0; r < R; r++) sums[r][b] += a[r] * c;
-        }
-    }
-    for (int r = 0; r < R; r++)
-        for (int b = 0; b < B; b++) y[b * y_row + r] = sum(sums[r][b]) + dot(w + r * columns + k, x + b * columns + k, columns - k);
-}
-
-// f(how many, the first) for n rows of x, four at a time and then one
-template <class F> inline void by_fours(long n, F f) {
-    long b = 0;
-    for (; b + 4 <= n; b += 4) f(std::integral_constant<int, 4>{}, b);
-    for (; b < n; b++) f(std::integral_constant<int, 1>{}, b);
-}
-
-// f(how many, the first, r) for n rows of x by fours with each row r of a weight, of which a few stay in the cache
-template <class F> inline void by_tiles(long begin, long end, long row_bytes, long n, F f) {
-    long few = std::max(1l, 16384 / row_bytes);
-    for (long from = begin; from < end; from += few)
-        by_fours(n, [&](auto B, long b) { for (long r = from; r < std::min(end, from + few); r++) f(B, b, r); });
-}
-
-template <int R, class T> inline void dots(const T *w, long columns, const float *x, long n, float *y, long y_row) {
-    by_fours(n, [=](auto B, long b) { dots<R, B>(w, columns, x + b * columns, y + b * y_row, y_row); });
-}
-
-template <class T> inline void dots(const T *w, long rows, long columns, const float *x, long n, float *y, long y_row) {
-    long r = 0;
-    for (; r + 4 <= rows; r += 4) dots<4>(w + r * columns, columns, x, n, y + r, y_row);
-    for (long whole = r; r < whole + rows % 4; r++) dots<1>(w + r * columns, columns, x, n, y + r, y_row);
-}
-
-// y[b * y_row + r] for the weight's rows r from `begin` to `end` and n rows of x
+// As `dots`, with a weight's rows from `begin` to `end`: y[b * y_row + r]. A few rows at a time are made float32, and stay in
+// the cache for all of x.
 template <class Weight>
-inline void multiply(const Weight &weight, long begin, long end, long columns, const float *x, long n, float *y, long y_row) {
-    if constexpr (Weight::as_it_is) {
-        if (n == 1) return weight.multiply(begin, end, columns, x, y);
-        dots(weight.w + begin * columns, end - begin, columns, x, n, y + begin, y_row);
-    } else if (weight.fast) {
-        weight.multiply_whole(begin, end, columns, x, n, y, y_row);
-    } else if (n == 1) {
-        weight.multiply(begin, end, columns, x, y);
-    } else {
-        std::vector<float> few(4 * columns);  // rows of the weight, which stay in the cache for all of x
-        for (long r = begin; r < end; r += 4) {
-            long count = std::min(4l, end - r), bytes = weight.row_bytes(columns);
-            for (long i = 0; i < count; i++) weight.expand(r + i, columns, few.data() + i * columns);
-            for (long i = 0; i < 4 * bytes; i += 64) soon((const char *)weight.w, (r + 4) * bytes + i);
-            dots(few.data(), count, columns, x, n, y + r, y_row);
-        }
+inline void multiply_expanded(const Weight &weight, long begin, long end, long columns, const float *x, long n, float *y, long y_row) {
+    std::vector<float> few(4 * columns);
+    for (long r = begin; r < end; r += 4) {
+        long count = std::min(4l, end - r), bytes = weight.row_bytes(columns);
+        for (long i = 0; i < count; i++) weight.expand(r + i, columns, few.data() + i * columns);
+        for (long i = 0; i < 4 * bytes; i += 64) soon((const char *)weight.w, (r + 4) * bytes + i);
+        dots(few.data(), count, columns, x, n, y + r, y_row);
     }
 }
+
+// The weights: `multiply` gives y[b * y_row + r] for their rows r from `begin` to `end` and n rows of x, and `expand` a row.
 
 // A weight in floating point.
 template <class T> struct Plain {
-    static constexpr bool as_it_is = true;
     const T *w;
 
     void expand(long r, long columns, float *to) const {
         for (long k = 0; k < columns; k++) to[k] = to_float(w[r * columns + k]);
     }
 
-    void multiply(long begin, long end, long columns, const float *x, float *y) const {
+    void multiply(long begin, long end, long columns, const float *x, long n, float *y, long y_row) const {
+        if (n > 1) return dots(w + begin * columns, end - begin, columns, x, n, y + begin, y_row);
         for (long r = begin; r < end; r++) y[r] = dot(w + r * columns, x, columns);
     }
 };
@@ -149,7 +83,6 @@ struct Whole {
 
 // A weight of bytes, with a scale for each row. `fast`: x is rounded to 16 bits.
 struct Bytes {
-    static constexpr bool as_it_is = false;
     const int8_t *w;
     const float *scale;
     bool fast;
@@ -160,7 +93,9 @@ struct Bytes {
         for (long k = 0; k < columns; k++) to[k] = scale[r] * w[r * columns + k];
     }
 
-    void multiply(long begin, long end, long columns, const float *x, float *y) const {
+    void multiply(long begin, long end, long columns, const float *x, long n, float *y, long y_row) const {
+        if (fast) return multiply_whole(begin, end, columns, x, n, y, y_row);
+        if (n > 1) return multiply_expanded(*this, begin, end, columns, x, n, y, y_row);
         for (long r = begin; r < end; r++) y[r] = scale[r] * dot(w + r * columns, x, columns);
     }
 
@@ -175,7 +110,6 @@ struct Bytes {
 // Weights of 4 bits: w = scale * values[code] (+ zero), with a scale for each 64 of a row; two codes a byte, the first in
 // the upper half. `fast`: x is rounded to 16 bits, and values that are not whole to 15.
 template <class S> struct Nibbles {
-    static constexpr bool as_it_is = false;
     const uint8_t *w;
     const S *scale, *zero;
     const float *pairs;  // the values of the codes of each byte
@@ -198,7 +132,9 @@ template <class S> struct Nibbles {
         }
     }
 
-    void multiply(long begin, long end, long columns, const float *x, float *y) const {
+    void multiply(long begin, long end, long columns, const float *x, long n, float *y, long y_row) const {
+        if (fast) return multiply_whole(begin, end, columns, x, n, y, y_row);
+        if (n > 1) return multiply_expanded(*this, begin, end, columns, x, n, y, y_row);
         auto ordered = order(x, columns);
         v16 table;
         for (int code = 0; code < 16; code++) table[code] = pairs[2 * code + 1];
