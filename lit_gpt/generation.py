@@ -56,6 +56,8 @@ def generate(
         UserError: prompt and answer do not fit the model's context.
     """
     check_room(model, len(prompt), max_new_tokens)
+    if max_new_tokens < 1:
+        return
     stops = set(stop_ids)
     cache = cache or model.kv_cache(1, len(prompt) + max_new_tokens)
     row = Row(list(prompt), max_new_tokens, generator, cache[0].length)
@@ -90,7 +92,7 @@ def decode(
     the next takes its place.
 
     Prompts are packed to be read, so nothing is padded; from then on each row adds a token to its own place in the
-    cache, at its own position. So a row is what it would be alone, wherever the others are.
+    cache, at its own position. So a row is what it would be alone but for rounding, wherever the others are.
 
     Args:
         cache: each place has room for every row's prompt and answer.
@@ -241,7 +243,7 @@ def sampling_options(hp: SimpleNamespace, model: GPT) -> dict[str, Any]:
 
 
 def new_step(hp: SimpleNamespace, model: GPT) -> Step:
-    """What takes the model's place for one more token of one row."""
+    """What takes the model's place for one more token of each row."""
     return FastStep(model, hp.compile)
 
 
@@ -274,8 +276,11 @@ def answer(
     if not isinstance(prompt, str):
         return prompt.answer(hp, model, tokenizer, style, loras)
     ids = prompt_ids(instruction_messages(prompt, hp.input), model, tokenizer, style)
-    options = sampling_options(hp, model) | {"step": new_step(hp, model)}
+    check_room(model, len(ids), hp.max_new_tokens)
+    cache = model.kv_cache(1, len(ids) + hp.max_new_tokens)
+    options = sampling_options(hp, model) | {"step": new_step(hp, model), "cache": cache}
     for _ in range(hp.num_samples):
+        forget(cache, len(ids) - 1)
         clock = Clock()
         new = generate(model, ids, hp.max_new_tokens, stop_ids=style.stop_ids, **options)
         for piece in tokenizer.decode_stream(clock.watch(new)):

@@ -28,10 +28,10 @@ def serves(*tensors: Tensor) -> bool:
     Not while torch.compile looks, which makes its own.
     """
     first = tensors[0]
-    return all(x.dtype == first.dtype for x in tensors) and _serves(first.device, first.dtype)
+    return all(x.dtype == first.dtype for x in tensors) and serves_on(first.device, first.dtype)
 
 
-def _serves(device: torch.device, dtype: torch.dtype) -> bool:
+def serves_on(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in SUFFIXES and not torch.compiler.is_compiling() and available()
 
 
@@ -307,8 +307,9 @@ def quantized_format(codes: Tensor, scale: Tensor) -> int:
     return FORMATS[torch.int8 if codes.dtype == torch.int8 else scale.dtype]
 
 
-def takes_dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> bool:
-    return codes.is_contiguous() and scale.dtype in SUFFIXES and _serves(codes.device, dtype)
+def takes_dequantize(codes: Tensor, scale: Tensor) -> bool:
+    """Where the kernels serve."""
+    return codes.is_contiguous() and scale.dtype in SUFFIXES
 
 
 @_operator(

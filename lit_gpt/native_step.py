@@ -52,27 +52,31 @@ class NativeStep:
     Weights are read where they lie; what is attached to a model, and small things like norms, are copied, and copied
     again when they have changed, which is looked at when other rows are continued than before.
 
+    Args:
+        n: rows that are expected; more can follow.
+
     Raises:
         Unsupported: there is no kernel for some part of the model, or no compiler to make kernels.
     """
 
-    def __init__(self, model: GPT) -> None:
-        if model.wte.weight.device.type != "cpu" or model.dtype not in TYPES or model.training:
-            raise Unsupported("a device, dtype or mode")
+    def __init__(self, model: GPT, n: int = 1) -> None:
         self.library = native.library("decode")
         if self.library is None:
             raise Unsupported("no compiler")
         self.model, self.places, self.lengths = model, [], []  # the last two of the rows of the last call
-        self.record(1)
+        self.record(n)
 
     def record(self, n: int) -> None:
+        if self.model.wte.weight.device.type != "cpu" or self.model.dtype not in TYPES or self.model.training:
+            raise Unsupported("a device, dtype or mode")
         self.tape, self.seen = Tape(self.library, self.model, n), versions(self.model)
 
     def __call__(self, rows: list["Row"], cache: KVCache) -> Tensor:
         """Float32 (len(rows), padded_vocab_size), which the next call overwrites."""
         places, lengths = [row.cache for row in rows], [len(row.ids) for row in rows]
         if lengths != [length + 1 for length in self.lengths] or not all(map(is_, places, self.places)):
-            if self.tape.n < len(rows) or changed(self.seen, versions(self.model)):
+            outdated = self.model.training or changed(self.seen, versions(self.model))
+            if outdated or self.tape.n < len(rows):
                 self.record(max(len(rows), len(cache[0].k)))
             self.tape.use(rows[0].cache if len(rows) == 1 else cache)
         self.places, self.lengths = places, lengths
@@ -84,13 +88,16 @@ class NativeStep:
         return logits
 
 
-def versions(model: GPT) -> list[tuple[Tensor, int]]:
-    """All that a model computes with, and how often each was written to."""
+Versions = list[tuple[Tensor, tuple[int, ...]]]
+
+
+def versions(model: GPT) -> Versions:
+    """All that a model computes with, where each tensor lies and how often it was written to."""
     tensors = chain(model.parameters(), model.buffers())
-    return [(tensor, 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+    return [(x, (x.data_ptr(), 0 if x.is_inference() else x._version)) for x in tensors]
 
 
-def changed(before: list[tuple[Tensor, int]], now: list[tuple[Tensor, int]]) -> bool:
+def changed(before: Versions, now: Versions) -> bool:
     pairs = zip(before, now, strict=False)
     return len(before) != len(now) or any(old is not new or m != n for (old, m), (new, n) in pairs)
 
@@ -147,13 +154,17 @@ class Tape:
     def buffer(self, name: str, size: int) -> Tensor:
         """Float32 (n, size), one for all layers."""
         if (name, size) not in self.buffers:
-            self.buffers[name, size] = torch.zeros(self.n, size)
+            self.buffers[name, size] = self.zeros(size)
         return self.buffers[name, size]
+
+    def zeros(self, size: int) -> Tensor:
+        return torch.zeros(self.n, size, dtype=torch.float32)
 
     # the parts of a model
 
     def whole(self) -> Tensor:
         model, config = self.model, self.model.config
+        expect(model, GPT)
         x = self.buffer("x", config.n_embd)
         self.embed(x, model.wte, float(torch.tensor(config.embedding_scale, dtype=self.dtype)), by_position=False)
         if model.wpe is not None:
@@ -177,10 +188,10 @@ class Tape:
     def rotations(self) -> list[tuple[Tensor, Tensor] | None]:
         """Cosine and sine of each layer, float32 (n, rope_n_elem / 2), if it is rotated."""
         model, config, found = self.model, self.model.config, {}
-        for rope in (model.rope, model.local_rope):
+        for rope in dict.fromkeys((model.rope, model.local_rope)):  # which may be one
             frequencies = rope.frequencies.float().view(1 if rope.original is None else 2, -1)
             kinds, n = frequencies.shape
-            found[rope] = torch.zeros(self.n, n), torch.zeros(self.n, n)
+            found[rope] = self.zeros(n), self.zeros(n)
             if n:
                 factor = float(rope.attention_factor)
                 self.add("angles", *found[rope], frequencies, n, kinds, factor, TYPES[self.dtype])
@@ -251,7 +262,7 @@ class Tape:
         stride = size if type(norm) is LayerNorms else 0
         offset, centered = getattr(norm, "offset", 0.0), isinstance(norm, nn.LayerNorm)
         rows = y[0], y.stride(0), x[0], x.stride(0)  # of a view only a row is contiguous
-        self.add("norm", *rows, parts, size, weight, bias, stride, norm.eps, offset, centered)
+        self.add("norm", *rows, parts, size, weight, bias, stride, float(norm.eps), offset, centered)
         return y
 
     def linear(self, layer: nn.Module, x: Tensor, name: str) -> Tensor:
@@ -274,12 +285,12 @@ class Tape:
             self.choice = layer.choice
         else:
             bias = None if layer.bias is None else layer.bias.float()
-            fast = self.dtype == torch.bfloat16  # whose rounding is coarser than that of fast products
+            fast = self.dtype == torch.bfloat16  # whose rounding is mostly coarser than that of fast products
             self.add("linear", y, x, n, layer.in_features, *self.weight(layer), bias, fast)
         return y
 
     def lower(self, A: Tensor, x: Tensor, by_row: bool) -> Tensor:
-        low = torch.zeros(self.n, A.size(-2))
+        low = self.zeros(A.size(-2))
         self.add("lower", low, x, *A.shape[-2:], A, TYPES[self.dtype], by_row)
         return low
 
@@ -297,6 +308,6 @@ class Tape:
 
 
 def expect(module: nn.Module, *kinds: type) -> None:
-    """A class derived from one of these may do more than it."""
-    if type(module) not in kinds:
+    """A class derived from one of these may do more than it, and so may a hook."""
+    if type(module) not in kinds or module._forward_hooks or module._forward_pre_hooks:
         raise Unsupported(type(module).__name__)

@@ -32,7 +32,7 @@ from lit_gpt.tokenizer import Tokenizer
 
 OURS = ("answer", "ended", "row", "settings")  # what an answer's line has besides the prompt's fields
 FORMS = ("prompt", "instruction", "messages")  # what a prompt may be; a line has one of them
-# Flags that change no answer.
+# Flags that change no answer, but for rounding.
 INDIFFERENT = {"prompt", "prompt_file", "input", "out", "batch_size", "num_samples", "compile"}
 
 

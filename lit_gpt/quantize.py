@@ -63,10 +63,10 @@ class Int8:
 
     def decode_by_kernel(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor | None:
         """What `decode` gives without what was added, rounded to `dtype`; None where no kernel can do it."""
+        if not kernels.serves_on(tensors["weight"].device, dtype):
+            return None
         given = self.for_kernels(tensors)
-        if kernels.takes_dequantize(*given[:2], dtype):
-            return kernels.dequantize(*given, columns, dtype)
-        return None
+        return kernels.dequantize(*given, columns, dtype) if kernels.takes_dequantize(*given[:2]) else None
 
 
 class FourBit(Int8):
@@ -163,7 +163,7 @@ class Int4(FourBit):
         return torch.addcmul(zero, codes, scale)
 
     def for_kernels(self, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        return tensors["weight"], tensors["scale"], tensors["zero"], pairs_of(torch.arange(16.0))
+        return tensors["weight"], tensors["scale"], tensors["zero"], pairs_of(torch.arange(16, dtype=torch.float32))
 
     def decode(self, tensors: Tensors) -> Tensor:
         codes = halves(tensors["weight"]).float().unflatten(-1, (-1, GROUP))
@@ -189,6 +189,9 @@ class NF4(FourBit):
     VALUES = normal_float()
     FITTED = ("absmax",)
 
+    def table(self, device: torch.device | None = None) -> Tensor:
+        return torch.tensor(self.VALUES, dtype=torch.float32, device=device)
+
     def layout(self, rows: int, columns: int) -> Layout:
         blocks = -(-columns // GROUP)
         return {"weight": ((rows, blocks * GROUP // 2), torch.uint8), "absmax": ((rows, blocks), torch.float32)}
@@ -208,20 +211,20 @@ class NF4(FourBit):
         return (torch.where(found > 0, found, fitted[0]),)
 
     def codes(self, w: Tensor, *fitted: Tensor) -> Tensor:
-        values = torch.tensor(self.VALUES, device=w.device)
+        values = self.table(w.device)
         return torch.bucketize(w / divisor(fitted[0]), (values[1:] + values[:-1]) / 2, out_int32=True)
 
     def values(self, codes: Tensor, *fitted: Tensor) -> Tensor:
-        return torch.tensor(self.VALUES, device=codes.device)[codes.long()] * fitted[0]
+        return self.table(codes.device)[codes.long()] * fitted[0]
 
     def decode(self, tensors: Tensors) -> Tensor:
         codes, absmax = tensors["weight"], tensors["absmax"]
-        pairs = pairs_of(torch.tensor(self.VALUES, device=codes.device)).view(torch.int64)  # each as one number
+        pairs = pairs_of(self.table(codes.device)).view(torch.int64)  # each as one number
         found = pairs.flatten().index_select(0, codes.flatten().long()).view(torch.float32)
         return found.view(*absmax.shape, GROUP).mul_(absmax.unsqueeze(-1)).flatten(1)
 
     def for_kernels(self, tensors: Tensors) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        return tensors["weight"], tensors["absmax"], None, pairs_of(torch.tensor(self.VALUES))
+        return tensors["weight"], tensors["absmax"], None, pairs_of(self.table())
 
     def decode_by_kernel(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor | None:
         found = super().decode_by_kernel(tensors, columns, dtype)
@@ -229,7 +232,7 @@ class NF4(FourBit):
         if theirs is None or torch.compiler.is_compiling() or dtype not in (torch.float32, torch.bfloat16):
             return found
         codes, absmax = tensors["weight"], tensors["absmax"]
-        shape, values = (len(codes), 2 * codes.size(1)), torch.tensor(self.VALUES, device=codes.device)
+        shape, values = (len(codes), 2 * codes.size(1)), self.table(codes.device)
         state = theirs.QuantState(absmax.flatten(), shape, values, GROUP, "nf4", dtype)
         return theirs.dequantize_4bit(codes.view(-1, 1), state)[:, :columns].contiguous()
 
@@ -417,7 +420,8 @@ def product(x: Tensor, layer: QuantizedLinear) -> Tensor:
     """x W^T + bias of x (..., in_features), in x's dtype.
 
     Many rows, as in training and of a prompt, are worth a dequantization. A single one, as in decoding, is bound by
-    reading the weight, which the compiled step of lit_gpt.decoding does in int8 without turning it back before.
+    reading the weight, which the steps of lit_gpt.decoding do without turning it back before: the native one, and in
+    int8 the compiled one.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         return _Product.apply(x, layer)

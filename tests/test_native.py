@@ -71,3 +71,12 @@ def test_killed_while_it_compiles(tmp_path):
     assert not list((tmp_path / "lit_gpt").glob("*.so"))
     found = compute(tmp_path)
     assert found.stdout.startswith("True 0.99") and found.stderr == ""
+
+
+@needs_compiler
+def test_a_damaged_library_is_compiled_again(tmp_path):
+    whole = compute(tmp_path)
+    for path in (tmp_path / "lit_gpt").iterdir():
+        path.write_bytes(b"")
+    found = compute(tmp_path)
+    assert (found.stdout, found.stderr) == (whole.stdout, "")

@@ -134,3 +134,40 @@ def test_several_rows_in_bfloat16_are_what_each_is_alone(format):
         single = alone([Row(row.ids, 1, cache=cache)], cache)[0]
         torch.testing.assert_close(logits, single)
         assert (logits - one_more(model, [Row(row.ids, 1, cache=model.kv_cache(1, 4))], None)[0]).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("change", ["data", "dtype"])
+def test_weights_that_lie_elsewhere_count_from_the_next_answer_on(llama, change):
+    """Neither makes a parameter another, nor counts as writing to it."""
+    model = GPT.from_checkpoint(llama, torch.bfloat16 if change == "dtype" else torch.float32)
+    step = FastStep(model)
+    list(generate(model, [5, 6], 5, temperature=0, step=step))
+    if change == "dtype":
+        model.float()
+    else:
+        for weight in model.parameters():
+            weight.data = torch.randn_like(weight) / 10
+    expected = list(generate(model, [5, 6], 20, temperature=0))
+    assert list(generate(model, [5, 6], 20, temperature=0, step=step)) == expected
+    assert isinstance(step.chosen, NativeStep)
+
+
+@pytest.mark.parametrize("format", [None, "int8", "int4", "nf4", "nf4-dq"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_another_default_dtype_changes_nothing(llama, format, dtype):
+    model = GPT.from_checkpoint(llama, quantize=format)
+    expected = list(generate(model, [5, 6], 20, temperature=0))
+    torch.set_default_dtype(dtype)
+    try:
+        assert list(generate(model, [5, 6], 20, temperature=0)) == expected
+        assert list(generate(model, [5, 6], 20, temperature=0, step=NativeStep(model))) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_is_honoured(llama, register):
+    model = GPT.from_checkpoint(llama)
+    getattr(model.h[0].mlp, register)(lambda *_: None)
+    with pytest.raises(Unsupported, match="SwiGLU"):
+        NativeStep(model)

@@ -34,7 +34,11 @@ def library(name: str) -> ctypes.CDLL | None:
         path = cache_folder() / f"{name}-{fingerprint(compiler, name)}.so"
         if not path.exists():
             compile_to(path, compiler, SOURCES / f"{name}.cpp")
-        return ctypes.CDLL(str(path))
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # it was damaged since
+            compile_to(path, compiler, SOURCES / f"{name}.cpp")
+            return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).splitlines()
         said = next((line for line in said if "error" in line), said[0])
@@ -66,6 +70,8 @@ def compile_to(path: Path, compiler: str, source: Path) -> None:
     try:
         argv = [compiler, *FLAGS, str(source), "-o", temporary]
         subprocess.run(argv, check=True, capture_output=True, text=True)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)

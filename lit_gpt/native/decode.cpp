@@ -3,7 +3,7 @@
 // threads stay within the call, and wait for each other between operations by watching a number.
 //
 // Whatever lies between the operations is float32, the rows of a buffer one after the other; weights and cache are as
-// they are stored. A row is computed as it would be alone, wherever the others are.
+// they are stored. A row is computed as it would be alone but for the rounding of its products, wherever the others are.
 #ifdef _OPENMP
 #include <omp.h>
 #endif

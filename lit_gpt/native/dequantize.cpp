@@ -3,7 +3,7 @@
 
 template <class T>
 void dequantize(long format, const void *w, const void *scale, const void *zero, const float *pairs, long rows, long columns, T *y) {
-    with_weight(format, w, scale, zero, pairs, false, columns, [=](auto weight) {
+    with_quantized(format, w, scale, zero, pairs, false, columns, [=](auto weight) {
 #pragma omp parallel
         {
             std::vector<float> row(columns);

@@ -76,7 +76,8 @@ struct Halves {
             for (long k = 0; k < columns; k++) {
                 long i = b * row + k;
                 from_float(&high[i], x[b * columns + k]);
-                from_float(&low[i], x[b * columns + k] - to_float(high[i]));
+                float left = x[b * columns + k] - to_float(high[i]);  // NaN beside what is infinite
+                from_float(&low[i], left == left ? left : 0);
             }
     }
 

@@ -26,15 +26,12 @@ inline void multiply_expanded(const Weight &weight, long begin, long end, long c
     }
 }
 
-// The weights: `multiply` gives y[b * y_row + r] for their rows r from `begin` to `end` and n rows of x, and `expand` a row.
+// The weights: `multiply` gives y[b * y_row + r] for their rows r from `begin` to `end` and n rows of x, and `expand` a row
+// of what is not floating point.
 
 // A weight in floating point.
 template <class T> struct Plain {
     const T *w;
-
-    void expand(long r, long columns, float *to) const {
-        for (long k = 0; k < columns; k++) to[k] = to_float(w[r * columns + k]);
-    }
 
     void multiply(long begin, long end, long columns, const float *x, long n, float *y, long y_row) const {
         if (n > 1) return dots(w + begin * columns, end - begin, columns, x, n, y + begin, y_row);
@@ -42,15 +39,21 @@ template <class T> struct Plain {
     }
 };
 
-// Rounds n numbers to whole ones of 16 bits, which the largest fills; number i goes to `place(i)`. Returns what a one stands
-// for: NaN, if some are not finite.
-template <class Place> inline float to_whole(const float *x, long n, int16_t *to, Place place) {
-    float most = 0, broken = 0;
-    for (long i = 0; i < n; i++) most = std::max(most, std::abs(x[i])), broken += x[i] * 0;
-    if (broken != 0) return broken;
-    float inverse = most > 0 ? 32767 / most : 0;
-    for (long i = 0; i < n; i++) to[place(i)] = (int16_t)std::nearbyint(x[i] * inverse);
-    return most / 32767;
+// Rounds n numbers to whole ones of 16 bits, which the largest fills. Returns what a one stands for: NaN, if some are not
+// finite.
+inline float to_whole(const float *x, long n, int16_t *to) {
+    int32_t most = 0;  // of the numbers without their signs, whose bits are ordered as they are
+    for (long i = 0; i < n; i++) {
+        int32_t bits;
+        memcpy(&bits, x + i, 4);
+        most = std::max(most, bits & 0x7fffffff);
+    }
+    float largest;
+    memcpy(&largest, &most, 4);
+    if (!(largest < INFINITY)) return NAN;
+    float by = largest > 1e-30f ? 32767 / largest : 0;
+    for (long i = 0; i < n; i++) to[i] = (int16_t)(int32_t)(x[i] * by + std::copysign(0.5f, x[i]));
+    return largest / 32767;
 }
 
 // n rows of x in whole numbers. A block's products with bytes fit 32 bits.
@@ -64,7 +67,7 @@ struct Whole {
         : columns(columns), blocks((columns + BLOCK - 1) / BLOCK), numbers(n * columns), steps(n * blocks) {
         for (long i = 0; i < n * blocks; i++) {
             long from = i / blocks * columns + i % blocks * BLOCK, size = std::min(BLOCK, columns - i % blocks * BLOCK);
-            steps[i] = to_whole(x + from, size, numbers.data() + from, [](long i) { return i; });
+            steps[i] = to_whole(x + from, size, numbers.data() + from);
         }
     }
 
@@ -135,25 +138,37 @@ template <class S> struct Nibbles {
     void multiply(long begin, long end, long columns, const float *x, long n, float *y, long y_row) const {
         if (fast) return multiply_whole(begin, end, columns, x, n, y, y_row);
         if (n > 1) return multiply_expanded(*this, begin, end, columns, x, n, y, y_row);
-        auto ordered = order(x, columns);
+        auto ordered = order(x, columns), sums = sums_of_groups(x, columns);
         v16 table;
         for (int code = 0; code < 16; code++) table[code] = pairs[2 * code + 1];
-        for (long r = begin; r < end; r++) y[r] = row(r, table, ordered.data());
+        for (long r = begin; r < end; r++) y[r] = row(r, table, ordered.data()) + from_zeros(r, sums.data());
     }
 
-    // x in the order in which `row` meets the codes, then the sums of its groups.
+    // of a row of x, for its products with the zeros
+    std::vector<float> sums_of_groups(const float *x, long columns) const {
+        std::vector<float> sums(groups);
+        for (long g = 0; zero && g < groups; g++) {
+            float total = 0;
+            for (long k = 64 * g; k < std::min(columns, 64 * g + 64); k++) total += x[k];
+            sums[g] = total;
+        }
+        return sums;
+    }
+
+    // what the groups' zeros add to a product
+    float from_zeros(long r, const float *sums) const { return zero ? dot(zero + r * groups, sums, groups) : 0; }
+
+    // x in the order in which `row` meets the codes
     std::vector<float> order(const float *x, long columns) const {
         long blocks = (groups + 1) / 2;
-        std::vector<float> found(128 * blocks + groups);
-        float *sums = found.data() + 128 * blocks, padded[128] = {};
+        std::vector<float> found(128 * blocks);
+        float padded[128] = {};
         for (long b = 0; b < blocks; b++) {
             const float *from = x + 128 * b;
             if (long left = columns - 128 * b; left < 128) from = (const float *)memcpy(padded, from, 4 * left);
             for (int word = 0; word < 16; word++)
                 for (int i = 0; i < 8; i++) found[128 * b + (i ^ 1) * 16 + word] = from[8 * word + i];
         }
-        for (long g = 0; zero && g < groups; g++)
-            for (int i = 0; i < 64; i++) sums[g] += found[g / 2 * 128 + i / 8 * 16 + g % 2 * 8 + i % 8];
         return found;
     }
 
@@ -173,7 +188,7 @@ template <class S> struct Nibbles {
             float a = to_float(by[g]), b = both ? to_float(by[g + 1]) : 0;
             total += (even + odd) * v16{a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
         }
-        return sum(total) + (zero ? dot(zero + r * groups, x, groups) : 0);
+        return sum(total);
     }
 
     // In whole numbers, a group's places of even number before the others.
@@ -181,12 +196,15 @@ template <class S> struct Nibbles {
 #ifdef __AVX512VNNI__
         const float unit = zero ? 1 : 16383;  // four products fit 32 bits
         std::vector<int16_t> numbers(64 * n * groups);
-        std::vector<float> steps(n * groups), sums(n * groups);
+        std::vector<float> steps(n * groups);
+        std::vector<std::vector<float>> sums;
+        for (long b = 0; b < n; b++) sums.push_back(sums_of_groups(x + b * columns, columns));
         for (long i = 0; i < n * groups; i++) {
             long size = std::min(64l, columns - i % groups * 64);
             const float *from = x + i / groups * columns + i % groups * 64;
-            for (long k = 0; k < size; k++) sums[i] += from[k];
-            steps[i] = to_whole(from, size, &numbers[64 * i], [](long k) { return k / 2 + k % 2 * 32; }) / unit;
+            int16_t whole[64] = {}, *to = &numbers[64 * i];
+            steps[i] = to_whole(from, size, whole) / unit;
+            for (int k = 0; k < 32; k++) to[k] = whole[2 * k], to[k + 32] = whole[2 * k + 1];
         }
         int16_t values[32];  // twice, for the lowest five bits of a byte look them up
         for (int i = 0; i < 32; i++) values[i] = (int16_t)std::nearbyint(pairs[2 * (i % 16) + 1] * unit);
@@ -194,7 +212,7 @@ template <class S> struct Nibbles {
         by_tiles(begin, end, row_bytes(columns), n, [&](auto B, long b, long r) {
             float *to = y + b * y_row + r;
             whole_row<B>(r, table, &numbers[64 * b * groups], &steps[b * groups], to, y_row);
-            for (int i = 0; zero && i < B; i++) to[i * y_row] += dot(zero + r * groups, &sums[(b + i) * groups], groups);
+            for (int i = 0; i < B; i++) to[i * y_row] += from_zeros(r, sums[b + i].data());
         });
 #endif
     }
@@ -231,12 +249,19 @@ template <class S> struct Nibbles {
 
 // `use` of the weight (rows, columns) in its format; `scale`, `zero` and `pairs` as the format has them.
 template <class Use>
+void with_quantized(long format, const void *w, const void *scale, const void *zero, const float *pairs, bool fast, long columns, Use use) {
+    switch (format) {
+    case INT8: return use(Bytes{(const int8_t *)w, (const float *)scale, fast});
+    case NIBBLES_FLOAT32: return use(Nibbles<float>(w, scale, zero, pairs, columns, fast));
+    case NIBBLES_BFLOAT16: return use(Nibbles<bf16>(w, scale, zero, pairs, columns, fast));
+    }
+}
+
+template <class Use>
 void with_weight(long format, const void *w, const void *scale, const void *zero, const float *pairs, bool fast, long columns, Use use) {
     switch (format) {
     case FLOAT32: return use(Plain<float>{(const float *)w});
     case BFLOAT16: return use(Plain<bf16>{(const bf16 *)w});
-    case INT8: return use(Bytes{(const int8_t *)w, (const float *)scale, fast});
-    case NIBBLES_FLOAT32: return use(Nibbles<float>(w, scale, zero, pairs, columns, fast));
-    case NIBBLES_BFLOAT16: return use(Nibbles<bf16>(w, scale, zero, pairs, columns, fast));
+    default: with_quantized(format, w, scale, zero, pairs, fast, columns, use);
     }
 }
