@@ -44,11 +44,11 @@ def main(hp: SimpleNamespace) -> None:
 
     prompt, tokenizer = read_prompt(hp), Tokenizer(hp.checkpoint_dir)
     place = {"dtype": dtype_of(hp), "device": default_device()}
-    if others := lora_paths(prompt):
+    if any(paths := lora_paths(prompt)):
         if hp.merge:
             raise UsageError(f"--merge true: lines of {hp.prompt_file} have a LoRA of their own; leave it out")
         style, base = PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer), Base.of(hp.checkpoint_dir, hp.quantize)
-        loras = LoRAs.beside(base, [hp.lora_path, *others], style, **place)
+        loras = LoRAs.beside(base, [path or hp.lora_path for path in paths], style, **place)
         return answer(hp, prompt, loras.model, tokenizer, style, loras)
     model, record = variants.load_model(hp.checkpoint_dir, hp.lora_path, lora.METHOD, **place, quantize=hp.quantize)
     if hp.merge or hp.merge is None and not is_quantized(model):

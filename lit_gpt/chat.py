@@ -1,11 +1,13 @@
 """A conversation with a model: its history, within the context, and a cache that lives as long as it does."""
 
+import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from lit_gpt.decoding import Step
-from lit_gpt.errors import UserError
+from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation import generate
 from lit_gpt.loras import LoRAs
 from lit_gpt.model import GPT, forget
@@ -38,6 +40,11 @@ class Chat:
         self.open_loras, self.loras = open_loras, None
         self.new_step, self.step = new_step, new_step(model)
         self.context, self.max_new_tokens = min(context, model.config.block_size), max_new_tokens
+        if self.max_new_tokens >= self.context:
+            raise UsageError(
+                f"--max_new_tokens {max_new_tokens}: leaves a message no room in the context of {self.context}; ask "
+                "for fewer, or raise --context"
+            )
         self.messages: list[Message] = []
         self.cache = model.kv_cache(1, self.context)
         self.cached: list[int] = []  # the tokens behind the cache's entries
@@ -62,7 +69,7 @@ class Chat:
         """The tokens up to the next answer; the oldest turns leave until an answer has room.
 
         Raises:
-            UserError: the newest message alone is too long. It is taken back.
+            UserError: the newest message alone is too long, or no text.
         """
         left = 0
         while True:
@@ -71,7 +78,6 @@ class Chat:
                 break
             first = int(self.messages[0]["role"] == "system")
             if len(self.messages) == first + 1:
-                self.messages.pop()
                 raise UserError(
                     f"not sent: the message makes {len(ids)} tokens, which with --max_new_tokens {self.max_new_tokens} "
                     f"exceed the context of {self.context}"
@@ -83,9 +89,17 @@ class Chat:
         return ids
 
     def answer(self, text: str) -> Iterator[str]:
-        """Pieces of the answer to a message. What was answered is kept, also if it is cut short."""
+        """Pieces of the answer to a message. What was answered is kept, also if it is cut short.
+
+        Raises:
+            UserError: as `prompt`. The message is taken back.
+        """
         self.messages.append({"role": "user", "content": text})
-        prompt, pieces, ids = self.prompt(), [], []
+        try:
+            prompt, pieces, ids = self.prompt(), [], []
+        except UserError:
+            self.messages.pop()
+            raise
         forget(self.cache, min(common_prefix(self.cached, prompt), len(prompt) - 1))
         try:
             for piece in self.tokenizer.decode_stream(self._watch(prompt, ids)):
@@ -107,13 +121,18 @@ class Chat:
 def converse(chat: Chat) -> None:
     """Read messages from standard input until it ends; Ctrl-C stops an answer, not the conversation.
 
-    `/lora PATH` is no message: it changes the LoRA, and alone takes it off.
+    `/lora PATH` is no message: it changes the LoRA, and alone takes it off. Nor is any other word behind a slash alone.
     """
+    with suppress(ImportError):
+        import readline  # noqa: F401  (with it a line can be edited, and called back)
     while True:
         try:
             text = input("> ")
         except EOFError:
             return print()
+        except UnicodeDecodeError as error:
+            print(f"[not sent: the message is not UTF-8 text ({error.reason})]", file=sys.stderr)
+            continue
         except KeyboardInterrupt:
             print("\n[Ctrl-D ends the conversation]", file=sys.stderr)
             continue
@@ -125,6 +144,8 @@ def converse(chat: Chat) -> None:
                 chat.use(Path(path.strip()) if path else None)
                 print(f"[from now on: {path.strip() or 'the base alone'}]", file=sys.stderr)
                 continue
+            if re.fullmatch(r"/[a-zA-Z]+", text.strip()) or command.lower() == "/lora":
+                raise UserError(f"no command {command}; /lora PATH changes the LoRA, Ctrl-D ends the conversation")
             for piece in chat.answer(text):
                 print(piece, end="", flush=True)
             print()

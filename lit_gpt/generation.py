@@ -217,13 +217,12 @@ def read_prompt(hp: SimpleNamespace) -> "str | PromptFile":
         return PromptFile.read(hp)
     if hp.prompt:
         text = hp.prompt
-    elif str(hp.prompt_file) == "-":
-        text = sys.stdin.read()
     elif hp.prompt_file.suffix == ".jsonl":
         raise UsageError(f"--prompt_file {hp.prompt_file}: holds a prompt on each line; add --out FILE for the answers")
     else:
         try:
-            text = Path(hp.prompt_file).read_text(encoding="utf-8")
+            from_file = str(hp.prompt_file) != "-"
+            text = hp.prompt_file.read_text(encoding="utf-8") if from_file else sys.stdin.read()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt_file {hp.prompt_file}: cannot be read ({error})") from None
     if not text:
@@ -231,8 +230,8 @@ def read_prompt(hp: SimpleNamespace) -> "str | PromptFile":
     return text
 
 
-def lora_paths(prompt: "str | PromptFile") -> list[Path]:
-    """LoRA files that lines of a prompt file name."""
+def lora_paths(prompt: "str | PromptFile") -> list[Path | None]:
+    """LoRA files that lines of a prompt file name, and None if there are lines that name none."""
     return [] if isinstance(prompt, str) else prompt.lora_paths
 
 
@@ -283,9 +282,11 @@ def answer(
         forget(cache, len(ids) - 1)
         clock = Clock()
         new = generate(model, ids, hp.max_new_tokens, stop_ids=style.stop_ids, **options)
-        for piece in tokenizer.decode_stream(clock.watch(new)):
-            print(piece, end="", flush=True)
-        print(flush=True)
+        try:
+            for piece in tokenizer.decode_stream(clock.watch(new)):
+                print(piece, end="", flush=True)
+        finally:
+            print(flush=True)
         print(f"[prompt {len(ids)} tokens, {clock.report()}]", file=sys.stderr)
 
 

@@ -100,23 +100,39 @@ class LoRAs:
 
     @classmethod
     def beside(
-        cls, base: Base, paths: Iterable[Path], style: PromptStyle, fixed: bool = False, **place: Any
+        cls, base: Base, paths: Iterable[Path | None], style: PromptStyle, fixed: bool = False, **place: Any
     ) -> "LoRAs":
         """A base's model with the LoRAs of some files, quantized as they were trained.
 
         Args:
+            paths: None stands for the base alone.
             place: dtype and device of the model.
 
         Raises:
-            UserError: as `load`.
+            UserError: as `load`, or they were trained on bases that were quantized each in its way.
         """
-        paths = list(dict.fromkeys(paths))
-        for path in paths:  # all, before the model takes its time
-            base = base.as_trained(read(path, base).get("quantize"), path)
+        trained = {path: read(path, base).get("quantize") if path else None for path in paths}
+        base = cls.common(base, trained)  # before the model takes its time
         loras = cls(base.build(**place), base, style, fixed)
-        for path in paths:
+        for path in filter(None, trained):
             loras.load(path)
         return loras
+
+    @staticmethod
+    def common(base: Base, trained: dict[Path | None, str | None]) -> Base:
+        """The base, quantized as that of each file was. One that nobody asked to be quantized must suit all."""
+        formats = {found: path for path, found in trained.items() if base.quantize is None}
+        if len(quantized := formats.keys() - {None}) > 1:
+            one, other = sorted(quantized)[:2]
+            raise UserError(
+                f"{formats[one]}: trained on a base in {one}, {formats[other]} on one in {other}; use one at a time"
+            )
+        for path, found in trained.items():
+            base = base.as_trained(found, path)
+        if len(formats) > 1:
+            path = formats[base.quantize]
+            raise UserError(f"{path}: trained on a base in {base.quantize}; add --quantize {base.quantize} for all")
+        return base
 
     def load(self, path: Path) -> int:
         """The number of a file's LoRA, which is loaded unless it is there.

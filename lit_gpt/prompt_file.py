@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lit_gpt.checkpoint import atomic
+from lit_gpt.checkpoint import atomic, take_lock
 from lit_gpt.decoding import Row
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation import check_room, decode, new_step, prompt_ids
@@ -34,6 +34,7 @@ OURS = ("answer", "ended", "row", "settings")  # what an answer's line has besid
 FORMS = ("prompt", "instruction", "messages")  # what a prompt may be; a line has one of them
 # Flags that change no answer, but for rounding.
 INDIFFERENT = {"prompt", "prompt_file", "input", "out", "batch_size", "num_samples", "compile"}
+SAMPLING = {"top_k", "top_p", "seed"}  # change none at temperature 0
 
 
 @dataclass
@@ -76,9 +77,9 @@ class PromptFile:
             raise UsageError('--input: goes with --prompt; a line of --prompt_file has its own "input"')
         if hp.compile and hp.batch_size > 1:
             raise UsageError("--compile true: serves one row at a time; leave it out, or add --batch_size 1")
-        values = {name: str(value) for name, value in vars(hp).items() if name not in INDIFFERENT}
-        settings = blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=4).hexdigest()
-        file = cls(hp.prompt_file, hp.out, settings)
+        if hp.out.resolve() == hp.prompt_file.resolve():
+            raise UsageError(f"--out {hp.out}: is the file of the prompts; choose another")
+        file = cls(hp.prompt_file, hp.out, mark(hp))
         for where, fields, problem in Source(str(file.path)).rows():
             file.rows += 1
             try:
@@ -93,9 +94,9 @@ class PromptFile:
         return file
 
     @property
-    def lora_paths(self) -> list[Path]:
-        """Those that lines name."""
-        return list(dict.fromkeys(prompt.lora_path for prompt in self.prompts if prompt.lora_path))
+    def lora_paths(self) -> list[Path | None]:
+        """Those that lines name, and None if there are lines that name none."""
+        return list(dict.fromkeys(prompt.lora_path for prompt in self.prompts))
 
     def report(self, problem: str) -> None:
         print(problem, file=sys.stderr)
@@ -126,14 +127,24 @@ class PromptFile:
                 raise self.refusal(number, "was answered by another checkpoint or with other flags")
             self.answers[row] = found
         if unfinished:
+            if not self.may_begin(unfinished):
+                raise self.refusal(len(lines) + 1, "is no answer of this script")
             with open(self.out, "rb+") as file:
                 file.truncate(len(contents) - len(unfinished))
             print(f"[the last line of {self.out} was cut short, and is done again]", file=sys.stderr)
         if self.answers:
             print(f"[{len(self.answers)} of {self.rows} rows are answered already in {self.out}]", file=sys.stderr)
 
+    def may_begin(self, unfinished: bytes) -> bool:
+        """Whether an answer's line may begin like this."""
+        for prompt in self.prompts:
+            known = json.dumps(prompt.fields | {OURS[0]: ""}, ensure_ascii=False).encode()[:-2]
+            if unfinished.startswith(known) or known.startswith(unfinished):
+                return True
+        return False
+
     def refusal(self, line: int, problem: str) -> UserError:
-        return UserError(f"--out {self.out}: line {line} {problem}; choose another file or remove it")
+        return UserError(f"--out {self.out}: line {line} {problem}; choose another file, or remove this one")
 
     def answer(
         self, hp: SimpleNamespace, model: GPT, tokenizer: Tokenizer, style: PromptStyle, loras: LoRAs | None = None
@@ -148,13 +159,14 @@ class PromptFile:
         Raises:
             UserError: at the end, if there are lines without an answer.
         """
-        if self.lora_paths and loras is None:
+        if any(self.lora_paths) and loras is None:
             raise UserError(f"{self.path}: has lines with a lora_path, which generate/lora.py and base.py answer")
         start, total = time.perf_counter(), 0
         asked = list(self.requests(hp, model, tokenizer, style, loras))
         bar = tqdm(total=self.rows, initial=len(self.answers), desc="answering", unit=" rows", disable=None)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         with open(self.out, "a", encoding="utf-8") as file, bar:
+            take_lock(file.fileno(), self.out)
             for request, ids, ended in answers(hp, model, asked, loras):
                 bar.update()
                 total += len(ids)
@@ -203,6 +215,14 @@ class PromptFile:
                     file.write(json.dumps(self.answers[row], ensure_ascii=False) + "\n")
 
 
+def mark(hp: SimpleNamespace) -> str:
+    """A few letters that stand for all flags on which an answer depends."""
+    names = vars(hp).keys() - INDIFFERENT - (set() if hp.temperature else SAMPLING)
+    values = {name: getattr(hp, name) for name in names}
+    values = {name: str(value.resolve() if isinstance(value, Path) else value) for name, value in values.items()}
+    return blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=4).hexdigest()
+
+
 @dataclass(eq=False)
 class Request:
     prompt: Prompt
@@ -220,7 +240,7 @@ def read_prompt(fields: dict[str, Any]) -> tuple[list[Message], Tools, Path | No
     forms = [name for name in FORMS if fields.get(name) is not None]
     if len(forms) != 1:
         found = ", ".join(fields) or "nothing"
-        raise ValueError(f"expected one of the fields {', '.join(FORMS)}, found {found}")
+        raise ValueError(f"expected exactly one of the fields {', '.join(FORMS)}, found {found}")
     if taken := sorted(fields.keys() & set(OURS)):
         raise ValueError(f"has a field '{taken[0]}', which the answer's line has for itself; rename it")
     for name in {"prompt", "instruction", "input", "lora_path"} & fields.keys():
@@ -228,7 +248,11 @@ def read_prompt(fields: dict[str, Any]) -> tuple[list[Message], Tools, Path | No
             raise ValueError(f"the field '{name}' is {type(fields[name]).__name__}, expected text")
     json.dumps(fields, ensure_ascii=False).encode()  # JSON can spell half of an emoji
     lora_path = Path(fields["lora_path"]) if fields.get("lora_path") else None
+    if lora_path and not lora_path.is_file():
+        raise ValueError(f"the field 'lora_path' is {lora_path}, which is no file")
     if forms != ["messages"]:
+        if fields.get("tools"):
+            raise ValueError("the field 'tools' goes with 'messages'")
         return instruction_messages(fields[forms[0]], fields.get("input") or ""), None, lora_path
     messages = read_messages(fields["messages"])
     if messages[-1]["role"] == "assistant":

@@ -100,7 +100,7 @@ class Tokenizer:
             int64 of shape (T,).
 
         Raises:
-            UserError: BOS or EOS is asked for and the checkpoint has none.
+            UserError: BOS or EOS is asked for and the checkpoint has none; bytes that are not UTF-8 are in the text.
         """
         for name, wanted, known in (("bos", bos, self.bos_id), ("eos", eos, self.eos_id)):
             if wanted and known is None:
@@ -116,7 +116,11 @@ class Tokenizer:
         lead = [] if bos is False else self._lead
         if bos and self.bos_id not in lead:
             lead = [self.bos_id]
-        for text, spans in zip(texts, self._tokens.encode_batch(texts, add_special_tokens=False), strict=True):
+        try:
+            encoded = self._tokens.encode_batch(texts, add_special_tokens=False)
+        except TypeError:  # how tokenizers says so
+            raise UserError("the text is not UTF-8 text: give it as such, without half characters") from None
+        for text, spans in zip(texts, encoded, strict=True):
             ids, offsets = self._sentencepiece(text, spans) if self._spm else (spans.ids, None)
             missing = lead if ids[:1] != lead[:1] else []
             places = Offsets(spans, len(missing)) if offsets is None else [(0, 0)] * len(missing) + offsets

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from lit_gpt import checkpoint, compiling, data, devices, hf_files, memory
 from lit_gpt.base import Base
 from lit_gpt.config import Config
+from lit_gpt.decoding import FastStep
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation import generate
 from lit_gpt.model import GPT
@@ -92,7 +93,7 @@ def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric) -> None:
     run.arithmetic = partial(method.arithmetic, hp, fabric.device.type)
     run.plan = partial(fit, config, method, hp, cuda=on_cuda, memory=room)
     run.compiled = compiled
-    run.sample = partial(print_sample, model, tokenizer, style, validation[0], hp, fabric.global_rank == 0)
+    run.sample = partial(print_sample, fabric, model, tokenizer, style, validation[0], hp)
     if not run.fit():
         return
     trained = trained_state(model)
@@ -448,7 +449,7 @@ def validate(
 
 
 def print_sample(
-    model: GPT, tokenizer: Tokenizer, style: PromptStyle, sample: data.Sample, hp: SimpleNamespace, main: bool
+    fabric: Fabric, model: GPT, tokenizer: Tokenizer, style: PromptStyle, sample: data.Sample, hp: SimpleNamespace
 ) -> None:
     """Show how the model answers a validation prompt now. All ranks take part, for each may hold a share of it."""
     if not hp.sample_tokens:
@@ -457,6 +458,7 @@ def print_sample(
     prompt = sample.tokens[:start].tolist()
     room = min(hp.sample_tokens, model.config.block_size - len(prompt))
     model.eval()
-    ids = list(generate(model, prompt, room, temperature=0, stop_ids=style.stop_ids))
-    if main:
+    step = FastStep(model) if fabric.world_size == 1 else None
+    ids = list(generate(model, prompt, room, temperature=0, stop_ids=style.stop_ids, step=step))
+    if fabric.global_rank == 0:
         tqdm.write(f"  {tokenizer.decode(prompt)[-60:]!r} -> {tokenizer.decode(ids)!r}")

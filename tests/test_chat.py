@@ -79,6 +79,28 @@ def test_switching_between_loras(parts, llama, tmp_path, monkeypatch, capsys):
         assert chat.messages[2 * turn + 1]["content"] == tokenizer.decode(found), turn
 
 
+def test_what_is_no_message_does_not_end_the_conversation(parts, monkeypatch, capsys):
+    chat = Chat(*parts, context=256, max_new_tokens=3, temperature=0)
+    typed = ["the cat", "/quit", "/Lora x", "caf\udce9", UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "why"), "/ the dog"]
+
+    def read(_: str) -> str:
+        if not typed:
+            raise EOFError
+        if isinstance(found := typed.pop(0), Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr("builtins.input", read)
+    converse(chat)
+    told = capsys.readouterr().err
+    assert "no command /quit" in told and "no command /Lora" in told and told.count("not UTF-8 text") == 2
+    assert [m["content"] for m in chat.messages[::2]] == ["the cat", "/ the dog"]
+
+
+def test_a_context_without_room_for_a_message(cli, llama):
+    cli("chat/base.py", checkpoint_dir=llama, context=100).refused("--max_new_tokens 512", "context of 100", code=2)
+
+
 def test_a_conversation_that_begins_with_a_merged_lora(cli, llama, tmp_path, monkeypatch):
     folder = shutil.copytree(llama, tmp_path / "base")
     style = PromptStyle.from_name("alpaca", Tokenizer(folder)).to_dict()

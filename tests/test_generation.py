@@ -1,5 +1,6 @@
 """The decoder loop and the generate scripts."""
 
+import os
 import subprocess
 import sys
 
@@ -95,6 +96,17 @@ def test_prompt_from_standard_input(cli, llama):
     )
     expected = cli(SCRIPT, checkpoint_dir=llama, temperature=0, prompt="the cat", max_new_tokens=5)
     assert process.returncode == 0 and process.stdout == expected.out
+
+
+@pytest.mark.parametrize("argument", [["--prompt", b"caf\xe9"], ["--prompt_file", "-"]])
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_a_prompt_that_is_not_utf8(llama, argument, locale):
+    argv = [sys.executable, ROOT / SCRIPT, "--checkpoint_dir", llama, *argument]
+    process = subprocess.run(
+        argv, input=b"caf\xe9", capture_output=True, timeout=100, env=os.environ | {"LC_ALL": locale}
+    )
+    (line,) = process.stderr.decode().splitlines()
+    assert process.returncode == 1 and line.startswith("error: ") and ("UTF-8" in line or "utf-8" in line)
 
 
 @pytest.mark.parametrize(

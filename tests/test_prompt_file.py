@@ -1,5 +1,6 @@
 """A file of prompts answered into another: complete, in order, resumable, and as if each prompt were alone."""
 
+import fcntl
 import json
 import shutil
 import signal
@@ -118,17 +119,19 @@ def test_lines_that_cannot_be_answered_are_told_and_the_others_are(cli, llama, t
         {"messages": "a"},
         '{"prompt": "\\ud83d"}',
         {"prompt": ""},
+        {"prompt": "a", "lora_path": "nowhere.pth"},
+        {"prompt": "a", "tools": [{}]},
     ]
     prompts = write(tmp_path / "p.jsonl", ["", {"prompt": "the cat"}, *bad, {"prompt": "a"}])
     flags = {"checkpoint_dir": llama, "prompt_file": prompts, "out": tmp_path / "a.jsonl", **GREEDY}
     result = cli(SCRIPT, **flags)
-    result.refused("11 of 13 rows are not answered", f"{prompts}: line 3: not JSON", "a.jsonl")
+    result.refused("13 of 15 rows are not answered", f"{prompts}: line 3: not JSON", "a.jsonl")
     told = [line for line in result.err.splitlines() if line.startswith(f"{prompts}: line ")]
-    assert sorted(int(line.removeprefix(f"{prompts}: line ").partition(":")[0]) for line in told) == [*range(3, 14)]
+    assert sorted(int(line.removeprefix(f"{prompts}: line ").partition(":")[0]) for line in told) == [*range(3, 16)]
     assert any("exceed the model's context of 256" in line for line in told)
     assert [row["prompt"] for row in read(tmp_path / "a.jsonl")] == ["the cat", "a"]
     write(prompts, [{"prompt": "the cat"}, {"prompt": "mended"}, *bad[1:], {"prompt": "a"}])
-    assert "10 of 13" in cli(SCRIPT, **flags).refused()
+    assert "12 of 15" in cli(SCRIPT, **flags).refused()
     assert [row["prompt"] for row in read(tmp_path / "a.jsonl")] == ["the cat", "mended", "a"]
 
 
@@ -145,6 +148,9 @@ def test_lines_that_cannot_be_answered_are_told_and_the_others_are(cli, llama, t
         ({"compile": "true"}, ["--compile true", "--batch_size 1"], 2),
         ({"batch_size": 0}, ["--batch_size"], 2),
         ({"out": "other.jsonl"}, ["--out other.jsonl: line 2 is no answer"], 1),
+        ({"out": "notes.json"}, ["--out notes.json: line 1 is no answer"], 1),
+        ({"out": "p.jsonl"}, ["--out p.jsonl: is the file of the prompts"], 2),
+        ({"out": "unended.jsonl"}, ["--out unended.jsonl: line 1 is no answer"], 1),
         ({"temperature": 0.5}, ["--out a.jsonl: line 1 was answered", "other flags"], 1),
         ({"prompt_file": "q.jsonl"}, ["--out a.jsonl: line 1 answers another prompt than row 1 of q.jsonl"], 1),
     ],
@@ -155,6 +161,8 @@ def test_refusals(cli, llama, tmp_path, monkeypatch, change, words, code):
     write(Path("p.jsonl"), [{"prompt": "a"}])
     write(Path("q.jsonl"), [{"prompt": "b"}])
     write(Path("empty.jsonl"), [])
+    Path("notes.json").write_text('{"my": "settings"}')
+    Path("unended.jsonl").write_text('{"prompt": "a"}')
     flags = {"checkpoint_dir": llama, "prompt_file": "p.jsonl", "out": "a.jsonl", "max_new_tokens": 2}
     assert cli(SCRIPT, **flags).code == 0
     write(Path("other.jsonl"), [answered | {"settings": read(Path("a.jsonl"))[0]["settings"]}, {"prompt": "a"}])
@@ -185,6 +193,46 @@ def test_lines_with_loras_of_their_own(cli, llama, tmp_path):
     torch.save(contents | {"base": "0123"}, paths[3])
     cli(SCRIPT, **flags, out=tmp_path / "d.jsonl").refused("3.pth: trained on another base")
     assert not (tmp_path / "d.jsonl").exists() and not (tmp_path / "c.jsonl").exists()
+
+
+def test_one_base_for_all_lines(cli, llama, tmp_path):
+    """A LoRA's line does not change what the others are answered by."""
+    folder = shutil.copytree(llama, tmp_path / "base")
+    paths = lora_files(folder, LORAS, style=PromptStyle.from_name("plain", Tokenizer(folder)).to_dict())
+    for path, format in zip(paths, ("nf4", "int8", "nf4"), strict=False):
+        torch.save(torch.load(path) | {"quantize": format}, path)
+    flags = {"checkpoint_dir": folder, "out": tmp_path / "a.jsonl", **GREEDY}
+
+    def answer(*loras: Path | None, **more) -> None:
+        rows = [{"prompt": "the cat"} | ({"lora_path": str(path)} if path else {}) for path in loras]
+        return cli(SCRIPT, **flags, **more, prompt_file=write(tmp_path / "p.jsonl", rows))
+
+    answer(paths[0], None).refused("0.pth: trained on a base in nf4; add --quantize nf4 for all")
+    answer(paths[0], paths[3]).refused("0.pth: trained on a base in nf4; add --quantize nf4 for all")
+    answer(paths[2], paths[1]).refused("1.pth: trained on a base in int8, ", "2.pth on one in nf4; use one at a time")
+    assert not (tmp_path / "a.jsonl").exists()
+    assert answer(paths[0], None, paths[3], quantize="nf4").code == 0
+
+
+def test_the_same_model_under_another_name_goes_on(cli, llama, tmp_path, monkeypatch):
+    """And flags of the sampling matter where there is any."""
+    prompts, link = write(tmp_path / "p.jsonl", [{"prompt": "a"}]), tmp_path / "link"
+    link.symlink_to(llama)
+    flags = {"prompt_file": prompts, "out": tmp_path / "a.jsonl", **GREEDY}
+    assert cli(SCRIPT, checkpoint_dir=llama, **flags).code == 0
+    assert "1 of 1 rows are answered" in cli(SCRIPT, checkpoint_dir=link, seed=3, **flags).err
+    cli(SCRIPT, checkpoint_dir=link, **flags | {"temperature": 1}).refused("other flags")
+
+
+def test_two_at_once_do_not_mix(cli, llama, tmp_path):
+    out = tmp_path / "a.jsonl"
+    with open(out, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        prompts = write(tmp_path / "p.jsonl", [{"prompt": "a"}])
+        cli(SCRIPT, checkpoint_dir=llama, prompt_file=prompts, out=out).refused(
+            "a.jsonl: another process is writing it"
+        )
+    assert out.read_bytes() == b""
 
 
 def told(folder: Path, path: Path | None) -> str:
