@@ -248,12 +248,14 @@ def quantization(checkpoint_dir: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         version, name = found["format_version"], found["quantize"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not readable as what scripts/quantize.py writes; quantize again") from None
     if version != QUANTIZED_VERSION:
-        raise UserError(f"{path}: format version {version}, expected {QUANTIZED_VERSION}; quantize again")
-    if name not in FORMATS:
-        raise UserError(f"{path}: the quantization '{name}' is not known; expected one of {', '.join(FORMATS)}")
+        raise UserError(f"{path}: format version {version!r}, expected {QUANTIZED_VERSION}; quantize again")
+    if name not in list(FORMATS):  # a dictionary would refuse what cannot be hashed
+        raise UserError(f"{path}: the quantization {name!r} is not known; expected one of {', '.join(FORMATS)}")
+    if not isinstance(found.get("source"), str):
+        raise UserError(f"{path}: source: expected the fingerprint of the full weights; quantize again")
     return found
 
 
