@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tiny_hf_model
+from conftest import ROOT, Result, tiny_hf_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -184,25 +185,25 @@ BAD_LORA_FILES = {
 }
 
 
+def lora_file(folder: Path, base: Path) -> Path:
+    """An untrained one."""
+    from lit_gpt import lora
+
+    model = lora.attach(GPT.from_checkpoint(base), lora.LoRAConfig())
+    style = {"name": "plain", "template": "{{ messages[0].content }}", "own_bos": False, "stop_ids": []}
+    path, fingerprint = folder / "lit_model_lora_finetuned.pth", checkpoint.fingerprint(checkpoint.load_state(base))
+    state = variants.trained_state(model)
+    variants.save_file(path, "lora", fingerprint, state, hyperparameters={}, prompt_style=style)
+    return path
+
+
 def edit_record(path: Path, **change) -> None:
     torch.save(torch.load(path) | change, path)
 
 
 @pytest.mark.parametrize("case", BAD_LORA_FILES)
 def test_bad_lora_files(cli, llama, tmp_path, case):
-    from lit_gpt import lora
-
-    path, state = tmp_path / "lora.pth", checkpoint.load_state(llama)
-    model = lora.attach(GPT.from_checkpoint(llama), lora.LoRAConfig())
-    style = {"name": "plain", "template": "{{ messages[0].content }}", "own_bos": False, "stop_ids": []}
-    variants.save_file(
-        path,
-        "lora",
-        checkpoint.fingerprint(state),
-        variants.trained_state(model),
-        hyperparameters={},
-        prompt_style=style,
-    )
+    path = lora_file(tmp_path, llama).rename(tmp_path / "lora.pth")
     good = cli("generate/lora.py", checkpoint_dir=llama, lora_path=path, prompt="a", max_new_tokens=2)
     assert good.code == 0, good.err
     spoil, words = BAD_LORA_FILES[case]
@@ -230,6 +231,37 @@ def test_conversion_cut_short_leaves_the_folder_unconverted(cli, downloaded, mon
     assert sorted(path.name for path in downloaded.iterdir()) == before
     monkeypatch.undo()
     assert cli(CONVERT, checkpoint_dir=downloaded).code == 0
+
+
+def test_a_folder_in_place_of_a_file(cli, llama, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "summary.json").write_text("{}")
+    merge = {"checkpoint_dir": llama, "lora_path": run, "out_dir": tmp_path / "m"}
+    cli("scripts/merge_lora.py", **merge).refused(f"{run}: is a folder", "name the file in it")
+    path = lora_file(run, llama)
+    for script, flags in (
+        ("scripts/merge_lora.py", merge),
+        ("generate/lora.py", {"checkpoint_dir": llama, "lora_path": run, "prompt": "a"}),
+        ("chat/base.py", {"checkpoint_dir": llama, "finetuned_path": run}),
+    ):
+        cli(script, **flags).refused(f"{run}: is a folder", f"did you mean {path}?")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("script", ["scripts/merge_lora.py", "scripts/quantize.py"])
+def test_a_full_disk(llama, tmp_path, script):
+    """Which ends torch's writing with an error of its own. Nothing is left of what was written."""
+    flags = {"checkpoint_dir": llama, "out_dir": tmp_path / "out"}
+    flags |= {"lora_path": lora_file(tmp_path, llama)} if "lora" in script else {"rounding": "nearest"}
+    before = sorted(tmp_path.iterdir())
+    process = subprocess.run(
+        [sys.executable, ROOT / script, *(f"--{name}={value}" for name, value in flags.items())],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    Result(process.returncode, process.stdout, process.stderr).refused("lit_model.pth", "is the disk full?")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_unwritable_destination(cli, downloaded):
