@@ -233,6 +233,36 @@ def test_conversion_cut_short_leaves_the_folder_unconverted(cli, downloaded, mon
     assert cli(CONVERT, checkpoint_dir=downloaded).code == 0
 
 
+@pytest.mark.parametrize(
+    ("script", "flags", "advice"),
+    [
+        ("generate/base.py", {"prompt": "a"}, "a lower --batch_size or a lower --max_new_tokens or --quantize nf4"),
+        ("generate/base.py", {"prompt": "a", "quantize": "int8"}, "a lower --batch_size or a lower --max_new_tokens"),
+        ("chat/base.py", {}, "a lower --context or a lower --max_new_tokens or --quantize nf4"),
+        ("scripts/quantize.py", {"out_dir": "x"}, "a lower --calibration_tokens"),
+        ("scripts/merge_lora.py", {"out_dir": "x"}, None),
+    ],
+)
+def test_out_of_memory_on_a_cpu(cli, llama, tmp_path, monkeypatch, script, flags, advice):
+    """One line, and nothing is advised that the script has no flag for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "load_state", lambda *_, **__: torch.empty(10**15, dtype=torch.uint8))
+    said = cli(script, checkpoint_dir=llama, **flags).refused("out of memory: tried to allocate 1,000,000,000 MB")
+    assert said.partition("; try ")[2] == (advice or "") and not (tmp_path / "x").exists()
+
+
+def test_unexpected_arguments(cli, llama, tmp_path):
+    for arguments, word in (((llama, "--prompt=hi"), str(llama)), (("--prompt", "hi", "there"), "there")):
+        said = cli("generate/base.py", *arguments).refused(f"unexpected argument '{word}'", code=2)
+        assert "--checkpoint_dir PATH" in said and "unknown flag" not in said
+    cli("generate/base.py", "-prompt", "hi").refused("unknown flag -prompt; did you mean --prompt?", code=2)
+    (tmp_path / "c.json").write_text('["seed"]')
+    cli("generate/base.py", config=tmp_path / "c.json").refused("c.json", "expected a JSON object", code=2)
+    (tmp_path / "c.json").write_text('{"sed": 1}')
+    cli("generate/base.py", config=tmp_path / "c.json").refused("c.json", "unknown flag --sed; did you mean", code=2)
+    cli("generate/base.py", checkpoint_dir=llama, prompt="a", prompt_style="nope").refused("alpaca, chatml", code=2)
+
+
 def test_a_folder_in_place_of_a_file(cli, llama, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
