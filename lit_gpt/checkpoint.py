@@ -241,7 +241,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach()
-        rows = tensor.reshape(-1, tensor.shape[-1])
+        rows = torch.atleast_2d(tensor).flatten(0, -2)
         spread = rows[torch.linspace(0, len(rows) - 1, min(16, len(rows))).long()].contiguous().cpu()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(spread.view(torch.uint8).numpy().tobytes())

@@ -149,6 +149,10 @@ BAD_CHECKPOINTS = {
     "other sizes": (lambda d: edit_json(d / "lit_config.json", intermediate_size=16), ["does not fit", "mlp"]),
     "unknown field": (lambda d: edit_json(d / "lit_config.json", flavour=1), ["lit_config.json", "flavour"]),
     "not only tensors": (lambda d: torch.save({"a": 1}, d / "lit_model.pth"), ["holds more than tensors"]),
+    "odd tensors": (
+        lambda d: torch.save({"a": torch.tensor(1.0), "b": torch.ones(0), "c": torch.ones(0, 3)}, d / "lit_model.pth"),
+        ["lit_model.pth", "does not fit the model"],
+    ),
     "tensor list": (lambda d: torch.save([torch.ones(1)], d / "lit_model.pth"), ["expected a dictionary"]),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), ["tokenizer"]),
 }
