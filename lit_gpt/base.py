@@ -37,7 +37,7 @@ class Base:
 
         Raises:
             UsageError: the folder is quantized already.
-            UserError: it is no converted checkpoint.
+            UserError: it is no converted checkpoint, or its weights are not those that were calibrated.
         """
         state, config = checkpoint.load_state(checkpoint_dir, quantized=True), Config.from_checkpoint(checkpoint_dir)
         found = checkpoint.quantization(checkpoint_dir)
@@ -51,7 +51,13 @@ class Base:
                 f"--quantize {quantize}: {checkpoint_dir} is quantized already ({found['quantize']}); leave the flag "
                 "out, or give the folder that it was made from"
             )
-        return cls(Path(checkpoint_dir), config, state, found["source"], found["quantize"], True, found.get("codes"))
+        codes = found.get("codes")
+        if codes and codes != checkpoint.fingerprint(state):
+            raise UserError(
+                f"{Path(checkpoint_dir) / 'lit_model.pth'}: not the weights that lit_quantize.json tells of; "
+                "quantize again"
+            )
+        return cls(Path(checkpoint_dir), config, state, found["source"], found["quantize"], True, codes)
 
     @property
     def quantization(self) -> str | None:

@@ -121,11 +121,17 @@ def take_lock(folder: int, path: Path) -> None:
 
 def save(path: Path, contents: dict[str, Any]) -> None:
     """torch.save that leaves the old file or the new one, never half of either."""
-    with atomic(path) as temporary:
-        try:
-            torch.save(contents, temporary)
-        except RuntimeError as error:  # how torch reports a short write
-            raise UserError(f"{path}: could not be written; is the disk full? ({error})") from None
+    with atomic(path) as temporary, short_write(path):
+        torch.save(contents, temporary)
+
+
+@contextmanager
+def short_write(path: Path) -> Iterator[None]:
+    """Names the file that torch.save could not write, which reports it as a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f"{path}: could not be written; is the disk full? ({error})") from None
 
 
 def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -173,6 +179,12 @@ def load(path: Path, mmap: bool = True) -> dict[str, Any]:
     except PermissionError:
         raise UserError(f"{path}: may not be read") from None
     except Exception as error:  # a damaged file can make its reader fail in any way
+        if Path(path).is_dir():
+            there = " or ".join(map(str, sorted(Path(path).glob("lit_model_*finetuned.pth"))))
+            mend = f"did you mean {there}?" if there else "name the file in it"
+            raise UserError(f"{path}: is a folder, expected a file of tensors; {mend}") from None
+        if "Cannot allocate memory" in str(error):  # to map it to
+            raise MemoryError(str(error)) from None
         reason = "it holds code, which is never run" if "Weights only load failed" in str(error) else "is it truncated?"
         raise UserError(f"{path}: not a readable file of tensors ({reason}); make or download it again") from None
     if not isinstance(contents, dict):
@@ -192,7 +204,7 @@ def write_streamed(path: Path, layout: Mapping[str, Tensor], tensors: Iterable[t
     with atomic(path) as temporary:
         with FakeTensorMode():
             empty = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in layout.items()}
-        with torch.serialization.skip_data(materialize_fake_tensors=True):
+        with short_write(path), torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(empty, temporary)
         check_room(temporary)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):  # what is written goes to the file
@@ -229,7 +241,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach()
-        rows = tensor.reshape(-1, tensor.shape[-1])
+        rows = torch.atleast_2d(tensor).flatten(0, -2)
         spread = rows[torch.linspace(0, len(rows) - 1, min(16, len(rows))).long()].contiguous().cpu()
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(spread.view(torch.uint8).numpy().tobytes())
@@ -248,12 +260,14 @@ def quantization(checkpoint_dir: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         version, name = found["format_version"], found["quantize"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not readable as what scripts/quantize.py writes; quantize again") from None
     if version != QUANTIZED_VERSION:
-        raise UserError(f"{path}: format version {version}, expected {QUANTIZED_VERSION}; quantize again")
-    if name not in FORMATS:
-        raise UserError(f"{path}: the quantization '{name}' is not known; expected one of {', '.join(FORMATS)}")
+        raise UserError(f"{path}: format version {version!r}, expected {QUANTIZED_VERSION}; quantize again")
+    if name not in list(FORMATS):  # a dictionary would refuse what cannot be hashed
+        raise UserError(f"{path}: the quantization {name!r} is not known; expected one of {', '.join(FORMATS)}")
+    if not isinstance(found.get("source"), str):
+        raise UserError(f"{path}: source: expected the fingerprint of the full weights; quantize again")
     return found
 
 

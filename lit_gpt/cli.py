@@ -53,6 +53,9 @@ EXPECTED = {
     Fraction: "a number from 0 up to, not including, 1",
 }
 
+# What takes memory outside of a finetune, by the flags that say how much.
+SIZES = ("batch_size", "batch_tokens", "calibration_tokens", "window", "context", "max_new_tokens")
+
 
 def tune_torch() -> None:
     """Settings of torch on a CPU; to be called before it is imported."""
@@ -72,16 +75,20 @@ def run(main: Callable[[SimpleNamespace], None], *more: dict[str, Any]) -> None:
     """
     tune_torch()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
+    hp = SimpleNamespace()
     try:
-        main(parse(main.__globals__, sys.argv[1:], *more))
+        hp = parse(main.__globals__, sys.argv[1:], *more)
+        main(hp)
     except UserError as error:
         fail(str(error), error.exit_code)
     except MemoryError as error:
-        fail(f"out of memory: {error}", 1)
+        fail(out_of_memory(str(error), hp), 1)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # of torch, which need not be imported
+        on_cpu = re.search(r"DefaultCPUAllocator: .* (\d+) bytes|std::bad_alloc", str(error))  # of no class of its own
+        if type(error).__name__ != "OutOfMemoryError" and not on_cpu:  # of torch, which need not be imported
             raise
-        fail(f"out of memory: {error}; try a lower --micro_batch_tokens or --activation_checkpointing full", 1)
+        wanted = on_cpu and on_cpu[1] and f"tried to allocate {int(on_cpu[1]) / 1e6:,.0f} MB"
+        fail(out_of_memory(wanted or str(error), hp), 1)
     except BrokenPipeError:  # the reader of our stdout has gone (`| head`): nobody is left to tell
         sys.stderr.close()
         sys.exit(1)
@@ -92,6 +99,17 @@ def run(main: Callable[[SimpleNamespace], None], *more: dict[str, Any]) -> None:
         fail(f"{path}: {error.strerror}" if path else error.strerror, 1)
     except KeyboardInterrupt:
         fail("interrupted", 128 + signal.SIGINT)
+
+
+def out_of_memory(what: str, hp: SimpleNamespace) -> str:
+    """The line for it, with what there is to try of the flags that the script has."""
+    flags = vars(hp)
+    if "micro_batch_tokens" in flags:  # a finetune, whose --batch_size costs no memory
+        tries = ["a lower --micro_batch_tokens", "--activation_checkpointing full"]
+    else:
+        tries = [f"a lower --{flag}" for flag in SIZES if flag in flags]
+        tries += ["--quantize nf4"] if flags.get("quantize", "none") is None else []
+    return "out of memory" + (f": {what}" if what else "") + (f"; try {' or '.join(tries)}" if tries else "")
 
 
 def fail(message: str, exit_code: int) -> None:
@@ -185,9 +203,11 @@ def expand_config(argv: list[str], types: dict[str, Any]) -> list[str]:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UsageError(f"--config {path}: expected a JSON file of flag values: {error}") from None
+        if not isinstance(values, dict):
+            raise UsageError(f'--config {path}: expected a JSON object of flag values, such as {{"seed": 1}}')
         for name, value in values.items():
             if name not in types:
-                raise UsageError(f"--config {path}: {unknown_flag(name, types)}")
+                raise UsageError(f"--config {path}: {unknown_flag(f'--{name}', types)}")
             expanded.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
     return expanded
 
@@ -201,7 +221,13 @@ def explain(message: str, argv: list[str], types: dict[str, Any]) -> str:
         got = f"got '{given[-1]}'" if given and not given[-1].startswith("--") else "got no value"
         return f"--{name}: expected {expected(types[name])}, {got}"
     unknown = re.search(r"[Uu]nrecognized arguments?: (\S+)", message)
-    return unknown_flag(unknown[1].split("=")[0].lstrip("-"), types) if unknown else message
+    if not unknown:
+        return message
+    if unknown[1].startswith("-"):
+        return unknown_flag(unknown[1].split("=")[0], types)
+    name, kind = next(iter(types.items()))
+    such = f"--{name} {metavar(kind)}; a value with spaces takes quotes"
+    return f"unexpected argument '{unknown[1]}'; expected --flag value, such as {such}"
 
 
 def expected(kind: Any) -> str:
@@ -219,6 +245,6 @@ def expected(kind: Any) -> str:
     return "a path" if inspect.isclass(kind) and issubclass(kind, Path) else "text"
 
 
-def unknown_flag(name: str, types: dict[str, Any]) -> str:
-    near = difflib.get_close_matches(name, types, n=1, cutoff=0.5)
-    return f"unknown flag --{name}" + (f"; did you mean --{near[0]}?" if near else "; --help lists the flags")
+def unknown_flag(flag: str, types: dict[str, Any]) -> str:
+    near = difflib.get_close_matches(flag.lstrip("-"), types, n=1, cutoff=0.5)
+    return f"unknown flag {flag}" + (f"; did you mean --{near[0]}?" if near else "; --help lists the flags")

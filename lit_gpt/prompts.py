@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt import supervision
-from lit_gpt.errors import UserError
+from lit_gpt.errors import UsageError, UserError
 from lit_gpt.supervision import REASONING, Encoded, Message, Rendered
 from lit_gpt.templates import Template
 from lit_gpt.tokenizer import CHAT_TEMPLATE_DIR, Encoding, Tokenizer, read_json, read_text
@@ -71,7 +71,8 @@ class PromptStyle:
         """A style of STYLES, a path to a Jinja file, or "auto": the checkpoint's own template, else alpaca.
 
         Raises:
-            UserError: neither a style nor a readable template.
+            UsageError: neither a style nor a file.
+            UserError: the checkpoint has no template, or the file holds none.
         """
         if name == "auto":
             name = "checkpoint" if tokenizer.chat_template else "alpaca"
@@ -85,7 +86,7 @@ class PromptStyle:
         elif Path(name).is_file():
             style = cls(name, read_text(Path(name)), own_bos=False)
         else:
-            raise UserError(
+            raise UsageError(
                 f"--prompt_style {name}: expected auto, checkpoint, {', '.join(STYLES)} or a path to a Jinja file"
             )
         return replace(style, stop_ids=style.find_stop_ids(tokenizer))

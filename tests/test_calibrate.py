@@ -1,6 +1,7 @@
 """Calibration: GPTQ against its definition, that it helps in every kind of block, and the script with it."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,6 +121,15 @@ def test_what_was_trained_on_it_fits_no_other(cli, flags, llama, path, tmp_path)
     cli("finetune/lora.py", **resumed).refused("another quantization")
     merged = cli("scripts/merge_lora.py", checkpoint_dir=folder, lora_path=file, out_dir=tmp_path / "m")
     assert merged.code == 0, merged.err
+
+
+def test_other_weights_in_a_calibrated_folder_are_noticed(cli, llama, path, tmp_path):
+    where = {"calibration_path": path, "calibration_tokens": 512}
+    assert cli(SCRIPT, checkpoint_dir=llama, out_dir=tmp_path / "q", **where).code == 0
+    assert cli(SCRIPT, checkpoint_dir=llama, out_dir=tmp_path / "n", rounding="nearest").code == 0
+    shutil.copyfile(tmp_path / "n" / "lit_model.pth", tmp_path / "q" / "lit_model.pth")
+    refused = cli("generate/base.py", checkpoint_dir=tmp_path / "q", prompt="x")
+    refused.refused("q/lit_model.pth", "lit_quantize.json", "quantize again")
 
 
 def test_bad_input(cli, llama, path, tmp_path):

@@ -403,9 +403,21 @@ def test_bad_input(cli, flags, llama, stored, tmp_path):  # noqa: F811
         with pytest.raises(UsageError, match=f"--strategy {strategy}"):
             check_quantized(hp, variants.Method("lora", attach=lambda model: model), "nf4")
     record = json.loads((stored / "lit_quantize.json").read_text())
-    for change, words in (({"format_version": 9}, "version 9, expected 1"), ({"quantize": "int3"}, "'int3'")):
+    for change, words in (
+        ({"format_version": 9}, "version 9, expected 1"),
+        ({"format_version": "1"}, "version '1', expected 1"),
+        ({"quantize": "int3"}, "'int3'"),
+        ({"quantize": ["nf4"]}, "['nf4']"),
+        ({"source": None}, "source: expected"),
+    ):
         (stored / "lit_quantize.json").write_text(json.dumps(record | change))
         cli("generate/base.py", checkpoint_dir=stored, prompt="x").refused("lit_quantize.json", words)
+    (stored / "lit_quantize.json").write_text('{"format_version": 1, "quantize": "nf4"}')
+    cli("generate/base.py", checkpoint_dir=stored, prompt="x").refused("lit_quantize.json", "source: expected")
+    (stored / "lit_quantize.json").unlink()
+    (stored / "lit_quantize.json").mkdir()  # as a file that may not be read, which a test run by root has none of
+    cli("generate/base.py", checkpoint_dir=stored, prompt="x").refused("lit_quantize.json: Is a directory")
+    (stored / "lit_quantize.json").rmdir()
     (stored / "lit_quantize.json").write_text("{")
     cli("generate/base.py", checkpoint_dir=stored, prompt="x").refused("lit_quantize.json", "quantize again")
     (stored / "lit_quantize.json").write_text(json.dumps(record))

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, tiny_hf_model
+from conftest import ROOT, Result, tiny_hf_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -148,6 +149,10 @@ BAD_CHECKPOINTS = {
     "other sizes": (lambda d: edit_json(d / "lit_config.json", intermediate_size=16), ["does not fit", "mlp"]),
     "unknown field": (lambda d: edit_json(d / "lit_config.json", flavour=1), ["lit_config.json", "flavour"]),
     "not only tensors": (lambda d: torch.save({"a": 1}, d / "lit_model.pth"), ["holds more than tensors"]),
+    "odd tensors": (
+        lambda d: torch.save({"a": torch.tensor(1.0), "b": torch.ones(0), "c": torch.ones(0, 3)}, d / "lit_model.pth"),
+        ["lit_model.pth", "does not fit the model"],
+    ),
     "tensor list": (lambda d: torch.save([torch.ones(1)], d / "lit_model.pth"), ["expected a dictionary"]),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), ["tokenizer"]),
 }
@@ -184,25 +189,25 @@ BAD_LORA_FILES = {
 }
 
 
+def lora_file(folder: Path, base: Path) -> Path:
+    """An untrained one."""
+    from lit_gpt import lora
+
+    model = lora.attach(GPT.from_checkpoint(base), lora.LoRAConfig())
+    style = {"name": "plain", "template": "{{ messages[0].content }}", "own_bos": False, "stop_ids": []}
+    path, fingerprint = folder / "lit_model_lora_finetuned.pth", checkpoint.fingerprint(checkpoint.load_state(base))
+    state = variants.trained_state(model)
+    variants.save_file(path, "lora", fingerprint, state, hyperparameters={}, prompt_style=style)
+    return path
+
+
 def edit_record(path: Path, **change) -> None:
     torch.save(torch.load(path) | change, path)
 
 
 @pytest.mark.parametrize("case", BAD_LORA_FILES)
 def test_bad_lora_files(cli, llama, tmp_path, case):
-    from lit_gpt import lora
-
-    path, state = tmp_path / "lora.pth", checkpoint.load_state(llama)
-    model = lora.attach(GPT.from_checkpoint(llama), lora.LoRAConfig())
-    style = {"name": "plain", "template": "{{ messages[0].content }}", "own_bos": False, "stop_ids": []}
-    variants.save_file(
-        path,
-        "lora",
-        checkpoint.fingerprint(state),
-        variants.trained_state(model),
-        hyperparameters={},
-        prompt_style=style,
-    )
+    path = lora_file(tmp_path, llama).rename(tmp_path / "lora.pth")
     good = cli("generate/lora.py", checkpoint_dir=llama, lora_path=path, prompt="a", max_new_tokens=2)
     assert good.code == 0, good.err
     spoil, words = BAD_LORA_FILES[case]
@@ -230,6 +235,67 @@ def test_conversion_cut_short_leaves_the_folder_unconverted(cli, downloaded, mon
     assert sorted(path.name for path in downloaded.iterdir()) == before
     monkeypatch.undo()
     assert cli(CONVERT, checkpoint_dir=downloaded).code == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "advice"),
+    [
+        ("generate/base.py", {"prompt": "a"}, "a lower --batch_size or a lower --max_new_tokens or --quantize nf4"),
+        ("generate/base.py", {"prompt": "a", "quantize": "int8"}, "a lower --batch_size or a lower --max_new_tokens"),
+        ("chat/base.py", {}, "a lower --context or a lower --max_new_tokens or --quantize nf4"),
+        ("scripts/quantize.py", {"out_dir": "x"}, "a lower --calibration_tokens"),
+        ("scripts/merge_lora.py", {"out_dir": "x"}, None),
+    ],
+)
+def test_out_of_memory_on_a_cpu(cli, llama, tmp_path, monkeypatch, script, flags, advice):
+    """One line, and nothing is advised that the script has no flag for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checkpoint, "load_state", lambda *_, **__: torch.empty(10**15, dtype=torch.uint8))
+    said = cli(script, checkpoint_dir=llama, **flags).refused("out of memory: tried to allocate 1,000,000,000 MB")
+    assert said.partition("; try ")[2] == (advice or "") and not (tmp_path / "x").exists()
+
+
+def test_unexpected_arguments(cli, llama, tmp_path):
+    for arguments, word in (((llama, "--prompt=hi"), str(llama)), (("--prompt", "hi", "there"), "there")):
+        said = cli("generate/base.py", *arguments).refused(f"unexpected argument '{word}'", code=2)
+        assert "--checkpoint_dir PATH" in said and "unknown flag" not in said
+    cli("generate/base.py", "-prompt", "hi").refused("unknown flag -prompt; did you mean --prompt?", code=2)
+    (tmp_path / "c.json").write_text('["seed"]')
+    cli("generate/base.py", config=tmp_path / "c.json").refused("c.json", "expected a JSON object", code=2)
+    (tmp_path / "c.json").write_text('{"sed": 1}')
+    cli("generate/base.py", config=tmp_path / "c.json").refused("c.json", "unknown flag --sed; did you mean", code=2)
+    cli("generate/base.py", checkpoint_dir=llama, prompt="a", prompt_style="nope").refused("alpaca, chatml", code=2)
+
+
+def test_a_folder_in_place_of_a_file(cli, llama, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "summary.json").write_text("{}")
+    merge = {"checkpoint_dir": llama, "lora_path": run, "out_dir": tmp_path / "m"}
+    cli("scripts/merge_lora.py", **merge).refused(f"{run}: is a folder", "name the file in it")
+    path = lora_file(run, llama)
+    for script, flags in (
+        ("scripts/merge_lora.py", merge),
+        ("generate/lora.py", {"checkpoint_dir": llama, "lora_path": run, "prompt": "a"}),
+        ("chat/base.py", {"checkpoint_dir": llama, "finetuned_path": run}),
+    ):
+        cli(script, **flags).refused(f"{run}: is a folder", f"did you mean {path}?")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("script", ["scripts/merge_lora.py", "scripts/quantize.py"])
+def test_a_full_disk(llama, tmp_path, script):
+    """Which ends torch's writing with an error of its own. Nothing is left of what was written."""
+    flags = {"checkpoint_dir": llama, "out_dir": tmp_path / "out"}
+    flags |= {"lora_path": lora_file(tmp_path, llama)} if "lora" in script else {"rounding": "nearest"}
+    before = sorted(tmp_path.iterdir())
+    process = subprocess.run(
+        [sys.executable, ROOT / script, *(f"--{name}={value}" for name, value in flags.items())],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    Result(process.returncode, process.stdout, process.stderr).refused("lit_model.pth", "is the disk full?")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_unwritable_destination(cli, downloaded):
