@@ -105,8 +105,8 @@ def training_data(run: dict[str, Any]) -> str:
 def losses(summary: dict[str, Any], run_dir: Path, folder: Path) -> str:
     if not summary:
         return ""
-    keys = ("method", "trainable_parameters", "steps", "tokens", "val_loss_first", "val_loss_last")
-    text = table("Training", {key: summary[key] for key in keys if key in summary})
+    keys = ("method", "base_quantization", "trainable_parameters", "steps", "tokens", "val_loss_first", "val_loss_last")
+    text = table("Training", {key: summary[key] for key in keys if summary.get(key) is not None})
     if not (run_dir / "loss.png").is_file():
         return text
     if not (folder / "loss.png").exists():

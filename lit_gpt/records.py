@@ -154,11 +154,12 @@ class Records:
         if self.logger:
             self.logger.log(step, {"probe_loss": loss})
 
-    def finish(self, method: str, trainable: int) -> None:
-        """Write summary.json and loss.png."""
+    def finish(self, method: str, trainable: int, quantization: str | None) -> None:
+        """Write summary.json and loss.png; `quantization`: of the base."""
         validations = [float(row["val_loss"]) for row in self.rows if row["val_loss"] != ""]
         summary = {
             "method": method,
+            "base_quantization": quantization,
             "trainable_parameters": trainable,
             "steps": int(self.rows[-1]["step"]),
             "tokens": self.tokens,

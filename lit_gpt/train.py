@@ -104,7 +104,7 @@ def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric) -> None:
         else:
             result = hp.out_dir / f"lit_model_{method.name}_finetuned.pth"
             checkpoint.save(result, run.contents(trained))
-        records.finish(method.name, trainable)
+        records.finish(method.name, trainable, base.quantization)
         print(f"wrote {result}{run.where_better()}")
 
     devices.on_main(fabric, write)

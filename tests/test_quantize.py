@@ -351,6 +351,7 @@ def test_qlora_from_start_to_end(cli, flags, llama, stored, monkeypatch):  # noq
     assert result.code == 0, result.err
     summary = json.loads((out / "summary.json").read_text())
     assert summary["val_loss_last"] < summary["val_loss_first"] - 0.5
+    assert summary["base_quantization"] == "nf4"
     killed = flags | {"out_dir": out.with_name("killed"), "resume": "auto", "quantize": "nf4"}
     process = spawn("finetune/lora.py", **killed)
     wait_for_step(process, killed["out_dir"], 4)
