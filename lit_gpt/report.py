@@ -12,9 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from lit_gpt.charts import Line, chart, smooth
-from lit_gpt.checkpoint import atomic
 from lit_gpt.errors import UsageError, UserError
-from lit_gpt.records import COLUMNS
+from lit_gpt.files import COLUMNS, atomic
 
 GENERATOR = '<meta name="generator" content="Lit-GPT report">'
 NOT_COMPARED = {"out_dir", "resume", "logger"}
