@@ -20,9 +20,9 @@ checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder,
 finetuned_path: Path | None = None  # what finetune/lora.py, adapter.py or adapter_v2.py wrote
 text_path: Path | None = None  # UTF-8 text to score
 data_dir: Path | None = None  # or prepared data
-split: Literal["train", "validation"] = "validation"  # of the prepared data
+split: Literal["train", "validation"] | None = None  # of the prepared data (null: validation)
 samples: PositiveInt | None = None  # score the first of its samples (null: all)
-window: PositiveInt = 2048  # tokens of text read at once, if the model takes as many
+window: PositiveInt | None = None  # tokens of text read at once (null: 2048, or as many as the model takes)
 context: PositiveInt | None = None  # tokens before each scored one (null: half a window)
 precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and arithmetic
 quantize: Quantizer | None = None  # keep the weights in fewer bits (null: as trained, or as stored)
@@ -30,20 +30,19 @@ json: bool = False  # print figures as JSON
 
 
 def main(hp: SimpleNamespace) -> None:
-    if bool(hp.text_path) == bool(hp.data_dir):
-        raise UsageError("--text_path: expected either it or --data_dir")
+    check_flags(hp)
     from lit_gpt import variants
     from lit_gpt.generation import default_device, dtype_of
     from lit_gpt.model import GPT
     from lit_gpt.tokenizer import Tokenizer
 
     place = {"dtype": dtype_of(hp), "device": default_device(), "quantize": hp.quantize}
-    tokenizer = Tokenizer(hp.checkpoint_dir)
+    source = read(hp, Tokenizer(hp.checkpoint_dir))
     if hp.finetuned_path:
         model, _ = variants.load_model(hp.checkpoint_dir, hp.finetuned_path, None, **place)
     else:
         model = GPT.from_checkpoint(hp.checkpoint_dir, **place)
-    found = score(hp, model, tokenizer)
+    found = score(hp, model, source)
     figures = {"perplexity": found.perplexity, "loss": found.loss, "tokens": found.tokens}
     if hp.json:
         print(json_format.dumps(figures))
@@ -51,19 +50,40 @@ def main(hp: SimpleNamespace) -> None:
         print("perplexity {perplexity:.4f}, loss {loss:.4f} nats per token, over {tokens:,} tokens".format(**figures))
 
 
-def score(hp: SimpleNamespace, model: Any, tokenizer: Any) -> Any:
+def check_flags(hp: SimpleNamespace) -> None:
+    if hp.text_path and hp.data_dir:
+        raise UsageError(f"--text_path {hp.text_path}: does not go with --data_dir {hp.data_dir}; leave one out")
+    if not hp.text_path and not hp.data_dir:
+        raise UsageError("nothing to score: give a text by --text_path, or a folder of prepared data by --data_dir")
+    given, others = ("--text_path", ("split", "samples")) if hp.text_path else ("--data_dir", ("window", "context"))
+    for name in others:
+        if getattr(hp, name) is not None:
+            raise UsageError(f"--{name}: is not used by {given}; leave it out")
+
+
+def read(hp: SimpleNamespace, tokenizer: Any) -> Any:
+    """What to score, before the model is loaded: token ids, or a split of prepared data."""
     from lit_gpt import data
-    from lit_gpt.perplexity import score_data, score_text
 
     if hp.data_dir:
         data.read_meta(hp.data_dir, tokenizer)
-        return score_data(model, data.Dataset(hp.data_dir, hp.split), hp.samples)
+        return data.Dataset(hp.data_dir, hp.split or "validation")
     try:
         ids = tokenizer.encode(hp.text_path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--text_path {hp.text_path}: cannot be read ({error})") from None
-    window = min(hp.window, model.config.block_size)
-    return score_text(model, ids, window, hp.context or window // 2)
+    if len(ids) < 2:
+        raise UserError(f"--text_path {hp.text_path}: holds fewer than two tokens: nothing to predict; give more text")
+    return ids
+
+
+def score(hp: SimpleNamespace, model: Any, source: Any) -> Any:
+    from lit_gpt.perplexity import score_data, score_text
+
+    if hp.data_dir:
+        return score_data(model, source, hp.samples)
+    window = hp.window or min(2048, model.config.block_size)
+    return score_text(model, source, window, hp.context or window // 2)
 
 
 if __name__ == "__main__":

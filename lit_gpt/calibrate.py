@@ -9,6 +9,7 @@ added to the hidden states makes up for what these have lost before it, too.
 Memory: the two streams, the block in work, and some matrices (in_features, in_features) in float32.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from lit_gpt import data
 from lit_gpt.base import Base
 from lit_gpt.decoding import FastStep, Row
-from lit_gpt.errors import UserError
+from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation import decode
 from lit_gpt.memory import release
 from lit_gpt.model import GPT, Block, Rotation
@@ -40,7 +41,7 @@ def read_ids(path: Path, tokenizer: Tokenizer, tokens: int) -> Tensor:
     """The first `tokens` token ids of a file of rows or text, or of a folder of prepared data; int64 (n,)."""
     try:
         if path.is_dir():
-            data.read_meta(path, tokenizer)
+            data.read_meta(path, tokenizer, "--calibration_path")
             return data.Dataset(path, "train").tokens[:tokens].long()
         if path.suffix not in READERS:
             return tokenizer.encode(path.read_text(encoding="utf-8"))[:tokens]
@@ -66,40 +67,51 @@ def texts(value: Any) -> Iterator[str]:
             yield from texts(part)
 
 
+def given_text(hp: SimpleNamespace, base: Base) -> Tensor | None:
+    """What to calibrate on from --calibration_path, int64 (n, T); None if the model is to write it.
+
+    Raises:
+        UsageError: --calibration_tokens are fewer than a sequence.
+        UserError: the path cannot be read or holds too little.
+    """
+    length = sequence_length(base)
+    if hp.calibration_tokens < length:
+        raise UsageError(f"--calibration_tokens {hp.calibration_tokens}: expected {length} or more")
+    if hp.calibration_path is None:
+        return None
+    ids = read_ids(hp.calibration_path, Tokenizer(base.checkpoint_dir), hp.calibration_tokens)
+    if len(ids) < length:
+        raise UserError(
+            f"--calibration_path {hp.calibration_path}: holds {len(ids)} tokens, expected {length} or more; give a "
+            "longer text, or leave the flag out to calibrate on the model's own"
+        )
+    if ids.max() >= base.config.padded_vocab_size:
+        raise UserError(f"--calibration_path {hp.calibration_path}: holds the id {ids.max()}, which the model lacks")
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+def sequence_length(base: Base) -> int:
+    return min(LENGTH, base.config.block_size)
+
+
 @torch.no_grad()
-def own_text(model: GPT, tokenizer: Tokenizer, tokens: int, length: int) -> Tensor:
-    """Text that the model itself writes, at temperature 1 after a first token drawn evenly; int64 (n, length).
+def own_text(base: Base, tokens: int, device: torch.device) -> Tensor:
+    """Text that the model itself writes, at temperature 1 after a first token drawn evenly; int64 (n, T).
 
     Liu et al. 2023, LLM-QAT. The whole model is needed for it.
     """
-    device, n = model.wte.weight.device, max(1, tokens // length)
+    length = sequence_length(base)
+    n = tokens // length
+    print(f"writing {n * length} tokens of text to calibrate on", file=sys.stderr)
+    model, tokenizer = replace(base, quantize=None).build(device=device), Tokenizer(base.checkpoint_dir)
     generator = torch.Generator(device).manual_seed(0)
     known = min(tokenizer.vocab_size, model.config.vocab_size)
     first = torch.randint(known, (n,), generator=generator, device=device).tolist()
     rows = [Row([token], length - 1, generator) for token in first]
-    for _ in decode(model, rows, model.kv_cache(n, length), 1.0, None, 1.0, step=FastStep(model)):
+    new = decode(model, rows, model.kv_cache(n, length), 1.0, None, 1.0, step=FastStep(model))
+    for _ in tqdm(new, total=n * (length - 1), unit="token", disable=None):
         pass
     return torch.tensor([row.ids for row in rows], device=device)
-
-
-def sequences(hp: SimpleNamespace, base: Base, device: torch.device) -> Tensor:
-    """What to calibrate on: the text of --calibration_path, or the model's own; int64 (n, T).
-
-    Raises:
-        UserError: the path cannot be read or holds too little.
-    """
-    tokenizer, length = Tokenizer(base.checkpoint_dir), min(LENGTH, base.config.block_size)
-    if hp.calibration_path is None:
-        return own_text(replace(base, quantize=None).build(device=device), tokenizer, hp.calibration_tokens, length)
-    ids = read_ids(hp.calibration_path, tokenizer, hp.calibration_tokens)
-    if len(ids) < length:
-        raise UserError(
-            f"--calibration_path {hp.calibration_path}: holds {len(ids)} tokens, expected {length} or more "
-            f"(--calibration_tokens {hp.calibration_tokens} is asked for)"
-        )
-    if ids.max() >= base.config.padded_vocab_size:
-        raise UserError(f"--calibration_path {hp.calibration_path}: holds the id {ids.max()}, which the model lacks")
-    return ids[: len(ids) // length * length].view(-1, length).to(device)
 
 
 @torch.no_grad()

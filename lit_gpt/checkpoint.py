@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
+from lit_gpt.files import atomic
 from lit_gpt.meta import on_meta
 from lit_gpt.model import GPT
 from lit_gpt.quantize import FORMATS
@@ -59,21 +60,6 @@ def check_checkpoint_dir(checkpoint_dir: Path, converted: bool = True) -> None:
             f"--checkpoint_dir {folder}: not converted yet; run "
             f"`python scripts/convert_hf_checkpoint.py --checkpoint_dir {folder}` first"
         )
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, file or folder, when the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_new(path: Path) -> None:

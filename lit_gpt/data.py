@@ -193,8 +193,11 @@ class Dataset(Sequence[Sample]):
         return Sample(self.tokens[span], self.supervised[span])
 
 
-def read_meta(data_dir: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+def read_meta(data_dir: Path, tokenizer: Tokenizer, flag: str = "--data_dir") -> dict[str, Any]:
     """The contents of data.json.
+
+    Args:
+        flag: by which the folder was given.
 
     Raises:
         UserError: not a data folder, or one prepared with another tokenizer or by another format version.
@@ -204,7 +207,7 @@ def read_meta(data_dir: Path, tokenizer: Tokenizer) -> dict[str, Any]:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(
-            f"--data_dir {data_dir}: not a folder of prepared data; make one with scripts/prepare_alpaca.py or "
+            f"{flag} {data_dir}: not a folder of prepared data; make one with scripts/prepare_alpaca.py or "
             "scripts/prepare_json.py"
         ) from None
     if meta.get("format_version") != FORMAT_VERSION:
@@ -213,7 +216,7 @@ def read_meta(data_dir: Path, tokenizer: Tokenizer) -> dict[str, Any]:
         )
     if meta["tokenizer"] != tokenizer.fingerprint:
         raise UserError(
-            f"--data_dir {data_dir}: prepared with another tokenizer than that of {tokenizer.checkpoint_dir}; "
+            f"{flag} {data_dir}: prepared with another tokenizer than that of {tokenizer.checkpoint_dir}; "
             "prepare it again with this --checkpoint_dir"
         )
     return meta

@@ -21,9 +21,10 @@ from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, ma
 from tqdm import tqdm
 
 from lit_gpt import data, variants
-from lit_gpt.checkpoint import atomic, check_checkpoint_dir
+from lit_gpt.checkpoint import check_checkpoint_dir
 from lit_gpt.decoding import FastStep, Row
 from lit_gpt.errors import UsageError, UserError
+from lit_gpt.files import atomic
 from lit_gpt.generation import decode, default_device, dtype_of
 from lit_gpt.model import GPT
 from lit_gpt.prompts import Message, PromptStyle, as_list, generation_stop_ids

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt import data
-from lit_gpt.errors import UsageError, UserError
+from lit_gpt.errors import UsageError
 from lit_gpt.model import GPT, Targets
 
 
@@ -64,13 +64,10 @@ def score_text(model: GPT, ids: Tensor, length: int, context: int) -> Score:
         length: tokens of a window; at most one more than the model's context, for the last one predicts nothing.
         context: tokens that each scored one is to have before it, where the text has them.
     """
-    if len(ids) < 2:
-        raise UserError("the text has fewer than two tokens: nothing can be predicted")
-    if not 1 <= context < length <= model.config.block_size + 1:
-        raise UsageError(
-            f"--context {context} --window {length}: expected at least 1, and less than the window, which is at most "
-            f"{model.config.block_size + 1} for this model"
-        )
+    if length > (most := model.config.block_size + 1):
+        raise UsageError(f"--window {length}: expected {most} or less, which this model takes")
+    if not 1 <= context < length:
+        raise UsageError(f"--context {context} --window {length}: expected a context of 1 or more, below the window")
     total = Score(0.0, 0)
     ids = ids.to(model.wte.weight.device)
     for start, first, stop in windows(len(ids), length, context):

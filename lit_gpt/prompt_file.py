@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lit_gpt.checkpoint import atomic, take_lock
+from lit_gpt.checkpoint import take_lock
 from lit_gpt.decoding import Row
 from lit_gpt.errors import UsageError, UserError
+from lit_gpt.files import atomic
 from lit_gpt.generation import check_room, decode, new_step, prompt_ids
 from lit_gpt.loras import LoRAs
 from lit_gpt.memory import peak_memory_bytes

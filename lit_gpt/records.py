@@ -20,11 +20,9 @@ from tqdm import tqdm
 
 from lit_gpt import loggers
 from lit_gpt.charts import smooth
-from lit_gpt.checkpoint import atomic
 from lit_gpt.errors import UserError
+from lit_gpt.files import COLUMNS, atomic
 from lit_gpt.memory import peak_memory_bytes
-
-COLUMNS = ("step", "tokens", "loss", "val_loss", "lr", "tokens_per_second", "peak_memory_bytes")
 
 
 class Records:

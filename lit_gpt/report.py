@@ -12,9 +12,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from lit_gpt.charts import Line, chart, smooth
-from lit_gpt.checkpoint import atomic
 from lit_gpt.errors import UsageError, UserError
-from lit_gpt.records import COLUMNS
+from lit_gpt.files import COLUMNS, atomic
 
 GENERATOR = '<meta name="generator" content="Lit-GPT report">'
 NOT_COMPARED = {"out_dir", "resume", "logger"}
@@ -273,6 +272,7 @@ def results(runs: list[RunRecord]) -> dict[str, list[str]]:
     table = {
         "status": [escape(run.status) for run in runs],
         "method": of("method", str),
+        "base in": of("base_quantization", str),
         "parameters that train": of("trainable_parameters", "{:,}".format),
         "steps": [f"{int(row['step']):,}" if row else "" for row in last_row],
         "tokens": [f"{int(row['tokens'] or 0):,}" if row else "" for row in last_row],

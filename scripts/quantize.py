@@ -34,13 +34,15 @@ def main(hp: SimpleNamespace) -> None:
         raise UsageError("--rounding calibrated: is for 4 bits; int8 loses nothing by --rounding nearest")
     if hp.calibration_path and rounding == "nearest":
         raise UsageError("--calibration_path: is not used by --rounding nearest, nor by int8; leave it out")
-    from lit_gpt import checkpoint, hf_files
+    from lit_gpt import calibrate, checkpoint, hf_files
     from lit_gpt.base import Base
     from lit_gpt.prompts import FILE
 
-    base = Base.of(hp.checkpoint_dir, hp.quantize)
+    base, calibrated = Base.of(hp.checkpoint_dir, hp.quantize), rounding == "calibrated"
+    text = calibrate.given_text(hp, base) if calibrated else None  # before there is a file
     with checkpoint.new_folder(hp.out_dir) as folder:
-        base.write_quantized(folder, tensors(hp, base, rounding), rounding == "calibrated")
+        tensors = calibrated_tensors(hp, base, text) if calibrated else base.quantized(base.dtype)
+        base.write_quantized(folder, tensors, calibrated)
         (folder / "lit_config.json").write_text(base.config.to_json())
         hf_files.copy_side_files(hp.checkpoint_dir, folder)
         if (hp.checkpoint_dir / FILE).exists():  # of a finetune
@@ -49,14 +51,14 @@ def main(hp: SimpleNamespace) -> None:
     print(f"wrote {hp.out_dir}: {sizes[1]:.2f} GB in place of {sizes[0]:.2f} GB")
 
 
-def tensors(hp: SimpleNamespace, base: Any, rounding: str) -> Iterator[tuple[str, Any]]:
-    if rounding == "nearest":
-        yield from base.quantized(base.dtype)
-        return
+def calibrated_tensors(hp: SimpleNamespace, base: Any, text: Any) -> Iterator[tuple[str, Any]]:
+    """Of what is written piece by piece: the model's own text takes long, and comes once there is room on the disk."""
     from lit_gpt import calibrate
     from lit_gpt.generation import default_device
 
-    yield from calibrate.calibrated(base, calibrate.sequences(hp, base, default_device()), base.dtype)
+    device = default_device()
+    ids = calibrate.own_text(base, hp.calibration_tokens, device) if text is None else text.to(device)
+    yield from calibrate.calibrated(base, ids, base.dtype)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def test_a_calibrated_checkpoint(cli, llama, data_dir, path, tmp_path):  # noqa:
         folder = tmp_path / name
         result = cli(SCRIPT, checkpoint_dir=llama, out_dir=folder, quantize="int4", calibration_tokens=512, **more)
         assert result.code == 0 and "wrote" in result.out, result.err
+        assert ("writing 512 tokens of text to calibrate on" in result.err.splitlines()) == (name == "own")
         record, state = (
             json.loads((folder / "lit_quantize.json").read_text()),
             checkpoint.load(folder / "lit_model.pth"),
@@ -132,8 +133,9 @@ def test_other_weights_in_a_calibrated_folder_are_noticed(cli, llama, path, tmp_
     refused.refused("q/lit_model.pth", "lit_quantize.json", "quantize again")
 
 
-def test_bad_input(cli, llama, path, tmp_path):
-    """One line each, and nothing is written."""
+def test_bad_input(cli, llama, path, tmp_path, monkeypatch):
+    """One line each, and nothing is written, nor so much as laid out."""
+    monkeypatch.setattr(checkpoint, "new_folder", lambda path: pytest.fail("too late"))
     common = {"checkpoint_dir": llama, "out_dir": tmp_path / "x"}
     empty, short, rows = tmp_path / "e.txt", tmp_path / "s.txt", tmp_path / "r.jsonl"
     empty.write_text("")
@@ -144,13 +146,15 @@ def test_bad_input(cli, llama, path, tmp_path):
         (tmp_path / "no.txt", ("no.txt", "cannot be read")),
         (tmp_path / "no.jsonl", ("no.jsonl", "no such file")),
         (tmp_path / "b.txt", ("b.txt", "cannot be read")),
-        (tmp_path, ("not a folder of prepared data",)),
+        (tmp_path, (f"--calibration_path {tmp_path}: not a folder of prepared data",)),
         (rows, ("r.jsonl: line 2", "not JSON")),
         (empty, ("holds 0 tokens", "256")),
         (short, ("s.txt", "expected 256")),
     ):
         cli(SCRIPT, **common, calibration_path=bad).refused(*words)
-    cli(SCRIPT, **common, calibration_path=path, calibration_tokens=100).refused("100 tokens", "--calibration_tokens")
+    for more in ({}, {"calibration_path": path}):
+        refused = cli(SCRIPT, **common, **more, calibration_tokens=100)
+        refused.refused("--calibration_tokens 100: expected 256 or more", code=2)
     cli(SCRIPT, **common, calibration_path=path, quantize="int8").refused("--calibration_path", code=2)
     cli(SCRIPT, **common, calibration_path=path, rounding="nearest").refused("--calibration_path", code=2)
     cli(SCRIPT, **common, rounding="calibrated", quantize="int8").refused("--rounding calibrated", code=2)

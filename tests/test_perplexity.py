@@ -57,10 +57,22 @@ def test_the_script(cli, flags, llama, tmp_path):  # noqa: F811
 
 
 def test_bad_input(cli, llama, tmp_path):
-    cli("eval/perplexity.py", checkpoint_dir=llama).refused("--text_path", "--data_dir", code=2)
-    cli("eval/perplexity.py", checkpoint_dir=llama, text_path=tmp_path / "no").refused("--text_path", "no")
-    (tmp_path / "t.txt").write_text("the cat and the dog")
-    text = {"checkpoint_dir": llama, "text_path": tmp_path / "t.txt"}
-    cli("eval/perplexity.py", **text, window=8, context=8).refused("--context 8", "--window 8", code=2)
-    (tmp_path / "t.txt").write_text("")
-    cli("eval/perplexity.py", **text).refused("fewer than two tokens")
+    script, path, folder = "eval/perplexity.py", tmp_path / "t.txt", tmp_path / "d"
+    path.write_text("the cat and the dog")
+    text, prepared = {"checkpoint_dir": llama, "text_path": path}, {"checkpoint_dir": llama, "data_dir": folder}
+    cli(script, checkpoint_dir=llama).refused("nothing to score", "--text_path", "--data_dir", code=2)
+    cli(script, **text, data_dir=folder).refused(f"--text_path {path}", f"--data_dir {folder}", code=2)
+    for common, used, unused in (
+        (text, "--text_path", {"split": "validation", "samples": 3}),
+        (prepared, "--data_dir", {"window": 100, "context": 50}),
+    ):
+        for name, value in unused.items():
+            refused = cli(script, **common, **{name: value})
+            refused.refused(f"--{name}: is not used by {used}; leave it out", code=2)
+    cli(script, **prepared).refused(f"--data_dir {folder}: not a folder of prepared data")
+    cli(script, checkpoint_dir=llama, text_path=tmp_path / "no").refused("--text_path", "no", "cannot be read")
+    cli(script, **text, window=8, context=8).refused("--context 8", "--window 8", code=2)
+    cli(script, **text, window=1).refused("--context 0", "--window 1", code=2)
+    cli(script, **text, window=258).refused("--window 258: expected 257 or less", code=2)
+    path.write_text("")
+    cli(script, **text).refused(f"--text_path {path}: holds fewer than two tokens")

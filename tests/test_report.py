@@ -4,14 +4,18 @@ import csv
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from lit_gpt.charts import smooth, thin, ticks
-from lit_gpt.records import COLUMNS, plot
+from lit_gpt.files import COLUMNS
+from lit_gpt.records import plot
 
 SCRIPT = "scripts/report.py"
 EVIL = """<script>alert("1")</script>&'"""
@@ -187,6 +191,22 @@ def test_what_is_not_a_folder(report, tmp_path):
     assert report(run, f"{run}/")[0] == 2
     code, err, _ = report(run, "--report_paths", "x")
     assert code == 2 and "unknown flag --report_paths; did you mean --report_path?" in err
+
+
+def test_it_needs_no_torch(tmp_path):
+    """So that it answers at once: neither to refuse nor to write a page."""
+    run, page = make_run(tmp_path / "a"), tmp_path / "report.html"
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = [{SCRIPT!r}, *sys.argv[1:]]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: print({'torch', 'lightning', 'numpy', 'matplotlib'} & sys.modules.keys())\n"
+    )
+    for arguments, expected in (((), 2), ((run, "--report_path", page), 0)):
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert process.returncode == expected and process.stdout.endswith("set()\n"), process
+    assert page.exists()
 
 
 def test_an_older_report_is_replaced(report, tmp_path):

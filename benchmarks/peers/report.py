@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from lit_gpt.checkpoint import atomic
+from lit_gpt.files import atomic
 
 TITLES = {"ours": "Lit-GPT", "peft": "PEFT", "peft_tuned": "PEFT, tuned", "litgpt": "LitGPT"}
 COLORS = {"ours": "tab:blue", "peft": "tab:orange", "peft_tuned": "tab:green", "litgpt": "tab:red"}
