@@ -14,6 +14,7 @@ from torch import Tensor
 from lit_gpt import checkpoint, weights
 from lit_gpt.config import Config
 from lit_gpt.errors import UserError
+from lit_gpt.files import atomic
 from lit_gpt.tokenizer import CHAT_TEMPLATE_DIR
 
 SHARD_BYTES = 2 * 10**9
@@ -141,7 +142,7 @@ def convert(checkpoint_dir: Path, hf: StoredWeights, dtype: torch.dtype | None =
         for row in weights.rows(config)
     }
     checkpoint.write_streamed(folder / "lit_model.pth", layout, in_range(layout, weights.to_lit(config, hf)))
-    with checkpoint.atomic(folder / "lit_config.json") as temporary:
+    with atomic(folder / "lit_config.json") as temporary:
         temporary.write_text(config.to_json())
     return config
 
