@@ -120,7 +120,7 @@ def test_a_prompt_that_is_not_utf8(llama, argument, locale):
         ({"prompt": "a", "temperature": -1}, ["--temperature"], 2),
         ({"prompt": "a", "top_p": 1.5}, ["--top_p", "from 0 to 1"], 2),
         ({"prompt": "a", "max_new_tokens": 0}, ["--max_new_tokens"], 2),
-        ({"prompt": "a", "prompt_style": "nothing"}, ["--prompt_style nothing", "alpaca"], 1),
+        ({"prompt": "a", "prompt_style": "nothing"}, ["--prompt_style nothing", "alpaca"], 2),
     ],
 )
 def test_refusals(cli, llama, change, words, code):
