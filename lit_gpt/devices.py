@@ -203,6 +203,8 @@ def company(fabric: Fabric) -> Iterator[None]:
     finally:
         watch.finished.set()
         watch.join(Watch.PATIENCE)  # Python aborts if it ends while a thread is in the store
+    if dist.is_initialized() and dist.get_backend() == "gloo":  # or Python may abort; NCCL's Lightning ends itself
+        dist.destroy_process_group()
 
 
 class Watch(threading.Thread):
