@@ -95,10 +95,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def take_lock(folder: int, path: Path) -> None:
-    """Lock an open folder, until it is closed or the process ends in whatever way."""
+def take_lock(opened: int, path: Path) -> None:
+    """Lock an open file or folder, until it is closed or the process ends in whatever way."""
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{path}: another process is writing it; wait for that or end it") from None
     except OSError:

@@ -221,8 +221,8 @@ def read_prompt(hp: SimpleNamespace) -> "str | PromptFile":
         raise UsageError(f"--prompt_file {hp.prompt_file}: holds a prompt on each line; add --out FILE for the answers")
     else:
         try:
-            from_file = str(hp.prompt_file) != "-"
-            text = hp.prompt_file.read_text(encoding="utf-8") if from_file else sys.stdin.read()
+            on_stdin = str(hp.prompt_file) == "-"
+            text = sys.stdin.read() if on_stdin else hp.prompt_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt_file {hp.prompt_file}: cannot be read ({error})") from None
     if not text:
