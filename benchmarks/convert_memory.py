@@ -20,7 +20,7 @@ gigabytes: PositiveFloat = 2.0  # size of the checkpoint
 SCRIPT = Path(__file__).parent.parent / "scripts" / "convert_hf_checkpoint.py"
 WATCH = """
 import runpy, sys, threading, time
-import torch, safetensors.torch, lit_gpt.hf_files
+import torch, safetensors.torch, lit_gpt.conversion.hf
 
 def anonymous():
     with open("/proc/self/status") as status:

@@ -48,7 +48,8 @@ def make_checkpoint(folder: Path, hp: SimpleNamespace) -> int:
     """A random converted checkpoint; returns the bytes of a block."""
     import torch
 
-    from lit_gpt import GPT, Config, checkpoint
+    from lit_gpt import GPT, Config
+    from lit_gpt.checkpoints import io
 
     config = Config(
         name="random", family="llama", n_layer=hp.n_layer, n_embd=hp.n_embd, n_head=hp.n_embd // 64, n_query_groups=4,
@@ -58,7 +59,7 @@ def make_checkpoint(folder: Path, hp: SimpleNamespace) -> int:
     with torch.device("meta"):
         layout = GPT(config).bfloat16().state_dict()
     random = ((name, torch.randn(tensor.shape, dtype=torch.bfloat16)) for name, tensor in layout.items())
-    checkpoint.write_streamed(folder / "lit_model.pth", layout, random)
+    io.write_streamed(folder / "lit_model.pth", layout, random)
     (folder / "lit_config.json").write_text(config.to_json())
     (folder / "config.json").write_text("{}")
     return sum(tensor.nbytes for name, tensor in layout.items() if name.startswith("h.0."))

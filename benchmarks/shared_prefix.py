@@ -22,7 +22,7 @@ def main(hp: SimpleNamespace) -> None:
     import torch
     from peers.synthetic import lengths_like_alpaca
 
-    from lit_gpt import data
+    from lit_gpt.data import dataset as data
 
     if hp.data_dir:
         dataset = data.Dataset(hp.data_dir, "train")
@@ -50,12 +50,14 @@ def shared_by_all(dataset) -> int:
 
 def saved(hp: SimpleNamespace, lengths: list[int], shared: int, tokens: int) -> tuple[float, float]:
     """The shares of the blocks' products and of attention's pairs that are not computed."""
-    from lit_gpt import data
+    from lit_gpt.data import packing
 
     spared, steps = 0, len(lengths) // hp.batch_size
-    used = [data.step_samples(len(lengths), hp.batch_size, hp.seed, step, len(lengths)) for step in range(steps or 1)]
+    used = [
+        packing.step_samples(len(lengths), hp.batch_size, hp.seed, step, len(lengths)) for step in range(steps or 1)
+    ]
     for indices in used:
-        spared += sum(len(row) - 1 for row in data.micro_batches(indices, lengths, None, tokens))
+        spared += sum(len(row) - 1 for row in packing.micro_batches(indices, lengths, None, tokens))
     all_used = [lengths[i] for indices in used for i in indices]
     pairs = sum(n * (n + 1) // 2 for n in all_used)
     products = spared * shared / sum(all_used)

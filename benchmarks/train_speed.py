@@ -109,7 +109,7 @@ def check(hp: SimpleNamespace) -> list[str]:
 
 
 def check_model(hp: SimpleNamespace) -> None:
-    from lit_gpt.families import preset
+    from lit_gpt.families.registry import preset
 
     preset(hp.model)  # which names the nearest if it is none
     try:
@@ -127,28 +127,31 @@ class Work:
         import torch
         from peers.flops import StepFlops
 
-        from lit_gpt import Config, data, hf_files, lora
-        from lit_gpt.checkpoint import check_checkpoint_dir
-        from lit_gpt.plan import CPU_ROW
-        from lit_gpt.tokenizer import Tokenizer
+        from lit_gpt import Config
+        from lit_gpt.checkpoints.folder import check_checkpoint_dir
+        from lit_gpt.conversion import hf_shards
+        from lit_gpt.data import dataset, packing
+        from lit_gpt.methods import lora
+        from lit_gpt.text.tokenizer import Tokenizer
+        from lit_gpt.training.memory_plan import CPU_ROW
 
         check_checkpoint_dir(hp.checkpoint_dir)
-        hf_files.shard_paths(hp.checkpoint_dir)  # the peers' files
-        data.read_meta(hp.data_dir, Tokenizer(hp.checkpoint_dir))
+        hf_shards.shard_paths(hp.checkpoint_dir)  # the peers' files
+        dataset.read_meta(hp.data_dir, Tokenizer(hp.checkpoint_dir))
         self.folder, self.started = folder, 0
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         # the plan would take the whole GPU, of which the others hold parts
         hp.row_tokens = hp.row_tokens or (4096 if self.device == "cuda" else CPU_ROW)
-        train, rounds = data.Dataset(hp.data_dir, "train"), hp.warmup + hp.steps
+        train, rounds = dataset.Dataset(hp.data_dir, "train"), hp.warmup + hp.steps
         # as train.Run.optimize takes them
-        order = [data.step_samples(len(train), hp.batch_size, hp.seed, n, 10**9) for n in range(rounds)]
+        order = [packing.step_samples(len(train), hp.batch_size, hp.seed, n, 10**9) for n in range(rounds)]
         batches = [[train[i] for i in indices] for indices in order]
         contents = [
             [{"ids": s.tokens.tolist(), "supervised": s.supervised.tolist()} for s in batch] for batch in batches
         ]
         (folder / "batches.json").write_text(json.dumps(contents), encoding="utf-8")
         self.lengths = [[len(s.tokens) - 1 for s in batch] for batch in batches]
-        self.supervised = [data.supervised_count(batch) for batch in batches]
+        self.supervised = [packing.supervised_count(batch) for batch in batches]
         every = hp.lora_layers == "all"
         self.config = Config.from_checkpoint(hp.checkpoint_dir)
         adapted = lora.LoRAConfig(hp.lora_r, hp.lora_alpha, key=every, projection=every, mlp=every)

@@ -17,7 +17,9 @@ from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, Po
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder, or what finetune/full.py wrote
 finetuned_path: Path | None = None  # what finetune/lora.py, adapter.py or adapter_v2.py wrote
-prompt_style: str | None = None  # a style of lit_gpt/prompts.py or a Jinja file (null: the finetune's or checkpoint's)
+prompt_style: str | None = (
+    None  # a style of lit_gpt/text/prompt_style.py or a Jinja file (null: the finetune's or checkpoint's)
+)
 system: str = ""  # what the conversation opens with, for styles that have a place for it
 max_new_tokens: PositiveInt = 512  # longest answer
 context: PositiveInt = 4096  # tokens of history and answer together, at most what the model takes
@@ -31,22 +33,26 @@ compile: bool = False  # compile the step of one token where there are no kernel
 
 
 def main(hp: SimpleNamespace) -> None:
-    from lit_gpt import lora, variants
-    from lit_gpt.base import Base
-    from lit_gpt.chat import Chat, converse
-    from lit_gpt.generation import default_device, dtype_of, new_step, sampling_options
-    from lit_gpt.loras import LoRAs
-    from lit_gpt.prompts import PromptStyle
-    from lit_gpt.quantize import is_quantized
-    from lit_gpt.tokenizer import Tokenizer
+    from lit_gpt.checkpoints.base_model import BaseCheckpoint
+    from lit_gpt.generation.chat import Chat, converse
+    from lit_gpt.generation.engine import dtype_of, sampling_options
+    from lit_gpt.generation.steps import new_step
+    from lit_gpt.hardware import default_device
+    from lit_gpt.methods import finetuned_file, lora
+    from lit_gpt.methods.multi_lora import LoRAPool
+    from lit_gpt.quantization.modules import is_quantized
+    from lit_gpt.text.prompt_style import PromptStyle
+    from lit_gpt.text.tokenizer import Tokenizer
 
-    place, base = {"dtype": dtype_of(hp), "device": default_device()}, Base.of(hp.checkpoint_dir, hp.quantize)
+    place, base = {"dtype": dtype_of(hp), "device": default_device()}, BaseCheckpoint.of(hp.checkpoint_dir, hp.quantize)
     tokenizer = Tokenizer(hp.checkpoint_dir)
     named = hp.prompt_style and PromptStyle.from_name(hp.prompt_style, tokenizer)
     own = style = named or PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer)
     method = lora.METHOD
     if hp.finetuned_path:
-        model, record = variants.load_model(hp.checkpoint_dir, hp.finetuned_path, None, **place, quantize=hp.quantize)
+        model, record = finetuned_file.load_finetuned(
+            hp.checkpoint_dir, hp.finetuned_path, None, **place, quantize=hp.quantize
+        )
         base, method = base.as_trained(record.get("quantize"), hp.finetuned_path), record["method"]
         if not is_quantized(model):
             lora.merge(model)
@@ -54,8 +60,8 @@ def main(hp: SimpleNamespace) -> None:
     else:
         model = base.build(**place)
 
-    def open_loras() -> LoRAs:
-        return LoRAs(base.build(**place) if hp.finetuned_path else model, base, own, fixed=bool(named))
+    def open_loras() -> LoRAPool:
+        return LoRAPool(base.build(**place) if hp.finetuned_path else model, base, own, fixed=bool(named))
 
     options = sampling_options(hp, model) | {"new_step": partial(new_step, hp)}
     options["open_loras"] = open_loras if method == lora.METHOD else None

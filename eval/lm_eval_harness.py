@@ -33,7 +33,7 @@ def main(hp: SimpleNamespace) -> None:
     from lit_gpt.errors import require
 
     require("lm_eval", "lm-eval", "eval/lm_eval_harness.py")
-    from lit_gpt.harness import evaluate
+    from lit_gpt.evaluation.lm_eval_model import evaluate
 
     evaluate(hp)
 

@@ -31,17 +31,18 @@ json: bool = False  # print figures as JSON
 
 def main(hp: SimpleNamespace) -> None:
     check_flags(hp)
-    from lit_gpt import variants
-    from lit_gpt.generation import default_device, dtype_of
-    from lit_gpt.model import GPT
-    from lit_gpt.tokenizer import Tokenizer
+    from lit_gpt.checkpoints.base_model import load_model
+    from lit_gpt.generation.engine import dtype_of
+    from lit_gpt.hardware import default_device
+    from lit_gpt.methods import finetuned_file
+    from lit_gpt.text.tokenizer import Tokenizer
 
     place = {"dtype": dtype_of(hp), "device": default_device(), "quantize": hp.quantize}
     source = read(hp, Tokenizer(hp.checkpoint_dir))
     if hp.finetuned_path:
-        model, _ = variants.load_model(hp.checkpoint_dir, hp.finetuned_path, None, **place)
+        model, _ = finetuned_file.load_finetuned(hp.checkpoint_dir, hp.finetuned_path, None, **place)
     else:
-        model = GPT.from_checkpoint(hp.checkpoint_dir, **place)
+        model = load_model(hp.checkpoint_dir, **place)
     found = score(hp, model, source)
     figures = {"perplexity": found.perplexity, "loss": found.loss, "tokens": found.tokens}
     if hp.json:
@@ -63,11 +64,11 @@ def check_flags(hp: SimpleNamespace) -> None:
 
 def read(hp: SimpleNamespace, tokenizer: Any) -> Any:
     """What to score, before the model is loaded: token ids, or a split of prepared data."""
-    from lit_gpt import data
+    from lit_gpt.data import dataset
 
     if hp.data_dir:
-        data.read_meta(hp.data_dir, tokenizer)
-        return data.Dataset(hp.data_dir, hp.split or "validation")
+        dataset.read_meta(hp.data_dir, tokenizer)
+        return dataset.Dataset(hp.data_dir, hp.split or "validation")
     try:
         ids = tokenizer.encode(hp.text_path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -78,7 +79,7 @@ def read(hp: SimpleNamespace, tokenizer: Any) -> Any:
 
 
 def score(hp: SimpleNamespace, model: Any, source: Any) -> Any:
-    from lit_gpt.perplexity import score_data, score_text
+    from lit_gpt.evaluation.perplexity import score_data, score_text
 
     if hp.data_dir:
         return score_data(model, source, hp.samples)

@@ -56,14 +56,14 @@ keep: PositiveInt = 2  # newest resume states kept, besides the one with the bes
 
 
 def method(hp: SimpleNamespace) -> Any:
-    from lit_gpt import adapter_v2
-    from lit_gpt.variants import Method
+    from lit_gpt.methods import adapter_v2
+    from lit_gpt.methods.method import Method
 
     return Method.of(adapter_v2, adapter_v2.AdapterConfig(hp.adapter_prompt_length, hp.adapter_start_layer))
 
 
 def main(hp: SimpleNamespace) -> None:
-    from lit_gpt.train import finetune
+    from lit_gpt.training.setup import finetune
 
     finetune(hp, method(hp))
 

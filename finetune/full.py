@@ -54,13 +54,13 @@ keep: PositiveInt = 2  # newest resume states kept, besides the one with the bes
 
 
 def method(hp: SimpleNamespace) -> Any:
-    from lit_gpt.variants import Method
+    from lit_gpt.methods.method import Method
 
     return Method("full", attach=lambda model: model.requires_grad_(True), whole_model=True)
 
 
 def main(hp: SimpleNamespace) -> None:
-    from lit_gpt.train import finetune
+    from lit_gpt.training.setup import finetune
 
     finetune(hp, method(hp))
 

@@ -30,17 +30,23 @@ compile: bool = False  # compile the step of one token where there are no kernel
 
 
 def main(hp: SimpleNamespace) -> None:
-    from lit_gpt.base import Base
-    from lit_gpt.generation import answer, default_device, dtype_of, lora_paths, read_prompt
-    from lit_gpt.loras import LoRAs
-    from lit_gpt.prompts import PromptStyle
-    from lit_gpt.tokenizer import Tokenizer
+    from lit_gpt.checkpoints.base_model import BaseCheckpoint
+    from lit_gpt.generation.answer import answer, lora_paths, read_prompt
+    from lit_gpt.generation.engine import dtype_of
+    from lit_gpt.hardware import default_device
+    from lit_gpt.methods.multi_lora import LoRAPool
+    from lit_gpt.text.prompt_style import PromptStyle
+    from lit_gpt.text.tokenizer import Tokenizer
 
-    prompt, base, tokenizer = read_prompt(hp), Base.of(hp.checkpoint_dir, hp.quantize), Tokenizer(hp.checkpoint_dir)
+    prompt, base, tokenizer = (
+        read_prompt(hp),
+        BaseCheckpoint.of(hp.checkpoint_dir, hp.quantize),
+        Tokenizer(hp.checkpoint_dir),
+    )
     style = hp.prompt_style and PromptStyle.from_name(hp.prompt_style, tokenizer)
     style = style or PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer)
     place = {"dtype": dtype_of(hp), "device": default_device(), "fixed": bool(hp.prompt_style)}
-    loras = LoRAs.beside(base, lora_paths(prompt), style, **place)
+    loras = LoRAPool.beside(base, lora_paths(prompt), style, **place)
     answer(hp, prompt, loras.model, tokenizer, style, loras)
 
 

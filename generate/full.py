@@ -29,13 +29,15 @@ compile: bool = False  # compile the step of one token where there are no kernel
 
 
 def main(hp: SimpleNamespace) -> None:
-    from lit_gpt.generation import answer, default_device, dtype_of, read_prompt
-    from lit_gpt.model import GPT
-    from lit_gpt.prompts import PromptStyle
-    from lit_gpt.tokenizer import Tokenizer
+    from lit_gpt.checkpoints.base_model import load_model
+    from lit_gpt.generation.answer import answer, read_prompt
+    from lit_gpt.generation.engine import dtype_of
+    from lit_gpt.hardware import default_device
+    from lit_gpt.text.prompt_style import PromptStyle
+    from lit_gpt.text.tokenizer import Tokenizer
 
     prompt = read_prompt(hp)
-    model = GPT.from_checkpoint(hp.checkpoint_dir, dtype_of(hp), default_device(), hp.quantize)
+    model = load_model(hp.checkpoint_dir, dtype_of(hp), default_device(), hp.quantize)
     tokenizer = Tokenizer(hp.checkpoint_dir)
     answer(hp, prompt, model, tokenizer, PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer))
 

@@ -33,24 +33,31 @@ compile: bool = False  # compile the step of one token where there are no kernel
 
 
 def main(hp: SimpleNamespace) -> None:
-    from lit_gpt import lora, variants
-    from lit_gpt.base import Base
+    from lit_gpt.checkpoints.base_model import BaseCheckpoint
     from lit_gpt.errors import UsageError
-    from lit_gpt.generation import answer, default_device, dtype_of, lora_paths, read_prompt
-    from lit_gpt.loras import LoRAs
-    from lit_gpt.prompts import PromptStyle
-    from lit_gpt.quantize import is_quantized
-    from lit_gpt.tokenizer import Tokenizer
+    from lit_gpt.generation.answer import answer, lora_paths, read_prompt
+    from lit_gpt.generation.engine import dtype_of
+    from lit_gpt.hardware import default_device
+    from lit_gpt.methods import finetuned_file, lora
+    from lit_gpt.methods.multi_lora import LoRAPool
+    from lit_gpt.quantization.modules import is_quantized
+    from lit_gpt.text.prompt_style import PromptStyle
+    from lit_gpt.text.tokenizer import Tokenizer
 
     prompt, tokenizer = read_prompt(hp), Tokenizer(hp.checkpoint_dir)
     place = {"dtype": dtype_of(hp), "device": default_device()}
     if any(paths := lora_paths(prompt)):
         if hp.merge:
             raise UsageError(f"--merge true: lines of {hp.prompt_file} have a LoRA of their own; leave it out")
-        style, base = PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer), Base.of(hp.checkpoint_dir, hp.quantize)
-        loras = LoRAs.beside(base, [path or hp.lora_path for path in paths], style, **place)
+        style, base = (
+            PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer),
+            BaseCheckpoint.of(hp.checkpoint_dir, hp.quantize),
+        )
+        loras = LoRAPool.beside(base, [path or hp.lora_path for path in paths], style, **place)
         return answer(hp, prompt, loras.model, tokenizer, style, loras)
-    model, record = variants.load_model(hp.checkpoint_dir, hp.lora_path, lora.METHOD, **place, quantize=hp.quantize)
+    model, record = finetuned_file.load_finetuned(
+        hp.checkpoint_dir, hp.lora_path, lora.METHOD, **place, quantize=hp.quantize
+    )
     if hp.merge or hp.merge is None and not is_quantized(model):
         lora.merge(model)
     answer(hp, prompt, model, tokenizer, PromptStyle.from_dict(record["prompt_style"]))

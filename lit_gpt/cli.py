@@ -36,9 +36,9 @@ from lit_gpt.errors import UsageError, UserError
 
 # A fraction of which something must be left: dropout, validation splits.
 Fraction = restricted_number_type("Fraction", float, [(">=", 0.0), ("<", 1.0)])
-# The formats of lit_gpt/quantize.py.
+# The formats of lit_gpt/quantization/formats.py.
 Quantizer = Literal["int8", "int4", "nf4", "nf4-dq"]
-# The ways of lit_gpt/memory.py to keep less for the backward pass.
+# The ways of lit_gpt/hardware.py to keep less for the backward pass.
 Checkpointing = Literal["auto", "none", "selective", "full", "offload"]
 
 EXPECTED = {

@@ -3,12 +3,16 @@
 Nothing here imports torch: scripts/report.py answers at once.
 """
 
+import fcntl
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-COLUMNS = ("step", "tokens", "loss", "val_loss", "lr", "tokens_per_second", "peak_memory_bytes")  # of metrics.csv
+from lit_gpt.errors import UserError
 
 
 @contextmanager
@@ -24,3 +28,57 @@ def atomic(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_new(path: Path) -> None:
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: already exists and is not an empty folder; choose another or remove it")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `path` when the block ends without an error. What a killed process has left of
+    one is removed first.
+
+    Raises:
+        UserError: `path` exists and holds something; it is never overwritten. Or another process is writing it.
+    """
+    path = Path(path)
+    check_new(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.mkdir(exist_ok=True)
+    lock = os.open(temporary, os.O_RDONLY)
+    try:
+        take_lock(lock, path)
+        check_new(path)
+        for left in temporary.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def take_lock(opened: int, path: Path) -> None:
+    """Lock an open file or folder, until it is closed or the process ends in whatever way."""
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path}: another process is writing it; wait for that or end it") from None
+    except OSError:
+        pass  # a file system that has no locks
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises UserError if the file is missing or is not a JSON object."""
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({error})") from None
+    if not isinstance(contents, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return contents

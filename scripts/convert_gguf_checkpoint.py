@@ -23,9 +23,10 @@ def main(hp: SimpleNamespace) -> None:
     for flag in ("gguf_path", "checkpoint_dir"):
         if getattr(hp, flag) is None:
             raise UsageError(f"--{flag}: expected a path")
-    from lit_gpt import checkpoint, gguf_files
+    from lit_gpt import hardware
+    from lit_gpt.conversion.gguf import importer
 
-    gguf_files.convert(hp.gguf_path, hp.checkpoint_dir, checkpoint.DTYPES[hp.dtype])
+    importer.convert(hp.gguf_path, hp.checkpoint_dir, hardware.DTYPES[hp.dtype])
     print(f"converted {hp.gguf_path} to {hp.checkpoint_dir}; next:")
     print(f"  python scripts/prepare_alpaca.py --checkpoint_dir {hp.checkpoint_dir}")
     print(f'  python generate/base.py --checkpoint_dir {hp.checkpoint_dir} --prompt "..."')

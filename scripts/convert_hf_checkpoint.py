@@ -16,10 +16,12 @@ dtype: Literal["fp32", "bf16", "fp16"] | None = None  # of the converted weights
 
 
 def main(hp: SimpleNamespace) -> None:
-    from lit_gpt import checkpoint, hf_files
+    from lit_gpt import hardware
+    from lit_gpt.checkpoints import folder
+    from lit_gpt.conversion import hf, hf_shards
 
-    checkpoint.check_checkpoint_dir(hp.checkpoint_dir, converted=False)
-    hf_files.convert(hp.checkpoint_dir, hf_files.StoredWeights(hp.checkpoint_dir), checkpoint.DTYPES.get(hp.dtype))
+    folder.check_checkpoint_dir(hp.checkpoint_dir, converted=False)
+    hf.convert(hp.checkpoint_dir, hf_shards.StoredWeights(hp.checkpoint_dir), hardware.DTYPES.get(hp.dtype))
     print(f"converted {hp.checkpoint_dir}; next:")
     print(f"  python scripts/prepare_alpaca.py --checkpoint_dir {hp.checkpoint_dir}")
     print(f'  python generate/base.py --checkpoint_dir {hp.checkpoint_dir} --prompt "..."')

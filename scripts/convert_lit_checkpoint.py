@@ -32,17 +32,17 @@ def main(hp: SimpleNamespace) -> None:
         raise UsageError("--lora_path: of --format gguf the whole model; fold LoRA in with scripts/merge_lora.py first")
     if hp.dtype and hp.format != "gguf":
         raise UsageError(f"--dtype {hp.dtype}: is for --format gguf; other weights are exported as they are")
-    from lit_gpt import exports
+    from lit_gpt.conversion import export
 
     if hp.lora_path:
         found, loads = (
-            exports.to_peft(hp.checkpoint_dir, hp.lora_path, hp.out_dir),
+            export.to_peft(hp.checkpoint_dir, hp.lora_path, hp.out_dir),
             "PeftModel.from_pretrained(base, '{}')",
         )
     elif hp.format == "gguf":
-        found, loads = exports.to_gguf(hp.checkpoint_dir, hp.out_dir, hp.dtype), "llama.cpp loads the .gguf file in {}"
+        found, loads = export.to_gguf(hp.checkpoint_dir, hp.out_dir, hp.dtype), "llama.cpp loads the .gguf file in {}"
     else:
-        found, loads = exports.to_hf(hp.checkpoint_dir, hp.out_dir), "AutoModelForCausalLM.from_pretrained('{}')"
+        found, loads = export.to_hf(hp.checkpoint_dir, hp.out_dir), "AutoModelForCausalLM.from_pretrained('{}')"
     off, reader = found["logits_difference"], found["reader"]
     print(f"wrote {hp.out_dir}; read back by {reader}, its logits differ from the source's by {off:.1e} of their norm")
     print(f"  {loads.format(hp.out_dir)}")

@@ -22,9 +22,9 @@ def main(hp: SimpleNamespace) -> None:
     for flag in ("peft_dir", "out_dir"):
         if getattr(hp, flag) is None:
             raise UsageError(f"--{flag}: expected a folder")
-    from lit_gpt import exports
+    from lit_gpt.conversion import export
 
-    settings = exports.from_peft(hp.peft_dir, hp.checkpoint_dir, hp.out_dir)
+    settings = export.from_peft(hp.peft_dir, hp.checkpoint_dir, hp.out_dir)
     flags = " ".join(f"--lora_{name} {str(value).lower()}" for name, value in vars(settings).items())
     path = hp.out_dir / "lit_model_lora_finetuned.pth"
     print(f"wrote {path}; next:")

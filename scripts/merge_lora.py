@@ -22,9 +22,9 @@ out_dir: Path | None = None  # where to write; must not hold anything yet
 def main(hp: SimpleNamespace) -> None:
     if hp.out_dir is None:
         raise UsageError("--out_dir: expected a folder to write to")
-    from lit_gpt import exports
+    from lit_gpt.conversion import export
 
-    off = exports.merge(hp.checkpoint_dir, hp.lora_path, hp.out_dir)
+    off = export.merge(hp.checkpoint_dir, hp.lora_path, hp.out_dir)
     print(f"wrote {hp.out_dir}; its logits differ from the unmerged model's by {off:.1e} of their norm")
 
 

@@ -25,13 +25,14 @@ json: bool = False  # print figures as JSON, in bytes
 def main(hp: SimpleNamespace) -> None:
     from dataclasses import asdict, replace
 
-    from lit_gpt import checkpoint
-    from lit_gpt.config import Config
-    from lit_gpt.plan import plan_flags
-    from lit_gpt.train import check_quantized
+    from lit_gpt.checkpoints import folder
+    from lit_gpt.families.registry import config_from_name
+    from lit_gpt.model.config import Config
+    from lit_gpt.training.checks import check_quantized
+    from lit_gpt.training.memory_plan import plan_flags
 
-    config = Config.from_name(hp.model) if hp.model else Config.from_checkpoint(hp.checkpoint_dir)
-    stored = None if hp.model else checkpoint.quantization(hp.checkpoint_dir)
+    config = config_from_name(hp.model) if hp.model else Config.from_checkpoint(hp.checkpoint_dir)
+    stored = None if hp.model else folder.quantization(hp.checkpoint_dir)
     quantize = stored["quantize"] if stored else hp.quantize
     finetune_method = replace(METHOD["method"](hp), quantize=quantize)
     check_quantized(hp, finetune_method, quantize)
@@ -62,8 +63,8 @@ def table(found: Any) -> list[tuple[str, int]]:
 
 def fits(config: Any, finetune_method: Any, hp: SimpleNamespace) -> None:
     """What larger and smaller rows would need, with each kind of activation checkpointing."""
-    from lit_gpt.memory import KINDS
-    from lit_gpt.plan import plan_flags
+    from lit_gpt.training.activation_checkpointing import KINDS
+    from lit_gpt.training.memory_plan import plan_flags
 
     print(f"\nsettings and whether their peak stays within {hp.memory_gb:g} GB")
     for kind in KINDS if hp.device == "cuda" else KINDS[:-1]:

@@ -14,7 +14,9 @@ checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # folder whose toke
 destination_path: Path = Path("data/alpaca")  # folder to write
 json_path: Path | None = None  # a local .json, .jsonl or .csv file in Alpaca's form (null: download)
 validation_fraction: Fraction = 0.04  # of the rows, for validation
-prompt_style: str = "alpaca"  # a style of lit_gpt/prompts.py, checkpoint, auto (checkpoint or alpaca), or a Jinja file
+prompt_style: str = (
+    "alpaca"  # a style of lit_gpt/text/prompt_style.py, checkpoint, auto (checkpoint or alpaca), or a Jinja file
+)
 mask_inputs: bool = True  # learn the answers only, not the prompts
 max_seq_length: PositiveInt | None = None  # longer rows are cut to this many tokens (null: what the model takes)
 allow_unsupervised: bool = False  # drop rows with no supervised token instead of refusing
@@ -27,7 +29,8 @@ COLUMNS = {"messages_column": "messages", "instruction_column": "instruction", "
 
 
 def main(hp: SimpleNamespace) -> None:
-    from lit_gpt.prepare import prepare, source_file
+    from lit_gpt.data.prepare import prepare
+    from lit_gpt.data.sources import source_file
 
     prepare(
         SimpleNamespace(**vars(hp), **COLUMNS, skip_bad_rows=False, deduplicate=False),

@@ -24,7 +24,9 @@ instruction_column: str = "instruction"  # name of the column with the instructi
 input_column: str = "input"  # name of the column with its context; may be absent
 output_column: str = "output"  # name of the column with the answer
 messages_column: str = "messages"  # name of the column with messages; rows that have it need no other
-prompt_style: str = "auto"  # a style of lit_gpt/prompts.py, checkpoint, auto (checkpoint or alpaca), or a Jinja file
+prompt_style: str = (
+    "auto"  # a style of lit_gpt/text/prompt_style.py, checkpoint, auto (checkpoint or alpaca), or a Jinja file
+)
 mask_inputs: bool = True  # learn the answers only, not the prompts
 max_seq_length: PositiveInt | None = None  # longer rows are cut to this many tokens (null: what the model takes)
 allow_unsupervised: bool = False  # drop rows with no supervised token instead of refusing
@@ -37,7 +39,7 @@ def main(hp: SimpleNamespace) -> None:
     for flag in ("json_path", "destination_path"):
         if getattr(hp, flag) is None:
             raise UsageError(f"--{flag}: expected a path")
-    from lit_gpt.prepare import prepare
+    from lit_gpt.data.prepare import prepare
 
     prepare(hp, hp.json_path, hp.validation_path)
 

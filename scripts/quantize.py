@@ -34,17 +34,18 @@ def main(hp: SimpleNamespace) -> None:
         raise UsageError("--rounding calibrated: is for 4 bits; int8 loses nothing by --rounding nearest")
     if hp.calibration_path and rounding == "nearest":
         raise UsageError("--calibration_path: is not used by --rounding nearest, nor by int8; leave it out")
-    from lit_gpt import calibrate, checkpoint, hf_files
-    from lit_gpt.base import Base
-    from lit_gpt.prompts import FILE
+    from lit_gpt import files
+    from lit_gpt.checkpoints.base_model import BaseCheckpoint
+    from lit_gpt.conversion import calibration, hf
+    from lit_gpt.text.prompt_style import FILE
 
-    base, calibrated = Base.of(hp.checkpoint_dir, hp.quantize), rounding == "calibrated"
-    text = calibrate.given_text(hp, base) if calibrated else None  # before there is a file
-    with checkpoint.new_folder(hp.out_dir) as folder:
+    base, calibrated = BaseCheckpoint.of(hp.checkpoint_dir, hp.quantize), rounding == "calibrated"
+    text = calibration.given_text(hp, base) if calibrated else None  # before there is a file
+    with files.new_folder(hp.out_dir) as folder:
         tensors = calibrated_tensors(hp, base, text) if calibrated else base.quantized(base.dtype)
         base.write_quantized(folder, tensors, calibrated)
         (folder / "lit_config.json").write_text(base.config.to_json())
-        hf_files.copy_side_files(hp.checkpoint_dir, folder)
+        hf.copy_side_files(hp.checkpoint_dir, folder)
         if (hp.checkpoint_dir / FILE).exists():  # of a finetune
             shutil.copyfile(hp.checkpoint_dir / FILE, folder / FILE)
         sizes = [(path / "lit_model.pth").stat().st_size / 1e9 for path in (hp.checkpoint_dir, folder)]
@@ -53,12 +54,12 @@ def main(hp: SimpleNamespace) -> None:
 
 def calibrated_tensors(hp: SimpleNamespace, base: Any, text: Any) -> Iterator[tuple[str, Any]]:
     """Of what is written piece by piece: the model's own text takes long, and comes once there is room on the disk."""
-    from lit_gpt import calibrate
-    from lit_gpt.generation import default_device
+    from lit_gpt.conversion import calibration
+    from lit_gpt.hardware import default_device
 
     device = default_device()
-    ids = calibrate.own_text(base, hp.calibration_tokens, device) if text is None else text.to(device)
-    yield from calibrate.calibrated(base, ids, base.dtype)
+    ids = calibration.own_text(base, hp.calibration_tokens, device) if text is None else text.to(device)
+    yield from calibration.calibrated(base, ids, base.dtype)
 
 
 if __name__ == "__main__":

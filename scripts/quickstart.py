@@ -138,19 +138,21 @@ def answers(rows: list[Row], path: Path, checkpoint_dir: Path, lora_path: Path |
     import torch
     from tqdm import tqdm
 
-    from lit_gpt import lora, variants
-    from lit_gpt.generation import default_device, generate
-    from lit_gpt.model import GPT
-    from lit_gpt.prompts import PromptStyle, instruction_messages
-    from lit_gpt.tokenizer import Tokenizer
+    from lit_gpt.checkpoints.base_model import load_model
+    from lit_gpt.generation.engine import generate
+    from lit_gpt.hardware import default_device
+    from lit_gpt.methods import finetuned_file, lora
+    from lit_gpt.text.messages import instruction_messages
+    from lit_gpt.text.prompt_style import PromptStyle
+    from lit_gpt.text.tokenizer import Tokenizer
 
     place = {"dtype": torch.bfloat16, "device": default_device()}
     tokenizer = Tokenizer(checkpoint_dir)
     style = PromptStyle.from_checkpoint(checkpoint_dir, tokenizer)  # the same for both: its own chat template
     if lora_path:
-        model = lora.merge(variants.load_model(checkpoint_dir, lora_path, lora.METHOD, **place)[0])
+        model = lora.merge(finetuned_file.load_finetuned(checkpoint_dir, lora_path, lora.METHOD, **place)[0])
     else:
-        model = GPT.from_checkpoint(checkpoint_dir, **place)
+        model = load_model(checkpoint_dir, **place)
     saved = {}
     for row in tqdm(rows, desc=path.stem, unit="message", disable=None):
         prompt = style.encode_prompt(instruction_messages(row["instruction"], row["input"]), tokenizer)

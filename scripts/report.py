@@ -16,7 +16,7 @@ report_path: Path = Path("out/report.html")  # page to write; an older report th
 
 
 def main(hp: SimpleNamespace) -> None:
-    from lit_gpt.report import report
+    from lit_gpt.reporting.report import report
 
     report(hp)
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from lit_gpt import hf_files
-from lit_gpt.families import families
+from lit_gpt.conversion import hf as hf_files
+from lit_gpt.conversion import hf_shards
+from lit_gpt.families.registry import families
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -50,7 +51,7 @@ def tiny(request, tmp_path: Path) -> Tiny:
     model = tiny_hf_model(*request.param)
     folder = tmp_path / "checkpoints" / "tiny"
     model.save_pretrained(folder)
-    hf_files.convert(folder, hf_files.StoredWeights(folder))
+    hf_files.convert(folder, hf_shards.StoredWeights(folder))
     return Tiny(folder, model)
 
 
@@ -73,7 +74,7 @@ def llama(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny-llama"
     tiny_hf_model("llama", "llama3", vocab_size=320, max_position_embeddings=256).save_pretrained(folder)
     bpe_tokenizer(folder)
-    hf_files.convert(folder, hf_files.StoredWeights(folder))
+    hf_files.convert(folder, hf_shards.StoredWeights(folder))
     return folder
 
 

@@ -9,13 +9,17 @@ from conftest import Tiny, tiny_hf_model
 from test_families import off
 from test_lora import STYLE
 
-from lit_gpt import GPT, generation, hf_files, lora, variants
-from lit_gpt.base import Base
-from lit_gpt.decoding import FastStep, Row, Step
+from lit_gpt import GPT
+from lit_gpt.checkpoints.base_model import BaseCheckpoint, load_model
+from lit_gpt.conversion import hf, hf_shards
 from lit_gpt.errors import UserError
-from lit_gpt.generation import decode, generate
-from lit_gpt.loras import LoRAs
-from lit_gpt.prompts import PromptStyle
+from lit_gpt.generation import engine
+from lit_gpt.generation.engine import decode, generate
+from lit_gpt.generation.sequence import Row, Step
+from lit_gpt.generation.steps import FastStep
+from lit_gpt.methods import finetuned_file, lora
+from lit_gpt.methods.multi_lora import LoRAPool
+from lit_gpt.text.prompt_style import PromptStyle
 
 
 def prompts_of(lengths: list[int], vocabulary: int) -> list[list[int]]:
@@ -40,7 +44,7 @@ def alone(model: GPT, prompts: list[list[int]], new: list[int]) -> list[list[int
 
 def test_each_row_is_what_it_would_be_alone(tiny: Tiny):
     """Prompts of 1 to 60 tokens, past windows and original contexts; some end early and others take their places."""
-    model = GPT.from_checkpoint(tiny.folder)
+    model = load_model(tiny.folder)
     most = min(60, model.config.block_size - 12)
     lengths = [1, 14, most, 3, 30, most // 2]
     prompts, new = prompts_of(lengths, model.config.vocab_size), [12, 3, 7, 12, 1, 9]
@@ -53,13 +57,13 @@ def test_each_row_is_what_it_would_be_alone(tiny: Tiny):
 def test_long_prompts(family, layout, tmp_path, monkeypatch):
     """Of 1 to 500 tokens, in a batch and alone, read in pieces and at once, with a cache and without: the same."""
     tiny_hf_model(family, layout, max_position_embeddings=640).save_pretrained(tmp_path)
-    hf_files.convert(tmp_path, hf_files.StoredWeights(tmp_path))
-    model, lengths = GPT.from_checkpoint(tmp_path), [500, 1, 211, 25, 64, 129, 430, 7]
+    hf.convert(tmp_path, hf_shards.StoredWeights(tmp_path))
+    model, lengths = load_model(tmp_path), [500, 1, 211, 25, 64, 129, 430, 7]
     prompts, new = prompts_of(lengths, model.config.vocab_size), [12] * len(lengths)
     expected, step = [uncached(model, prompt, 12) for prompt in prompts], FastStep(model)
     assert together(model, prompts, new, places=5, step=step) == together(model, prompts, new, 1, step) == expected
     assert alone(model, prompts, new) == together(model, prompts, new, places=3) == expected
-    monkeypatch.setattr(generation, "PIECE", 64)
+    monkeypatch.setattr(engine, "PIECE", 64)
     assert alone(model, prompts, new) == together(model, prompts, new, places=8) == expected
 
 
@@ -73,7 +77,7 @@ def uncached(model: GPT, ids: list[int], new: int) -> list[int]:
 @torch.no_grad()
 def test_logits_of_a_prompt_in_pieces(tiny: Tiny):
     """Those of the whole, beyond windows and original contexts, with no piece longer than asked."""
-    model = GPT.from_checkpoint(tiny.folder)
+    model = load_model(tiny.folder)
     (ids,) = prompts_of([61], model.config.vocab_size)
     whole, cache = model(torch.tensor([ids]), last=True), model.kv_cache(1, 61)
     for start in range(0, 48, 16):
@@ -93,23 +97,23 @@ def lora_files(
     folder: Path, configs: list[lora.LoRAConfig], quantize: str | None = None, style: dict = STYLE
 ) -> list[Path]:
     """Finetuned files as if trained on a checkpoint."""
-    base, paths = Base.of(folder, quantize), []
+    base, paths = BaseCheckpoint.of(folder, quantize), []
     for i, config in enumerate(configs):
         torch.manual_seed(i)
-        state = variants.trained_state(lora.attach(base.build(), config))
+        state = finetuned_file.trained_state(lora.attach(base.build(), config))
         state = {name: 0.3 * torch.randn_like(tensor) for name, tensor in state.items()}
         paths.append(folder / f"{i}.pth")
         record = {"hyperparameters": vars(config), "prompt_style": style, "quantize": quantize}
-        variants.save_file(paths[-1], lora.METHOD, base.fingerprint, state, **record)
+        finetuned_file.save_file(paths[-1], lora.METHOD, base.fingerprint, state, **record)
     return paths
 
 
 def mixed_equals_single(folder: Path, paths: list[Path]) -> None:
     """8 prompts under 4 LoRAs and without one in a batch, against each file's own model."""
-    loras = LoRAs.beside(Base.of(folder), paths, PromptStyle.from_dict(STYLE))
+    loras = LoRAPool.beside(BaseCheckpoint.of(folder), paths, PromptStyle.from_dict(STYLE))
     prompts = prompts_of([3, 9, 1, 14, 20, 5, 12, 2], loras.model.config.vocab_size)
     numbers = [1, 2, 3, 4, 4, 0, 2, 1]
-    singles = [loras.base.build(), *(variants.load_model(folder, path, lora.METHOD)[0] for path in paths)]
+    singles = [loras.base.build(), *(finetuned_file.load_finetuned(folder, path, lora.METHOD)[0] for path in paths)]
     expected = [list(generate(singles[n], p, 10, temperature=0)) for n, p in zip(numbers, prompts, strict=True)]
     options = {"choose": lambda rows: loras.choose([row.lora for row in rows])}
     for step in (None, FastStep(loras.model)):
@@ -136,7 +140,7 @@ def test_a_lora_for_each_row_of_a_quantized_base(llama, tmp_path):
 def test_a_lora_that_does_not_fit(llama, tmp_path):
     folder, style = shutil.copytree(llama, tmp_path / "base"), PromptStyle.from_dict(STYLE)
     nf4, plain = lora_files(folder, LORAS[:1], "nf4")[0].rename(tmp_path / "nf4.pth"), lora_files(folder, LORAS[:1])[0]
-    loras = LoRAs.beside(Base.of(folder), [plain], style)
+    loras = LoRAPool.beside(BaseCheckpoint.of(folder), [plain], style)
     assert loras.load(plain) == loras.load(folder / ".." / folder.name / plain.name) == 1
     with pytest.raises(UserError, match="nf4.pth: trained on a base in nf4; start with --quantize nf4"):
         loras.load(nf4)
@@ -151,4 +155,4 @@ def test_a_lora_that_does_not_fit(llama, tmp_path):
             loras.load(tmp_path / name)
     assert len(loras.styles) == 2  # nothing of them has stayed
     with pytest.raises(UserError, match="another base"):
-        LoRAs.beside(Base.of(folder), [plain, tmp_path / "other.pth"], style)
+        LoRAPool.beside(BaseCheckpoint.of(folder), [plain, tmp_path / "other.pth"], style)

@@ -7,6 +7,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from lit_gpt.families.registry import config_from_name
+
 SCRIPT = "benchmarks/train_speed.py"
 TINY = dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=96)
 
@@ -59,18 +61,21 @@ def test_flops_are_those_that_torch_counts(monkeypatch):
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import flop_registry
 
-    from lit_gpt import GPT, Config, data, kernels, lora
+    from lit_gpt import GPT
+    from lit_gpt.data import dataset, packing
+    from lit_gpt.kernels import ops
+    from lit_gpt.methods import lora
 
-    monkeypatch.setattr(kernels, "available", lambda: False)  # torch does not look into them
+    monkeypatch.setattr(ops, "available", lambda: False)  # torch does not look into them
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from peers.flops import StepFlops
 
-    config = Config.from_name("SmolLM2-135M", n_layer=2, n_embd=64, n_head=4, n_query_groups=2, head_size=16,
+    config = config_from_name("SmolLM2-135M", n_layer=2, n_embd=64, n_head=4, n_query_groups=2, head_size=16,
                               intermediate_size=112, padded_vocab_size=96, vocab_size=96)  # fmt: skip
     adapted = lora.LoRAConfig(r=4, dropout=0.0, key=True, projection=True, mlp=True)
     model = lora.attach(GPT(config), adapted).train()
-    samples = [data.Sample(torch.arange(n, dtype=torch.int32), torch.ones(n, dtype=torch.uint8)) for n in (20, 31)]
-    row = data.pack(samples)
+    samples = [dataset.Sample(torch.arange(n, dtype=torch.int32), torch.ones(n, dtype=torch.uint8)) for n in (20, 31)]
+    row = packing.pack(samples)
     products = 0
 
     class Count(TorchDispatchMode):  # torch's FlopCounterMode cannot look into a gradient taken in a forward pass
@@ -107,13 +112,13 @@ def test_the_four_methods(tmp_path, monkeypatch):
     from conftest import bpe_tokenizer, tiny_hf_model
     from test_data import write_rows
 
-    from lit_gpt import hf_files
+    from lit_gpt.conversion import hf, hf_shards
 
     folder = tmp_path / "tiny"
     fields = dict(vocab_size=320, max_position_embeddings=256, num_hidden_layers=4)
     tiny_hf_model("llama", "llama3", **fields).save_pretrained(folder)
     bpe_tokenizer(folder)
-    hf_files.convert(folder, hf_files.StoredWeights(folder))
+    hf.convert(folder, hf_shards.StoredWeights(folder))
     flags = dict(
         checkpoint_dir=folder, json_path=write_rows(tmp_path / "r.jsonl"), destination_path=tmp_path / "d",
         prompt_style="alpaca", validation_fraction=0.2,

@@ -12,9 +12,12 @@ from test_data import write_rows
 from test_families import off
 from test_train import data_dir, flags  # noqa: F401 (fixtures)
 
-from lit_gpt import GPT, calibrate, checkpoint, hf_files, quantize
-from lit_gpt.base import Base
+from lit_gpt.checkpoints import folder as checkpoint
+from lit_gpt.checkpoints import io
+from lit_gpt.checkpoints.base_model import BaseCheckpoint, load_model
+from lit_gpt.conversion import calibration, hf, hf_shards
 from lit_gpt.errors import UserError
+from lit_gpt.quantization import formats, gptq
 
 SCRIPT = "scripts/quantize.py"
 
@@ -26,8 +29,8 @@ def test_gptq_is_its_definition(name):
     inputs = torch.randn(400, 150, generator=generator)
     inputs += inputs @ torch.randn(150, 150, generator=generator) / 24
     square, weight = inputs.T @ inputs, torch.randn(5, 150, generator=generator)
-    quantizer, squares = quantize.FORMATS[name], (inputs.T @ inputs).diagonal()
-    codes, fitted = calibrate.gptq(weight, squares, square.inverse(), quantizer)
+    quantizer, squares = formats.FORMATS[name], (inputs.T @ inputs).diagonal()
+    codes, fitted = gptq.gptq(weight, squares, square.inverse(), quantizer)
     tensors = quantizer.tensors(codes, *fitted)
     back = quantizer.decode(tensors)[:, :150]
     groups = torch.arange(150).split(64)
@@ -47,7 +50,7 @@ def test_gptq_is_its_definition(name):
     assert off(inputs @ back.T, inputs @ weight.T) < 0.9 * off(inputs @ nearest.T, inputs @ weight.T)
 
 
-def logits_off(base: Base, state: dict | None, ids: torch.Tensor) -> float:
+def logits_off(base: BaseCheckpoint, state: dict | None, ids: torch.Tensor) -> float:
     model = (replace(base, state=state, stored=True) if state else base).build()
     with torch.no_grad():
         return off(model(ids), replace(base, quantize=None).build()(ids))
@@ -60,14 +63,14 @@ def logits_off(base: Base, state: dict | None, ids: torch.Tensor) -> float:
 )  # fmt: skip
 def test_logits_are_nearer_than_by_rounding(family, layout, format, tmp_path):
     """On the text and on other text; in blocks one after another or side by side, with norms after them, scaled."""
-    from lit_gpt.families import families
+    from lit_gpt.families.registry import families
 
     module = next(f for f in families() if f.__name__.endswith("." + family))
     tiny_hf_model(family, layout or next(iter(module.tiny_hf()))).save_pretrained(tmp_path)
-    hf_files.convert(tmp_path, hf_files.StoredWeights(tmp_path))
+    hf.convert(tmp_path, hf_shards.StoredWeights(tmp_path))
     ids = torch.randint(90, (2, 64, 16), generator=torch.Generator().manual_seed(1))
-    base = Base.of(tmp_path, format)
-    state = dict(calibrate.calibrated(base, ids[0], base.dtype))
+    base = BaseCheckpoint.of(tmp_path, format)
+    state = dict(calibration.calibrated(base, ids[0], base.dtype))
     for text, share in ((ids[0], 0.7), (ids[1], 0.85)):
         assert logits_off(base, state, text) < share * logits_off(base, None, text)
 
@@ -91,12 +94,15 @@ def test_a_calibrated_checkpoint(cli, llama, data_dir, path, tmp_path):  # noqa:
         assert ("writing 512 tokens of text to calibrate on" in result.err.splitlines()) == (name == "own")
         record, state = (
             json.loads((folder / "lit_quantize.json").read_text()),
-            checkpoint.load(folder / "lit_model.pth"),
+            io.load(folder / "lit_model.pth"),
         )
-        assert record["codes"] == checkpoint.fingerprint(state) and record["source"] == Base.of(llama).fingerprint
+        assert (
+            record["codes"] == checkpoint.fingerprint(state)
+            and record["source"] == BaseCheckpoint.of(llama).fingerprint
+        )
         found[name] = record["codes"]
-        model = GPT.from_checkpoint(folder, torch.bfloat16)
-        stored, nearest = model.state_dict(), GPT.from_checkpoint(llama, torch.bfloat16, quantize="int4").state_dict()
+        model = load_model(folder, torch.bfloat16)
+        stored, nearest = model.state_dict(), load_model(llama, torch.bfloat16, quantize="int4").state_dict()
         assert stored.keys() == nearest.keys() and torch.equal(stored["wte.weight"], nearest["wte.weight"])
         assert not torch.equal(stored["h.0.mlp.proj.weight"], nearest["h.0.mlp.proj.weight"])
     assert len(set(found.values())) == len(sources)
@@ -106,14 +112,14 @@ def test_what_was_trained_on_it_fits_no_other(cli, flags, llama, path, tmp_path)
     """While a LoRA of the full base takes any quantization of it."""
     folder, where = tmp_path / "q", {"calibration_path": path, "calibration_tokens": 512}
     assert cli(SCRIPT, checkpoint_dir=llama, out_dir=folder, **where).code == 0
-    here, on_the_fly = Base.of(folder), Base.of(llama, "nf4")
+    here, on_the_fly = BaseCheckpoint.of(folder), BaseCheckpoint.of(llama, "nf4")
     assert here.as_trained(None, path) is here and on_the_fly.as_trained(None, path) is on_the_fly
     with pytest.raises(UserError, match="trained on a base in nf4, and --checkpoint_dir .*is calibrated nf4"):
         here.as_trained("nf4", path)
     result = cli("finetune/lora.py", **flags | {"checkpoint_dir": folder, "max_steps": 3})
     assert result.code == 0, result.err
     file, more = flags["out_dir"] / "lit_model_lora_finetuned.pth", {"prompt": "the cat", "max_new_tokens": 4}
-    assert checkpoint.load(file)["quantize"] == here.quantization != "nf4"
+    assert io.load(file)["quantize"] == here.quantization != "nf4"
     assert cli("generate/lora.py", checkpoint_dir=folder, lora_path=file, **more).code == 0
     for quantized in ({}, {"quantize": "nf4"}):
         refused = cli("generate/lora.py", checkpoint_dir=llama, lora_path=file, **more, **quantized)
@@ -135,7 +141,7 @@ def test_other_weights_in_a_calibrated_folder_are_noticed(cli, llama, path, tmp_
 
 def test_bad_input(cli, llama, path, tmp_path, monkeypatch):
     """One line each, and nothing is written, nor so much as laid out."""
-    monkeypatch.setattr(checkpoint, "new_folder", lambda path: pytest.fail("too late"))
+    monkeypatch.setattr(io, "new_folder", lambda path: pytest.fail("too late"))
     common = {"checkpoint_dir": llama, "out_dir": tmp_path / "x"}
     empty, short, rows = tmp_path / "e.txt", tmp_path / "s.txt", tmp_path / "r.jsonl"
     empty.write_text("")

@@ -13,20 +13,21 @@ import pytest
 from conftest import ROOT
 from test_batching import LORAS, lora_files
 
-from lit_gpt import GPT, Tokenizer, variants
-from lit_gpt.base import Base
-from lit_gpt.chat import Chat, converse
-from lit_gpt.decoding import FastStep
+from lit_gpt import Tokenizer
+from lit_gpt.checkpoints.base_model import BaseCheckpoint, load_model
 from lit_gpt.errors import UserError
-from lit_gpt.generation import generate
-from lit_gpt.loras import LoRAs
-from lit_gpt.prompts import PromptStyle
+from lit_gpt.generation.chat import Chat, converse
+from lit_gpt.generation.engine import generate
+from lit_gpt.generation.steps import FastStep
+from lit_gpt.methods import finetuned_file
+from lit_gpt.methods.multi_lora import LoRAPool
+from lit_gpt.text.prompt_style import PromptStyle
 
 
 @pytest.fixture
 def parts(llama):
     tokenizer = Tokenizer(llama)
-    return GPT.from_checkpoint(llama), tokenizer, PromptStyle.from_name("chatml", tokenizer)
+    return load_model(llama), tokenizer, PromptStyle.from_name("chatml", tokenizer)
 
 
 def test_each_turn_sees_all_before_and_the_cache_changes_nothing(parts):
@@ -62,9 +63,20 @@ def test_switching_between_loras(parts, llama, tmp_path, monkeypatch, capsys):
     folder, (model, tokenizer, _) = shutil.copytree(llama, tmp_path / "base"), parts
     style, *styles = (PromptStyle.from_name(name, tokenizer) for name in ("plain", "falcon-instruct", "plain"))
     paths = [lora_files(folder, [LORAS[i]], style=styles[i].to_dict())[0].rename(tmp_path / f"{i}") for i in (0, 1)]
-    chat = Chat(model, tokenizer, style, 256, 6, lambda: LoRAs(model, Base.of(folder), style), FastStep, temperature=0)
-    singles = [(GPT.from_checkpoint(folder), style)]
-    singles += [(variants.load_model(folder, path, "lora")[0], of) for path, of in zip(paths, styles, strict=True)]
+    chat = Chat(
+        model,
+        tokenizer,
+        style,
+        256,
+        6,
+        lambda: LoRAPool(model, BaseCheckpoint.of(folder), style),
+        FastStep,
+        temperature=0,
+    )
+    singles = [(load_model(folder), style)]
+    singles += [
+        (finetuned_file.load_finetuned(folder, path, "lora")[0], of) for path, of in zip(paths, styles, strict=True)
+    ]
     typed = ["the cat", f"/lora {paths[0]}", "the dog", f"/lora {tmp_path / 'none'}", "a", f"/lora {paths[1]}", "b"]
     typed += [f"/lora  {paths[0]} ", "c", "/lora", "the end"]
     monkeypatch.setattr("builtins.input", lambda _: typed.pop(0) if typed else (_ for _ in ()).throw(EOFError))

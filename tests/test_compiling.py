@@ -7,8 +7,11 @@ from test_families import off
 from test_fused import random_row, step
 from torch._dynamo.utils import counters
 
-from lit_gpt import GPT, adapter_v2, compiling, hf_files, lora
-from lit_gpt.adapter import AdapterConfig
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.conversion import hf, hf_shards
+from lit_gpt.methods import adapter_v2, lora
+from lit_gpt.methods.adapter import AdapterConfig
+from lit_gpt.training import compile
 
 ALL = lora.LoRAConfig(r=4, dropout=0.1, key=True, projection=True, mlp=True)
 METHODS = {
@@ -24,17 +27,17 @@ ROWS = [(9, 31, 5), (40,), (7, 8, 9, 10, 11), (64, 3)]
 @pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
 def test_compiled_blocks_are_the_plain_ones(layout, method, tmp_path):
     tiny_hf_model(*layout).save_pretrained(tmp_path)
-    hf_files.convert(tmp_path, hf_files.StoredWeights(tmp_path))
+    hf.convert(tmp_path, hf_shards.StoredWeights(tmp_path))
     torch.manual_seed(0)
-    gpt = METHODS[method](GPT.from_checkpoint(tmp_path))
+    gpt = METHODS[method](load_model(tmp_path))
     for name, parameter in gpt.named_parameters():
         if name.endswith(("lora_B", "gate", "shift")):
             torch.nn.init.normal_(parameter, std=0.1)
     torch.compiler.reset()
     counters.clear()
-    with compiling.kernels_if(False):
+    with compile.kernels_if(False):
         expected = [step(gpt, random_row(lengths)) for lengths in ROWS]
-        compiling.compile_blocks(gpt, backend="aot_eager")
+        compile.compile_blocks(gpt, backend="aot_eager")
         step(gpt, random_row(ROWS[0]))
         graphs = counters["stats"]["unique_graphs"]
         for lengths, gradients in zip(ROWS, expected, strict=True):

@@ -10,7 +10,9 @@ from test_families import TOLERANCE, off, tokens
 from test_train import data_dir  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM
 
-from lit_gpt import GPT, hf_files, variants
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.conversion import hf, hf_shards
+from lit_gpt.methods import finetuned_file
 
 
 def run(cli, script: str, **flags) -> None:
@@ -25,7 +27,7 @@ def test_finetune_merge_export(cli, llama, data_dir, tmp_path: Path, family: str
     tiny_hf_model(family, layout, vocab_size=320, max_position_embeddings=256).save_pretrained(base)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):  # what the data is prepared with
         shutil.copyfile(llama / name, base / name)
-    hf_files.convert(base, hf_files.StoredWeights(base))
+    hf.convert(base, hf_shards.StoredWeights(base))
     every = {f"lora_{name}": "true" for name in ("key", "projection", "mlp", "head")}
     flags = dict(max_steps=3, batch_size=4, micro_batch_size=2, warmup_steps=1, learning_rate=0.02, eval_samples=4)
     path = lora / "lit_model_lora_finetuned.pth"
@@ -33,8 +35,8 @@ def test_finetune_merge_export(cli, llama, data_dir, tmp_path: Path, family: str
         sample_tokens=1, **flags, **every)  # fmt: skip
     run(cli, "scripts/merge_lora.py", checkpoint_dir=base, lora_path=path, out_dir=merged)
     run(cli, "scripts/convert_lit_checkpoint.py", checkpoint_dir=merged, out_dir=out)
-    theirs, (ours, _) = AutoModelForCausalLM.from_pretrained(out), variants.load_model(base, path, "lora")
+    theirs, (ours, _) = AutoModelForCausalLM.from_pretrained(out), finetuned_file.load_finetuned(base, path, "lora")
     idx = tokens(theirs)
     with torch.no_grad():
         found, expected = theirs(idx).logits, ours(idx)
-        assert off(found, expected) < TOLERANCE and off(found, GPT.from_checkpoint(base)(idx)) > 1e-2
+        assert off(found, expected) < TOLERANCE and off(found, load_model(base)(idx)) > 1e-2

@@ -7,9 +7,11 @@ import torch
 from conftest import bpe_tokenizer
 from safetensors.torch import load_file
 
-from lit_gpt import Tokenizer, data
+from lit_gpt import Tokenizer
+from lit_gpt.data import dataset
 from lit_gpt.errors import UserError
-from lit_gpt.prompts import STYLES, PromptStyle, instruction_messages
+from lit_gpt.text.messages import instruction_messages
+from lit_gpt.text.prompt_style import STYLES, PromptStyle
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -102,7 +104,7 @@ def test_prepare_json(cli, llama, tmp_path):
     flags = {"checkpoint_dir": llama, "json_path": write_rows(tmp_path / "r.jsonl"), "prompt_style": "plain"}
     result = cli("scripts/prepare_json.py", **flags, destination_path=tmp_path / "d", validation_fraction=0.2)
     assert result.code == 0 and "⟦the task" in result.out and "rows kept" in result.out
-    train, validation = (data.Dataset(tmp_path / "d", split) for split in data.SPLITS)
+    train, validation = (dataset.Dataset(tmp_path / "d", split) for split in dataset.SPLITS)
     assert (len(train), len(validation)) == (16, 4)
     tokenizer = Tokenizer(llama)
     texts = {tokenizer.decode(s.tokens, skip_special_tokens=False) for d in (train, validation) for s in d}
@@ -170,7 +172,7 @@ def test_unmasked_inputs_are_supervised(cli, llama, tmp_path):
         audits[0]["tokens_supervised"] == audits[0]["tokens"] - audits[0]["rows_kept"] > audits[1]["tokens_supervised"]
     )
     assert audits[0]["rows_without_end_token"] == 0  # what follows the end token does not count
-    unmasked, masked = (data.Dataset(tmp_path / n, "train") for n in "de")
+    unmasked, masked = (dataset.Dataset(tmp_path / n, "train") for n in "de")
     assert unmasked.supervised.all() and unmasked.fingerprint != masked.fingerprint
 
 
@@ -229,15 +231,15 @@ def test_bad_paths(cli, llama, tmp_path):
 def test_damaged_or_foreign_data(tmp_path, llama, tokenizer, cli):
     cli("scripts/prepare_json.py", checkpoint_dir=llama, json_path=write_rows(tmp_path / "r.jsonl"),
         destination_path=tmp_path / "d")  # fmt: skip
-    assert data.read_meta(tmp_path / "d", tokenizer)["format_version"] == data.FORMAT_VERSION
+    assert dataset.read_meta(tmp_path / "d", tokenizer)["format_version"] == dataset.FORMAT_VERSION
     path = tmp_path / "d" / "data.json"
     meta = json.loads(path.read_text())
     for change, words in (({"tokenizer": "x"}, "another tokenizer"), ({"format_version": 99}, "format version 99")):
         path.write_text(json.dumps(meta | change))
         with pytest.raises(UserError, match=words):
-            data.read_meta(tmp_path / "d", tokenizer)
+            dataset.read_meta(tmp_path / "d", tokenizer)
     whole = (tmp_path / "d" / "train.safetensors").read_bytes()
     for cut in (0, 5, len(whole) // 2, len(whole) - 1):
         (tmp_path / "d" / "train.safetensors").write_bytes(whole[:cut])
         with pytest.raises(UserError, match="prepare it again"):
-            data.Dataset(tmp_path / "d", "train")
+            dataset.Dataset(tmp_path / "d", "train")

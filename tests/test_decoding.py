@@ -6,16 +6,19 @@ import pytest
 import torch
 from conftest import tiny_hf_model
 
-from lit_gpt import GPT, adapter, adapter_v2, hf_files, lora
-from lit_gpt.decoding import CompiledStep
+from lit_gpt import GPT
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.conversion import hf, hf_shards
 from lit_gpt.errors import UsageError
-from lit_gpt.generation import generate
+from lit_gpt.generation.compiled_step import CompiledStep
+from lit_gpt.generation.engine import generate
+from lit_gpt.methods import adapter, adapter_v2, lora
 
 
 def model_of(family: str, layout: str, folder, **fields) -> GPT:
     tiny_hf_model(family, layout, **fields).save_pretrained(folder)
-    hf_files.convert(folder, hf_files.StoredWeights(folder))
-    return GPT.from_checkpoint(folder)
+    hf.convert(folder, hf_shards.StoredWeights(folder))
+    return load_model(folder)
 
 
 def with_lora_and_adapter(model: GPT) -> GPT:

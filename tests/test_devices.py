@@ -14,7 +14,7 @@ from conftest import spawn
 from test_train import data_dir, flags, metrics, wait_for_step  # noqa: F401 (fixtures among them)
 from test_variants import method_flags, weights_of
 
-from lit_gpt import devices
+from lit_gpt.distributed import heartbeat
 
 METHODS = ("lora", "adapter", "adapter_v2", "full")
 
@@ -128,7 +128,9 @@ def test_no_thread_is_left_in_the_store(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     strategy = SimpleNamespace(launcher=None)
     for _ in range(20):
-        with devices.company(SimpleNamespace(world_size=2, global_rank=0, strategy=strategy, barrier=lambda: None)):
+        with heartbeat.peer_watchdog(
+            SimpleNamespace(world_size=2, global_rank=0, strategy=strategy, barrier=lambda: None)
+        ):
             pass
         assert not any(thread.name == "watch" for thread in threading.enumerate())
 
@@ -139,9 +141,9 @@ def test_deepspeed_takes_its_settings(stage, offload):
     """DeepSpeed's own parser reads them as they are meant."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    from lit_gpt import zero
+    from lit_gpt.distributed import deepspeed
 
-    parsed = DeepSpeedConfig(zero.config(stage, offload))
+    parsed = DeepSpeedConfig(deepspeed.config(stage, offload))
     place = parsed.zero_config.offload_optimizer.device
     assert parsed.zero_optimization_stage == stage and place == ("cpu" if offload else "none")
     assert (parsed.zero_config.offload_param is not None) == (stage == 3)

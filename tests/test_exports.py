@@ -21,21 +21,15 @@ from test_lora import EVERYTHING, ONE_EACH, SWITCHES
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_gpt import (
-    GPT,
-    Tokenizer,
-    checkpoint,
-    exports,
-    gguf_layout,
-    gguf_writer,
-    hf_files,
-    lora,
-    parity,
-    peft_files,
-    variants,
-)
+from lit_gpt import GPT, Tokenizer
+from lit_gpt.checkpoints import folder as checkpoint
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.conversion import export, hf, hf_shards, parity, peft, readers
+from lit_gpt.conversion.gguf import layout as gguf_layout
+from lit_gpt.conversion.gguf import writer
 from lit_gpt.errors import UserError
-from lit_gpt.prompts import PromptStyle
+from lit_gpt.methods import finetuned_file, lora
+from lit_gpt.text.prompt_style import PromptStyle
 
 EXPORT, MERGE, IMPORT = "scripts/convert_lit_checkpoint.py", "scripts/merge_lora.py", "scripts/convert_peft_adapter.py"
 LAYOUTS = [("llama", "llama3"), ("falcon", "40b"), ("gpt_neox", "pythia")]  # apart, and fused in two ways
@@ -49,7 +43,7 @@ def make_base(folder: Path, family: str = "llama", layout: str = "llama3", **fie
     )
     tiny_hf_model(family, layout, **fields).save_pretrained(folder)
     bpe_tokenizer(folder)
-    hf_files.convert(folder, hf_files.StoredWeights(folder))
+    hf.convert(folder, hf_shards.StoredWeights(folder))
     return folder
 
 
@@ -61,7 +55,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 def with_lora(base: Path, config: lora.LoRAConfig = EVERYTHING) -> GPT:
     torch.manual_seed(1)
-    model = lora.attach(GPT.from_checkpoint(base), config)
+    model = lora.attach(load_model(base), config)
     for layer in lora.lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     return model.eval()
@@ -73,7 +67,9 @@ def lora_file(base: Path, folder: Path, config: lora.LoRAConfig = EVERYTHING) ->
     style = PromptStyle.from_name("alpaca", Tokenizer(base)).to_dict()
     record = {"hyperparameters": asdict(config), "prompt_style": style}
     fingerprint = checkpoint.fingerprint(checkpoint.load_state(base))
-    variants.save_file(folder / LORA, "lora", fingerprint, variants.trained_state(with_lora(base, config)), **record)
+    finetuned_file.save_file(
+        folder / LORA, "lora", fingerprint, finetuned_file.trained_state(with_lora(base, config)), **record
+    )
     return folder / LORA
 
 
@@ -89,7 +85,7 @@ def tokens(rows: int = 2) -> torch.Tensor:
 @torch.no_grad()
 def test_peft_computes_the_same(bases, tmp_path, family, config):
     base, config = bases[family], replace(config, alpha=6, dropout=0.1)
-    exports.to_peft(base, lora_file(base, tmp_path / "run", config), tmp_path / "peft")
+    export.to_peft(base, lora_file(base, tmp_path / "run", config), tmp_path / "peft")
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "peft")
     idx = tokens()
     assert off(theirs(idx).logits, with_lora(base, config)(idx)) < 1e-5
@@ -104,21 +100,21 @@ def test_peft_computes_the_same(bases, tmp_path, family, config):
 def test_every_family_goes_through_the_gate(tmp_path, family):
     """The first layout of each: as transformers' folder and as an adapter. Experts have no linear layer for one."""
     base = make_base(tmp_path / "base", family, dict(reversed(ALL_LAYOUTS))[family])
-    assert exports.to_hf(base, tmp_path / "hf")["reader"] == "transformers"
-    experts = GPT.from_checkpoint(base).config.mlp_class == "MoE"
+    assert export.to_hf(base, tmp_path / "hf")["reader"] == "transformers"
+    experts = load_model(base).config.mlp_class == "MoE"
     if experts:
         with pytest.raises(UserError, match="LoRA of .* cannot be a PEFT adapter"):
-            exports.to_peft(base, lora_file(base, tmp_path / "run"), tmp_path / "peft")
+            export.to_peft(base, lora_file(base, tmp_path / "run"), tmp_path / "peft")
     path = lora_file(base, tmp_path / "further", replace(EVERYTHING, mlp=not experts))
-    assert exports.to_peft(base, path, tmp_path / "peft")["reader"] == "PEFT"
+    assert export.to_peft(base, path, tmp_path / "peft")["reader"] == "PEFT"
 
 
 @pytest.mark.parametrize("family", ["llama", "falcon", "gpt_neox"])
 def test_there_and_back_is_bit_identical(bases, tmp_path, family):
     base, config = bases[family], replace(EVERYTHING, key=False, alpha=6, dropout=0.1)
     path = lora_file(base, tmp_path / "run", config)
-    exports.to_peft(base, path, tmp_path / "peft")
-    assert exports.from_peft(tmp_path / "peft", base, tmp_path / "back") == config
+    export.to_peft(base, path, tmp_path / "peft")
+    assert export.from_peft(tmp_path / "peft", base, tmp_path / "back") == config
     before, after = (torch.load(p) for p in (path, tmp_path / "back" / LORA))
     assert before["state"].keys() == after["state"].keys() and before["prompt_style"]["stop_ids"]
     assert all(torch.equal(before["state"][name], after["state"][name]) for name in before["state"])
@@ -167,11 +163,11 @@ def trained_adapter(base: Path, folder: Path, seed: int = 0, **fields) -> torch.
 def test_an_adapter_of_peft_computes_the_same_here(bases, tmp_path, case):
     base = bases[case if case in FUSED else "llama"]
     theirs = trained_adapter(base, tmp_path / "peft", **{**ADAPTERS, **FUSED}[case])
-    settings = exports.from_peft(tmp_path / "peft", base, tmp_path / "out")
-    ours, _ = variants.load_model(base, tmp_path / "out" / LORA, "lora")
+    settings = export.from_peft(tmp_path / "peft", base, tmp_path / "out")
+    ours, _ = finetuned_file.load_finetuned(base, tmp_path / "out" / LORA, "lora")
     idx = tokens()
     assert off(ours(idx), theirs(idx).logits) < 1e-5
-    assert off(ours(idx), GPT.from_checkpoint(base)(idx)) > 1e-3
+    assert off(ours(idx), load_model(base)(idx)) > 1e-3
     assert settings.dropout == 0.1 and (case not in ("all linear", "head") or (settings.r, settings.alpha) == (4, 10))
 
 
@@ -179,8 +175,8 @@ def test_what_an_adapter_leaves_out_never_trains(bases, tmp_path):
     """Ranks that it has not, and projections and layers that it does not adapt: zero, and zero after training."""
     fields = {"target_modules": ["q_proj", "v_proj", "down_proj"], "rank_pattern": {"v_proj": 2}}
     trained_adapter(bases["llama"], tmp_path / "peft", layers_to_transform=[1], **fields)
-    exports.from_peft(tmp_path / "peft", bases["llama"], tmp_path / "out")
-    model, _ = variants.load_model(bases["llama"], tmp_path / "out" / LORA, "lora")
+    export.from_peft(tmp_path / "peft", bases["llama"], tmp_path / "out")
+    model, _ = finetuned_file.load_finetuned(bases["llama"], tmp_path / "out" / LORA, "lora")
     before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
@@ -196,11 +192,11 @@ def test_what_an_adapter_leaves_out_never_trains(bases, tmp_path):
 def test_an_old_file_and_one_not_trained(bases, tmp_path):
     """adapter_model.bin, in bfloat16, B zero."""
     trained_adapter(bases["falcon"], tmp_path / "peft", target_modules=["query_key_value"])
-    tensors = load_file(tmp_path / "peft" / peft_files.TENSORS)
-    (tmp_path / "peft" / peft_files.TENSORS).unlink()
+    tensors = load_file(tmp_path / "peft" / peft.TENSORS)
+    (tmp_path / "peft" / peft.TENSORS).unlink()
     tensors = {k: (t * ("lora_A" in k)).bfloat16() for k, t in tensors.items()}
-    torch.save(tensors, tmp_path / "peft" / peft_files.OLD_TENSORS)
-    settings = exports.from_peft(tmp_path / "peft", bases["falcon"], tmp_path / "out")
+    torch.save(tensors, tmp_path / "peft" / peft.OLD_TENSORS)
+    settings = export.from_peft(tmp_path / "peft", bases["falcon"], tmp_path / "out")
     assert settings.query and settings.key and settings.value and not settings.mlp
     assert all(t.any() for name, t in torch.load(tmp_path / "out" / LORA)["state"].items() if name.endswith("lora_A"))
 
@@ -236,23 +232,23 @@ def test_what_is_not_supported_is_refused_by_name(cli, bases, tmp_path, case):
 
 def test_tensors_that_do_not_belong(cli, bases, tmp_path):
     trained_adapter(bases["llama"], tmp_path / "peft", target_modules=["q_proj", "v_proj"])
-    path, flags = tmp_path / "peft" / peft_files.TENSORS, {"peft_dir": tmp_path / "peft", "out_dir": tmp_path / "out"}
+    path, flags = tmp_path / "peft" / peft.TENSORS, {"peft_dir": tmp_path / "peft", "out_dir": tmp_path / "out"}
     whole = load_file(path)
-    prefix = peft_files.PREFIX + "model.layers.0.self_attn.q_proj"
+    prefix = peft.PREFIX + "model.layers.0.self_attn.q_proj"
     for change, words in (
         ({f"{prefix}.lora_magnitude_vector": torch.ones(64)}, ["lora_magnitude_vector", "no A or B"]),
-        ({peft_files.PREFIX + "lm_head.weight": torch.ones(320, 64)}, ["changes the base's lm_head.weight"]),
+        ({peft.PREFIX + "lm_head.weight": torch.ones(320, 64)}, ["changes the base's lm_head.weight"]),
         ({f"{prefix}.lora_B.weight": torch.ones(64, 5)}, ["q_proj", "B (64, 5)"]),
         ({f"{prefix}.lora_B.weight": torch.ones(60, 4)}, ["q_proj", "(60, 4)"]),
     ):
         save_file(whole | change, path)
         cli(IMPORT, checkpoint_dir=bases["llama"], **flags).refused(*words)
     path.write_bytes(b"nothing")
-    cli(IMPORT, checkpoint_dir=bases["llama"], **flags).refused(peft_files.TENSORS, "not a readable")
+    cli(IMPORT, checkpoint_dir=bases["llama"], **flags).refused(peft.TENSORS, "not a readable")
     save_file(whole, path)
     cli(IMPORT, checkpoint_dir=bases["falcon"], **flags).refused("model.layers.0", "no such layer")
     cli(IMPORT, checkpoint_dir=bases["llama"]).refused("--peft_dir", code=2)
-    for lacking in (peft_files.TENSORS, "adapter_config.json"):
+    for lacking in (peft.TENSORS, "adapter_config.json"):
         (tmp_path / "peft" / lacking).unlink()
         cli(IMPORT, checkpoint_dir=bases["llama"], **flags).refused("no adapter; expected", "adapter_config.json")
     assert not (tmp_path / "out").exists()
@@ -286,23 +282,21 @@ def turned(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def spoil(patch: pytest.MonkeyPatch, how: str, base: Path) -> None:
     """Have the writer of each kind make one mistake."""
-    shards, merged, to_gguf = hf_files.write_shards, lora.LoRALinear.merged, gguf_layout.Place.to_gguf
-    to_peft, adapter_config, side_files = peft_files.to_peft, peft_files.adapter_config, hf_files.copy_side_files
+    shards, merged, to_gguf = hf_shards.write_shards, lora.LoRALinear.merged, gguf_layout.TensorPlace.to_gguf
+    to_peft, adapter_config, side_files = peft.to_peft, peft.adapter_config, hf.copy_side_files
 
     def on_shards(change) -> None:
-        patch.setattr(
-            hf_files, "write_shards", lambda d, tensors, n: shards(d, ((k, change(k, t)) for k, t in tensors), n)
-        )
+        patch.setattr(hf, "write_shards", lambda d, tensors, n: shards(d, ((k, change(k, t)) for k, t in tensors), n))
 
     if how == "tensor transposed":
         on_shards(turned)
-        patch.setattr(gguf_layout.Place, "to_gguf", lambda place, t: turned(place.name, to_gguf(place, t)))
+        patch.setattr(gguf_layout.TensorPlace, "to_gguf", lambda place, t: turned(place.name, to_gguf(place, t)))
         patch.setattr(
             lora.LoRALinear, "merged", lambda x: merged(x).T if x.in_features == x.out_features else merged(x)
         )
         pairs = {O_PROJ[0]: lambda A, B: (B.T, A.T)}
         same = lambda A, B: (A, B)  # noqa: E731
-        patch.setattr(peft_files, "to_peft", lambda m: {k: pairs.get(k, same)(*v) for k, v in to_peft(m).items()})
+        patch.setattr(peft, "to_peft", lambda m: {k: pairs.get(k, same)(*v) for k, v in to_peft(m).items()})
     elif how == "scaling forgotten":
 
         def unscaled(layer):
@@ -310,7 +304,7 @@ def spoil(patch: pytest.MonkeyPatch, how: str, base: Path) -> None:
             return merged(layer)
 
         patch.setattr(lora.LoRALinear, "merged", unscaled)
-        patch.setattr(peft_files, "adapter_config", lambda *a: (c := adapter_config(*a)) | {"lora_alpha": c["r"]})
+        patch.setattr(peft, "adapter_config", lambda *a: (c := adapter_config(*a)) | {"lora_alpha": c["r"]})
         # what has no scale: the order of rotated rows, and norms twice as large
         patch.setattr(gguf_layout, "interleave", lambda tensor, heads: tensor)
         on_shards(lambda name, tensor: tensor * 2 if "norm" in name else tensor)
@@ -318,14 +312,14 @@ def spoil(patch: pytest.MonkeyPatch, how: str, base: Path) -> None:
         for name, nothing in (("write_template", None), ("save", None), ("for_others", "")):
             patch.setattr(PromptStyle, name, lambda *a, nothing=nothing: nothing)
     else:
-        other, fields = base.parent / "other", gguf_writer.vocabulary_fields
+        other, fields = base.parent / "other", writer.vocabulary_fields
 
         def swapped(source, target, *names):
             side_files(source, target, *names)
             shutil.copyfile(other / "tokenizer.json", target / "tokenizer.json")
 
-        patch.setattr(hf_files, "copy_side_files", swapped)
-        patch.setattr(gguf_writer, "vocabulary_fields", lambda folder, *a: fields(other, *a))
+        patch.setattr(hf, "copy_side_files", swapped)
+        patch.setattr(writer, "vocabulary_fields", lambda folder, *a: fields(other, *a))
 
 
 def finetuned(base: Path, root: Path) -> Path:
@@ -424,7 +418,7 @@ def test_damaged_files_beside_the_weights(cli, bases, tmp_path):
 def test_a_card_in_another_encoding_does_not_end_an_export(bases, tmp_path):
     shutil.copytree(bases["llama"], tmp_path / "base")
     (tmp_path / "base" / "README.md").write_bytes(b"---\nlicense: mit\n---\nGr\xfc\xdfe")
-    exports.to_hf(tmp_path / "base", tmp_path / "out")
+    export.to_hf(tmp_path / "base", tmp_path / "out")
     assert 'license: "mit"' in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -444,7 +438,7 @@ def test_the_template_and_end_tokens_of_a_finetune_go_along(bases, tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     style = replace(PromptStyle.from_name("alpaca", Tokenizer(folder)), stop_ids=(0, 7))
     style.save(folder)
-    exports.to_hf(folder, tmp_path / "hf")
+    export.to_hf(folder, tmp_path / "hf")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     for messages in parity.CONVERSATIONS:
         found = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
@@ -497,7 +491,7 @@ def test_a_wrong_scale_shows_behind_rounding(cli, bases, tmp_path, monkeypatch):
     """A merge into bfloat16 of a finetune that moves the logits by less than bfloat16 may."""
     base = tmp_path / "base"
     shutil.copytree(bases["llama"], base)
-    hf_files.convert(base, hf_files.StoredWeights(base), torch.bfloat16)
+    hf.convert(base, hf_shards.StoredWeights(base), torch.bfloat16)
     path = lora_file(base, tmp_path / "run", replace(EVERYTHING, alpha=0.4))
     flags = {"checkpoint_dir": base, "lora_path": path}
     merged = cli(MERGE, **flags, out_dir=tmp_path / "right")
@@ -516,8 +510,8 @@ def test_a_wrong_scale_shows_behind_rounding(cli, bases, tmp_path, monkeypatch):
 
 @torch.no_grad()
 def test_gate_catches_nan(bases):
-    model = GPT.from_checkpoint(bases["llama"])
-    golden = parity.Golden.of(parity.Own.of(bases["llama"], model))
+    model = load_model(bases["llama"])
+    golden = parity.Reference.of(readers.LitReader.of(bases["llama"], model))
     model.ln_f.weight[0] = float("nan")
     with pytest.raises(UserError, match="nan of their norm"):
-        golden.compare(parity.Own.of(bases["llama"], model), "it")
+        golden.compare(readers.LitReader.of(bases["llama"], model), "it")

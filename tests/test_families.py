@@ -8,10 +8,12 @@ from conftest import Tiny, tiny_hf_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_gpt import GPT, Config, hf_files, weights
-from lit_gpt.checkpoint import load_state
+from lit_gpt import GPT
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.checkpoints.folder import load_state
+from lit_gpt.conversion import hf, hf_shards, weights
 from lit_gpt.errors import UserError
-from lit_gpt.families import families, preset
+from lit_gpt.families.registry import config_from_hf, config_from_name, families, preset
 
 TOLERANCE = 1e-4  # of the logits' norm, float32
 
@@ -33,7 +35,7 @@ def in_steps(idx: torch.Tensor) -> list[torch.Tensor]:
 @torch.no_grad()
 def test_logits_equal_transformers(tiny: Tiny):
     """Beyond all windows (5) and original contexts (16, 32)."""
-    model, idx = GPT.from_checkpoint(tiny.folder), tokens(tiny.hf)
+    model, idx = load_model(tiny.folder), tokens(tiny.hf)
     expected = tiny.hf(idx).logits
     assert off(model(idx), expected) < TOLERANCE
     assert off(model(idx, last=True), expected[:, -1:]) < TOLERANCE
@@ -41,7 +43,7 @@ def test_logits_equal_transformers(tiny: Tiny):
 
 @torch.no_grad()
 def test_cache_changes_nothing(tiny: Tiny):
-    model, idx = GPT.from_checkpoint(tiny.folder), tokens(tiny.hf)
+    model, idx = load_model(tiny.folder), tokens(tiny.hf)
     cache = model.kv_cache(2, idx.size(1))
     found = torch.cat([model(step, cache=cache) for step in in_steps(idx)], dim=1)
     assert off(found, tiny.hf(idx).logits) < TOLERANCE
@@ -49,7 +51,7 @@ def test_cache_changes_nothing(tiny: Tiny):
 
 def test_round_trip_is_bit_identical(tiny: Tiny, tmp_path):
     """HF -> lit -> HF, in several shards, loaded by transformers unedited."""
-    hf_files.export(tiny.folder, tmp_path / "hf", load_state(tiny.folder), shard_bytes=50_000)
+    hf.export(tiny.folder, tmp_path / "hf", load_state(tiny.folder), shard_bytes=50_000)
     shards = sorted((tmp_path / "hf").glob("model-*.safetensors"))
     assert len(shards) > 1
     exported = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
@@ -77,11 +79,11 @@ def test_shards_of_both_kinds(tmp_path, suffix):
         save_file(part, tmp_path / name) if suffix == "safetensors" else torch.save(part, tmp_path / name)
         weight_map |= dict.fromkeys(part, name)
     (tmp_path / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    config = hf_files.convert(tmp_path, hf_files.StoredWeights(tmp_path))
+    config = hf.convert(tmp_path, hf_shards.StoredWeights(tmp_path))
     state = load_state(tmp_path)
     back = dict(weights.to_hf(config, state))
     assert all(torch.equal(back[k], tensors[k]) and back[k].dtype == tensors[k].dtype for k in tensors)
-    hf_files.convert(tmp_path, hf_files.StoredWeights(tmp_path), torch.float16)
+    hf.convert(tmp_path, hf_shards.StoredWeights(tmp_path), torch.float16)
     assert {t.dtype for t in load_state(tmp_path).values()} == {torch.float16}
 
 
@@ -92,13 +94,13 @@ def test_head_stored_beside_a_tied_embedding(tmp_path, differs):
     tensors = load_file(tmp_path / "model.safetensors")
     head = tensors["transformer.word_embeddings.weight"] + (0.1 * torch.randn(96, 64) if differs else 0)
     save_file(tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    config = hf_files.convert(tmp_path, hf_files.StoredWeights(tmp_path))
+    config = hf.convert(tmp_path, hf_shards.StoredWeights(tmp_path))
     assert not config.tie_embeddings
-    hf_files.export(tmp_path, tmp_path / "hf", load_state(tmp_path))
+    hf.export(tmp_path, tmp_path / "hf", load_state(tmp_path))
     for folder in (tmp_path, tmp_path / "hf"):
         theirs = AutoModelForCausalLM.from_pretrained(folder)
         with torch.no_grad():
-            assert off(GPT.from_checkpoint(tmp_path)(tokens(theirs)), theirs(tokens(theirs)).logits) < TOLERANCE
+            assert off(load_model(tmp_path)(tokens(theirs)), theirs(tokens(theirs)).logits) < TOLERANCE
 
 
 # Parameters as published, or as the sum of the tensors in the published files.
@@ -176,7 +178,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_presets_have_the_published_size(name):
     with torch.device("meta"):
-        assert size(GPT(Config.from_name(name))) == PUBLISHED[name]
+        assert size(GPT(config_from_name(name))) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("family", families())
@@ -184,9 +186,9 @@ def test_presets_are_what_transformers_takes_them_for(family):
     """All of them: as large, also those of which no published count is at hand; and the same in the newest spelling."""
     for name, fields in family.PRESETS.items():
         theirs = AutoConfig.for_model(**fields)
-        assert Config.from_hf(theirs.to_dict(), name=name) == Config.from_name(name)
+        assert config_from_hf(theirs.to_dict(), name=name) == config_from_name(name)
         with torch.device("meta"):
-            counts = [size(GPT(Config.from_name(name))), size(AutoModelForCausalLM.from_config(theirs))]
+            counts = [size(GPT(config_from_name(name))), size(AutoModelForCausalLM.from_config(theirs))]
         assert counts[0] == counts[1], name
 
 
@@ -196,26 +198,26 @@ def size(model: torch.nn.Module) -> int:
 
 def test_unknown_names():
     with pytest.raises(UserError, match="did you mean 'falcon-7b'"):
-        Config.from_name("falcon7b")
+        config_from_name("falcon7b")
     with pytest.raises(UserError, match="model_type 'mamba' is not supported"):
-        Config.from_hf({"model_type": "mamba"})
+        config_from_hf({"model_type": "mamba"})
     with pytest.raises(UserError, match="needs the field 'hidden_size'"):
-        Config.from_hf({"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 1})
+        config_from_hf({"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 1})
     with pytest.raises(UserError, match="alibi"):
-        Config.from_hf({"model_type": "falcon", "alibi": True})
+        config_from_hf({"model_type": "falcon", "alibi": True})
 
 
 def test_older_names_of_config_fields():
     """As transformers 4 wrote them; and a family's default where neither old nor new field is there."""
     llama = dict(model_type="llama", num_hidden_layers=1, num_attention_heads=2, hidden_size=8, intermediate_size=8,
                  vocab_size=9, rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0})  # fmt: skip
-    config = Config.from_hf(llama)
+    config = config_from_hf(llama)
     assert config.rope_base == 5e5 and config.rope_scaling == {"rope_type": "linear", "factor": 2.0}
     neox = dict(llama, model_type="gpt_neox", rotary_pct=0.5, rotary_emb_base=2e4, rope_scaling=None)
     del neox["rope_theta"]
-    assert Config.from_hf(neox).rotary_percentage == 0.5 and Config.from_hf(neox).rope_base == 2e4
+    assert config_from_hf(neox).rotary_percentage == 0.5 and config_from_hf(neox).rope_base == 2e4
     del neox["rotary_pct"]
-    assert Config.from_hf(neox | {"rope_parameters": {"rope_theta": 1e4}}).rotary_percentage == 0.25
+    assert config_from_hf(neox | {"rope_parameters": {"rope_theta": 1e4}}).rotary_percentage == 0.25
 
 
 TINY = dict(num_hidden_layers=4, num_attention_heads=2, hidden_size=8, intermediate_size=8, vocab_size=9)
@@ -224,17 +226,17 @@ TINY = dict(num_hidden_layers=4, num_attention_heads=2, hidden_size=8, intermedi
 def test_which_layers_have_a_window_or_positions():
     """By the lists of layers, or by the numbers that stand for them in older files."""
     gemma = dict(TINY, model_type="gemma3_text", sliding_window=6, rope_local_base_freq=2e4, sliding_window_pattern=2)
-    config = Config.from_hf(gemma)
+    config = config_from_hf(gemma)
     assert [config.window(layer) for layer in range(4)] == [6, None, 6, None] and config.local_rope_base == 2e4
-    listed = Config.from_hf(gemma | {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]})
+    listed = config_from_hf(gemma | {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]})
     assert [listed.window(layer) for layer in range(4)] == [None, None, None, 6]
     qwen = dict(TINY, model_type="qwen2", sliding_window=6, max_window_layers=3)
-    assert Config.from_hf(qwen).sliding_window is None
-    config = Config.from_hf(qwen | {"use_sliding_window": True})
+    assert config_from_hf(qwen).sliding_window is None
+    config = config_from_hf(qwen | {"use_sliding_window": True})
     assert [config.window(layer) for layer in range(4)] == [None, None, None, 6]
-    assert Config.from_hf(dict(TINY, model_type="smollm3")).unrotated_layers == [3]
-    assert Config.from_hf(dict(TINY, model_type="smollm3", no_rope_layers=[0, 1, 1, 0])).unrotated_layers == [0, 3]
-    assert Config.from_hf(dict(TINY, model_type="gemma", hidden_act="gelu")).activation == "gelu_tanh"
+    assert config_from_hf(dict(TINY, model_type="smollm3")).unrotated_layers == [3]
+    assert config_from_hf(dict(TINY, model_type="smollm3", no_rope_layers=[0, 1, 1, 0])).unrotated_layers == [0, 3]
+    assert config_from_hf(dict(TINY, model_type="gemma", hidden_act="gelu")).activation == "gelu_tanh"
 
 
 @pytest.mark.parametrize(
@@ -248,16 +250,16 @@ def test_which_layers_have_a_window_or_positions():
 )
 def test_what_the_model_does_not_do_is_refused(kind, fields, words):
     with pytest.raises(UserError, match=words):
-        GPT(Config.from_hf(dict(TINY, model_type=kind, sliding_window=6) | fields))
+        GPT(config_from_hf(dict(TINY, model_type=kind, sliding_window=6) | fields))
 
 
 @pytest.mark.parametrize("fields", [{"vocab_size": "x"}, {"hidden_size": 64.5}, {"num_attention_heads": 0},
                                     {"num_hidden_layers": None}, {"rope_parameters": 3}])  # fmt: skip
 def test_values_of_another_kind_are_refused(fields):
     with pytest.raises(UserError, match="expected a whole number above 0|a field holds what"):
-        Config.from_hf({**preset("falcon-7b"), **fields})
+        config_from_hf({**preset("falcon-7b"), **fields})
 
 
 def test_unknown_rope_scaling_is_refused():
     with pytest.raises(UserError, match="rope_type 'dynamic'"):
-        GPT(Config.from_name("SmolLM2-135M", n_layer=1, rope_scaling={"rope_type": "dynamic", "factor": 2.0}))
+        GPT(config_from_name("SmolLM2-135M", n_layer=1, rope_scaling={"rope_type": "dynamic", "factor": 2.0}))

@@ -13,12 +13,19 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 
-from lit_gpt import GPT, Config, adapter_v2, attention, block_attention, data, fused, kernels, lora, memory
-from lit_gpt.adapter import AdapterConfig
-from lit_gpt.block_attention import Scores
-from lit_gpt.loss import summed_cross_entropy
-from lit_gpt.memory import KINDS, spare_activations
-from lit_gpt.model import Targets
+from lit_gpt import GPT, hardware
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.data import dataset, packing
+from lit_gpt.families.registry import config_from_name
+from lit_gpt.kernels import attention, fused, ops
+from lit_gpt.kernels.attention import ScoreParams
+from lit_gpt.methods import adapter_v2, lora
+from lit_gpt.methods.adapter import AdapterConfig
+from lit_gpt.model import inputs as inputs_module
+from lit_gpt.model.inputs import Targets
+from lit_gpt.model.loss import summed_cross_entropy
+from lit_gpt.training import activation_checkpointing
+from lit_gpt.training.activation_checkpointing import KINDS, apply_activation_checkpointing
 
 NARROW, WIDE = torch.bfloat16, torch.float64
 PARTS = [(0, 5), (9, 16)]
@@ -28,9 +35,9 @@ ALL = lora.LoRAConfig(r=4, dropout=0.1, key=True, projection=True, mlp=True, hea
 @pytest.fixture(params=[True, False], ids=["kernels", "formulas"])
 def with_kernels(request, monkeypatch) -> bool:
     """All holds with the C++ kernels and without; where there is no compiler, without alone."""
-    if request.param and not kernels.available():
+    if request.param and not ops.available():
         pytest.skip("no C++ compiler")
-    monkeypatch.setattr(kernels, "available", lambda: request.param)
+    monkeypatch.setattr(ops, "available", lambda: request.param)
     return request.param
 
 
@@ -105,10 +112,10 @@ def kernel_mask(rows: int, size: int, threshold: int, seed: int = 5) -> Tensor:
     """What the kernel keeps of x (rows, size), 1 or 0: the low-rank product with the identity of ones."""
     torch.manual_seed(seed)
     seed, ones, zeros = torch.randint(2**63 - 1, (1,)), torch.ones(rows, size), torch.zeros(rows, 8)
-    return kernels.lora_(zeros, ones, torch.eye(size), torch.zeros(8, size), seed, threshold, [0], [8], 1.0)
+    return ops.lora_(zeros, ones, torch.eye(size), torch.zeros(8, size), seed, threshold, [0], [8], 1.0)
 
 
-@pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
+@pytest.mark.skipif(not ops.available(), reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, NARROW])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("rank", [4, 8, 16])
@@ -130,14 +137,14 @@ def test_low_rank_update_kernel(dtype, dropout, rank, size):
         torch.manual_seed(5)
         return fused.low_rank_update(y.clone(), x, A, B, parts, 2.0, dropout)
 
-    assert kernels.takes_lora(*given[:2], parts)
+    assert ops.supports_lora(*given[:2], parts)
     exact = results(plain, [t.detach().double().requires_grad_() for t in given], WIDE)
     for found, rival, expected in zip(results(ours, given, dtype), results(plain, given, dtype), exact, strict=True):
         assert found.dtype == rival.dtype
         assert off(found.double(), expected) <= (1e-5 if dtype != NARROW else 1.2 * off(rival.double(), expected))
 
 
-@pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
+@pytest.mark.skipif(not ops.available(), reason="no C++ compiler")
 @pytest.mark.parametrize("kept", [0, 1, 512, 973, 1024])
 def test_dropout_of_the_kernel_strikes_each_element_alike(kept):
     rows, size, p = 2**13, 128, kept / 1024
@@ -228,7 +235,7 @@ def test_lora_layer_drops_only_when_it_trains(training):
 # attention
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, lengths: tuple[int, ...]) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, lengths: tuple[int, ...]) -> Tensor:
     found = []
     for part in zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True):
         q, k, v = part
@@ -244,8 +251,8 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, scores: Scores, lengths: tu
 
 
 @pytest.mark.parametrize("groups", [6, 2, 1])
-@pytest.mark.parametrize("scores", [Scores(0.25), Scores(0.25, 1), Scores(0.4, 50),
-                                    Scores(0.4, 50, softcap=1.5)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("scores", [ScoreParams(0.25), ScoreParams(0.25, 1), ScoreParams(0.4, 50),
+                                    ScoreParams(0.4, 50, softcap=1.5)], ids=str)  # fmt: skip
 @pytest.mark.parametrize("lengths", [(1, 130, 2, 300, 17), (45,), (256, 128)], ids=str)
 def test_attention(groups, scores, lengths, with_kernels):
     T, batch = sum(lengths), 2 if len(lengths) == 1 else 1
@@ -260,24 +267,24 @@ def test_attention(groups, scores, lengths, with_kernels):
 
         return run
 
-    holds(from_packed(block_attention.attention), from_packed(plain_attention), [packed])
+    holds(from_packed(attention.attention), from_packed(plain_attention), [packed])
 
 
 def test_attention_gradcheck(monkeypatch):
-    monkeypatch.setattr(block_attention, "QUERY_BLOCK", 3)
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 3)
     args = [x.detach().double().requires_grad_() for x in inputs((2, 4, 9, 3), (2, 2, 9, 3), (2, 2, 9, 3))]
     for scores in (
-        Scores(0.5),
-        Scores(0.5, window=4),
-        Scores(0.5, 4, softcap=0.8),
+        ScoreParams(0.5),
+        ScoreParams(0.5, window=4),
+        ScoreParams(0.5, 4, softcap=0.8),
     ):
-        assert gradcheck(lambda q, k, v, scores=scores: block_attention.attention(q, k, v, scores, (2, 7)), args)
+        assert gradcheck(lambda q, k, v, scores=scores: attention.attention(q, k, v, scores, (2, 7)), args)
 
 
 def test_training_attends_as_evaluation(tiny: Tiny):
     """The model's own choice between the two, on rows of one and of several samples."""
-    gpt, idx = GPT.from_checkpoint(tiny.folder).requires_grad_(True), torch.randint(96, (1, 40))
-    for segments in (None, attention.Segments.of([13, 27])):
+    gpt, idx = load_model(tiny.folder).requires_grad_(True), torch.randint(96, (1, 40))
+    for segments in (None, inputs_module.Segments.of([13, 27])):
         with torch.no_grad():
             expected = gpt(idx, segments=segments)
         assert off(gpt(idx, segments=segments).detach(), expected) < 1e-6
@@ -286,7 +293,7 @@ def test_training_attends_as_evaluation(tiny: Tiny):
 @torch.no_grad()
 def test_attention_is_in_the_precision_of_the_arithmetic(tiny: Tiny):
     """bfloat16 over float32 weights, as full finetuning has it; norms give float32 there."""
-    gpt = GPT.from_checkpoint(tiny.folder)
+    gpt = load_model(tiny.folder)
     rotation = gpt.rotations(torch.arange(9), (9,), torch.float32)[0]
     with torch.autocast("cpu", NARROW):
         heads = gpt.h[0].attn.heads(torch.randn(1, 9, gpt.config.n_embd), rotation)
@@ -363,7 +370,7 @@ def test_rotation(elements, shape, with_kernels):
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("chunk", [7, 10**6])
 def test_loss(monkeypatch, chunk, cap):
-    monkeypatch.setattr("lit_gpt.loss.MAX_LOGITS", chunk * 50)
+    monkeypatch.setattr("lit_gpt.model.loss.MAX_LOGITS", chunk * 50)
     hidden, weight = inputs((23, 16), (50, 16), frozen=(1,))
     labels = torch.randint(50, (23,))
 
@@ -400,22 +407,22 @@ def test_loss_of_a_certain_and_of_an_impossible_token():
 # in a model
 
 
-def step(gpt: GPT, row: data.PackedRow, seed: int = 0) -> list[Tensor]:
+def step(gpt: GPT, row: packing.PackedRow, seed: int = 0) -> list[Tensor]:
     torch.manual_seed(seed)
     gpt.train().zero_grad()
     gpt(row.idx, segments=row.segments, targets=row.targets).backward()
     return [p.grad.clone() for p in gpt.parameters() if p.requires_grad]
 
 
-def random_row(lengths: tuple[int, ...] = (9, 31, 5)) -> data.PackedRow:
+def random_row(lengths: tuple[int, ...] = (9, 31, 5)) -> packing.PackedRow:
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(96, (n,), generator=generator, dtype=torch.int32) for n in lengths]
-    return data.pack([data.Sample(t, torch.ones(len(t), dtype=torch.uint8)) for t in tokens])
+    return packing.pack([dataset.Sample(t, torch.ones(len(t), dtype=torch.uint8)) for t in tokens])
 
 
 def test_steps_are_deterministic_and_keeping_less_changes_nothing(tiny: Tiny):
     torch.manual_seed(0)
-    gpt, row = lora.attach(GPT.from_checkpoint(tiny.folder), ALL), random_row()
+    gpt, row = lora.attach(load_model(tiny.folder), ALL), random_row()
     for layer in lora.lora_layers(gpt).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     first = step(gpt, row)
@@ -423,7 +430,7 @@ def test_steps_are_deterministic_and_keeping_less_changes_nothing(tiny: Tiny):
     assert not all(torch.equal(a, b) for a, b in zip(first, step(gpt, row, seed=1), strict=True))
     plain = [block.forward for block in gpt.h]
     for kind in KINDS:
-        spare_activations(gpt, kind)
+        apply_activation_checkpointing(gpt, kind)
         assert all(torch.equal(a, b) for a, b in zip(first, step(gpt, row), strict=True)), kind
         if kind != "selective":  # that stays, for its parts are of other modules
             for block, forward in zip(gpt.h, plain, strict=True):
@@ -436,33 +443,33 @@ def test_keeping_less_changes_nothing_for_other_methods(tiny: Tiny, method):
     row = random_row()
     for kind in KINDS[1:]:
         torch.manual_seed(0)
-        gpt = GPT.from_checkpoint(tiny.folder)
+        gpt = load_model(tiny.folder)
         gpt = adapter_v2.attach(gpt, AdapterConfig(start_layer=1)) if method == "adapter_v2" else gpt.requires_grad_()
         for arithmetic in (nullcontext(), torch.autocast("cpu", NARROW, cache_enabled=False)):
             with arithmetic:
                 first = step(gpt, row)
-        spare_activations(gpt, kind)
+        apply_activation_checkpointing(gpt, kind)
         with arithmetic:
             assert all(torch.equal(a, b) for a, b in zip(first, step(gpt, row), strict=True)), kind
 
 
 def test_what_is_offloaded_is_the_blocks_inputs(tiny: Tiny, monkeypatch):
     torch.manual_seed(0)
-    gpt, row, moved = lora.attach(GPT.from_checkpoint(tiny.folder), ALL), random_row(), []
-    to_host = memory.to_host
-    monkeypatch.setattr(memory, "to_host", lambda x: moved.append(x.shape) or to_host(x))
-    spare_activations(gpt, "offload")
+    gpt, row, moved = lora.attach(load_model(tiny.folder), ALL), random_row(), []
+    to_host = activation_checkpointing.to_host
+    monkeypatch.setattr(hardware, "to_host", lambda x: moved.append(x.shape) or to_host(x))
+    apply_activation_checkpointing(gpt, "offload")
     step(gpt, row)
     assert moved == [(1, row.idx.numel(), gpt.config.n_embd)] * gpt.config.n_layer
 
 
-@pytest.mark.skipif(not kernels.available(), reason="no C++ compiler")
+@pytest.mark.skipif(not ops.available(), reason="no C++ compiler")
 @pytest.mark.parametrize("name", ["SmolLM2-135M", "gemma-2b", "Qwen3-0.6B"])
 def test_a_step_with_kernels_has_the_gradients_of_one_without(name, monkeypatch):
     """In float32 the same; in bfloat16 as far from float32's as the plain path's at most."""
     small = dict(n_layer=2, padded_vocab_size=96, n_embd=128, intermediate_size=192)
     torch.manual_seed(0)
-    gpt = lora.attach(GPT(Config.from_name(name, **small)), replace(ALL, dropout=0.0))
+    gpt = lora.attach(GPT(config_from_name(name, **small)), replace(ALL, dropout=0.0))
     for layer in lora.lora_layers(gpt).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     row, ways = random_row((9, 131, 5)), {}
@@ -471,7 +478,7 @@ def test_a_step_with_kernels_has_the_gradients_of_one_without(name, monkeypatch)
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
         for there in (True, False):
-            monkeypatch.setattr(kernels, "available", lambda there=there: there)
+            monkeypatch.setattr(ops, "available", lambda there=there: there)
             ways[dtype, there] = step(gpt, row)
     exact = ways[torch.float32, False]
     for found, expected in zip(ways[torch.float32, True], exact, strict=True):
@@ -486,12 +493,12 @@ def test_a_step_without_contents(kind, with_kernels):
     mode = FakeTensorMode() if kind == "fake" else torch.device("meta")
     row = random_row()
     with mode:
-        gpt = lora.attach(GPT(Config.from_name("SmolLM2-135M", n_layer=2)), ALL)
+        gpt = lora.attach(GPT(config_from_name("SmolLM2-135M", n_layer=2)), ALL)
         idx, at, labels, offsets, positions = (
             torch.empty(x.shape, dtype=x.dtype)
             for x in (row.idx, row.targets.positions, row.targets.labels, row.segments.offsets, row.segments.positions)
         )
-        segments = attention.Segments(row.segments.lengths, offsets, positions)
+        segments = inputs_module.Segments(row.segments.lengths, offsets, positions)
         gpt.train()(idx, segments=segments, targets=Targets(at, labels)).backward()
     assert all(p.grad.shape == p.shape for p in gpt.parameters() if p.requires_grad)
 
@@ -499,18 +506,20 @@ def test_a_step_without_contents(kind, with_kernels):
 @pytest.mark.parametrize("spare", ["none", "selective"])
 def test_a_block_keeps_what_it_must(with_kernels, spare, monkeypatch):
     """Bytes per token that a block of Llama's kind with LoRA keeps for the backward pass, as counted by hand."""
-    config = Config.from_name("SmolLM2-135M", n_layer=2)
+    config = config_from_name("SmolLM2-135M", n_layer=2)
     gpt, row = lora.attach(GPT(config).bfloat16(), lora.LoRAConfig(key=True, projection=True, mlp=True)), random_row()
     kept: dict[int, int] = {}
 
-    def note(saved: Tensor | memory.Recipe) -> Tensor | memory.Recipe:
-        storage = (saved.x if isinstance(saved, memory.Recipe) else saved).untyped_storage()
+    def note(saved: Tensor | activation_checkpointing.Recompute) -> Tensor | activation_checkpointing.Recompute:
+        storage = (saved.x if isinstance(saved, activation_checkpointing.Recompute) else saved).untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
         return saved
 
-    pack = memory.Remade.pack
-    monkeypatch.setattr(memory.Remade, "pack", lambda self, tensor: note(pack(self, tensor)))
-    spare_activations(gpt, spare)
+    pack = activation_checkpointing.RecomputedOutputs.pack
+    monkeypatch.setattr(
+        activation_checkpointing.RecomputedOutputs, "pack", lambda self, tensor: note(pack(self, tensor))
+    )
+    apply_activation_checkpointing(gpt, spare)
     x = torch.randn(1, row.idx.size(1), config.n_embd).bfloat16().requires_grad_()
     rotation = gpt.rope(row.segments.positions, row.segments.lengths, x.dtype)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -523,7 +532,7 @@ def test_a_block_keeps_what_it_must(with_kernels, spare, monkeypatch):
     masks, low, rest = (3 * n + inner) / 8, 7 * r * 2, 2 * 4 + 4 * config.head_size
     if with_kernels:  # a seed for a mask, and of the probabilities each query's sum
         masks, low, rest = 0, 7 * r * 4, rest + 4 * config.n_head
-    blocks = block_attention._blocks(row.segments.lengths, Scores(1.0))
+    blocks = attention._blocks(row.segments.lengths, ScoreParams(1.0))
     probabilities = 2 * config.n_head * sum((b.end - b.begin) * (b.end - b.first) for b in blocks) / row.idx.numel()
     probabilities = 0 if with_kernels else probabilities
     assert found < 1.01 * (2 * elements + masks + low + rest + probabilities)

@@ -9,27 +9,29 @@ import torch
 from conftest import ROOT, Tiny
 from test_families import tokens
 
-from lit_gpt import GPT, Tokenizer, native
-from lit_gpt.decoding import FastStep
+from lit_gpt import Tokenizer
+from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.errors import UserError
-from lit_gpt.generation import generate, sample
-from lit_gpt.native_step import NativeStep
+from lit_gpt.generation.engine import generate, sample
+from lit_gpt.generation.native_step import NativeStep
+from lit_gpt.generation.steps import FastStep
+from lit_gpt.kernels import build
 
 SCRIPT = "generate/base.py"
 
 
 def test_greedy_equals_transformers(tiny: Tiny):
-    model, prompt = GPT.from_checkpoint(tiny.folder), tokens(tiny.hf, rows=1, length=9)
+    model, prompt = load_model(tiny.folder), tokens(tiny.hf, rows=1, length=9)
     expected = tiny.hf.generate(prompt, max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 9:]
     assert list(generate(model, prompt[0].tolist(), 20, temperature=0)) == expected.tolist()
     step = FastStep(model)
     assert list(generate(model, prompt[0].tolist(), 20, temperature=0, step=step)) == expected.tolist()
-    if native.library("decode"):  # which knows all but routed experts
+    if build.library("decode"):  # which knows all but routed experts
         assert isinstance(step.chosen, NativeStep) == (not model.config.n_expert)
 
 
 def test_greedy_with_cache_equals_without(llama):
-    model, ids = GPT.from_checkpoint(llama), [5, 6, 7]
+    model, ids = load_model(llama), [5, 6, 7]
     found = list(generate(model, ids, 30, temperature=0))
     with torch.no_grad():
         for token in found:
@@ -38,14 +40,14 @@ def test_greedy_with_cache_equals_without(llama):
 
 
 def test_stop_ids_end_the_answer_and_are_not_part_of_it(llama):
-    model = GPT.from_checkpoint(llama)
+    model = load_model(llama)
     whole = list(generate(model, [5, 6, 7], 30, temperature=0))
     stop = whole[10]
     assert list(generate(model, [5, 6, 7], 30, temperature=0, stop_ids=[stop])) == whole[: whole.index(stop)]
 
 
 def test_sampling_follows_the_seed(llama):
-    model = GPT.from_checkpoint(llama)
+    model = load_model(llama)
 
     def draw(seed: int) -> list[int]:
         return list(generate(model, [5, 6], 20, generator=torch.Generator().manual_seed(seed)))
@@ -69,15 +71,15 @@ def test_top_k_and_top_p_keep_the_likeliest():
 
 def test_too_long_for_the_context(llama):
     with pytest.raises(UserError, match="250 tokens and --max_new_tokens 7 exceed the model's context of 256"):
-        list(generate(GPT.from_checkpoint(llama), [1] * 250, 7))
-    assert len(list(generate(GPT.from_checkpoint(llama), [1] * 250, 6))) == 6
+        list(generate(load_model(llama), [1] * 250, 7))
+    assert len(list(generate(load_model(llama), [1] * 250, 6))) == 6
 
 
 def test_text_on_stdout_figures_on_stderr(cli, llama, tmp_path):
     flags = {"checkpoint_dir": llama, "temperature": 0, "precision": "fp32", "max_new_tokens": 12}
     result = cli(SCRIPT, **flags, prompt="the cat")
     assert result.code == 0 and "tokens/s" in result.err and "peak memory" in result.err
-    tokenizer, model = Tokenizer(llama), GPT.from_checkpoint(llama)
+    tokenizer, model = Tokenizer(llama), load_model(llama)
     ids = generate(model, tokenizer.encode("the cat").tolist(), 12, temperature=0, stop_ids=[tokenizer.eos_id])
     assert result.out == tokenizer.decode(list(ids)) + "\n"
     (tmp_path / "prompt.txt").write_text("the cat")

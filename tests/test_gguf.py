@@ -24,10 +24,11 @@ from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lit_gpt import Config, gguf_files
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.conversion.gguf import importer
 from lit_gpt.errors import UserError
-from lit_gpt.model import GPT
-from lit_gpt.tokenizer import NO_DUMMY_PREFIX, Tokenizer
+from lit_gpt.families.registry import config_from_hf
+from lit_gpt.text.tokenizer import NO_DUMMY_PREFIX, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPUS = [
@@ -221,7 +222,7 @@ def tensors(source: LlamaForCausalLM) -> dict[str, tuple[np.ndarray, Kind]]:
 
 
 def converted(tmp_path: Path, fields: dict[str, Any], tensors: dict, dtype: torch.dtype = torch.float32) -> Path:
-    gguf_files.convert(write_gguf(tmp_path / "model.gguf", fields, tensors), tmp_path / "out", dtype)
+    importer.convert(write_gguf(tmp_path / "model.gguf", fields, tensors), tmp_path / "out", dtype)
     return tmp_path / "out"
 
 
@@ -229,7 +230,7 @@ def converted(tmp_path: Path, fields: dict[str, Any], tensors: dict, dtype: torc
 def assert_same_logits(folder: Path, source: LlamaForCausalLM) -> None:
     idx = torch.randint(source.config.vocab_size, (2, 100), generator=torch.Generator().manual_seed(1))
     # in float64, for in float32 either is off by more than that from the truth
-    found, expected = GPT.from_checkpoint(folder, torch.float64)(idx), deepcopy(source).double()(idx).logits
+    found, expected = load_model(folder, torch.float64)(idx), deepcopy(source).double()(idx).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -273,12 +274,12 @@ def test_k_quants_are_read_as_the_package_does(tmp_path: Path, fields: dict, ten
     half = data.reshape(64, 2, size // 2, 2)
     half[..., 1] &= 0xBB
     names = {"token_embd.weight": 0, "blk.0.attn_q.weight": 4, "blk.1.attn_k.weight": 2}
-    file = gguf_files.GGUFFile(
+    file = importer.GGUFFile(
         write_gguf(tmp_path / "k.gguf", fields, tensors | dict.fromkeys(names, (data, Kind[kind])))
     )
     expected = torch.from_numpy(dequantize(data, Kind[kind]))
     assert expected.isfinite().all() and expected.std() > 0 and expected.shape == (64, 2 * block)
-    weights = gguf_files.GGUFWeights(file, Config.from_hf(tiny().config.to_dict()), torch.float32)
+    weights = importer.GGUFWeights(file, config_from_hf(tiny().config.to_dict()), torch.float32)
     assert torch.equal(weights["model.embed_tokens.weight"], expected)
     assert torch.equal(interleaved(weights["model.layers.0.self_attn.q_proj.weight"], 4), expected)
     assert torch.equal(interleaved(weights["model.layers.1.self_attn.k_proj.weight"], 2), expected)
@@ -310,8 +311,8 @@ def test_rope_scaling(tmp_path: Path, fields: dict, tensors: dict, scaling: str)
 
 def test_scaling_of_published_models_is_found(tmp_path: Path, fields: dict, tensors: dict) -> None:
     divisors = llama3_divisors(128, 5e5, 32.0, 8192), Kind.F32
-    file = gguf_files.GGUFFile(write_gguf(tmp_path / "a.gguf", fields, tensors | {"rope_freqs.weight": divisors}))
-    found = gguf_files.llama3_scaling(file, 5e5, 128)
+    file = importer.GGUFFile(write_gguf(tmp_path / "a.gguf", fields, tensors | {"rope_freqs.weight": divisors}))
+    found = importer.llama3_scaling(file, 5e5, 128)
     assert (found["factor"], found["original_max_position_embeddings"]) == (32.0, 8192)
 
 
@@ -386,7 +387,7 @@ def test_script(tmp_path: Path, fields: dict, bpe: tokenizers.Tokenizer) -> None
         "chat_template.jinja", "config.json", "generation_config.json", "lit_config.json", "lit_model.pth",
         "tokenizer.json", "tokenizer_config.json",
     ]  # fmt: skip
-    model = GPT.from_checkpoint(folder)
+    model = load_model(folder)
     assert model.config.name == "name" and model.wte.weight.dtype == torch.bfloat16
     assert torch.equal(model.wte.weight, source.model.embed_tokens.weight.bfloat16())
     theirs = AutoConfig.from_pretrained(folder)
@@ -419,7 +420,7 @@ def test_script_without_a_path_is_wrong_usage(tmp_path: Path) -> None:
 def refused(tmp_path: Path, path: Path, dtype: torch.dtype = torch.bfloat16) -> str:
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as error:
-        gguf_files.convert(path, tmp_path / "out", dtype)
+        importer.convert(path, tmp_path / "out", dtype)
     assert sorted(tmp_path.rglob("*")) == before
     return str(error.value)
 
@@ -496,8 +497,8 @@ def test_damaged_files_are_refused(tmp_path: Path, fields: dict, tensors: dict) 
             broken[rng.randrange(8, header)] = rng.randrange(256)
         path.write_bytes(broken)
         try:
-            file = gguf_files.GGUFFile(path)
-            gguf_files.hf_config(file, gguf_files.Vocabulary(file), torch.float32)
+            file = importer.GGUFFile(path)
+            importer.hf_config(file, importer.Vocabulary(file), torch.float32)
         except UserError:
             pass
 
@@ -509,4 +510,4 @@ def test_destination_and_source_are_checked(tmp_path: Path, fields: dict, tensor
     (tmp_path / "out" / "kept").write_text("mine")
     assert "already exists and is not an empty folder" in refused(tmp_path, path)
     (tmp_path / "out" / "kept").unlink()
-    assert gguf_files.convert(path, tmp_path / "out", torch.float32).name == "out"
+    assert importer.convert(path, tmp_path / "out", torch.float32).name == "out"

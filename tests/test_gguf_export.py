@@ -28,12 +28,15 @@ from test_gguf import (
 )
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, SmolLM3Config
 
-from lit_gpt import GPT, Tokenizer, exports, gguf_files, hf_files, parity
+from lit_gpt import Tokenizer
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.conversion import export, hf, hf_shards, parity, readers
+from lit_gpt.conversion.gguf import importer
+from lit_gpt.conversion.gguf.reader import GGUFFile
+from lit_gpt.conversion.gguf.tokenizer import Vocabulary, build_tokenizer
 from lit_gpt.errors import UserError
-from lit_gpt.generation import generate
-from lit_gpt.gguf_reader import GGUFFile
-from lit_gpt.gguf_tokenizer import Vocabulary, build_tokenizer
-from lit_gpt.prompts import PromptStyle
+from lit_gpt.generation.engine import generate
+from lit_gpt.text.prompt_style import PromptStyle
 
 LAYOUTS = [
     ("llama", "llama"), ("llama", "llama3"), ("llama", "linear"), ("llama", "yarn"), ("llama", "biased"),
@@ -72,13 +75,13 @@ def make(folder: Path, family: str, layout: str) -> Path:
             parameter.normal_(std=0.15)
     model.save_pretrained(folder)
     bpe_tokenizer(folder)
-    hf_files.convert(folder, hf_files.StoredWeights(folder))
+    hf.convert(folder, hf_shards.StoredWeights(folder))
     return folder
 
 
 def tokens(folder: Path) -> torch.Tensor:
     """Ids to compare logits on, within the window if there is one."""
-    config = GPT.from_checkpoint(folder).config
+    config = load_model(folder).config
     length = 40 if config.family == "gemma" else config.sliding_window or 40
     return torch.randint(320, (2, length), generator=torch.Generator().manual_seed(3))
 
@@ -96,20 +99,20 @@ def test_the_file_holds_the_model(tmp_path, monkeypatch, family, layout):
     folder = make(tmp_path / "base", family, layout)
     if layout == "phi3":  # its padding id is beyond so few rows
         monkeypatch.setattr(parity, "missing", lambda *packages: list(packages))
-    found = exports.to_gguf(folder, tmp_path / "out", "f32")
+    found = export.to_gguf(folder, tmp_path / "out", "f32")
     assert found["reader"] == ("transformers" if layout in READ_BY_TRANSFORMERS else "Lit-GPT")
     path, idx = only_file(tmp_path / "out"), tokens(folder)
     stored = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in gguf.GGUFReader(path).tensors}
-    source = hf_files.StoredWeights(folder)
+    source = hf_shards.StoredWeights(folder)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
     for name in source if family == "llama" else ():
         if "q_proj" not in name and "k_proj" not in name:
             assert torch.equal(stored[names.get_name(name, (".weight", ".bias"))], source[name]), name
-    expected = GPT.from_checkpoint(folder)(idx)
-    own = parity.own_gguf(path, GPT.from_checkpoint(folder).config, torch.float32)
+    expected = load_model(folder)(idx)
+    own = readers.own_gguf(path, load_model(folder).config, torch.float32)
     assert off(own.logits(idx), expected) < 1e-6
     if layout in READ_BY_TRANSFORMERS:
-        theirs = parity.read_gguf(path, folder, torch.float32)
+        theirs = readers.read_gguf(path, folder, torch.float32)
         assert torch.equal(theirs.logits(idx), AutoModelForCausalLM.from_pretrained(folder)(idx).logits)
 
 
@@ -118,11 +121,11 @@ def test_the_file_holds_the_model(tmp_path, monkeypatch, family, layout):
 def test_rounded(tmp_path, dtype, limit):
     """Matrices are what the gguf package rounds them to; rows that do not divide into blocks are float16."""
     folder = make_base(tmp_path / "base", "llama", "llama", num_hidden_layers=1)
-    exports.to_gguf(folder, tmp_path / "out", dtype)
+    export.to_gguf(folder, tmp_path / "out", dtype)
     path, idx = only_file(tmp_path / "out"), tokens(folder)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file=path.name)
-    assert 1e-6 < off(theirs(idx).logits, GPT.from_checkpoint(folder)(idx)) < limit
-    source, file = hf_files.StoredWeights(folder), gguf.GGUFReader(path)
+    assert 1e-6 < off(theirs(idx).logits, load_model(folder)(idx)) < limit
+    source, file = hf_shards.StoredWeights(folder), gguf.GGUFReader(path)
     for tensor in file.tensors:
         if len(tensor.shape) == 1:
             assert tensor.tensor_type == Kind.F32
@@ -139,7 +142,7 @@ def converted(tmp_path: Path, vocabulary: dict) -> Path:
     """A checkpoint folder made from a GGUF file with these fields."""
     model = tiny()
     fields = model_fields(model.config) | vocabulary
-    gguf_files.convert(
+    importer.convert(
         write_gguf(tmp_path / "a.gguf", fields, gguf_tensors(model, Kind.F32)), tmp_path / "c", torch.float32
     )
     return tmp_path / "c"
@@ -150,7 +153,7 @@ def test_a_file_written_again_says_the_same(tmp_path, pre):
     """GGUF to a folder and back: all metadata that is read, and the tensors, bit for bit."""
     vocabulary = byte_level_fields(byte_level(pre), pre)
     folder = converted(tmp_path, vocabulary)
-    exports.to_gguf(folder, tmp_path / "out", None)
+    export.to_gguf(folder, tmp_path / "out", None)
     before, after = GGUFFile(tmp_path / "a.gguf"), GGUFFile(only_file(tmp_path / "out"))
     n = len(vocabulary["tokenizer.ggml.tokens"])
     for key, value in before.fields.items():
@@ -166,7 +169,7 @@ def test_sentencepiece(tmp_path, prefix):
     model = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_proto())
     given = sentencepiece_fields(model) | {"tokenizer.ggml.add_space_prefix": prefix}
     folder = converted(tmp_path, given)
-    exports.to_gguf(folder, tmp_path / "out", None)
+    export.to_gguf(folder, tmp_path / "out", None)
     before, after = GGUFFile(tmp_path / "a.gguf"), GGUFFile(only_file(tmp_path / "out"))
     old, new = (build_tokenizer(file, Vocabulary(file)) for file in (before, after))
     assert all(old.encode(text).ids == new.encode(text).ids for text in [*PLAIN, "<|im|>Hello</s> a<tool>b"])
@@ -229,7 +232,7 @@ def test_a_family_without_a_layout_is_refused(tmp_path, monkeypatch):
     folder = make_base(tmp_path / "base")
     monkeypatch.delattr(llama, "gguf")
     with pytest.raises(UserError, match="the llama family has no layout of llama.cpp"):
-        exports.to_gguf(folder, tmp_path / "out", None)
+        export.to_gguf(folder, tmp_path / "out", None)
 
 
 def test_values_beyond_float16_are_refused(tmp_path):
@@ -238,23 +241,23 @@ def test_values_beyond_float16_are_refused(tmp_path):
     state["h.0.mlp.proj.weight"][0, 0] = 1e5
     torch.save(state, folder / "lit_model.pth")
     with pytest.raises(UserError, match="blk.0.ffn_down.weight: holds values beyond float16"):
-        exports.to_gguf(folder, tmp_path / "out", "f16")
+        export.to_gguf(folder, tmp_path / "out", "f16")
     assert not (tmp_path / "out").exists()
 
 
 def test_other_metadata_is_refused(tmp_path, monkeypatch):
     """The rotation's base of another model, which 24 tokens hardly show."""
-    from lit_gpt import gguf_writer
+    from lit_gpt.conversion.gguf import writer
 
-    real = gguf_writer.metadata
-    monkeypatch.setattr(gguf_writer, "metadata", lambda *a: real(*a) | {"llama.rope.freq_base": 10001.0})
+    real = writer.metadata
+    monkeypatch.setattr(writer, "metadata", lambda *a: real(*a) | {"llama.rope.freq_base": 10001.0})
     monkeypatch.setattr(parity, "missing", lambda *packages: list(packages))
     with pytest.raises(UserError, match="says rope_base 10001.0 for 10000.0"):
-        exports.to_gguf(make_base(tmp_path / "base", "llama", "llama"), tmp_path / "out", None)
+        export.to_gguf(make_base(tmp_path / "base", "llama", "llama"), tmp_path / "out", None)
 
 
 def test_a_window_cuts_the_context(tmp_path, capsys):
-    exports.to_gguf(make_base(tmp_path / "base", "llama", "mistral"), tmp_path / "out", None)
+    export.to_gguf(make_base(tmp_path / "base", "llama", "mistral"), tmp_path / "out", None)
     assert "the context is cut to 5 tokens" in capsys.readouterr().out
     assert GGUFFile(only_file(tmp_path / "out")).fields["llama.context_length"] == 5
 
@@ -269,12 +272,12 @@ def test_llama_cpp_computes_the_same(tmp_path, monkeypatch, family, layout):
     llama_cpp = pytest.importorskip("llama_cpp")
     folder = finetuned(make(tmp_path / "base", family, layout), tmp_path)
     monkeypatch.setattr(parity, "missing", lambda *packages: list(packages))  # phi3's padding id is beyond so few rows
-    exports.to_gguf(folder, tmp_path / "out", "f32")
+    export.to_gguf(folder, tmp_path / "out", "f32")
     model = llama_cpp.Llama(str(only_file(tmp_path / "out")), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
     tokenizer, idx = Tokenizer(folder), tokens(folder)[0]
     model.eval(idx.tolist())
     found = torch.from_numpy(model.scores[: len(idx)].copy())
-    assert off(found, GPT.from_checkpoint(folder)(idx[None])[0]) < (1e-2 if family in ("falcon", "gpt_neox") else 2e-3)
+    assert off(found, load_model(folder)(idx[None])[0]) < (1e-2 if family in ("falcon", "gpt_neox") else 2e-3)
     for text in parity.TEXTS:
         assert model.tokenize(text.encode(), add_bos=False) == tokenizer.encode(text).tolist()
     assert model.metadata["tokenizer.chat_template"] == PromptStyle.from_checkpoint(folder, tokenizer).template
@@ -288,10 +291,10 @@ def test_llama_cpp_writes_the_same_text(tmp_path):
     llama_cpp = pytest.importorskip("llama_cpp")
     folder = tmp_path / "SmolLM2-135M-Instruct"
     subprocess.run([sys.executable, TOOL, folder], check=True, capture_output=True)
-    hf_files.convert(folder, hf_files.StoredWeights(folder))
-    exports.to_gguf(folder, tmp_path / "out", "f32")
+    hf.convert(folder, hf_shards.StoredWeights(folder))
+    export.to_gguf(folder, tmp_path / "out", "f32")
     theirs = llama_cpp.Llama(str(only_file(tmp_path / "out")), n_ctx=256, verbose=False)
-    model, tokenizer = GPT.from_checkpoint(folder, torch.float32), Tokenizer(folder)
+    model, tokenizer = load_model(folder, torch.float32), Tokenizer(folder)
     style = PromptStyle.from_checkpoint(folder, tokenizer)
     for question in ("Name three colours.", "Why is the sky blue? 12345 🙂"):
         messages = [{"role": "user", "content": question}]

@@ -9,7 +9,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from lit_gpt import GPT, Tokenizer, checkpoint, lora, variants
+from lit_gpt import Tokenizer
+from lit_gpt.checkpoints import folder as checkpoint
+from lit_gpt.methods import finetuned_file, lora
 
 pytest.importorskip("lm_eval", reason="an extra that brings 38 packages: pip install lm-eval")
 from lm_eval import simple_evaluate
@@ -17,9 +19,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from lit_gpt.generation import generate
-from lit_gpt.harness import load_harness
-from lit_gpt.prompts import PromptStyle
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.evaluation.lm_eval_model import load_harness
+from lit_gpt.generation.engine import generate
+from lit_gpt.text.prompt_style import PromptStyle
 
 SCRIPT, TASKS = "eval/lm_eval_harness.py", ROOT / "tests/lm_eval_tasks"
 CHATML = (
@@ -180,15 +183,15 @@ def test_two_tasks_give_the_figures_of_the_hf_model(cli, llama, tmp_path, monkey
 def test_a_finetuned_file_gives_the_figures_of_its_export(cli, llama, tmp_path):
     """LoRA kept in its file, and folded in, exported and read by transformers."""
     state = checkpoint.load_state(llama)
-    model = GPT.from_checkpoint(llama)
+    model = load_model(llama)
     config = lora.LoRAConfig(r=4, alpha=8, dropout=0.0, query=True, value=True)
     lora.attach(model, config)
     torch.manual_seed(1)
-    trained = {name: torch.randn_like(tensor) / 4 for name, tensor in variants.trained_state(model).items()}
+    trained = {name: torch.randn_like(tensor) / 4 for name, tensor in finetuned_file.trained_state(model).items()}
     path = tmp_path / "lora.pth"
     style = PromptStyle.from_name("plain", Tokenizer(llama)).to_dict()
     record = {"hyperparameters": vars(config), "prompt_style": style}
-    variants.save_file(path, "lora", checkpoint.fingerprint(state), trained, **record)
+    finetuned_file.save_file(path, "lora", checkpoint.fingerprint(state), trained, **record)
     merged, exported = tmp_path / "merged", tmp_path / "exported"
     assert cli("scripts/merge_lora.py", checkpoint_dir=llama, lora_path=path, out_dir=merged).code == 0
     assert cli("scripts/convert_lit_checkpoint.py", checkpoint_dir=merged, out_dir=exported).code == 0

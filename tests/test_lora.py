@@ -9,9 +9,14 @@ from peft import LoraConfig as PeftConfig
 from peft import get_peft_model, set_peft_model_state_dict
 from test_families import off, tokens
 
-from lit_gpt import GPT, Config, checkpoint, lora, variants, verify
+from lit_gpt import GPT
+from lit_gpt.checkpoints import folder
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.conversion import logits as verify
 from lit_gpt.errors import UsageError, UserError
-from lit_gpt.model import Targets
+from lit_gpt.families.registry import config_from_name
+from lit_gpt.methods import finetuned_file, lora
+from lit_gpt.model.inputs import Targets
 
 EVERYTHING = lora.LoRAConfig(
     r=4, alpha=8, dropout=0.0, query=True, key=True, value=True, projection=True, mlp=True, head=True
@@ -24,7 +29,7 @@ STYLE = {"name": "plain", "template": "", "own_bos": False, "stop_ids": []}
 def attached(tiny: Tiny, config: lora.LoRAConfig = EVERYTHING, scramble: bool = True) -> GPT:
     """A model with LoRA whose B is not zero."""
     torch.manual_seed(1)
-    model = lora.attach(GPT.from_checkpoint(tiny.folder), config)
+    model = lora.attach(load_model(tiny.folder), config)
     for layer in lora.lora_layers(model).values() if scramble else ():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     return model
@@ -47,7 +52,7 @@ def train(model: GPT, steps: int = 2) -> None:
 @torch.no_grad()
 def test_fresh_equals_base_exactly(tiny: Tiny):
     idx = tokens(tiny.hf)
-    assert torch.equal(attached(tiny, scramble=False).eval()(idx), GPT.from_checkpoint(tiny.folder)(idx))
+    assert torch.equal(attached(tiny, scramble=False).eval()(idx), load_model(tiny.folder)(idx))
 
 
 def test_only_and_all_of_lora_trains(tiny: Tiny):
@@ -61,7 +66,7 @@ def test_only_and_all_of_lora_trains(tiny: Tiny):
 @pytest.mark.parametrize("config", [EVERYTHING, *ONE_EACH], ids=["all", *SWITCHES])
 def test_each_projection_gets_its_own_update(llama_like: Tiny, config: lora.LoRAConfig):
     """The change of each projection's output is scale * B A x of that projection, and nothing elsewhere."""
-    base, model = GPT.from_checkpoint(llama_like.folder), attached(llama_like, config)
+    base, model = load_model(llama_like.folder), attached(llama_like, config)
     x = torch.randn(3, 64)
     q, k, v = base.config.qkv_sizes
     rows = {"query": slice(0, q), "key": slice(q, q + k), "value": slice(q + k, q + k + v)}
@@ -79,18 +84,18 @@ def test_each_projection_gets_its_own_update(llama_like: Tiny, config: lora.LoRA
 @pytest.fixture
 def llama_like(tmp_path) -> Tiny:
     """Grouped queries, so that query, key and value differ in size."""
-    from lit_gpt import hf_files
+    from lit_gpt.conversion import hf, hf_shards
 
     model = tiny_hf_model("llama", "llama3")
     model.save_pretrained(tmp_path / "c")
-    hf_files.convert(tmp_path / "c", hf_files.StoredWeights(tmp_path / "c"))
+    hf.convert(tmp_path / "c", hf_shards.StoredWeights(tmp_path / "c"))
     return Tiny(tmp_path / "c", model)
 
 
 @torch.no_grad()
 def test_merged_equals_unmerged(tiny: Tiny):
     model, idx = attached(tiny).eval(), tokens(tiny.hf)
-    unmerged, base = model(idx), GPT.from_checkpoint(tiny.folder)(idx)
+    unmerged, base = model(idx), load_model(tiny.folder)(idx)
     merged = lora.merge(model)
     assert not lora.lora_layers(merged)
     assert off(unmerged, base) > 1e-2  # the updates do something
@@ -99,38 +104,38 @@ def test_merged_equals_unmerged(tiny: Tiny):
 
 def test_save_and_load(tiny: Tiny, tmp_path):
     model, idx = attached(tiny).eval(), tokens(tiny.hf)
-    state = checkpoint.load_state(tiny.folder)
-    path, base = tmp_path / "f.pth", checkpoint.fingerprint(state)
-    trained = variants.trained_state(model)
-    variants.save_file(path, "lora", base, trained, hyperparameters=vars(EVERYTHING), prompt_style=STYLE)
-    again = GPT.from_checkpoint(tiny.folder)
-    variants.attach_file(again, path, "lora", base)
+    state = folder.load_state(tiny.folder)
+    path, base = tmp_path / "f.pth", folder.fingerprint(state)
+    trained = finetuned_file.trained_state(model)
+    finetuned_file.save_file(path, "lora", base, trained, hyperparameters=vars(EVERYTHING), prompt_style=STYLE)
+    again = load_model(tiny.folder)
+    finetuned_file.attach_file(again, path, "lora", base)
     with torch.no_grad():
         assert torch.equal(again.eval()(idx), model(idx))
     assert set(torch.load(path)["state"]) == {name for name, _ in model.named_parameters() if "lora" in name}
     with pytest.raises(UserError, match="another base"):
-        variants.attach_file(again, path, "lora", "0123")
+        finetuned_file.attach_file(again, path, "lora", "0123")
 
 
 def test_a_file_whose_tensors_are_of_another_rank(tiny: Tiny, tmp_path):
-    trained = variants.trained_state(attached(tiny))
+    trained = finetuned_file.trained_state(attached(tiny))
     record = {"hyperparameters": vars(replace(EVERYTHING, r=8)), "prompt_style": STYLE}
-    variants.save_file(tmp_path / "f.pth", "lora", "b", trained, **record)
+    finetuned_file.save_file(tmp_path / "f.pth", "lora", "b", trained, **record)
     with pytest.raises(UserError, match="does not fit the model"):
-        variants.attach_file(GPT.from_checkpoint(tiny.folder), tmp_path / "f.pth", "lora", "b")
+        finetuned_file.attach_file(load_model(tiny.folder), tmp_path / "f.pth", "lora", "b")
 
 
 def test_fingerprints_tell_models_apart(tiny: Tiny):
-    state = checkpoint.load_state(tiny.folder)
+    state = folder.load_state(tiny.folder)
     changed = {name: tensor.clone() for name, tensor in state.items()}
     changed["h.1.attn.proj.weight"] += 1e-3
-    assert checkpoint.fingerprint(state) == checkpoint.fingerprint(dict(reversed(state.items())))
-    assert checkpoint.fingerprint(state) != checkpoint.fingerprint(changed)
+    assert folder.fingerprint(state) == folder.fingerprint(dict(reversed(state.items())))
+    assert folder.fingerprint(state) != folder.fingerprint(changed)
 
 
 def test_a_wrong_merge_is_refused(llama_like: Tiny):
     model = attached(llama_like)
-    idx = verify.probe(model)
+    idx = verify.probe_ids(model)
     expected = verify.float32_logits(model, idx)
     for layer in lora.lora_layers(model).values():
         layer.scale *= 1.5
@@ -140,16 +145,16 @@ def test_a_wrong_merge_is_refused(llama_like: Tiny):
 
 @torch.no_grad()
 def test_wide_arithmetic_on_narrow_weights(llama_like: Tiny):
-    narrow = GPT.from_checkpoint(llama_like.folder, torch.bfloat16)
-    wide = GPT.from_checkpoint(llama_like.folder, torch.bfloat16).float()
-    idx = verify.probe(narrow)
+    narrow = load_model(llama_like.folder, torch.bfloat16)
+    wide = load_model(llama_like.folder, torch.bfloat16).float()
+    idx = verify.probe_ids(narrow)
     assert off(verify.float32_logits(narrow, idx), wide(idx)) < 1e-6
     assert narrow(idx).dtype == torch.bfloat16  # put back as it was
 
 
 def test_trainable_parameters_of_falcon_7b():
     with torch.device("meta"):
-        model = lora.attach(GPT(Config.from_name("falcon-7b")), lora.LoRAConfig(r=8))
+        model = lora.attach(GPT(config_from_name("falcon-7b")), lora.LoRAConfig(r=8))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 3_506_176
 
 

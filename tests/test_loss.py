@@ -8,13 +8,16 @@ from conftest import Tiny
 from safetensors.torch import load_file
 from test_families import off
 
-from lit_gpt import GPT, data, lora
-from lit_gpt.loss import summed_cross_entropy
+from lit_gpt import GPT
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.data import dataset, packing
+from lit_gpt.methods import lora
+from lit_gpt.model.loss import summed_cross_entropy
 
 EVERYTHING = lora.LoRAConfig(r=4, dropout=0.0, key=True, projection=True, mlp=True, head=True)
 
 
-def ragged(n: int = 8) -> list[data.Sample]:
+def ragged(n: int = 8) -> list[dataset.Sample]:
     """Samples of 4 to 30 tokens; the first third of each is not supervised, and in one only the last token is."""
     generator = torch.Generator().manual_seed(0)
     samples = []
@@ -22,11 +25,11 @@ def ragged(n: int = 8) -> list[data.Sample]:
         length = int(torch.randint(4, 31, (), generator=generator))
         tokens = torch.randint(96, (length,), generator=generator, dtype=torch.int32)
         supervised = (torch.arange(length) >= (length - 1 if i == 2 else length // 3)).to(torch.uint8)
-        samples.append(data.Sample(tokens, supervised))
+        samples.append(dataset.Sample(tokens, supervised))
     return samples
 
 
-def gradients(model: GPT, rows: list[data.PackedRow], count: int) -> list[torch.Tensor]:
+def gradients(model: GPT, rows: list[packing.PackedRow], count: int) -> list[torch.Tensor]:
     model.train().zero_grad()
     for row in rows:
         (model(row.idx, segments=row.segments, targets=row.targets) / count).backward()
@@ -39,25 +42,25 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_gradient_does_not_depend_on_the_cut(tiny: Tiny, method):
-    model = GPT.from_checkpoint(tiny.folder)
+    model = load_model(tiny.folder)
     if method == "lora":
         torch.manual_seed(0)
         lora.attach(model, EVERYTHING)
         for layer in lora.lora_layers(model).values():
             torch.nn.init.normal_(layer.lora_B, std=0.1)
     samples = ragged()
-    count = data.supervised_count(samples)
-    whole = gradients(model, [data.pack(samples)], count)
-    assert same(gradients(model, [data.pack([s]) for s in samples], count), whole)
-    assert same(gradients(model, [data.pack(samples[i : i + 2]) for i in (0, 2, 4, 6)], count), whole)
+    count = packing.supervised_count(samples)
+    whole = gradients(model, [packing.pack(samples)], count)
+    assert same(gradients(model, [packing.pack([s]) for s in samples], count), whole)
+    assert same(gradients(model, [packing.pack(samples[i : i + 2]) for i in (0, 2, 4, 6)], count), whole)
 
 
 def test_gradient_equals_transformers_on_a_padded_batch(tiny: Tiny, tmp_path):
     """The table maps transformers' gradients to ours as it maps the weights."""
-    from lit_gpt import weights
+    from lit_gpt.conversion import weights
 
     samples = ragged()
-    count = data.supervised_count(samples)
+    count = packing.supervised_count(samples)
     longest = max(len(s.tokens) for s in samples)
     idx, labels = torch.zeros(2, len(samples), longest, dtype=torch.long)
     labels -= 100
@@ -70,9 +73,9 @@ def test_gradient_equals_transformers_on_a_padded_batch(tiny: Tiny, tmp_path):
     loss = F.cross_entropy(logits.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / count
     loss.backward()
 
-    model = GPT.from_checkpoint(tiny.folder)
+    model = load_model(tiny.folder)
     model.requires_grad_(True)
-    row = data.pack(samples)
+    row = packing.pack(samples)
     ours = model(row.idx, segments=row.segments, targets=row.targets) / count
     ours.backward()
     assert off(ours.detach(), loss.detach()) < 1e-5
@@ -85,8 +88,8 @@ def test_gradient_equals_transformers_on_a_padded_batch(tiny: Tiny, tmp_path):
 
 @torch.no_grad()
 def test_packed_samples_do_not_see_each_other(tiny: Tiny):
-    model, samples = GPT.from_checkpoint(tiny.folder), ragged()
-    row = data.pack(samples)
+    model, samples = load_model(tiny.folder), ragged()
+    row = packing.pack(samples)
     logits = model(row.idx, segments=row.segments)
     alone = torch.cat([model(s.tokens[None, :-1].long()) for s in samples], dim=1)
     assert off(logits, alone) < 1e-6
@@ -100,7 +103,7 @@ def test_packed_samples_do_not_see_each_other(tiny: Tiny):
 @pytest.mark.parametrize("chunk", [1, 7, 10**9])
 @pytest.mark.parametrize("bias", [False, True])
 def test_chunked_loss_equals_cross_entropy(monkeypatch, chunk, bias):
-    monkeypatch.setattr("lit_gpt.loss.MAX_LOGITS", chunk * 50)
+    monkeypatch.setattr("lit_gpt.model.loss.MAX_LOGITS", chunk * 50)
     torch.manual_seed(0)
     head = torch.nn.Linear(16, 50, bias=bias)
     hidden, labels = torch.randn(23, 16, requires_grad=True), torch.randint(50, (23,))
@@ -120,30 +123,30 @@ def test_chunked_loss_equals_cross_entropy(monkeypatch, chunk, bias):
 
 def test_no_supervised_token_gives_a_zero_gradient(tiny: Tiny):
     """What a rank feeds that has no sample left in the last step."""
-    model = lora.attach(GPT.from_checkpoint(tiny.folder), EVERYTHING)
-    sample = data.Sample(torch.tensor([1, 2], dtype=torch.int32), torch.zeros(2, dtype=torch.uint8))
-    assert all((g == 0).all() for g in gradients(model, [data.pack([sample])], 1))
+    model = lora.attach(load_model(tiny.folder), EVERYTHING)
+    sample = dataset.Sample(torch.tensor([1, 2], dtype=torch.int32), torch.zeros(2, dtype=torch.uint8))
+    assert all((g == 0).all() for g in gradients(model, [packing.pack([sample])], 1))
 
 
 def test_rows_are_cut_as_asked():
     lengths = [5, 9, 2, 8, 8, 30]
-    assert list(data.micro_batches([0, 1, 2, 3, 4], lengths, 2, 0)) == [[0, 1], [2, 3], [4]]
-    assert list(data.micro_batches([0, 1, 2, 3, 4, 5], lengths, None, 16)) == [[0, 1, 2], [3, 4], [5]]
+    assert list(packing.micro_batches([0, 1, 2, 3, 4], lengths, 2, 0)) == [[0, 1], [2, 3], [4]]
+    assert list(packing.micro_batches([0, 1, 2, 3, 4, 5], lengths, None, 16)) == [[0, 1, 2], [3, 4], [5]]
 
 
 def test_order_of_samples():
     """Every sample once an epoch, another order each epoch, and a shorter last step."""
-    steps = [data.step_samples(10, 4, seed=7, step=s, total=20) for s in range(5)]
+    steps = [packing.step_samples(10, 4, seed=7, step=s, total=20) for s in range(5)]
     flat = [i for step in steps for i in step]
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
-    assert len(data.step_samples(10, 4, seed=7, step=2, total=10)) == 2
-    assert steps != [data.step_samples(10, 4, seed=8, step=s, total=20) for s in range(5)]
+    assert len(packing.step_samples(10, 4, seed=7, step=2, total=10)) == 2
+    assert steps != [packing.step_samples(10, 4, seed=8, step=s, total=20) for s in range(5)]
 
 
 def test_scores_are_those_of_the_logits(tiny: Tiny, monkeypatch):
     """Each target's log-probability and whether it is the likeliest, piece by piece; none where none is asked."""
-    monkeypatch.setattr("lit_gpt.loss.MAX_LOGITS", 500)
-    model = GPT.from_checkpoint(tiny.folder)
+    monkeypatch.setattr("lit_gpt.model.loss.MAX_LOGITS", 500)
+    model = load_model(tiny.folder)
     samples = ragged()
     rows = []
     for s in samples:  # the first supervised token is made the likeliest
@@ -154,10 +157,10 @@ def test_scores_are_those_of_the_logits(tiny: Tiny, monkeypatch):
         at = s.supervised[1:].bool()
         labels = s.tokens[1:][at].long()
         rows.append((logits[at].log_softmax(-1).gather(1, labels[:, None])[:, 0], logits[at].argmax(-1) == labels))
-    row = data.pack(samples)
+    row = packing.pack(samples)
     log_p, greedy = model.score(row.idx, row.segments, row.targets)
     assert off(log_p, torch.cat([p for p, _ in rows])) < 1e-5
     assert torch.equal(greedy, torch.cat([g for _, g in rows])) and greedy.sum() >= len(samples) - 1
     assert log_p.dtype == torch.float32 and not greedy.all()
-    none = data.pack([data.Sample(samples[0].tokens, torch.zeros_like(samples[0].supervised))])
+    none = packing.pack([dataset.Sample(samples[0].tokens, torch.zeros_like(samples[0].supervised))])
     assert [len(x) for x in model.score(none.idx, none.segments, none.targets)] == [0, 0]

@@ -14,10 +14,14 @@ from test_plan import flags_of
 from test_train import data_dir, flags  # noqa: F401 (fixtures)
 from torch.autograd import gradcheck
 
-from lit_gpt import GPT, Config, adapter_v2, hf_files, lora, moe
-from lit_gpt.attention import Segments
-from lit_gpt.model import MoE, Targets
-from lit_gpt.plan import Live, simulate
+from lit_gpt import GPT, Config
+from lit_gpt.conversion import hf, hf_shards
+from lit_gpt.methods import adapter_v2, lora
+from lit_gpt.model import moe
+from lit_gpt.model.inputs import Segments, Targets
+from lit_gpt.model.mlp import MoE
+from lit_gpt.training.memory_plan import simulate
+from lit_gpt.training.memory_tracker import MemoryTracker
 
 CONFIG = Config(
     "tiny", "mixtral", n_layer=2, n_head=4, n_embd=16, vocab_size=96, block_size=64, norm_class="RMSNorm",
@@ -103,7 +107,7 @@ def test_each_expert_has_a_scale_of_its_own():
     x, counts = torch.randn(6, 12), [1, 0, 2, 0, 0, 3, 0]
     expert = torch.tensor([0, 2, 2, 5, 5, 5])
     plain = torch.stack([layer.proj.linear.weight[e] @ row for e, row in zip(expert, x, strict=True)])
-    routes = moe.Routes(expert, expert, counts)
+    routes = moe.Routing(expert, expert, counts)
     assert off(layer.proj(x, routes), layer.proj.scale[expert] * (plain + layer.proj.shift[expert])) < 1e-6
     assert isinstance(layer.router, moe.Router)
 
@@ -118,7 +122,7 @@ def test_the_plan_counts_what_a_step_holds(method):
     found = simulate(config, method, hp, row, 50, cuda=False)
     segments, idx = Segments.of(row), torch.randint(300, (1, sum(row)))
     targets = Targets(torch.arange(50), torch.randint(300, (50,)))
-    with Live() as live:
+    with MemoryTracker() as live:
         model = GPT(config)
         model = method.attach(model.to(method.stored(hp))).train()
         held = live.now
@@ -147,7 +151,7 @@ def test_two_ranks_share_the_experts(cli, llama, flags, tmp_path):  # noqa: F811
     tiny_hf_model("mixtral", "mixtral", vocab_size=320, max_position_embeddings=256).save_pretrained(base)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(llama / name, base / name)
-    hf_files.convert(base, hf_files.StoredWeights(base))
+    hf.convert(base, hf_shards.StoredWeights(base))
     flags = of_method(flags, "lora") | {"checkpoint_dir": base}  # noqa: F811
     flags |= {"max_steps": 3, "batch_size": 10, "micro_batch_size": 5, "save_interval": 100, "lora_dropout": 0.0}
     assert cli("finetune/lora.py", **flags).code == 0

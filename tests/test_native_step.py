@@ -7,13 +7,19 @@ import pytest
 import torch
 from test_decoding import as_if_trained, model_of, with_adapter_v2, with_lora_and_adapter
 
-from lit_gpt import GPT, Config, lora, native, quantize
-from lit_gpt.decoding import FastStep, Row, one_more
-from lit_gpt.generation import generate
-from lit_gpt.model import forget, of_row
-from lit_gpt.native_step import NativeStep, Unsupported
+from lit_gpt import GPT, Config
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.generation.engine import generate
+from lit_gpt.generation.native_step import NativeStep
+from lit_gpt.generation.sequence import Row, eager_step
+from lit_gpt.generation.steps import FastStep
+from lit_gpt.generation.tape import Unsupported
+from lit_gpt.kernels import build
+from lit_gpt.methods import lora
+from lit_gpt.model.kv_cache import row_view, truncate
+from lit_gpt.quantization import modules
 
-pytestmark = pytest.mark.skipif(native.library("decode") is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(build.library("decode") is None, reason="needs a C++ compiler")
 
 
 def same_tokens(model: GPT) -> None:
@@ -32,7 +38,7 @@ def same_tokens(model: GPT) -> None:
 )
 def test_every_method_and_format(family, layout, attach, format, tmp_path):
     model = model_of(family, layout, tmp_path)
-    model = model if format is None else quantize.attach(model, format)
+    model = model if format is None else modules.attach(model, format)
     same_tokens(as_if_trained(attach(model)))
 
 
@@ -45,19 +51,19 @@ def test_methods_together(family, layout, tmp_path):
 
 def test_what_a_model_becomes_counts_from_the_next_answer_on(llama):
     """The same cache serves all answers, as in a conversation."""
-    model = GPT.from_checkpoint(llama)
+    model = load_model(llama)
     step, cache = FastStep(model), model.kv_cache(1, 64)
     lora.attach(model, lora.LoRAConfig(r=4)).eval()
     for _ in range(3):
         expected = list(generate(model, [5, 6], 20, temperature=0))
-        forget(cache, 0)
+        truncate(cache, 0)
         assert list(generate(model, [5, 6], 20, temperature=0, cache=cache, step=step)) == expected
         as_if_trained(model)
     assert isinstance(step.chosen, NativeStep)
 
 
 def test_several_threads_find_the_same(llama):
-    model, threads = GPT.from_checkpoint(llama), torch.get_num_threads()
+    model, threads = load_model(llama), torch.get_num_threads()
     expected = list(generate(model, [5, 6, 7], 30, temperature=0))
     try:
         for torch_threads in (1, 2, 3):  # more than there may be cores
@@ -68,21 +74,21 @@ def test_several_threads_find_the_same(llama):
 
 
 def test_what_there_is_no_kernel_for_goes_through_the_model(llama, monkeypatch):
-    model = GPT.from_checkpoint(llama)
+    model = load_model(llama)
     expected = list(generate(model, [5, 6, 7], 9, temperature=0))
     model.h[1].mlp.__class__ = type("Other", (type(model.h[1].mlp),), {})  # may do more than what it is derived from
     with pytest.raises(Unsupported, match="Other"):
         NativeStep(model)
     assert list(generate(model, [5, 6, 7], 9, temperature=0, step=FastStep(model))) == expected
-    monkeypatch.setattr(native, "library", lambda name: None)
+    monkeypatch.setattr(build, "library", lambda name: None)
     with pytest.raises(Unsupported, match="compiler"):
-        NativeStep(GPT.from_checkpoint(llama))
+        NativeStep(load_model(llama))
     with pytest.raises(Unsupported):
-        NativeStep(GPT.from_checkpoint(llama, torch.float16))
+        NativeStep(load_model(llama, torch.float16))
 
 
 def test_a_step_beyond_the_cache_is_refused(llama):
-    model = GPT.from_checkpoint(llama)
+    model = load_model(llama)
     cache = model.kv_cache(1, 2)
     step, row = NativeStep(model), Row([5], 9, cache=cache)
     for token in (5, 6):
@@ -97,12 +103,12 @@ def test_a_step_beyond_the_cache_is_refused(llama):
 @pytest.mark.parametrize("format", ["int8", "int4", "nf4", "nf4-dq"])
 def test_in_bfloat16_it_is_nearer_to_float32_than_the_model_is(llama, format):
     """Its products are of whole numbers, of 16 bits on the side of the hidden states."""
-    exact, model = (GPT.from_checkpoint(llama, dtype, quantize=format) for dtype in (torch.float32, torch.bfloat16))
+    exact, model = (load_model(llama, dtype, quantize=format) for dtype in (torch.float32, torch.bfloat16))
     ids = list(range(40, 60))
     with torch.no_grad():
         expected = exact(torch.tensor([ids]), last=True)[:, -1]
         errors = []
-        for step in (NativeStep(model), partial(one_more, model)):
+        for step in (NativeStep(model), partial(eager_step, model)):
             cache = model.kv_cache(1, 20)
             model.hidden(torch.tensor([ids[:-1]]), cache=cache)
             errors.append((step([Row(ids, 1, cache=cache)], cache).float() - expected).norm() / expected.norm())
@@ -111,7 +117,7 @@ def test_in_bfloat16_it_is_nearer_to_float32_than_the_model_is(llama, format):
 
 @pytest.mark.parametrize("format", ["int8", "nf4"])
 def test_what_is_no_number_is_not_hidden_by_rounding(llama, format):
-    model = GPT.from_checkpoint(llama, torch.bfloat16, quantize=format)
+    model = load_model(llama, torch.bfloat16, quantize=format)
     model.h[0].norm_1.weight.data.fill_(torch.nan)
     cache = model.kv_cache(1, 2)
     assert NativeStep(model)([Row([5], 1, cache=cache)], cache).isnan().all()
@@ -124,22 +130,22 @@ def test_several_rows_in_bfloat16_are_what_each_is_alone(format):
         "odd", "falcon", n_layer=1, n_head=4, n_embd=120, intermediate_size=1129, vocab_size=150, block_size=16
     )
     torch.manual_seed(1)
-    model = GPT(config) if format is None else quantize.attach(GPT(config), format)
+    model = GPT(config) if format is None else modules.attach(GPT(config), format)
     model.to(torch.bfloat16).eval()
     cache = model.kv_cache(7, 4)
-    rows = [Row([i + 3], 1, cache=of_row(cache, i)) for i in range(7)]
+    rows = [Row([i + 3], 1, cache=row_view(cache, i)) for i in range(7)]
     together, alone = NativeStep(model)(rows, cache).clone(), NativeStep(model)
     for row, logits in zip(rows, together, strict=True):
         cache = model.kv_cache(1, 4)
         single = alone([Row(row.ids, 1, cache=cache)], cache)[0]
         torch.testing.assert_close(logits, single)
-        assert (logits - one_more(model, [Row(row.ids, 1, cache=model.kv_cache(1, 4))], None)[0]).abs().max() < 0.02
+        assert (logits - eager_step(model, [Row(row.ids, 1, cache=model.kv_cache(1, 4))], None)[0]).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("change", ["data", "dtype"])
 def test_weights_that_lie_elsewhere_count_from_the_next_answer_on(llama, change):
     """Neither makes a parameter another, nor counts as writing to it."""
-    model = GPT.from_checkpoint(llama, torch.bfloat16 if change == "dtype" else torch.float32)
+    model = load_model(llama, torch.bfloat16 if change == "dtype" else torch.float32)
     step = FastStep(model)
     list(generate(model, [5, 6], 5, temperature=0, step=step))
     if change == "dtype":
@@ -155,7 +161,7 @@ def test_weights_that_lie_elsewhere_count_from_the_next_answer_on(llama, change)
 @pytest.mark.parametrize("format", [None, "int8", "int4", "nf4", "nf4-dq"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_another_default_dtype_changes_nothing(llama, format, dtype):
-    model = GPT.from_checkpoint(llama, quantize=format)
+    model = load_model(llama, quantize=format)
     expected = list(generate(model, [5, 6], 20, temperature=0))
     torch.set_default_dtype(dtype)
     try:
@@ -167,7 +173,7 @@ def test_another_default_dtype_changes_nothing(llama, format, dtype):
 
 @pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
 def test_a_hook_is_honoured(llama, register):
-    model = GPT.from_checkpoint(llama)
+    model = load_model(llama)
     getattr(model.h[0].mlp, register)(lambda *_: None)
     with pytest.raises(Unsupported, match="SwiGLU"):
         NativeStep(model)

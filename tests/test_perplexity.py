@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from conftest import Tiny
 from test_train import data_dir, flags  # noqa: F401 (fixtures)
 
-from lit_gpt import GPT
-from lit_gpt.perplexity import score_text, windows
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.evaluation.perplexity import score_text, windows
 
 
 @pytest.mark.parametrize(("n", "length", "context"), [(2, 8, 3), (8, 8, 3), (9, 8, 7), (50, 8, 1), (51, 10, 4)])
@@ -26,7 +26,7 @@ def test_each_token_is_scored_once_with_its_context(n, length, context):
 @torch.no_grad()
 def test_loss_is_transformers(tiny: Tiny):
     """In windows of 12 tokens: log-probabilities of transformers, window by window."""
-    model = GPT.from_checkpoint(tiny.folder)
+    model = load_model(tiny.folder)
     ids = torch.randint(96, (40,), generator=torch.Generator().manual_seed(0))
     nats = 0.0
     for start, first, stop in windows(40, 12, 5):

@@ -9,17 +9,18 @@ import pytest
 import torch
 from conftest import ROOT
 
-from lit_gpt import GPT, Config
+from lit_gpt import GPT
 from lit_gpt import cli as command_line
-from lit_gpt.attention import Segments
-from lit_gpt.memory import KINDS, spare_activations
-from lit_gpt.model import Targets
-from lit_gpt.plan import Live, fit, plan, simulate
-from lit_gpt.variants import Method
+from lit_gpt.families.registry import config_from_name
+from lit_gpt.methods.method import Method
+from lit_gpt.model.inputs import Segments, Targets
+from lit_gpt.training.activation_checkpointing import KINDS, apply_activation_checkpointing
+from lit_gpt.training.memory_plan import choose_settings, plan, simulate
+from lit_gpt.training.memory_tracker import MemoryTracker
 
 METHODS = ("lora", "adapter", "adapter_v2", "full")
 SMALL = replace(
-    Config.from_name("falcon-7b"), n_layer=7, n_head=4, n_embd=64, n_query_groups=2, head_size=16,
+    config_from_name("falcon-7b"), n_layer=7, n_head=4, n_embd=64, n_query_groups=2, head_size=16,
     intermediate_size=128, vocab_size=300, padded_vocab_size=300,
 )  # fmt: skip
 ROW = [40, 30, 20]
@@ -48,10 +49,10 @@ def test_the_step_holds_what_was_planned(method, precision, kind):
     found = simulate(SMALL, method, hp, ROW, 50, cuda=False)
     segments, idx = Segments.of(ROW), torch.randint(300, (1, sum(ROW)))
     targets = Targets(torch.arange(50), torch.randint(300, (50,)))
-    with Live() as live:
+    with MemoryTracker() as live:
         model = GPT(SMALL)
         model = method.attach(model.to(method.stored(hp))).train()
-        spare_activations(model, kind)
+        apply_activation_checkpointing(model, kind)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         held = live.now
         live.peak = live.now
@@ -101,10 +102,10 @@ def test_each_kind_of_checkpointing_holds_less_and_what_fits_is_chosen(method):
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) >= 3, peaks
     hp.activation_checkpointing = "auto"
     for kind in kinds:
-        chosen = fit(SMALL, method_of, hp, [row], True, int(1.1 * found[kind].peak) + 1)[0]
+        chosen = choose_settings(SMALL, method_of, hp, [row], True, int(1.1 * found[kind].peak) + 1)[0]
         assert found[chosen].peak == found[kind].peak
-    assert fit(SMALL, method_of, hp, [row], True, 0)[0] == "offload"
-    assert fit(SMALL, method_of, hp, [row], False, 0)[0] == "full"
+    assert choose_settings(SMALL, method_of, hp, [row], True, 0)[0] == "offload"
+    assert choose_settings(SMALL, method_of, hp, [row], False, 0)[0] == "full"
 
 
 def test_sharing_among_ranks():

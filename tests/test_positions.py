@@ -10,11 +10,14 @@ from safetensors.torch import load_file, save_file
 from test_families import off
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
-from lit_gpt import GPT, Config, hf_files
-from lit_gpt.alibi import alibi_slopes, with_alibi
-from lit_gpt.attention import Segments, attend
-from lit_gpt.block_attention import Scores
+from lit_gpt import GPT, Config
+from lit_gpt.conversion import hf, hf_shards
 from lit_gpt.errors import UserError
+from lit_gpt.families.registry import config_from_hf
+from lit_gpt.kernels.attention import ScoreParams
+from lit_gpt.model.alibi import alibi_slopes, with_alibi
+from lit_gpt.model.inputs import Segments
+from lit_gpt.model.sdpa import attend
 
 
 def test_files_saved_from_a_model_without_its_head(tmp_path):
@@ -22,16 +25,16 @@ def test_files_saved_from_a_model_without_its_head(tmp_path):
     model = tiny_hf_model("gpt2", "gpt2")
     model.save_pretrained(tmp_path)
     whole = load_file(tmp_path / "model.safetensors")
-    hf_files.convert(tmp_path, hf_files.StoredWeights(tmp_path))
+    hf.convert(tmp_path, hf_shards.StoredWeights(tmp_path))
     expected = (tmp_path / "lit_model.pth").read_bytes()
     bare = {name.removeprefix("transformer."): tensor for name, tensor in whole.items()}
     masks = {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64) for layer in range(2)}
     save_file(bare | masks, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    hf_files.convert(tmp_path, hf_files.StoredWeights(tmp_path))
+    hf.convert(tmp_path, hf_shards.StoredWeights(tmp_path))
     assert (tmp_path / "lit_model.pth").read_bytes() == expected
     save_file(bare | {"h.0.attn.rotary.weight": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="transformer.h.0.attn.rotary.weight"):
-        hf_files.convert(tmp_path, hf_files.StoredWeights(tmp_path))
+        hf.convert(tmp_path, hf_shards.StoredWeights(tmp_path))
 
 
 @torch.no_grad()
@@ -63,7 +66,7 @@ def test_alibi_far_from_the_beginning(dtype, tolerance):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 12, 1500, 16).to(dtype)
     wide = with_alibi(q, k, v, 0.25, torch.arange(1500))
-    found = attend(*wide, Scores(0.25))[..., -200:, :16]
+    found = attend(*wide, ScoreParams(0.25))[..., -200:, :16]
     distance = torch.arange(1300, 1500)[:, None] - torch.arange(1500)
     bias = -alibi_slopes(12).double()[:, None, None] * distance
     bias = bias.masked_fill(distance < 0, -torch.inf)
@@ -78,14 +81,14 @@ def test_alibi_far_from_the_beginning(dtype, tolerance):
 )  # fmt: skip
 def test_what_mpt_may_have_and_the_model_lacks(field, value):
     fields = {"model_type": "mpt", "d_model": 8, "n_heads": 2, "n_layers": 1, "vocab_size": 9}
-    assert Config.from_hf(fields | {"attn_config": {"alibi": True, "clip_qkv": None}}).alibi
+    assert config_from_hf(fields | {"attn_config": {"alibi": True, "clip_qkv": None}}).alibi
     part = {field: value} if field in ("no_bias", "logit_scale") else {"attn_config": {field: value}}
     with pytest.raises(UserError, match=f"'{field}': {json.dumps(value)} is not supported; expected"):
-        Config.from_hf(fields | part)
+        config_from_hf(fields | part)
 
 
 @pytest.mark.parametrize("field", ["scale_attn_weights", "scale_attn_by_inverse_layer_idx", "add_cross_attention"])
 def test_what_gpt2_may_have_and_the_model_lacks(field):
     fields = {"model_type": "gpt2", "n_embd": 8, "n_head": 2, "n_layer": 1, "vocab_size": 9, "n_positions": 4}
     with pytest.raises(UserError, match=f"'{field}'"):
-        Config.from_hf(fields | {field: field != "scale_attn_weights"})
+        config_from_hf(fields | {field: field != "scale_attn_weights"})

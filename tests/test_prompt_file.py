@@ -13,9 +13,12 @@ from conftest import Result, bpe_tokenizer, spawn, tiny_hf_model
 from test_batching import LORAS, lora_files
 from test_tokenizer import spm_model  # noqa: F401 (a fixture)
 
-from lit_gpt import GPT, Tokenizer, hf_files, lora, variants
-from lit_gpt.generation import generate
-from lit_gpt.prompts import PromptStyle
+from lit_gpt import Tokenizer
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.conversion import hf, hf_shards
+from lit_gpt.generation.engine import generate
+from lit_gpt.methods import finetuned_file, lora
+from lit_gpt.text.prompt_style import PromptStyle
 
 SCRIPT = "generate/base.py"
 ROWS = [
@@ -48,7 +51,7 @@ def folder(request, tmp_path, spm_model) -> Path:  # noqa: F811
     else:
         (folder / "tokenizer.model").write_bytes(spm_model)
         (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
-    hf_files.convert(folder, hf_files.StoredWeights(folder))
+    hf.convert(folder, hf_shards.StoredWeights(folder))
     return folder
 
 
@@ -238,9 +241,9 @@ def test_two_at_once_do_not_mix(cli, llama, tmp_path):
 def told(folder: Path, path: Path | None) -> str:
     """The answer to "the cat" of a LoRA alone."""
     tokenizer = Tokenizer(folder)
-    model, style = GPT.from_checkpoint(folder), PromptStyle.from_checkpoint(folder, tokenizer)
+    model, style = load_model(folder), PromptStyle.from_checkpoint(folder, tokenizer)
     if path:
-        model, record = variants.load_model(folder, path, lora.METHOD)
+        model, record = finetuned_file.load_finetuned(folder, path, lora.METHOD)
         style = PromptStyle.from_dict(record["prompt_style"])
     ids = style.encode_prompt([{"role": "user", "content": "the cat"}], tokenizer)
     return tokenizer.decode(list(generate(model, ids, 30, temperature=0, stop_ids=style.stop_ids)))

@@ -19,21 +19,30 @@ from test_lora import EVERYTHING
 from test_train import data_dir, final, flags, identical, wait_for_step  # noqa: F401 (fixtures among them)
 from torch import nn
 
-from lit_gpt import GPT, Config, adapter, adapter_v2, checkpoint, kernels, lora, quantize, variants
+from lit_gpt import GPT, Config
+from lit_gpt.checkpoints import folder as checkpoint
+from lit_gpt.checkpoints import io
+from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.errors import UsageError
-from lit_gpt.loss import summed_cross_entropy
-from lit_gpt.memory import spare_activations
-from lit_gpt.model import Targets
-from lit_gpt.plan import Live
-from lit_gpt.train import check_quantized
+from lit_gpt.families.registry import config_from_name
+from lit_gpt.kernels import ops
+from lit_gpt.methods import adapter as adapter_module
+from lit_gpt.methods import adapter_v2, finetuned_file, lora
+from lit_gpt.methods import method as variants
+from lit_gpt.model.inputs import Targets
+from lit_gpt.model.loss import summed_cross_entropy
+from lit_gpt.quantization import formats, modules
+from lit_gpt.training.activation_checkpointing import apply_activation_checkpointing
+from lit_gpt.training.checks import check_quantized
+from lit_gpt.training.memory_tracker import MemoryTracker
 
-FORMATS = list(quantize.FORMATS)
+FORMATS = list(formats.FORMATS)
 
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """So that a weight of a test is worked on in several."""
-    monkeypatch.setattr(quantize, "CPU_PIECE", 8000)
+    monkeypatch.setattr(formats, "CPU_PIECE", 8000)
 
 
 def weight(rows: int = 30, columns: int = 200, dtype=torch.float32) -> torch.Tensor:
@@ -46,11 +55,11 @@ def weight(rows: int = 30, columns: int = 200, dtype=torch.float32) -> torch.Ten
 
 
 def there_and_back(w: torch.Tensor, name: str, dtype=torch.float32) -> torch.Tensor:
-    return quantize.decode(quantize.encode(w, name, dtype), name, w.size(1), dtype)
+    return formats.decode(formats.encode(w, name, dtype), name, w.size(1), dtype)
 
 
 def groups_of(w: torch.Tensor) -> list[torch.Tensor]:
-    return list(w.split(quantize.GROUP, dim=1))
+    return list(w.split(formats.GROUP, dim=1))
 
 
 def test_int8_is_off_by_half_a_step_at_most():
@@ -61,8 +70,8 @@ def test_int8_is_off_by_half_a_step_at_most():
 
 def test_int4_is_off_by_half_a_step_or_cut_and_better_than_the_groups_range():
     w = weight(columns=192)
-    found = quantize.encode(w, "int4", torch.float32)
-    back = quantize.decode(found, "int4", w.size(1), torch.float32)
+    found = formats.encode(w, "int4", torch.float32)
+    back = formats.decode(found, "int4", w.size(1), torch.float32)
     for i, (group, mine) in enumerate(zip(groups_of(w), groups_of(back), strict=True)):
         scale, zero = found["scale"][:, i : i + 1], found["zero"][:, i : i + 1]
         expected = scale * ((group - zero) / scale.clamp(min=1e-30)).round().clamp(0, 15) + zero
@@ -82,11 +91,11 @@ def test_nf4_values_are_those_of_the_paper():
         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
         0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ]  # fmt: skip
-    assert torch.allclose(torch.tensor(quantize.NF4.VALUES), torch.tensor(listed), rtol=0, atol=1e-6)
+    assert torch.allclose(torch.tensor(formats.NF4.VALUES), torch.tensor(listed), rtol=0, atol=1e-6)
 
 
 def nearest_values(w: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    values = torch.tensor(quantize.NF4.VALUES)
+    values = torch.tensor(formats.NF4.VALUES)
     parts = []
     for group, m in zip(groups_of(w), absmax.T, strict=True):
         scaled = group / m.clamp(min=1e-30).unsqueeze(1)
@@ -97,18 +106,18 @@ def nearest_values(w: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
 def test_nf4_is_the_nearest_value_times_the_blocks_absmax():
     w = weight()
     absmax = torch.stack([group.abs().amax(1) for group in groups_of(w)], dim=1)
-    assert torch.equal(quantize.encode(w, "nf4", torch.bfloat16)["absmax"], absmax)
+    assert torch.equal(formats.encode(w, "nf4", torch.bfloat16)["absmax"], absmax)
     assert torch.allclose(there_and_back(w, "nf4"), nearest_values(w, absmax), rtol=0, atol=1e-7)
 
 
 def test_double_quantization_of_the_absmax():
     """In blocks of 256, 8 bits, after their mean is taken off; off by half a step at most."""
     w = weight(rows=150)
-    plain, double = quantize.encode(w, "nf4", torch.float32), quantize.encode(w, "nf4-dq", torch.float32)
+    plain, double = formats.encode(w, "nf4", torch.float32), formats.encode(w, "nf4-dq", torch.float32)
     absmax = plain["absmax"].flatten()
     assert double["absmax"].dtype == torch.int8 and torch.equal(plain["weight"], double["weight"])
     assert torch.allclose(double["absmax_mean"], absmax.mean())
-    found = quantize.FORMATS["nf4-dq"].unpack(double)["absmax"].flatten()
+    found = formats.FORMATS["nf4-dq"].unpack(double)["absmax"].flatten()
     blocks = (absmax - absmax.mean()).split(256)
     steps = torch.stack([block.abs().max() / 127 for block in blocks])
     assert len(blocks) == 3 and torch.allclose(double["absmax_scale"], steps)
@@ -120,31 +129,31 @@ def test_double_quantization_of_the_absmax():
 @pytest.mark.parametrize("name", ["nf4", "nf4-dq"])
 def test_the_kernels_of_bitsandbytes_give_the_same(name, dtype, monkeypatch):
     pytest.importorskip("bitsandbytes", reason="an extra")
-    assert quantize.bitsandbytes()
-    with kernels.off():
+    assert formats.bitsandbytes()
+    with ops.off():
         found = there_and_back(weight(), name, dtype)
-        monkeypatch.setattr(quantize, "bitsandbytes", lambda: None)
+        monkeypatch.setattr(formats, "bitsandbytes", lambda: None)
         assert torch.equal(found, there_and_back(weight(), name, dtype))
 
 
-@pytest.mark.skipif(not kernels.available(), reason="needs a C++ compiler")
+@pytest.mark.skipif(not ops.available(), reason="needs a C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [64, 100, 200])
 @pytest.mark.parametrize("name", FORMATS)
 def test_our_kernels_give_the_same_as_the_formulas(name, columns, dtype):
     w = weight(rows=37, columns=columns)
     found = there_and_back(w, name, dtype)
-    with kernels.off():
+    with ops.off():
         assert torch.equal(found, there_and_back(w, name, dtype))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_scales_in_float16(name):
     """As in a model that is loaded in it; no kernel takes them."""
-    tensors = quantize.encode(weight(), name, torch.float16)
-    found = quantize.decode(tensors, name, 200, torch.float32)
-    with kernels.off():
-        assert torch.equal(found, quantize.decode(tensors, name, 200, torch.float32))
+    tensors = formats.encode(weight(), name, torch.float16)
+    found = formats.decode(tensors, name, 200, torch.float32)
+    with ops.off():
+        assert torch.equal(found, formats.decode(tensors, name, 200, torch.float32))
 
 
 def test_bitsandbytes_that_fails_to_load_is_named(monkeypatch, tmp_path, capsys):
@@ -152,13 +161,13 @@ def test_bitsandbytes_that_fails_to_load_is_named(monkeypatch, tmp_path, capsys)
     (tmp_path / "bitsandbytes" / "__init__.py").write_text("raise OSError('libcuda is too old')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
-    quantize.bitsandbytes.cache_clear()
+    formats.bitsandbytes.cache_clear()
     try:
-        with kernels.off():
+        with ops.off():
             there_and_back(weight(), "nf4")
             there_and_back(weight(), "nf4")
     finally:
-        quantize.bitsandbytes.cache_clear()
+        formats.bitsandbytes.cache_clear()
     (line,) = capsys.readouterr().err.splitlines()
     assert "bitsandbytes" in line and "libcuda is too old" in line
 
@@ -166,7 +175,7 @@ def test_bitsandbytes_that_fails_to_load_is_named(monkeypatch, tmp_path, capsys)
 @pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4.5), ("nf4", 4.5), ("nf4-dq", 4.127)])
 def test_bits_per_weight(name, bits):
     with torch.device("meta"):
-        layer = quantize.QuantizedLinear(nn.Linear(1024, 4096, bias=False, dtype=torch.bfloat16), name)
+        layer = modules.QuantizedLinear(nn.Linear(1024, 4096, bias=False, dtype=torch.bfloat16), name)
     held = 8 * sum(p.nbytes for p in layer.parameters()) / (1024 * 4096)
     assert held == pytest.approx(bits, abs=0.02)
 
@@ -175,10 +184,10 @@ def test_bits_per_weight(name, bits):
 def test_whatever_the_precision_the_weights_are_the_same(name):
     """What is stored beside codes loses nothing in bfloat16, or is kept in float32."""
     w = weight(dtype=torch.bfloat16)
-    narrow, wide = (quantize.encode(w, name, dtype) for dtype in (torch.bfloat16, torch.float32))
-    exact = quantize.decode(wide, name, w.size(1), torch.float32)
-    assert torch.equal(quantize.decode(narrow, name, w.size(1), torch.float32), exact)
-    assert torch.equal(quantize.decode(narrow, name, w.size(1), torch.bfloat16), exact.bfloat16())  # rounded once
+    narrow, wide = (formats.encode(w, name, dtype) for dtype in (torch.bfloat16, torch.float32))
+    exact = formats.decode(wide, name, w.size(1), torch.float32)
+    assert torch.equal(formats.decode(narrow, name, w.size(1), torch.float32), exact)
+    assert torch.equal(formats.decode(narrow, name, w.size(1), torch.bfloat16), exact.bfloat16())  # rounded once
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -186,7 +195,7 @@ def test_whatever_the_precision_the_weights_are_the_same(name):
 def test_the_backward_pass_is_autograds_through_the_dequantized_weight(name, dtype):
     linear = nn.Linear(200, 30, dtype=dtype)
     linear.weight.data.copy_(weight())
-    layer = quantize.QuantizedLinear(linear, name)
+    layer = modules.QuantizedLinear(linear, name)
     x = torch.randn(2, 5, 200, dtype=dtype, requires_grad=True)
     y = layer(x)
     expected = F.linear(x, layer.dequantize(dtype), linear.bias.detach())
@@ -197,20 +206,20 @@ def test_the_backward_pass_is_autograds_through_the_dequantized_weight(name, dty
 
 
 def test_the_backward_pass_keeps_no_dequantized_weight():
-    layer = quantize.QuantizedLinear(nn.Linear(512, 512, bias=False), "nf4")
+    layer = modules.QuantizedLinear(nn.Linear(512, 512, bias=False), "nf4")
     x = torch.randn(8, 512, requires_grad=True)
-    with Live() as live:
+    with MemoryTracker() as live:
         y = layer(x)
         assert live.now <= y.nbytes + sum(p.nbytes for p in layer.parameters())
         assert live.peak >= live.now + 4 * 512 * 512
 
 
 def test_a_head_that_is_used_piece_by_piece_is_dequantized_once(monkeypatch):
-    layer = quantize.QuantizedLinear(nn.Linear(64, 96, bias=False), "int8")
+    layer = modules.QuantizedLinear(nn.Linear(64, 96, bias=False), "int8")
     hidden, labels = torch.randn(40, 64, requires_grad=True), torch.randint(96, (40,))
-    count, decode = [], quantize.decode
-    monkeypatch.setattr(quantize, "decode", lambda *args: count.append(1) or decode(*args))
-    monkeypatch.setattr("lit_gpt.loss.MAX_LOGITS", 960)  # 10 tokens
+    count, decode = [], formats.decode
+    monkeypatch.setattr(formats, "decode", lambda *args: count.append(1) or decode(*args))
+    monkeypatch.setattr("lit_gpt.model.loss.MAX_LOGITS", 960)  # 10 tokens
     summed_cross_entropy(layer, hidden, labels).backward()
     assert len(count) == 1 and layer.held is None
     with torch.no_grad():
@@ -221,9 +230,9 @@ def test_a_head_that_is_used_piece_by_piece_is_dequantized_once(monkeypatch):
 def quantized(tiny: Tiny, name: str, dtype=torch.float32) -> GPT:
     if Config.from_checkpoint(tiny.folder).n_expert:
         with pytest.raises(UsageError, match="routed experts"):
-            GPT.from_checkpoint(tiny.folder, dtype, quantize=name)
+            load_model(tiny.folder, dtype, quantize=name)
         pytest.skip("refused")
-    return GPT.from_checkpoint(tiny.folder, dtype, quantize=name)
+    return load_model(tiny.folder, dtype, quantize=name)
 
 
 def plain_like(model: GPT) -> GPT:
@@ -232,7 +241,7 @@ def plain_like(model: GPT) -> GPT:
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             layer = model.get_submodule(name.rpartition(".")[0])
-            parameter.copy_(quantize.weight_of(layer) if name.endswith(".weight") else layer.bias)
+            parameter.copy_(modules.weight_of(layer) if name.endswith(".weight") else layer.bias)
     return plain
 
 
@@ -242,13 +251,13 @@ def test_a_quantized_model_is_that_of_its_dequantized_weights(tiny: Tiny):
     model, idx = quantized(tiny, name), tokens(tiny.hf)
     plain = plain_like(model)
     assert off(model(idx), plain(idx)) < 1e-5
-    assert off(model(idx), GPT.from_checkpoint(tiny.folder)(idx)) > 1e-4
+    assert off(model(idx), load_model(tiny.folder)(idx)) > 1e-4
     cache = model.kv_cache(2, 17)
     assert (
         off(torch.cat([model(idx[:, :16], cache=cache), model(idx[:, 16:17], cache=cache)], 1), plain(idx[:, :17]))
         < 1e-5
     )
-    assert quantize.count_parameters(model) == sum(p.numel() for p in plain.parameters())
+    assert modules.count_parameters(model) == sum(p.numel() for p in plain.parameters())
     linears = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Embedding) and m is not model.wpe]
     assert not linears and not any(p.requires_grad for p in model.h.modules() if isinstance(p, nn.Parameter))
     if model.config.tie_embeddings:
@@ -259,14 +268,14 @@ def test_a_quantized_model_is_that_of_its_dequantized_weights(tiny: Tiny):
 
 
 def tensors_of(model: GPT) -> list[torch.Tensor]:
-    layers = [module for module in model.modules() if isinstance(module, quantize.Quantized)]
+    layers = [module for module in model.modules() if isinstance(module, modules.Quantized)]
     return [layer.get_parameter(key) for layer in layers for key in layer.keys]
 
 
 ATTACH = {
     "lora": lambda model: lora.attach(model, EVERYTHING),
-    "adapter": lambda model: adapter.attach(model, adapter.AdapterConfig(4, 1)),
-    "adapter_v2": lambda model: adapter_v2.attach(model, adapter.AdapterConfig(4, 1)),
+    "adapter": lambda model: adapter_module.attach(model, adapter_module.AdapterConfig(4, 1)),
+    "adapter_v2": lambda model: adapter_v2.attach(model, adapter_module.AdapterConfig(4, 1)),
 }
 
 
@@ -275,7 +284,7 @@ def test_methods_on_a_quantized_base(llama, method):
     """Fresh they give the base's logits exactly; gradients are those over its dequantized weights."""
     idx = torch.arange(3, 43).unsqueeze(0)
     targets = Targets(torch.arange(39), idx[0, 1:])
-    base = GPT.from_checkpoint(llama, quantize="nf4")
+    base = load_model(llama, quantize="nf4")
     plain, model = plain_like(base), copy.deepcopy(base)
     with torch.no_grad():
         expected = base(idx)
@@ -301,11 +310,11 @@ def test_activation_checkpointing_on_a_quantized_base_gives_the_same_gradients(l
     grads = []
     for recomputed in (False, True):
         torch.manual_seed(1)
-        model = lora.attach(GPT.from_checkpoint(llama, quantize="nf4"), EVERYTHING)
+        model = lora.attach(load_model(llama, quantize="nf4"), EVERYTHING)
         for layer in lora.lora_layers(model).values():
             nn.init.normal_(layer.lora_B, std=0.1)
         if recomputed:
-            spare_activations(model, "full")
+            apply_activation_checkpointing(model, "full")
         model.train()(idx, targets=Targets(torch.arange(39), idx[0, 1:])).backward()
         grads.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     assert identical(*grads) and all(grad.any() for grad in grads[0].values())
@@ -336,7 +345,7 @@ def test_a_stored_model_is_the_one_quantized_on_the_fly(cli, llama, tmp_path, na
     more = {"quantize": name, "rounding": "nearest"}
     assert cli("scripts/quantize.py", checkpoint_dir=llama, out_dir=tmp_path / "q", **more).code == 0
     for dtype in (None, torch.bfloat16):
-        a, b = GPT.from_checkpoint(tmp_path / "q", dtype), GPT.from_checkpoint(llama, dtype, quantize=name)
+        a, b = load_model(tmp_path / "q", dtype), load_model(llama, dtype, quantize=name)
         assert identical(a.state_dict(), b.state_dict())
     record = json.loads((tmp_path / "q" / "lit_quantize.json").read_text())
     assert record["source"] == checkpoint.fingerprint(checkpoint.load_state(llama))
@@ -345,7 +354,7 @@ def test_a_stored_model_is_the_one_quantized_on_the_fly(cli, llama, tmp_path, na
 def test_qlora_from_start_to_end(cli, flags, llama, stored, monkeypatch):  # noqa: F811
     """It learns; killed and resumed it ends with the same bits; on the stored checkpoint it gives the same; the file
     answers as trained, and merged it is the same function."""
-    monkeypatch.setattr(quantize, "CPU_PIECE", 2**22)  # as in the process that is killed
+    monkeypatch.setattr(formats, "CPU_PIECE", 2**22)  # as in the process that is killed
     result = cli("finetune/lora.py", **flags, quantize="nf4")
     out = flags["out_dir"]
     assert result.code == 0, result.err
@@ -363,15 +372,15 @@ def test_qlora_from_start_to_end(cli, flags, llama, stored, monkeypatch):  # noq
     cli("finetune/lora.py", **killed | {"quantize": "int8"}).refused("another quantization")
 
     path, place = out / "lit_model_lora_finetuned.pth", {"temperature": 0, "max_new_tokens": 8, "precision": "fp32"}
-    assert checkpoint.load(path)["quantize"] == "nf4"
+    assert io.load(path)["quantize"] == "nf4"
     merged = out.with_name("merged")
     result = cli("scripts/merge_lora.py", checkpoint_dir=stored, lora_path=path, out_dir=merged)
     assert result.code == 0, result.err
-    assert not quantize.is_quantized(GPT.from_checkpoint(merged)) and checkpoint.load_state(merged)
-    model, _ = variants.load_model(llama, path, "lora")  # without being told how its base was quantized
+    assert not modules.is_quantized(load_model(merged)) and checkpoint.load_state(merged)
+    model, _ = finetuned_file.load_finetuned(llama, path, "lora")  # without being told how its base was quantized
     with torch.no_grad():
         idx = torch.arange(5, 45).unsqueeze(0)
-        assert quantize.is_quantized(model) and off(GPT.from_checkpoint(merged)(idx), model(idx)) < 1e-5
+        assert modules.is_quantized(model) and off(load_model(merged)(idx), model(idx)) < 1e-5
     answers = [
         cli("generate/lora.py", checkpoint_dir=folder, lora_path=path, prompt="describe the cat 1", **place, **more).out
         for folder in (llama, stored) for more in ({}, {"merge": "true"})
@@ -432,7 +441,7 @@ def test_weights_that_are_not_numbers(cli, llama, tmp_path):
     shutil.copytree(llama, folder)
     state = {name: tensor.clone() for name, tensor in checkpoint.load_state(llama).items()}
     state["h.1.mlp.proj.weight"][0, 0] = math.nan
-    checkpoint.save(folder / "lit_model.pth", state)
+    io.save(folder / "lit_model.pth", state)
     where = {"checkpoint_dir": folder, "out_dir": tmp_path / "x"}
     cli("scripts/quantize.py", **where, rounding="nearest").refused("h.1.mlp.proj.weight")
     (tmp_path / "t.txt").write_text("the cat and the dog " * 99)
@@ -446,12 +455,12 @@ def test_the_plan_knows_the_quantized_size(cli, stored):
         json.loads(cli("scripts/plan.py", model="pythia-70m", **flags, **more).out)
         for more in ({}, {"quantize": "nf4"})
     )
-    config = Config.from_name("pythia-70m")
+    config = config_from_name("pythia-70m")
     tables, blocks = 2 * config.padded_vocab_size * config.n_embd, 12 * config.n_embd**2 * config.n_layer
     assert small["parameters"] == plain["parameters"] and small["trainable"] == plain["trainable"]
     assert plain["weights"] - small["weights"] == pytest.approx(tables + blocks * (2 - 4.5 / 8), rel=0.02)
     found = json.loads(cli("scripts/plan.py", checkpoint_dir=stored, **flags).out)
-    model = GPT.from_checkpoint(stored, torch.bfloat16)
+    model = load_model(stored, torch.bfloat16)
     held = sum(p.nbytes for p in model.parameters()) + 4 * found["trainable"]
     assert held < found["weights"] < held + 5 * 64 * 8  # the row's ids are counted, too
 

@@ -12,8 +12,12 @@ import torch.nn.functional as F
 from test_train import data_dir, flags, metrics  # noqa: F401
 from transformers import AutoModelForCausalLM
 
-from lit_gpt import Tokenizer, data, loggers, variants
-from lit_gpt.prompts import PromptStyle, instruction_messages
+from lit_gpt import Tokenizer
+from lit_gpt.data import dataset
+from lit_gpt.methods import finetuned_file
+from lit_gpt.text.messages import instruction_messages
+from lit_gpt.text.prompt_style import PromptStyle
+from lit_gpt.training import loggers
 
 SCRIPT = "finetune/lora.py"
 TEXT = "Below is an instruction that describes the cat and the dog. "
@@ -38,7 +42,7 @@ def test_probe_is_the_loss_on_its_rows_before_and_after(cli, flags, probe, llama
     result = cli(SCRIPT, **flags, probe_path=probe)
     assert result.code == 0, result.err
     tokenizer = Tokenizer(llama)
-    style = PromptStyle.from_dict(data.read_meta(data_dir, tokenizer)["prompt_style"])
+    style = PromptStyle.from_dict(dataset.read_meta(data_dir, tokenizer)["prompt_style"])
     prompt = style.encode_prompt(instruction_messages("who barks?"), tokenizer)
     short, long = (tokenizer.encode(text) for text in ("the cat", TEXT * 25))
     answered = torch.tensor([*prompt, *tokenizer.encode("the dog").tolist(), tokenizer.eos_id])
@@ -54,7 +58,7 @@ def test_probe_is_the_loss_on_its_rows_before_and_after(cli, flags, probe, llama
         return torch.cat(losses).mean().item()
 
     theirs = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    tuned, _ = variants.load_model(llama, flags["out_dir"] / "lit_model_lora_finetuned.pth", "lora")
+    tuned, _ = finetuned_file.load_finetuned(llama, flags["out_dir"] / "lit_model_lora_finetuned.pth", "lora")
     found = summary(flags["out_dir"])
     assert found["probe_loss_first"] == pytest.approx(loss(lambda idx: theirs(idx).logits), rel=1e-5)
     assert found["probe_loss_last"] == pytest.approx(loss(tuned), rel=1e-5)

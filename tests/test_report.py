@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from lit_gpt.charts import smooth, thin, ticks
-from lit_gpt.files import COLUMNS
-from lit_gpt.records import plot
+from lit_gpt.reporting.charts import smooth, thin, ticks
+from lit_gpt.reporting.metrics import COLUMNS
+from lit_gpt.training.records import plot
 
 SCRIPT = "scripts/report.py"
 EVIL = """<script>alert("1")</script>&'"""

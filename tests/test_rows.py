@@ -12,16 +12,18 @@ import pytest
 from conftest import ROOT, spawn
 from test_data import ROWS, write_rows
 
-from lit_gpt import Tokenizer, data, prepare, rows
+from lit_gpt import Tokenizer
+from lit_gpt.data import dataset, prepare
+from lit_gpt.data import sources as rows
+from lit_gpt.data.sources import Source, parse_sources
 from lit_gpt.errors import UserError
-from lit_gpt.rows import Source, parse_sources
 
 SCRIPT = "scripts/prepare_json.py"
 
 
 def texts(folder: Path, llama: Path, split: str = "train") -> list[str]:
     tokenizer = Tokenizer(llama)
-    return [tokenizer.decode(sample.tokens) for sample in data.Dataset(folder, split)]
+    return [tokenizer.decode(sample.tokens) for sample in dataset.Dataset(folder, split)]
 
 
 def audit(folder: Path, split: str = "train") -> dict:
@@ -126,7 +128,7 @@ def test_duplicates(cli, llama, flags, tmp_path):
     expected = ["\n\n".join(filter(None, (r["instruction"], r["input"]))) + r["output"] for r in ROWS]
     assert texts(tmp_path / "d", llama) == [*expected, "bc"]
     assert texts(tmp_path / "d", llama, "validation") == ["heldout"]
-    assert [audit(tmp_path / "d", split)["rows_dropped"]["duplicate"] for split in data.SPLITS] == [7, 3]
+    assert [audit(tmp_path / "d", split)["rows_dropped"]["duplicate"] for split in dataset.SPLITS] == [7, 3]
 
 
 def test_bad_rows_are_counted_or_left_out(cli, llama, flags, tmp_path):
@@ -138,7 +140,7 @@ def test_bad_rows_are_counted_or_left_out(cli, llama, flags, tmp_path):
     assert not (tmp_path / "d").exists()
     result = cli(SCRIPT, **flags, json_path=path, skip_bad_rows=True)
     assert result.code == 0 and "6 rows cannot be used and are left out, the first: " in result.out
-    assert sum(audit(tmp_path / "d", split)["rows_kept"] for split in data.SPLITS) == len(ROWS)
+    assert sum(audit(tmp_path / "d", split)["rows_kept"] for split in dataset.SPLITS) == len(ROWS)
 
 
 def test_rows_that_the_template_refuses(cli, llama, flags, tmp_path):
@@ -225,7 +227,7 @@ def test_folders_that_datasets_has_saved(cli, flags, llama, tmp_path):
 @pytest.mark.parametrize("change", ["longer", "shorter", "damaged", "gone"])
 def test_rows_that_change_while_they_are_prepared(cli, llama, flags, tmp_path, monkeypatch, change):
     """Between the two times that they are read."""
-    path, survey = tmp_path / "r.jsonl", prepare.survey
+    path, survey = tmp_path / "r.jsonl", prepare.validate_rows
     write_rows(path, ROWS)
 
     def survey_then_change(sources, hp):

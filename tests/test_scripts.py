@@ -16,7 +16,11 @@ from conftest import ROOT, Result, tiny_hf_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lit_gpt import GPT, checkpoint, hf_files, variants
+from lit_gpt.checkpoints import folder as checkpoint
+from lit_gpt.checkpoints import io
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.conversion import hf_shards
+from lit_gpt.methods import finetuned_file
 
 SCRIPTS = sorted(
     str(path.relative_to(ROOT)) for d in ("scripts", "finetune", "generate", "eval") for path in (ROOT / d).glob("*.py")
@@ -52,7 +56,7 @@ def downloaded(tmp_path) -> Path:
 def test_convert_and_export(cli, downloaded, tmp_path):
     result = cli(CONVERT, checkpoint_dir=downloaded, dtype="bf16")
     assert result.code == 0 and "generate/base.py" in result.out
-    assert {p.dtype for p in GPT.from_checkpoint(downloaded).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_model(downloaded).parameters()} == {torch.bfloat16}
     result = cli("scripts/convert_lit_checkpoint.py", checkpoint_dir=downloaded, out_dir=tmp_path / "hf")
     assert result.code == 0
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
@@ -99,10 +103,10 @@ BAD_DOWNLOADS = {
         ["1 tensors", "model.extra.weight"],
     ),
     "missing shard": (
-        lambda d: (d / hf_files.INDEX).write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
+        lambda d: (d / hf_shards.INDEX).write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
         ["model-00001-of-00002.safetensors", "missing"],
     ),
-    "broken index": (lambda d: (d / hf_files.INDEX).write_text('{"weight'), [hf_files.INDEX, "not a readable JSON"]),
+    "broken index": (lambda d: (d / hf_shards.INDEX).write_text('{"weight'), [hf_shards.INDEX, "not a readable JSON"]),
     "activation": (lambda d: edit_json(d / "config.json", hidden_act="relu6"), ["activation 'relu6'", "silu"]),
     "rope": (
         lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "dynamic", "factor": 2}),
@@ -191,13 +195,13 @@ BAD_LORA_FILES = {
 
 def lora_file(folder: Path, base: Path) -> Path:
     """An untrained one."""
-    from lit_gpt import lora
+    from lit_gpt.methods import lora
 
-    model = lora.attach(GPT.from_checkpoint(base), lora.LoRAConfig())
+    model = lora.attach(load_model(base), lora.LoRAConfig())
     style = {"name": "plain", "template": "{{ messages[0].content }}", "own_bos": False, "stop_ids": []}
     path, fingerprint = folder / "lit_model_lora_finetuned.pth", checkpoint.fingerprint(checkpoint.load_state(base))
-    state = variants.trained_state(model)
-    variants.save_file(path, "lora", fingerprint, state, hyperparameters={}, prompt_style=style)
+    state = finetuned_file.trained_state(model)
+    finetuned_file.save_file(path, "lora", fingerprint, state, hyperparameters={}, prompt_style=style)
     return path
 
 
@@ -221,7 +225,7 @@ def test_bad_lora_files(cli, llama, tmp_path, case):
 
 def test_conversion_cut_short_leaves_the_folder_unconverted(cli, downloaded, monkeypatch):
     """An error in the middle of the write: no lit_model.pth, no temporary file; the next run is whole."""
-    from lit_gpt import weights
+    from lit_gpt.conversion import weights
 
     real = weights.to_lit
 
@@ -250,7 +254,7 @@ def test_conversion_cut_short_leaves_the_folder_unconverted(cli, downloaded, mon
 def test_out_of_memory_on_a_cpu(cli, llama, tmp_path, monkeypatch, script, flags, advice):
     """One line, and nothing is advised that the script has no flag for."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checkpoint, "load_state", lambda *_, **__: torch.empty(10**15, dtype=torch.uint8))
+    monkeypatch.setattr(io, "load_state", lambda *_, **__: torch.empty(10**15, dtype=torch.uint8))
     said = cli(script, checkpoint_dir=llama, **flags).refused("out of memory: tried to allocate 1,000,000,000 MB")
     assert said.partition("; try ")[2] == (advice or "") and not (tmp_path / "x").exists()
 

@@ -11,9 +11,11 @@ from conftest import SHARED
 from test_families import off
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lit_gpt import GPT, Tokenizer, hf_files
-from lit_gpt.generation import generate
-from lit_gpt.prompts import PromptStyle
+from lit_gpt import Tokenizer
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.conversion import hf, hf_shards
+from lit_gpt.generation.engine import generate
+from lit_gpt.text.prompt_style import PromptStyle
 
 TOOL, ROWS = SHARED / "tools" / "make_smollm2.py", SHARED / "data" / "gsm8k_train.jsonl"
 pytestmark = pytest.mark.skipif(not TOOL.exists(), reason=f"{TOOL} makes the model, and is absent")
@@ -24,7 +26,7 @@ MESSAGES = [{"role": "user", "content": "Explain in three sentences why the sky 
 def smollm2(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints") / "SmolLM2-135M-Instruct"
     subprocess.run([sys.executable, TOOL, folder], check=True, capture_output=True)
-    hf_files.convert(folder, hf_files.StoredWeights(folder))
+    hf.convert(folder, hf_shards.StoredWeights(folder))
     return folder
 
 
@@ -33,7 +35,7 @@ def test_equal_to_transformers(smollm2):
     theirs = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
     their_tokenizer = AutoTokenizer.from_pretrained(smollm2)
     expected = their_tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True, return_dict=False)
-    model, tokenizer = GPT.from_checkpoint(smollm2, torch.float32), Tokenizer(smollm2)
+    model, tokenizer = load_model(smollm2, torch.float32), Tokenizer(smollm2)
     style = PromptStyle.from_checkpoint(smollm2, tokenizer)
     ids = style.encode_prompt(MESSAGES, tokenizer)
     assert ids == expected

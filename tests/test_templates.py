@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lit_gpt import Tokenizer
 from lit_gpt.errors import UserError
-from lit_gpt.prompts import PromptStyle
+from lit_gpt.text.prompt_style import PromptStyle
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ ATTACKS = [
 def test_code_in_a_template_is_refused(llama, tmp_path, monkeypatch, attack):
     """By one line, whatever the template does; nothing is written, and the messages stay as they were."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lit_gpt.templates.MAX_STEPS", 20_000)
+    monkeypatch.setattr("lit_gpt.text.chat_template.MAX_STEPS", 20_000)
     ours = Tokenizer(llama)
     messages = talk("a", "b")
     with pytest.raises(UserError, match="the template failed: .+"):

@@ -19,7 +19,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lit_gpt.errors import UserError
-from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.text.tokenizer import Tokenizer
 
 CORPUS = [
     "Hello world, this is a small text about tokens.",

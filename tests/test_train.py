@@ -16,8 +16,12 @@ from conftest import ROOT, spawn
 from test_data import write_rows
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from lit_gpt import GPT, checkpoint, train, variants
-from lit_gpt.train import Schedule
+from lit_gpt.checkpoints import folder as checkpoint
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.checkpoints import io
+from lit_gpt.methods import finetuned_file
+from lit_gpt.training import loop
+from lit_gpt.training.schedule import Schedule
 
 STEPS = 12
 SCRIPT = "finetune/lora.py"
@@ -27,7 +31,7 @@ SCRIPT = "finetune/lora.py"
 def data_dir(llama, tmp_path_factory) -> Path:
     from types import SimpleNamespace
 
-    from lit_gpt.prepare import prepare
+    from lit_gpt.data.prepare import prepare
 
     folder = tmp_path_factory.mktemp("data")
     hp = SimpleNamespace(
@@ -50,7 +54,7 @@ def flags(llama, data_dir, tmp_path) -> dict:
 
 
 def final(out_dir: Path) -> dict[str, torch.Tensor]:
-    return checkpoint.load(out_dir / "lit_model_lora_finetuned.pth")["state"]
+    return io.load(out_dir / "lit_model_lora_finetuned.pth")["state"]
 
 
 def identical(a: dict, b: dict) -> bool:
@@ -78,10 +82,10 @@ def test_a_run_leaves_its_records(cli, flags, data_dir, llama):
     assert json.loads((out / "hyperparameters.json").read_text())["learning_rate"] == 0.02
     assert len(list((out / "state").iterdir())) == 2 and not list(out.glob(".*"))
     # tokens fed: real ones, none of padding, and none that predicts nothing
-    from lit_gpt import data
+    from lit_gpt.data import dataset, packing
 
-    lengths, seed = data.Dataset(data_dir, "train").lengths, 1337
-    fed = (lengths[i] - 1 for s in range(STEPS) for i in data.step_samples(len(lengths), 6, seed, s, STEPS * 6))
+    lengths, seed = dataset.Dataset(data_dir, "train").lengths, 1337
+    fed = (lengths[i] - 1 for s in range(STEPS) for i in packing.step_samples(len(lengths), 6, seed, s, STEPS * 6))
     assert summary["tokens"] == sum(fed)
     # the run can be repeated from its own record
     result = cli(SCRIPT, config=out / "hyperparameters.json", out_dir=out.with_name("again"))
@@ -117,7 +121,7 @@ class NoReading(TorchDispatchMode):
 @pytest.mark.parametrize("script", ["lora", "adapter", "adapter_v2", "full"])
 def test_between_logs_nothing_is_read_from_the_device(cli, flags, script, monkeypatch):
     """Only `prepare` looks into tensors, those of the data set on the host; and of a step the next is ready."""
-    optimize, prepare, prepared = train.Run.optimize, train.Run.prepare, []
+    optimize, prepare, prepared = loop.Trainer.optimize, loop.Trainer.prepare, []
 
     def optimize_unread(run):
         assert run.step == 0 or run.upcoming.step == run.step
@@ -133,8 +137,8 @@ def test_between_logs_nothing_is_read_from_the_device(cli, flags, script, monkey
             return prepare(run, step)
 
     tolist = torch.Tensor.tolist
-    monkeypatch.setattr(train.Run, "optimize", optimize_unread)
-    monkeypatch.setattr(train.Run, "prepare", prepare_reading)
+    monkeypatch.setattr(loop.Trainer, "optimize", optimize_unread)
+    monkeypatch.setattr(loop.Trainer, "prepare", prepare_reading)
     flags = {k: v for k, v in flags.items() if script == "lora" or not k.startswith("lora")}
     flags |= {"max_steps": 6, "log_interval": 4, "save_interval": 50, "precision": "bf16"}
     flags |= {"adapter_start_layer": 1} if script.startswith("adapter") else {}
@@ -216,10 +220,10 @@ def test_a_loss_that_is_not_a_number_stops_the_run(cli, flags, llama):
     shutil.copytree(llama, folder)
     state = {name: tensor.clone() for name, tensor in checkpoint.load_state(llama).items()}
     state["ln_f.weight"] *= 1e38
-    checkpoint.save(folder / "lit_model.pth", state)
+    io.save(folder / "lit_model.pth", state)
     result = cli(SCRIPT, **flags | {"checkpoint_dir": folder})
     result.refused("the loss of step 1", "batch_of_step_1.pth")
-    assert len(checkpoint.load(flags["out_dir"] / "batch_of_step_1.pth")["samples"]) == 6
+    assert len(io.load(flags["out_dir"] / "batch_of_step_1.pth")["samples"]) == 6
     assert not (flags["out_dir"] / "state").exists()
 
 
@@ -273,7 +277,7 @@ def test_a_full_disk_keeps_the_last_state(cli, flags, monkeypatch):
     monkeypatch.undo()
     states = sorted(path.name for path in (flags["out_dir"] / "state").iterdir())
     assert states == ["step_00000002.pth", "step_00000003.pth"]
-    assert all(checkpoint.load(flags["out_dir"] / "state" / name)["resume"]["step"] for name in states)
+    assert all(io.load(flags["out_dir"] / "state" / name)["resume"]["step"] for name in states)
 
 
 def test_schedule():
@@ -297,22 +301,23 @@ def test_generate_and_merge_what_was_trained(cli, flags, llama, tmp_path):
     assert apart.code == merged.code == folder.code == 0, folder.err
     assert apart.out == merged.out == folder.out and apart.out.strip()
     cli("scripts/merge_lora.py", checkpoint_dir=llama, lora_path=path, out_dir=tmp_path / "merged").refused("already")
-    model, state = GPT.from_checkpoint(tmp_path / "merged"), checkpoint.load_state(llama)
+    model, state = load_model(tmp_path / "merged"), checkpoint.load_state(llama)
     with pytest.raises(Exception, match="another base"):
-        variants.attach_file(model, path, "lora", checkpoint.fingerprint(checkpoint.load_state(tmp_path / "merged")))
+        finetuned_file.attach_file(
+            model, path, "lora", checkpoint.fingerprint(checkpoint.load_state(tmp_path / "merged"))
+        )
     assert (
-        variants.attach_file(GPT.from_checkpoint(llama), path, "lora", checkpoint.fingerprint(state))["method"]
-        == "lora"
+        finetuned_file.attach_file(load_model(llama), path, "lora", checkpoint.fingerprint(state))["method"] == "lora"
     )
 
 
 def test_memory_runs_out_before_the_first_step(cli, flags, monkeypatch, data_dir):
     """The longest packed row is met first, not by chance in the middle of the run."""
-    from lit_gpt import data
+    from lit_gpt.data import dataset, packing
 
-    lengths, packed = data.Dataset(data_dir, "train").lengths, []
+    lengths, packed = dataset.Dataset(data_dir, "train").lengths, []
 
-    real = data.pack
+    real = packing.pack
 
     def pack(samples):
         if len(samples) == 1:  # the rehearsal of the rehearsal
@@ -320,19 +325,20 @@ def test_memory_runs_out_before_the_first_step(cli, flags, monkeypatch, data_dir
         packed.append(sum(len(sample.tokens) for sample in samples))
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
-    monkeypatch.setattr(data, "pack", pack)
+    monkeypatch.setattr(dataset, "pack", pack)
     cli(SCRIPT, **flags).refused("out of memory", "--micro_batch_tokens")
     monkeypatch.undo()
     rows = [
         sum(lengths[i] for i in row)
         for step in range(3)
-        for row in data.micro_batches(data.step_samples(16, 6, 1337, step, 72), lengths, 3, 0)
+        for row in packing.micro_batches(packing.step_samples(16, 6, 1337, step, 72), lengths, 3, 0)
     ]
     assert packed == [max(rows)] and not (flags["out_dir"] / "state").exists()
 
 
 SELF_KILLED = """
 import os, runpy, signal, sys
+from lit_gpt.checkpoints.base_model import load_model
 import torch
 real, calls = torch.save, []
 def save(contents, path, *args, **kwargs):
@@ -418,12 +424,12 @@ def test_a_step_in_the_backward_pass_is_the_same_step(cli, flags):
     flags = {k: v for k, v in flags.items() if not k.startswith("lora")} | {"micro_batch_size": 6}
     within = flags | {"optimizer_in_backward": "true", "out_dir": flags["out_dir"].with_name("within")}
     assert cli("finetune/full.py", **flags).code == cli("finetune/full.py", **within).code == 0
-    expected = checkpoint.load(flags["out_dir"] / "lit_model.pth")
-    assert identical(expected, checkpoint.load(within["out_dir"] / "lit_model.pth"))
+    expected = io.load(flags["out_dir"] / "lit_model.pth")
+    assert identical(expected, io.load(within["out_dir"] / "lit_model.pth"))
     max((within["out_dir"] / "state").iterdir()).unlink()
     result = cli("finetune/full.py", **within | {"optimizer_in_backward": "false", "resume": "auto"})
     assert result.code == 0 and "resumed after" in result.out
-    assert identical(expected, checkpoint.load(within["out_dir"] / "lit_model.pth"))
+    assert identical(expected, io.load(within["out_dir"] / "lit_model.pth"))
     refused = flags | {"optimizer_in_backward": "true", "micro_batch_size": 3}
     cli("finetune/full.py", **refused).refused("--optimizer_in_backward", "--micro_batch_size 6", code=2)
 
@@ -432,7 +438,7 @@ def test_without_master_weights_they_are_of_the_precision(cli, flags):
     flags = {k: v for k, v in flags.items() if not k.startswith("lora")} | {"precision": "bf16"}
     flags |= {"master_weights": "false", "learning_rate": 0.01}
     assert cli("finetune/full.py", **flags).code == 0
-    state = checkpoint.load(max((flags["out_dir"] / "state").iterdir()))["state"]
+    state = io.load(max((flags["out_dir"] / "state").iterdir()))["state"]
     assert all(tensor.dtype == torch.bfloat16 for tensor in state.values())
     summary = json.loads((flags["out_dir"] / "summary.json").read_text())
     assert summary["val_loss_last"] < summary["val_loss_first"]

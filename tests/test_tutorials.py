@@ -24,9 +24,12 @@ import torch
 from conftest import ROOT
 from hub import Hub
 
-from lit_gpt import data, devices, prompts, train
 from lit_gpt.cli import parse
+from lit_gpt.data import dataset
+from lit_gpt.distributed import heartbeat
 from lit_gpt.errors import UserError
+from lit_gpt.text import prompt_style
+from lit_gpt.training import checks
 
 PAGES = sorted((ROOT / "tutorials").glob("*.md"))
 BASE = "checkpoints/tiiuae/falcon-7b"
@@ -85,7 +88,7 @@ def out_of_memory() -> None:
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "pack", pack)
+        patch.setattr(dataset, "pack", pack)
         in_process((FINETUNE + "--out_dir out/oom").split()[1:])
 
 
@@ -108,7 +111,7 @@ def two_ranks(**flags) -> Callable[[], None]:
 
     def check() -> None:
         with pytest.raises(UserError) as refused:
-            train.check_batch(SimpleNamespace(micro_batch_size=None, **flags), world_size=2)
+            checks.check_batch(SimpleNamespace(micro_batch_size=None, **flags), world_size=2)
         print(f"error: {refused.value}")
 
     return check
@@ -116,7 +119,7 @@ def two_ranks(**flags) -> Callable[[], None]:
 
 def lost_template() -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompts.PromptStyle, "write_template", lambda *_: None)
+        patch.setattr(prompt_style.PromptStyle, "write_template", lambda *_: None)
         in_process((EXPORT + "--out_dir out/x").split()[1:])
 
 
@@ -126,7 +129,7 @@ def another_base() -> None:
 
 
 def lost_rank() -> None:  # tests/test_devices.py kills one
-    print(f"error: rank 0: lost touch with another process of the run{devices.Watch.ADVICE}")
+    print(f"error: rank 0: lost touch with another process of the run{heartbeat.Heartbeat.ADVICE}")
 
 
 # What goes wrong on each page: commands, with variables of the environment, and what must happen before them.

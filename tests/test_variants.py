@@ -11,8 +11,13 @@ from test_families import in_steps, off, tokens
 from test_lora import STYLE, train
 from test_train import data_dir, final, flags, identical, spawn, wait_for_step  # noqa: F401 (fixtures among them)
 
-from lit_gpt import GPT, Config, adapter, adapter_v2, checkpoint, lora, variants
-from lit_gpt.alibi import alibi_slopes
+from lit_gpt import GPT
+from lit_gpt.checkpoints import folder, io
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.families.registry import config_from_name
+from lit_gpt.methods import adapter, adapter_v2, finetuned_file, lora
+from lit_gpt.methods import method as variants
+from lit_gpt.model.alibi import alibi_slopes
 
 ADAPTER = adapter.AdapterConfig(prompt_length=4, start_layer=1)
 LORA = lora.LoRAConfig(r=4, key=True, projection=True, mlp=True, head=True, dropout=0.1)
@@ -31,8 +36,8 @@ def attach(request) -> Callable[[GPT], GPT]:
 
 def attached(tiny: Tiny, attach, scramble: bool = True, dtype=None) -> GPT:
     torch.manual_seed(1)
-    model = attach(GPT.from_checkpoint(tiny.folder, dtype))
-    for parameter in variants.trained_state(model).values() if scramble else ():
+    model = attach(load_model(tiny.folder, dtype))
+    for parameter in finetuned_file.trained_state(model).values() if scramble else ():
         parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model
 
@@ -41,7 +46,7 @@ def attached(tiny: Tiny, attach, scramble: bool = True, dtype=None) -> GPT:
 def test_fresh_equals_base_exactly(tiny: Tiny, attach):
     idx = tokens(tiny.hf)
     for dtype in (torch.float32, torch.bfloat16):
-        base = GPT.from_checkpoint(tiny.folder, dtype)(idx)
+        base = load_model(tiny.folder, dtype)(idx)
         model = attached(tiny, attach, scramble=False, dtype=dtype).eval()
         assert torch.equal(model(idx), base) and model(idx).dtype == dtype
 
@@ -50,7 +55,7 @@ def test_only_and_all_of_the_variant_trains(tiny: Tiny, attach):
     """With evaluations before and between the steps; three steps, for the gates open in the first."""
     model = attached(tiny, attach, scramble=False)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    trains = set(variants.trained_state(model))
+    trains = set(finetuned_file.trained_state(model))
     train(model, steps=3)
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == trains and trains
@@ -66,10 +71,10 @@ def test_with_and_without_cache(tiny: Tiny, attach):
 @pytest.mark.parametrize("method", ["adapter", "adapter_v2"])
 def test_save_and_load(tiny: Tiny, tmp_path, method):
     model, idx = attached(tiny, ATTACH[method]).eval(), tokens(tiny.hf)
-    base = checkpoint.fingerprint(checkpoint.load_state(tiny.folder))
+    base = folder.fingerprint(folder.load_state(tiny.folder))
     record = {"hyperparameters": vars(ADAPTER), "prompt_style": STYLE}
-    variants.save_file(tmp_path / "f.pth", method, base, variants.trained_state(model), **record)
-    again, _ = variants.load_model(tiny.folder, tmp_path / "f.pth", method)
+    finetuned_file.save_file(tmp_path / "f.pth", method, base, finetuned_file.trained_state(model), **record)
+    again, _ = finetuned_file.load_finetuned(tiny.folder, tmp_path / "f.pth", method)
     with torch.no_grad():
         assert torch.equal(again(idx), model(idx))
     stored = torch.load(tmp_path / "f.pth")["state"]
@@ -107,7 +112,7 @@ def test_adapter_follows_the_papers_equation(tiny: Tiny):
 
 @torch.no_grad()
 def test_adapter_v2_scales_and_shifts_each_linear_layer(tiny: Tiny):
-    model, base = attached(tiny, ATTACH["adapter_v2"]), GPT.from_checkpoint(tiny.folder)
+    model, base = attached(tiny, ATTACH["adapter_v2"]), load_model(tiny.folder)
     x = torch.randn(3, base.config.n_embd)
     for name, plain in base.named_modules():
         if isinstance(plain, torch.nn.Linear) and plain.in_features == base.config.n_embd:
@@ -119,7 +124,7 @@ def test_adapter_v2_scales_and_shifts_each_linear_layer(tiny: Tiny):
 def test_trainable_parameters_of_falcon_7b(method, expected):
     module = variants.method_module(method)
     with torch.device("meta"):
-        model = module.attach(GPT(Config.from_name("falcon-7b")), module.CONFIG())
+        model = module.attach(GPT(config_from_name("falcon-7b")), module.CONFIG())
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
 
 
@@ -130,8 +135,8 @@ def method_flags(flags: dict, method: str) -> dict:  # noqa: F811
 
 def weights_of(out_dir, method: str) -> dict:
     if method == "full":
-        return checkpoint.load(out_dir / "lit_model.pth")
-    return checkpoint.load(out_dir / f"lit_model_{method}_finetuned.pth")["state"]
+        return io.load(out_dir / "lit_model.pth")
+    return io.load(out_dir / f"lit_model_{method}_finetuned.pth")["state"]
 
 
 @pytest.mark.parametrize("moment", [2, 8])
@@ -162,6 +167,6 @@ def test_full_finetuning_in_bf16_arithmetic(cli, flags, llama):  # noqa: F811
     """float32 weights while it trains, the base's dtype in the result."""
     result = cli("finetune/full.py", **method_flags(flags, "full") | {"precision": "bf16"})
     assert result.code == 0, result.err
-    found, base = weights_of(flags["out_dir"], "full"), checkpoint.load_state(llama)
+    found, base = weights_of(flags["out_dir"], "full"), folder.load_state(llama)
     assert found.keys() == base.keys() and all(found[k].dtype == base[k].dtype for k in base)
     assert all(not torch.equal(found[k], base[k]) for k in base)

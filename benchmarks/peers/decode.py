@@ -15,6 +15,8 @@ worker = Worker()
 
 import torch  # noqa: E402
 
+from lit_gpt.checkpoints.base_model import load_model
+
 JOB = worker.job
 NAME, PROMPTS, NEW = JOB["contestant"], JOB["prompts"], JOB["new_tokens"]
 DTYPE = DTYPES[JOB["precision"]]
@@ -24,14 +26,15 @@ about: dict[str, int] = {}
 
 
 def ours() -> Answer:
-    from lit_gpt import GPT, adapter, adapter_v2, lora
-    from lit_gpt.decoding import FastStep, Row
-    from lit_gpt.generation import decode
+    from lit_gpt.generation.engine import decode
+    from lit_gpt.generation.sequence import Row
+    from lit_gpt.generation.steps import FastStep
+    from lit_gpt.methods import adapter, adapter_v2, lora
 
     options = NAME.split("_")[1:]
     torch.manual_seed(0)
     folder = next((JOB["quantized"][option] for option in options if option in JOB["quantized"]), JOB["checkpoint_dir"])
-    model = GPT.from_checkpoint(Path(folder), DTYPE, worker.device)
+    model = load_model(Path(folder), DTYPE, worker.device)
     if "lora" in options:
         lora.attach(model, lora.LoRAConfig(key=True, projection=True, mlp=True))
         for layer in lora.lora_layers(model).values():

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lit_gpt import GPT, Config, lora
+from lit_gpt import GPT, Config
+from lit_gpt.methods import lora
 
 
 class StepFlops:

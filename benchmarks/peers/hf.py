@@ -74,11 +74,11 @@ class Packed:
         if compile:
             self.model.base_model.compile(dynamic=True)
         if self.lent:
-            from lit_gpt.block_attention import Scores
-            from lit_gpt.model import attend_packed
+            from lit_gpt.kernels.attention import ScoreParams
+            from lit_gpt.model.sdpa import attend_packed
 
             def attention(module, q, k, v, mask, scaling, **_):
-                scores = Scores(scaling, getattr(module, "sliding_window", None))
+                scores = ScoreParams(scaling, getattr(module, "sliding_window", None))
                 y = attend_packed(q, k, v, scores, self.segments)
                 return y.transpose(1, 2).contiguous(), None
 
@@ -86,9 +86,9 @@ class Packed:
             self.model.set_attn_implementation("packed")
 
     def summed_loss(self, samples: list[Sample]) -> tuple[Tensor, int]:
-        from lit_gpt import data
+        from lit_gpt.data import dataset, packing
 
-        row = data.pack(data.Sample(ids, supervised) for ids, supervised in samples).to(worker.device)
+        row = packing.pack(dataset.Sample(ids, supervised) for ids, supervised in samples).to(worker.device)
         self.segments = row.segments
         more = {"position_ids": row.segments.positions[None]} if len(samples) > 1 else {}
         if more and not self.lent:

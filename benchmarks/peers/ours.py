@@ -12,7 +12,8 @@ from protocol import Worker, set_A  # noqa: E402
 
 worker = Worker()
 
-from lit_gpt import lora, train  # noqa: E402  (what they print is not an answer)
+from lit_gpt.methods import lora  # noqa: E402
+from lit_gpt.training import loop, setup  # noqa: E402
 
 FOREVER = 10**6
 SCRIPT = Path(__file__).parent.parent.parent / "finetune" / "lora.py"
@@ -44,7 +45,7 @@ def projections(path: str, job: dict) -> tuple[int, list[str]]:
     return int(layer), names.get(module, [module.removeprefix("mlp.")])
 
 
-load, optimize, steps = train.load_to_train, train.Run.optimize, worker.steps()
+load, optimize, steps = setup.load_to_train, loop.Trainer.optimize, worker.steps()
 
 
 def load_as_all(*arguments):
@@ -63,6 +64,6 @@ def optimize_when_asked(run):
     return loss, tokens
 
 
-train.load_to_train, train.Run.optimize = load_as_all, optimize_when_asked
+setup.load_to_train, loop.Trainer.optimize = load_as_all, optimize_when_asked
 script = runpy.run_path(str(SCRIPT))
 script["main"](cli.parse(script, [f"--{name}={value}" for name, value in flags(worker.job).items()]))

@@ -16,10 +16,13 @@ from tokenizers import Tokenizer as Tokens
 from tokenizers import models
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lit_gpt import data, families, hf_files
-from lit_gpt.checkpoint import new_folder
-from lit_gpt.prompts import PromptStyle
-from lit_gpt.tokenizer import Tokenizer
+from lit_gpt.conversion import hf as hf_files
+from lit_gpt.conversion import hf_shards
+from lit_gpt.data import dataset, split_writer
+from lit_gpt.families import registry
+from lit_gpt.files import new_folder
+from lit_gpt.text.prompt_style import PromptStyle
+from lit_gpt.text.tokenizer import Tokenizer
 
 MEDIAN, SIGMA, SHORTEST, LONGEST = 91, 0.57, 16, 1079
 
@@ -30,7 +33,7 @@ def make_checkpoint(folder: Path, hf: dict, seed: int) -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf), dtype=torch.bfloat16)
     model.save_pretrained(folder)
     Tokens(models.WordLevel({"<end>": 0}, unk_token="<end>")).save(str(folder / "tokenizer.json"))
-    hf_files.convert(folder, hf_files.StoredWeights(folder))
+    hf_files.convert(folder, hf_shards.StoredWeights(folder))
 
 
 def lengths_like_alpaca(n: int, longest: int, generator: torch.Generator) -> list[int]:
@@ -38,7 +41,9 @@ def lengths_like_alpaca(n: int, longest: int, generator: torch.Generator) -> lis
     return [min(max(length, SHORTEST), LONGEST, longest) for length in lengths]
 
 
-def write_split(split: data.SplitWriter, rows: int, vocabulary: int, longest: int, generator: torch.Generator) -> None:
+def write_split(
+    split: split_writer.SplitWriter, rows: int, vocabulary: int, longest: int, generator: torch.Generator
+) -> None:
     for n in lengths_like_alpaca(rows, longest, generator):
         ids = torch.randint(vocabulary, (n,), generator=generator, dtype=torch.int32)
         split.append(ids.tolist(), [i >= n // 2 for i in range(n)])
@@ -46,16 +51,16 @@ def write_split(split: data.SplitWriter, rows: int, vocabulary: int, longest: in
 
 
 def main(model: str, fields: dict, rows: int, seed: int, folder: str) -> None:
-    hf = families.preset(model) | fields
+    hf = registry.preset(model) | fields
     checkpoint_dir = Path(folder) / "checkpoint"
     make_checkpoint(checkpoint_dir, hf, seed)
     generator = torch.Generator().manual_seed(seed)
     longest = hf.get("max_position_embeddings", 2048)
     with new_folder(Path(folder) / "data") as destination:
-        splits = {name: data.SplitWriter(destination / f"{name}.safetensors") for name in data.SPLITS}
+        splits = {name: split_writer.SplitWriter(destination / f"{name}.safetensors") for name in dataset.SPLITS}
         for split, n in zip(splits.values(), (rows, 4), strict=True):
             write_split(split, n, hf["vocab_size"], longest, generator)
-        data.write_meta(destination, splits, Tokenizer(checkpoint_dir), PromptStyle("plain", "", own_bos=False))
+        dataset.write_meta(destination, splits, Tokenizer(checkpoint_dir), PromptStyle("plain", "", own_bos=False))
 
 
 if __name__ == "__main__":

@@ -7,11 +7,11 @@ keys.
 
 from typing import Any
 
-from lit_gpt.config import Config
 from lit_gpt.errors import UserError
-from lit_gpt.families import activation, llama, rope, windows
-from lit_gpt.gguf_layout import Layout
-from lit_gpt.weights import Table
+from lit_gpt.families import llama
+from lit_gpt.families.fields import activation, rope, windows
+from lit_gpt.families.tables import Layout, Table
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
 DERIVED = llama.DERIVED

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from lit_gpt.config import Config
-from lit_gpt.families import activation, refuse
-from lit_gpt.weights import Table, Transposed
+from lit_gpt.families.fields import activation, refuse
+from lit_gpt.families.tables import Table, Transposed
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("gpt2",)
 DERIVED = ("*.attn.bias", "*.attn.masked_bias")

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from lit_gpt.config import Config
 from lit_gpt.errors import UserError
-from lit_gpt.families import activation, rope
-from lit_gpt.gguf_layout import Layout
-from lit_gpt.weights import Grouped, Table
+from lit_gpt.families.fields import activation, rope
+from lit_gpt.families.tables import Grouped, Layout, Table
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("gpt_neox",)
 MODULES = {"embed_out": "lm_head"}

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from lit_gpt.config import Config
 from lit_gpt.families import llama
-from lit_gpt.gguf_layout import Layout
+from lit_gpt.families.tables import Layout
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("granite",)
 DERIVED = llama.DERIVED

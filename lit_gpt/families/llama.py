@@ -3,10 +3,9 @@ TinyLlama, OpenLLaMA, Vicuna, CodeLlama, SmolLM2."""
 
 from typing import Any
 
-from lit_gpt.config import Config
-from lit_gpt.families import activation, rope
-from lit_gpt.gguf_layout import Layout
-from lit_gpt.weights import Stacked, Table
+from lit_gpt.families.fields import activation, rope
+from lit_gpt.families.tables import Layout, Stacked, Table
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("llama", "mistral")
 DERIVED = ("*.self_attn.rotary_emb.inv_freq",)

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from lit_gpt.config import Config
 from lit_gpt.families import llama
-from lit_gpt.weights import PerExpert, Table
+from lit_gpt.families.tables import PerExpert, Table
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("mixtral",)
 DERIVED = llama.DERIVED

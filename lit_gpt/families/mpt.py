@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from lit_gpt.config import Config
-from lit_gpt.families import refuse
-from lit_gpt.weights import Table
+from lit_gpt.families.fields import refuse
+from lit_gpt.families.tables import Table
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("mpt",)
 DERIVED = ()

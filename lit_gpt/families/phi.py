@@ -3,9 +3,10 @@ of each head rotated."""
 
 from typing import Any
 
-from lit_gpt.config import Config
-from lit_gpt.families import activation, llama, rope
-from lit_gpt.weights import Stacked, Table
+from lit_gpt.families import llama
+from lit_gpt.families.fields import activation, rope
+from lit_gpt.families.tables import Stacked, Table
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("phi",)
 DERIVED = llama.DERIVED

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from lit_gpt.config import Config
 from lit_gpt.families import llama
-from lit_gpt.gguf_layout import Layout
-from lit_gpt.weights import Table
+from lit_gpt.families.tables import Layout, Table
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("phi3",)
 DERIVED = llama.DERIVED

@@ -3,10 +3,10 @@ key in their place, and heads whose size the width does not tell."""
 
 from typing import Any
 
-from lit_gpt.config import Config
-from lit_gpt.families import llama, windows
-from lit_gpt.gguf_layout import Layout
-from lit_gpt.weights import Table
+from lit_gpt.families import llama
+from lit_gpt.families.fields import windows
+from lit_gpt.families.tables import Layout, Table
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("qwen2", "qwen3")
 DERIVED = llama.DERIVED

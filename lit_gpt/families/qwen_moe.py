@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from lit_gpt.config import Config
-from lit_gpt.families import llama, mixtral, qwen, refuse
-from lit_gpt.weights import Table
+from lit_gpt.families import llama, mixtral, qwen
+from lit_gpt.families.fields import refuse
+from lit_gpt.families.tables import Table
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("qwen3_moe",)
 DERIVED = llama.DERIVED

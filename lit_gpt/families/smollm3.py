@@ -2,10 +2,11 @@
 
 from typing import Any
 
-from lit_gpt.config import Config
 from lit_gpt.errors import UserError
-from lit_gpt.families import llama, rope, windows
-from lit_gpt.gguf_layout import Layout
+from lit_gpt.families import llama
+from lit_gpt.families.fields import rope, windows
+from lit_gpt.families.tables import Layout
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("smollm3",)
 DERIVED = llama.DERIVED

@@ -3,9 +3,10 @@ attention and MLP side by side, and norms of each head's query and key."""
 
 from typing import Any
 
-from lit_gpt.config import Config
-from lit_gpt.families import llama, rope
-from lit_gpt.weights import Stacked, Table
+from lit_gpt.families import llama
+from lit_gpt.families.fields import rope
+from lit_gpt.families.tables import Stacked, Table
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("stablelm",)
 DERIVED = llama.DERIVED

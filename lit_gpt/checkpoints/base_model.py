@@ -1,0 +1,193 @@
+"""The base: a converted checkpoint's weights as they are to be used, as they are stored or quantized.
+
+Quantizing goes tensor by tensor, from the mapped file to what is kept, so that a model never needs its full size.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lit_gpt.checkpoints import base_model, io
+from lit_gpt.checkpoints import folder as checkpoint
+from lit_gpt.checkpoints.io import check_state
+from lit_gpt.errors import UsageError, UserError
+from lit_gpt.hardware import on_meta, page_out
+from lit_gpt.model.config import Config
+from lit_gpt.model.gpt import GPT
+from lit_gpt.quantization import formats
+from lit_gpt.quantization import modules as modules_module
+
+
+def build_model(
+    config: Config,
+    state: dict[str, Tensor],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    source: Path | str = "the state dict",
+    attach: Callable[[GPT], GPT] | None = None,
+) -> GPT:
+    """A GPT that holds the given tensors, in evaluation mode.
+
+    Args:
+        source: names the tensors in errors.
+        attach: makes of a GPT on the meta device what the tensors are for.
+
+    Raises:
+        UserError: missing or unexpected names, or shapes that the configuration contradicts.
+    """
+    with on_meta():
+        model = GPT(config).to(dtype)
+        model = attach(model) if attach else model
+    if config.tie_embeddings:
+        tied = {name.replace("wte.", "lm_head."): tensor for name, tensor in state.items() if name.startswith("wte.")}
+        state = state | tied
+    expected = model.state_dict()
+    check_state(expected, state, source)
+    # a quantized layer has tensors of dtypes that the model's does not bear on
+    cast = {name: tensor.to(device, expected[name].dtype if dtype else None) for name, tensor in state.items()}
+    model.load_state_dict(cast, strict=True, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class BaseCheckpoint:
+    """A converted checkpoint, its tensors mapped from the file."""
+
+    checkpoint_dir: Path
+    config: Config
+    state: Mapping[str, Tensor]
+    fingerprint: str  # of the weights before they were quantized
+    quantize: str | None = None  # a format of lit_gpt.quantization.formats
+    stored: bool = False  # the file is quantized already
+    codes: str | None = None  # fingerprint of its tensors, if they are others than rounding to the nearest gives
+
+    @classmethod
+    def of(cls, checkpoint_dir: Path, quantize: str | None = None) -> "BaseCheckpoint":
+        """The base in a folder, to be quantized to a format if one is given.
+
+        Raises:
+            UsageError: the folder is quantized already.
+            UserError: it is no converted checkpoint, or its weights are not those that were calibrated.
+        """
+        state, config = checkpoint.load_state(checkpoint_dir, quantized=True), Config.from_checkpoint(checkpoint_dir)
+        found = checkpoint.quantization(checkpoint_dir)
+        if not found:
+            base = cls(Path(checkpoint_dir), config, state, checkpoint.fingerprint(state), quantize)
+            for tensor in state.values() if quantize else ():
+                page_out(tensor)
+            return base
+        if quantize:
+            raise UsageError(
+                f"--quantize {quantize}: {checkpoint_dir} is quantized already ({found['quantize']}); leave the flag "
+                "out, or give the folder that it was made from"
+            )
+        codes = found.get("codes")
+        if codes and codes != checkpoint.fingerprint(state):
+            raise UserError(
+                f"{Path(checkpoint_dir) / 'lit_model.pth'}: not the weights that lit_quantize.json tells of; "
+                "quantize again"
+            )
+        return cls(Path(checkpoint_dir), config, state, found["source"], found["quantize"], True, codes)
+
+    @property
+    def quantization(self) -> str | None:
+        """By which a finetuned file knows how its base is quantized: the format, of a calibrated one also the codes."""
+        return f"{self.quantize}:{self.codes}" if self.codes else self.quantize
+
+    def as_trained(self, trained_on: str | None, path: Path) -> "BaseCheckpoint":
+        """This base, quantized as a finetuned file has it; one that was trained on full weights takes any.
+
+        Args:
+            trained_on: the `quantization` of its base.
+
+        Raises:
+            UserError: this one is quantized otherwise, or is to be.
+        """
+        if trained_on in (None, self.quantization):
+            return self
+        name, _, codes = trained_on.partition(":")
+        if codes:
+            raise UserError(
+                f"{path}: trained on the calibrated {name} checkpoint of fingerprint {codes}, which --checkpoint_dir "
+                f"{self.checkpoint_dir} is not; give the folder that scripts/quantize.py wrote"
+            )
+        if self.quantize is None:
+            return replace(self, quantize=name)
+        where = f"--checkpoint_dir {self.checkpoint_dir} is" if self.stored else "--quantize asks for"
+        here, mend = (f"calibrated {name}", "the folder that it was made from") if self.codes else (self.quantize, name)
+        raise UserError(f"{path}: trained on a base in {name}, and {where} {here}; use {mend}")
+
+    def build(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> GPT:
+        """The model, in evaluation mode; see load_model."""
+        source = self.checkpoint_dir / "lit_model.pth"
+        if not self.quantize:
+            return base_model.build_model(self.config, dict(self.state), dtype, device, source)
+        dtype = dtype or self.dtype
+        state = dict(self.state if self.stored else self.quantized(dtype, device))
+        return base_model.build_model(self.config, state, dtype, device, source, self.attach)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights that are not quantized, as stored."""
+        return self.state["ln_f.weight"].dtype
+
+    def attach(self, model: GPT) -> GPT:
+        return modules_module.attach(model, self.quantize)
+
+    def skeleton(self, dtype: torch.dtype) -> GPT:
+        with on_meta():
+            return self.attach(GPT(self.config).to(dtype))
+
+    def quantized(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The state dict of the quantized model, tensor by tensor; what is not quantized comes as it is stored.
+
+        Raises:
+            UserError: weights that are not numbers.
+        """
+        modules = dict(self.skeleton(dtype).named_modules())
+        for name, tensor in self.state.items():
+            path, _, kind = name.rpartition(".")
+            module = modules.get(path)
+            if kind != "weight" or not isinstance(module, modules_module.Quantized):
+                yield name, tensor
+                continue
+            found = formats.encode(tensor, module.format, dtype, device and torch.device(device), done=page_out)
+            if not all(part.isfinite().all() for part in found.values() if part.is_floating_point()):
+                raise UserError(f"{self.checkpoint_dir / 'lit_model.pth'}: {name} holds values that are not numbers")
+            yield from ((f"{path}.{key}", part) for key, part in found.items())
+
+    def write_quantized(self, folder: Path, tensors: Iterable[tuple[str, Tensor]], calibrated: bool) -> None:
+        """Write the tensors of a quantized model into a checkpoint folder that has all but the weights."""
+        layout = self.skeleton(self.dtype).state_dict()
+        for name in [name for name in layout if name.startswith("wte.")] if self.config.tie_embeddings else ():
+            del layout[name.replace("wte.", "lm_head.")]
+        path = folder / "lit_model.pth"
+        io.write_streamed(path, layout, tensors)
+        record = {"format_version": checkpoint.QUANTIZED_VERSION, "quantize": self.quantize, "source": self.fingerprint}
+        if calibrated:
+            record["codes"] = checkpoint.fingerprint(io.load(path))
+        (folder / "lit_quantize.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def load_model(
+    checkpoint_dir: Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    quantize: str | None = None,
+) -> GPT:
+    """Load the model of a converted checkpoint folder, in evaluation mode.
+
+    Args:
+        dtype: of the weights; None: as stored.
+        device: None: the CPU, where weights kept in the stored dtype stay mapped from the file.
+        quantize: a format of lit_gpt.quantization.formats, for a folder that is not quantized already.
+
+    Raises:
+        UserError: the folder is not a converted checkpoint, or its files are damaged or do not fit together.
+    """
+    return BaseCheckpoint.of(checkpoint_dir, quantize).build(dtype, device)

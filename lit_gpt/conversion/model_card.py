@@ -1,0 +1,166 @@
+"""What goes beside an export for those who will use it: the model card, and the figures of the check."""
+
+import hashlib
+import json
+import re
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lit_gpt.text.tokenizer import Tokenizer, has_tokenizer
+
+# What a finetune leaves in its out_dir, and the folder made from it keeps, for the card of what is made from that.
+RUN_FILES = ("hyperparameters.json", "summary.json", "metrics.csv", "loss.png")
+PACKAGES = ("torch", "transformers", "peft", "gguf", "tokenizers")
+SHOWN = (  # of the hyperparameters; those of the method besides
+    "learning_rate", "weight_decay", "warmup_steps", "schedule", "optimizer", "epochs", "max_steps", "batch_size",
+    "precision", "seed",
+)  # fmt: skip
+OF_METHOD = ("lora_", "adapter_")
+AUDIT = ("rows_kept", "tokens", "tokens_supervised")
+
+
+def copy_run(source: Path, target: Path) -> None:
+    for name in RUN_FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, Path(target) / name)
+
+
+def write(
+    folder: Path,
+    name: str,
+    checkpoint_dir: Path,
+    run_dir: Path,
+    use: str,
+    library: str,
+    figures: dict[str, Any],
+) -> None:
+    """Write README.md, with loss.png and the base's licence where there is one, and export.json.
+
+    Args:
+        name: of what was exported.
+        checkpoint_dir: of the base, or of a finetuned checkpoint that knows its own.
+        run_dir: where the finetune left its records; it need have none.
+        use: how to load it: code.
+        library: as the hub calls it.
+        figures: of the check, and the hashes of what it was made from.
+    """
+    figures = {
+        **figures,
+        "versions": versions(),
+        "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()},
+    }
+    run, summary = read(run_dir / "hyperparameters.json"), read(run_dir / "summary.json")
+    run.pop("lora_path", None)  # a place on this machine
+    base = Path(run.get("checkpoint_dir") or checkpoint_dir)
+    licence = licence_of(base, folder)
+    head = {
+        "base_model": repository(base),
+        "library_name": library,
+        "license": licence,
+        "pipeline_tag": "text-generation",
+        "tags": ["lit-gpt", *([summary["method"]] if "method" in summary else [])],
+    }
+    parts = [
+        "---\n" + "".join(f"{key}: {json.dumps(value)}\n" for key, value in head.items() if value) + "---",
+        f"# {name}",
+        f"Made by Lit-GPT from {repository(base) or base.name}.",
+        f"```python\n{use}\n```",
+        training_data(run),
+        table("Hyperparameters", {k: v for k, v in run.items() if k in SHOWN or k.startswith(OF_METHOD)}),
+        losses(summary, run_dir, folder),
+        checked(figures),
+        f"## Licence\n\n{licence or 'The folder of the base does not tell one.'}",
+    ]
+    (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    (folder / "export.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def repository(folder: Path) -> str | None:
+    """owner/name, of a folder where scripts/download.py put it."""
+    parts = folder.resolve().parts
+    return "/".join(parts[-2:]) if parts[-3:-2] == ("checkpoints",) else None
+
+
+def licence_of(base: Path, folder: Path) -> str | None:
+    """As the base's own card has it. Its text goes along."""
+    for path in base.glob("LICENSE*"):
+        shutil.copyfile(path, folder / path.name)
+    card = base / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
+    found = re.search(r"^license: *[\"']?([^\s\"']+)", head[1], re.MULTILINE) if head else None
+    return found[1] if found else "other" if any(base.glob("LICENSE*")) else None
+
+
+def training_data(run: dict[str, Any]) -> str:
+    if not run.get("data_dir"):
+        return ""
+    audit = read(Path(run["data_dir"]) / "data.json").get("audit", {})
+    rows = {f"{split}: {key}": audit[split][key] for split in audit for key in AUDIT if key in audit[split]}
+    return table("Data", {"prepared data": Path(run["data_dir"]).name, **rows})
+
+
+def losses(summary: dict[str, Any], run_dir: Path, folder: Path) -> str:
+    if not summary:
+        return ""
+    keys = ("method", "base_quantization", "trainable_parameters", "steps", "tokens", "val_loss_first", "val_loss_last")
+    text = table("Training", {key: summary[key] for key in keys if summary.get(key) is not None})
+    if not (run_dir / "loss.png").is_file():
+        return text
+    if not (folder / "loss.png").exists():
+        shutil.copyfile(run_dir / "loss.png", folder / "loss.png")
+    return text + "\n\n![loss over tokens](loss.png)"
+
+
+def checked(figures: dict[str, Any]) -> str:
+    text = (
+        f"## Checked\n\nRead back by {figures['reader']} before it was written: its logits differ from the source's by "
+        f"{figures['logits_difference']:.1e} of their norm (allowed: {figures['logits_difference_allowed']:.0e}); "
+        f"{figures['texts_compared']} texts have the same tokens and {figures['conversations_compared']} conversations "
+        "the same prompts. The figures and hashes are in export.json."
+    )
+    if "trained_on" in figures:
+        moved = figures["logits_difference_from_training"]
+        text += f" It was trained on a base in {figures['trained_on']}; full weights move its logits by {moved:.1e}."
+    return text
+
+
+def table(title: str, rows: dict[str, Any]) -> str:
+    lines = [f"| {key} | {value} |" for key, value in rows.items() if value is not None]
+    return "\n".join([f"## {title}", "", "| | |", "|---|---|", *lines]) if lines else ""
+
+
+def provenance(checkpoint_dir: Path, base: str, template: str | None, adapter: Path | None = None) -> dict[str, Any]:
+    """Hashes of what an export is made from: `base` is the fingerprint of the base's state dict."""
+    return {
+        "base": base,
+        "adapter": sha256(adapter) if adapter else None,
+        "tokenizer": Tokenizer(checkpoint_dir).fingerprint if has_tokenizer(checkpoint_dir) else None,
+        "template": hashlib.sha256(template.encode()).hexdigest() if template else None,
+    }
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is none."""
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return contents if isinstance(contents, dict) else {}

@@ -1,0 +1,392 @@
+"""PEFT's LoRA adapters, `adapter_config.json` with `adapter_model.safetensors`, in both directions.
+
+A fused layer here has an A and a B for each projection in it; PEFT has one pair for each linear layer of transformers.
+The family's weight table says which rows of ours each of those holds. A projection that transformers has apart gets
+its pair as it is. A layer that it has fused gets the A's of its projections one below the other and their B's side by
+side, each in its own rows: a pair of r times as many ranks as projections, and the same update exactly.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lit_gpt.checkpoints import io
+from lit_gpt.conversion import weights
+from lit_gpt.errors import UserError
+from lit_gpt.families.registry import family_of_config
+from lit_gpt.files import read_json
+from lit_gpt.methods import lora
+from lit_gpt.model.config import Config
+from lit_gpt.model.gpt import GPT
+
+CONFIG, TENSORS, OLD_TENSORS = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+NO_ADAPTER = (
+    "{}: no adapter; expected adapter_model.safetensors beside adapter_config.json, as PEFT's save_pretrained writes"
+)
+PREFIX = "base_model.model."  # what PEFT puts before the names of transformers
+Pairs = dict[str, tuple[Tensor, Tensor]]  # {layer of transformers: A (r, in_features) and B (out_features, r)}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer of transformers."""
+
+    name: str  # of the module
+    stored: str  # of its tensors in a file, which transformers 5 may know by another name than the module's
+    lit: str  # the layer here that holds its rows
+    rows: Tensor  # which of that layer's rows, in its own order; int64 (out_features,)
+
+
+def layers(config: Config) -> Iterator[Layer]:
+    """The layers of transformers that hold a matrix. A tied head is one too: it can have an adapter of its own."""
+    modules = getattr(family_of_config(config), "MODULES", {})
+    for row in weights.rows(replace(config, tie_embeddings=False)):
+        if len(row.shape) == 2:
+            parts = row.place.to_hf(torch.arange(row.shape[0]))
+            for name, rows in zip(row.hf, parts, strict=True):
+                stored = name.removesuffix(".weight")
+                yield Layer(modules.get(stored, stored), stored, row.lit.removesuffix(".weight"), rows)
+
+
+def to_peft(model: GPT) -> Pairs:
+    """The pairs of a model with LoRA attached, under the names of transformers."""
+    attached, pairs = lora.lora_layers(model), {}
+    known = list(layers(model.config))
+    if apart := attached.keys() - {layer.lit for layer in known}:
+        raise UserError(f"LoRA of {min(apart)} cannot be a PEFT adapter: transformers has no linear layer there")
+    for layer in known:
+        ours = attached.get(layer.lit)
+        if ours is None:
+            continue
+        found = []
+        for (start, stop), A, B in zip(ours.parts, ours.lora_A.split(ours.r), ours.split_B(), strict=True):
+            own = (start <= layer.rows) & (layer.rows < stop)
+            if own.any():
+                wide = B.new_zeros(len(layer.rows), ours.r)
+                wide[own] = B.detach()[layer.rows[own] - start]
+                found.append((A.detach(), wide))
+        if found:
+            pairs[layer.name] = torch.cat([A for A, _ in found]), torch.cat([B for _, B in found], dim=1)
+    return pairs
+
+
+def write(folder: Path, model: GPT, config: lora.LoRAConfig, base_model: str) -> None:
+    """Write what `PeftModel.from_pretrained(base, folder)` loads.
+
+    Args:
+        config: by which LoRA is attached to `model`.
+        base_model: what the base is called: a path, or a name on the hub.
+    """
+    pairs = to_peft(model)
+    tensors = {f"{PREFIX}{name}.lora_{x}.weight": t for name, pair in pairs.items() for x, t in zip("AB", pair)}  # noqa: B905
+    tensors = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+    io.save_safetensors(folder / TENSORS, tensors, {"format": "pt"})
+    contents = adapter_config(model.config, pairs, config) | {"base_model_name_or_path": base_model}
+    (folder / CONFIG).write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+def adapter_config(model: Config, pairs: Pairs, config: lora.LoRAConfig) -> dict[str, Any]:
+    """The contents of adapter_config.json.
+
+    Every layer is scaled by alpha / r, whatever its rank. `r` is the largest one, by which readers reserve room; layers
+    of a smaller one are listed.
+    """
+    names = {name.rpartition(".")[0] for row in weights.rows(model) for name in row.hf} | set(pairs)
+    ranks = {name: len(A) for name, (A, _) in pairs.items()}
+    r = max(ranks.values())
+    smaller = {shortest(name, {n for n in ranks if ranks[n] == k}, names): k for name, k in ranks.items() if k != r}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": r,
+        "lora_alpha": whole_if_possible(config.alpha * r / config.r),
+        "lora_dropout": config.dropout,
+        "target_modules": sorted({shortest(name, set(pairs), names) for name in pairs}),
+        "rank_pattern": smaller,
+        "alpha_pattern": {key: whole_if_possible(config.alpha * k / config.r) for key, k in smaller.items()},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def shortest(name: str, wanted: set[str], names: set[str]) -> str:
+    """The shortest end of a layer's name that among `names` only those in `wanted` have."""
+    parts = name.split(".")
+    for n in range(1, len(parts)):
+        end = ".".join(parts[-n:])
+        if all(other in wanted for other in names if other == end or other.endswith("." + end)):
+            return end
+    return name
+
+
+def whole_if_possible(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+# Fields of adapter_config.json that `check_config` and `Targets` read, and those that say nothing about the function.
+READ = {
+    "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "bias",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights",
+}  # fmt: skip
+SAY_NOTHING = {
+    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "megatron_core",
+    "qalora_group_size", "runtime_config", "eva_config",
+}  # fmt: skip
+KEPT_BASE = (True, False, None, "gaussian", "orthogonal", "eva")  # initializations that leave the base as it was
+
+
+def read(
+    folder: Path, config: Config, base: Mapping[str, Tensor]
+) -> tuple[lora.LoRAConfig, dict[str, Tensor], list[str]]:
+    """What a PEFT adapter is to a model of this Config, whose state dict is `base`.
+
+    A module whose alpha or rank is its own is honoured: what its scale differs by goes into its B, and ranks that it
+    lacks are zeros in A and B, which add nothing and, their gradients being zero, never train. So are the projections
+    that the adapter leaves out in layers of which it adapts others.
+
+    Returns:
+        the hyperparameters, the state dict of the LoRA parameters in float32, and remarks to show.
+
+    Raises:
+        UserError: the folder is no LoRA adapter, or has what cannot be taken over; the field or tensor is named.
+    """
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise UserError(NO_ADAPTER.format(folder))
+    fields = read_json(path)
+    check_config(fields, path)
+    known = {layer.name: layer for layer in layers(config)}
+    modules = {layer.stored: layer.name for layer in known.values()}
+    pairs, others = read_pairs(Path(folder))
+    pairs = {modules.get(name, name): pair for name, pair in pairs.items()}
+    check_others(others, known, config, base, Path(folder))
+    targets = Targets(fields, path)
+    check_targets(pairs, known, targets, Path(folder))
+
+    parts = lora_parts(config)
+    found: dict[tuple[str, tuple[int, int]], tuple[Tensor, Tensor, float]] = {}
+    for name, (A, B) in pairs.items():
+        layer, scale = known[name], targets.scale(known[name], len(A))
+        for span, a, b in split(layer, A, B, [span for lit, span in parts if lit == layer.lit], folder):
+            found[layer.lit, span] = a, b, scale
+    r = max(len(a) for a, _, _ in found.values())
+    default = fields["lora_alpha"] / (math.sqrt(fields["r"]) if fields.get("use_rslora") else fields["r"])
+    result = lora.LoRAConfig(
+        r=r,
+        alpha=whole_if_possible(default * r),
+        dropout=fields.get("lora_dropout") or 0.0,
+        **{name: any(parts[key] == name for key in found) for name in set(parts.values())},
+    )
+    state = lay_out(
+        config, result, {key: (a, b * (scale / (result.alpha / r))) for key, (a, b, scale) in found.items()}
+    )
+    return result, state, targets.remarks(known)
+
+
+def check_config(fields: Mapping[str, Any], path: Path) -> None:
+    """Refuse, by its name, a field that would change what the adapter computes and is not honoured."""
+
+    def refuse(name: str, why: str) -> None:
+        raise UserError(f"{path}: '{name}': {json.dumps(fields.get(name))} {why}")
+
+    if fields.get("peft_type") != "LORA":
+        refuse("peft_type", "is not supported; expected LORA")
+    if fields.get("task_type") not in (None, "CAUSAL_LM"):
+        refuse("task_type", "is not supported; expected CAUSAL_LM")
+    if fields.get("bias", "none") != "none":
+        refuse("bias", "is not supported: only matrices have updates; expected none")
+    if fields.get("init_lora_weights", True) not in KEPT_BASE:
+        refuse(
+            "init_lora_weights", "is not supported: it changes the base's weights; save the adapter converted to LoRA"
+        )
+    for name in ("r", "lora_alpha"):
+        if isinstance(fields.get(name), bool) or not isinstance(fields.get(name), (int, float)) or fields[name] <= 0:
+            refuse(name, "is not a number above 0")
+    for name, value in fields.items():
+        if name not in READ | SAY_NOTHING and value not in (None, False, "", [], {}):
+            refuse(name, "is not supported; merge the adapter with PEFT (merge_and_unload) and convert the result")
+
+
+def read_pairs(folder: Path) -> tuple[Pairs, dict[str, Tensor]]:
+    """The adapter's pairs of A and B, and its other tensors, by the names of transformers.
+
+    Raises:
+        UserError: there are no pairs, or halves of them.
+    """
+    path = folder / TENSORS
+    if path.is_file():
+        try:
+            tensors = load_file(path)
+        except Exception as error:  # SafetensorError, OSError: a damaged file
+            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+    elif (folder / OLD_TENSORS).is_file():
+        path = folder / OLD_TENSORS
+        tensors = io.load(path)
+    else:
+        raise UserError(NO_ADAPTER.format(folder))
+    halves: dict[str, dict[str, Tensor]] = {}
+    others = {}
+    for name, tensor in tensors.items():
+        key = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_([AB])\.weight", name)
+        if key and tensor.ndim == 2:
+            halves.setdefault(key[1], {})[key[2]] = tensor.float()
+        else:
+            others[name.removeprefix(PREFIX)] = tensor
+    if not halves:
+        raise UserError(f"{path}: holds no tensors")
+    for name, pair in halves.items():
+        if len(pair) != 2 or len(pair["A"]) != pair["B"].shape[1]:
+            shapes = ", ".join(f"{x} {tuple(t.shape)}" for x, t in pair.items())
+            raise UserError(f"{path}: of {name} it holds {shapes}; expected A (r, in) and B (out, r)")
+    return {name: (pair["A"], pair["B"]) for name, pair in halves.items()}, others
+
+
+def check_others(
+    others: Mapping[str, Tensor], known: Mapping[str, Layer], config: Config, base: Mapping[str, Tensor], folder: Path
+) -> None:
+    """Refuse what is neither A nor B, but for copies of the base's own weights: PEFT adds those of an adapted head."""
+    rows = {row.lit: row for row in weights.rows(replace(config, tie_embeddings=False))}
+    for name, tensor in others.items():
+        layer = known.get(re.sub(r"(\.base_layer)?\.weight$", "", name))
+        if layer is None:
+            raise UserError(f"{folder}: holds {name} {tuple(tensor.shape)}, no A or B of LoRA; it is not supported")
+        row, stored = rows[f"{layer.lit}.weight"], base.get(f"{layer.lit}.weight", base["wte.weight"])
+        own = row.place.to_hf(stored)[row.hf.index(f"{layer.stored}.weight")]
+        if own.shape != tensor.shape or not torch.equal(own.to(tensor.dtype), tensor):
+            raise UserError(f"{folder}: changes the base's {name}; only updates of low rank are supported")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which layers an adapter_config.json is for, by the rules of PEFT, and how each is scaled."""
+
+    fields: Mapping[str, Any]
+    path: Path
+
+    def __contains__(self, layer: Layer) -> bool:
+        return any(self.has(name) for name in (layer.name, layer.stored))
+
+    def has(self, name: str) -> bool:
+        wanted, excluded = self.fields.get("target_modules"), self.fields.get("exclude_modules")
+        if excluded and named(name, excluded):
+            return False
+        if wanted is None or wanted == "all-linear":
+            return True
+        only = self.fields.get("layers_to_transform")
+        if only is None or isinstance(wanted, str):
+            return named(name, wanted)
+        patterns = self.fields.get("layers_pattern") or r"[^.]*"
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        layer = next((m for p in patterns if (m := re.match(rf".*\.{p}\.(\d+)\.", name))), None)
+        only = [only] if isinstance(only, int) else only
+        return named(name, wanted) and layer is not None and int(layer[1]) in only
+
+    def of(self, pattern: str, layer: Layer, default: float) -> float:
+        """The value for one layer, which `rank_pattern` or `alpha_pattern` may have."""
+        own, names = self.fields.get(pattern) or {}, (layer.name, layer.stored)
+        return next((v for key, v in own.items() if any(re.match(rf"(.*\.)?({key})$", n) for n in names)), default)
+
+    def scale(self, layer: Layer, rank: int) -> float:
+        """By which the layer's B A is multiplied; refuses a rank other than the stated one."""
+        stated = self.of("rank_pattern", layer, self.fields["r"])
+        if stated != rank:
+            raise UserError(f"{self.path}: states rank {stated} for {layer.name}, whose A has {rank} rows")
+        alpha = self.of("alpha_pattern", layer, self.fields["lora_alpha"])
+        return alpha / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
+
+    def remarks(self, known: Mapping[str, Layer]) -> list[str]:
+        """Targets that name no layer of the model; PEFT passes over them too."""
+        wanted = self.fields.get("target_modules")
+        names = [name for layer in known.values() for name in (layer.name, layer.stored)]
+        idle = [end for end in wanted or () if not any(named(name, [end]) for name in names)]
+        return [f"target_modules: the model has no {end}" for end in idle] if isinstance(wanted, list) else []
+
+
+def named(name: str, targets: str | list[str]) -> bool:
+    """PEFT's rule: a regular expression of the whole name, or a list of names and their ends."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(name == end or name.endswith("." + end) for end in targets)
+
+
+def check_targets(pairs: Pairs, known: Mapping[str, Layer], targets: Targets, folder: Path) -> None:
+    """Refuse an adapter for layers that the model has not, and tensors that its own configuration contradicts."""
+    for name in pairs:
+        if name not in known:
+            raise UserError(f"{folder}: adapts {name}, and the model has no such layer; is it for another base?")
+        if known[name] not in targets:
+            raise UserError(f"{targets.path}: does not target {name}, whose A and B the folder holds")
+    missing = [name for name, layer in known.items() if layer in targets and name not in pairs and layer.lit != "wte"]
+    if missing and targets.fields.get("target_modules") != "all-linear":
+        raise UserError(f"{folder}: lacks A and B of {missing[0]}, which {CONFIG} targets; is the file whole?")
+
+
+def lora_parts(config: Config) -> dict[tuple[str, tuple[int, int]], str]:
+    """{layer and rows that LoRA can adapt: the switch of LoRAConfig that does}."""
+    with torch.device("meta"):
+        model = GPT(config)
+    switches = [name for name, value in asdict(lora.LoRAConfig()).items() if isinstance(value, bool)]
+    off = dict.fromkeys(switches, False)
+    return {
+        (path, span): name
+        for name in switches
+        for path, spans in lora.targets(model, lora.LoRAConfig(**off | {name: True}))
+        for span in spans
+    }
+
+
+def split(
+    layer: Layer, A: Tensor, B: Tensor, spans: list[tuple[int, int]], folder: Path
+) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
+    """The A and B of each projection that a layer of transformers holds.
+
+    In a fused layer a projection keeps the ranks that reach its rows; one that none reaches has no update. So what
+    `to_peft` put together comes apart as it was. In an adapter that has not been trained, B is zero and all are kept.
+    """
+    in_layer = [span for span in spans if bool(((span[0] <= layer.rows) & (layer.rows < span[1])).any())]
+    if not in_layer:
+        raise UserError(f"{folder}: adapts {layer.name}, for which there is no switch here")
+    if len(layer.rows) != len(B):
+        raise UserError(f"{folder}: B of {layer.name} is {tuple(B.shape)}; the model has {len(layer.rows)} rows there")
+    for start, stop in in_layer:
+        own = ((start <= layer.rows) & (layer.rows < stop)).nonzero().flatten()
+        part = torch.zeros(stop - start, B.shape[1])
+        part[layer.rows[own] - start] = B[own]
+        reach = part.any(dim=0) if len(in_layer) > 1 and B.any() else torch.ones(B.shape[1], dtype=torch.bool)
+        if reach.any():
+            yield (start, stop), A[reach], part[:, reach]
+
+
+def lay_out(
+    config: Config, settings: lora.LoRAConfig, found: Mapping[tuple[str, tuple[int, int]], tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """The LoRA parameters of a model with these settings: what was found, and zeros elsewhere."""
+    with torch.device("meta"):
+        model = lora.attach(GPT(config), settings)
+    state = {}
+    for path, layer in lora.lora_layers(model).items():
+        As = torch.zeros(len(layer.parts), settings.r, layer.in_features)
+        Bs = [torch.zeros(stop - start, settings.r) for start, stop in layer.parts]
+        for i, span in enumerate(layer.parts):
+            if (path, span) in found:
+                A, B = found[path, span]
+                if A.shape[1] != layer.in_features:
+                    raise UserError(
+                        f"the adapter's A for {path} is {tuple(A.shape)}; expected {layer.in_features} columns"
+                    )
+                As[i, : len(A)], Bs[i][:, : len(A)] = A, B
+        state |= {f"{path}.lora_A": As.flatten(0, 1), f"{path}.lora_B": torch.cat(Bs)}
+    return state

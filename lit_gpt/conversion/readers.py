@@ -1,0 +1,239 @@
+"""Independent readers of an export: transformers, PEFT, gguf, and this project itself."""
+
+import importlib.util
+import io
+import math
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lit_gpt import files
+from lit_gpt.checkpoints import base_model
+from lit_gpt.checkpoints import folder as checkpoint
+from lit_gpt.conversion import hf_shards, weights
+from lit_gpt.conversion import logits as verify
+from lit_gpt.conversion.gguf import importer
+from lit_gpt.conversion.gguf.reader import GGUFFile
+from lit_gpt.conversion.gguf.tokenizer import Vocabulary
+from lit_gpt.errors import UserError
+from lit_gpt.families.registry import config_from_hf
+from lit_gpt.model.config import Config
+from lit_gpt.model.gpt import GPT
+from lit_gpt.model.rope import rope_frequencies
+from lit_gpt.text.messages import Message
+from lit_gpt.text.prompt_style import FILE, PromptStyle, as_list
+from lit_gpt.text.tokenizer import Tokenizer, has_tokenizer
+
+
+class Reader(Protocol):
+    """A model with its tokenizer and template, read from files."""
+
+    name: str
+
+    def logits(self, idx: Tensor) -> Tensor: ...
+    def ids(self, text: str) -> list[int] | None: ...  # None: no tokenizer
+    def prompt(self, messages: list[Message]) -> list[int] | None: ...  # None: no template
+    def stops(self) -> set[int] | None: ...  # the ids that end an answer; None: it says nothing of them
+
+
+@dataclass
+class LitReader:
+    """What this project reads, and what every export is compared with."""
+
+    model: nn.Module  # a GPT, or transformers' model of the same state dict
+    tokenizer: Tokenizer | None
+    style: PromptStyle | None
+    name: str = "Lit-GPT"
+
+    @classmethod
+    def of(cls, folder: Path, model: nn.Module, style: PromptStyle | None = None, name: str = name) -> "LitReader":
+        """A checkpoint folder, with its own prompt style or another."""
+        tokenizer = Tokenizer(folder) if has_tokenizer(folder) else None
+        if style is None and tokenizer and (tokenizer.chat_template or (Path(folder) / FILE).is_file()):
+            style = PromptStyle.from_checkpoint(folder, tokenizer)
+        return cls(model, tokenizer, style, name)
+
+    def logits(self, idx: Tensor) -> Tensor:
+        return verify.float32_logits(self.model, idx)
+
+    def ids(self, text: str) -> list[int] | None:
+        return self.tokenizer.encode(text).tolist() if self.tokenizer else None
+
+    def prompt(self, messages: list[Message]) -> list[int] | None:
+        try:
+            return self.style.encode_prompt(messages, self.tokenizer) if self.style and self.tokenizer else None
+        except UserError:  # a template may refuse a conversation, such as one without a system message
+            return None
+
+    def stops(self) -> set[int] | None:
+        return set(self.style.stop_ids) if self.style else None
+
+
+@dataclass
+class HFReader:
+    """What transformers, with PEFT or without, reads."""
+
+    model: nn.Module
+    tokenizer: Any  # PreTrainedTokenizerBase, or None
+    name: str = "transformers"
+    says_stops: bool = True  # an adapter does not
+
+    def logits(self, idx: Tensor) -> Tensor:
+        return verify.float32_logits(self.model, idx)
+
+    def ids(self, text: str) -> list[int] | None:
+        if self.tokenizer is None:
+            return None
+        ids = list(self.tokenizer(text)["input_ids"])
+        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids  # a prompt has no end
+
+    def prompt(self, messages: list[Message]) -> list[int] | None:
+        if self.tokenizer is None or not self.tokenizer.chat_template:
+            return None
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    def stops(self) -> set[int] | None:
+        if not self.says_stops:
+            return None
+        return set(as_list(self.model.generation_config.eos_token_id))
+
+
+def missing(*packages: str) -> list[str]:
+    """Which of these readers are not installed."""
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
+@contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Another's reader: quiet, and what it raises is said in one line."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # progress bars
+            warnings.simplefilter("ignore")
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # a reader can fail in any way
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{what} cannot be read back ({reason}); nothing was written") from None
+    finally:
+        logging.set_verbosity(level)
+
+
+def read_hf(folder: Path) -> Reader:
+    """A folder that transformers loads. Its weights stay mapped from the files."""
+    with reading(f"the export in {folder}"):
+        from transformers import AutoModelForCausalLM
+
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        if lost := [*info["missing_keys"], *info["unexpected_keys"]]:
+            raise UserError(f"transformers does not find its tensors in the export: {lost[0]}; nothing was written")
+        return HFReader(model, hf_tokenizer(folder))
+
+
+def read_lit(folder: Path) -> Reader:
+    """A checkpoint folder of ours, whose weights transformers computes with."""
+    with reading(f"the checkpoint in {folder}"):
+        model = hf_model(folder, checkpoint.load_state(folder), Config.from_checkpoint(folder))
+        return LitReader.of(folder, model, name="transformers")
+
+
+def read_peft(checkpoint_dir: Path, state: dict[str, Tensor], folder: Path) -> Reader:
+    """An adapter that PEFT loads onto transformers' model of a lit state dict."""
+    with reading(f"the adapter in {folder}"):
+        from peft import PeftModel
+
+        base = hf_model(checkpoint_dir, state, Config.from_checkpoint(checkpoint_dir))
+        return HFReader(PeftModel.from_pretrained(base, folder), hf_tokenizer(folder), "PEFT", says_stops=False)
+
+
+def read_gguf(path: Path, checkpoint_dir: Path, dtype: torch.dtype) -> Reader:
+    """A GGUF file as transformers dequantizes it to `dtype`.
+
+    Its tokens are read by our own code: transformers passes over how the file says that text is split. And so it does
+    over rotary scaling, which is therefore told.
+    """
+    with reading(f"the file {path.name}"):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = Config.from_checkpoint(checkpoint_dir)
+        told = {"config": AutoConfig.from_pretrained(checkpoint_dir)} if config.rope_scaling else {}
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **told)
+        return own_gguf(path, config, dtype, model)
+
+
+def own_gguf(path: Path, config: Config, dtype: torch.dtype, model: nn.Module | None = None) -> LitReader:
+    """A GGUF file by our own code; with `model`, all of it but the weights.
+
+    Raises:
+        UserError: its metadata is not what the model's configuration says.
+    """
+    file = GGUFFile(path)
+    tokens = Vocabulary(file)
+    if file.need("general.architecture", str) == "llama":
+        check_same(config_from_hf(importer.hf_config(file, tokens, dtype)), config, path)
+    if model is None:
+        stored = importer.GGUFWeights(file, config, dtype)
+        model = base_model.build_model(config, dict(weights.to_lit(config, stored)), source=path)
+    with tempfile.TemporaryDirectory() as folder:
+        importer.write_tokenizer(Path(folder), file, tokens)
+        own = LitReader.of(Path(folder), model, name="transformers" if not isinstance(model, GPT) else "Lit-GPT")
+        own.ids("")  # what is lazy is read while the folder is there
+    return own
+
+
+def check_same(found: Config, expected: Config, path: Path) -> None:
+    """Refuse a file whose metadata is that of another architecture. Rotary scaling is compared by what it does."""
+    apart = {"name", "family", "block_size", "sliding_window", "vocab_size", "rope_scaling"}
+    for name, value in asdict(found).items():
+        wanted = getattr(expected, name)
+        same = math.isclose(value, wanted, rel_tol=1e-6) if isinstance(value, float) else value == wanted
+        if name not in apart and not same:
+            raise UserError(f"{path.name}: says {name} {value} for {wanted}; nothing was written")
+    (theirs, factor), (ours, our_factor) = rope_frequencies(found), rope_frequencies(expected)
+    if not torch.allclose(theirs, ours, rtol=1e-5, atol=0) or not math.isclose(factor, our_factor, rel_tol=1e-6):
+        raise UserError(f"{path.name}: says another rotary scaling than {expected.rope_scaling}; nothing was written")
+
+
+def hf_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder) if has_tokenizer(folder) else None
+
+
+def hf_model(checkpoint_dir: Path, state: dict[str, Tensor], config: Config) -> nn.Module:
+    """transformers' model of a lit state dict, in the same memory where the tensors are stored alike."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    theirs = AutoConfig.from_pretrained(checkpoint_dir, tie_word_embeddings=config.tie_embeddings)
+    tensors = dict(weights.to_hf(config, state))
+    dtype = state["wte.weight"].dtype
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(theirs)].from_pretrained(
+        None, config=theirs, state_dict=tensors, dtype=dtype
+    )
+
+
+def read_back(what: str, packages: tuple[str, ...], theirs: Callable[[], Reader], own: Callable[[], Reader]) -> Reader:
+    """The export as an independent reader sees it, or, where none is installed, as our own does; that is said."""
+    if lacking := missing(*packages):
+        print(f"{what}: {' and '.join(lacking)} not installed; read back by Lit-GPT itself")
+        return own()
+    return theirs()
+
+
+def own_hf(folder: Path) -> LitReader:
+    """The same folder, by our own code."""
+    config = config_from_hf(files.read_json(folder / "config.json"), name=folder.name)
+    stored = hf_shards.StoredWeights(folder)
+    config = weights.as_stored(config, stored)
+    return LitReader.of(folder, base_model.build_model(config, dict(weights.to_lit(config, stored)), source=folder))

@@ -1,0 +1,117 @@
+"""The engine that runs a family's weight table in both directions: Hugging Face to lit, and back.
+
+A table maps each module of the GPT to the place of its tensors in the Hugging Face file, either one name or one of the
+layouts below; "{}" stands for the layer. What the table does not name is an error, never skipped.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+
+import torch
+from torch import Tensor
+
+from lit_gpt.errors import UserError
+from lit_gpt.families.tables import Place
+from lit_gpt.model.config import Config
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """A lit tensor and where it lies in the Hugging Face file."""
+
+    lit: str
+    shape: torch.Size
+    hf: tuple[str, ...]
+    place: Place
+
+
+def rows(config: Config) -> Iterator[TensorRow]:
+    """The table written out: one row for each tensor of the GPT's state dict."""
+    from lit_gpt.families.registry import family_of_config
+    from lit_gpt.model.gpt import GPT
+
+    table = family_of_config(config).weights(config)
+    with torch.device("meta"):
+        state = GPT(config).state_dict()
+    for name, tensor in state.items():
+        if config.tie_embeddings and name == "lm_head.weight":
+            continue  # the embedding
+        module, _, kind = name.rpartition(".")  # kind: weight or bias
+        layer = module.split(".")[1] if module.startswith("h.") else ""
+        place = table[f"h.{{}}.{module.split('.', 2)[2]}" if layer else module]
+        place = Place((place,)) if isinstance(place, str) else place
+        yield TensorRow(name, tensor.shape, tuple(f"{hf.format(layer)}.{kind}" for hf in place.modules), place)
+
+
+def check_names(config: Config, stored: set[str]) -> None:
+    """Refuse a Hugging Face file that lacks a tensor or holds one that the table does not name.
+
+    Raises:
+        UserError: lists them.
+    """
+    from lit_gpt.families.registry import family_of_config
+
+    derived = family_of_config(config).DERIVED
+    named = {hf for row in rows(config) for hf in row.hf}
+    missing = sorted(named - stored)
+    leftover = sorted(name for name in stored - named if not any(fnmatch(name, pattern) for pattern in derived))
+    if missing:
+        raise UserError(f"the weights lack {len(missing)} tensors that config.json calls for: {_some(missing)}")
+    if leftover:
+        raise UserError(
+            f"the weights hold {len(leftover)} tensors that the {config.family} family does not name: {_some(leftover)}"
+        )
+
+
+def as_stored(config: Config, hf: Mapping[str, Tensor]) -> Config:
+    """The Config with head and embedding apart if the file holds both, though config.json ties them.
+
+    Falcon's published files do. Kept apart, they have the published number of parameters, and a head that differs is
+    not lost; transformers 5 does not tie it then either.
+    """
+    return replace(config, tie_embeddings=False) if config.tie_embeddings and _head(config) in hf else config
+
+
+def _head(config: Config) -> str:
+    return next(row.hf[0] for row in rows(replace(config, tie_embeddings=False)) if row.lit == "lm_head.weight")
+
+
+def full_names(config: Config, stored: Iterable[str]) -> dict[str, str]:
+    """{name as the table has it: name in the file}. A file that was saved from a model without its head, such as those
+    of GPT-2, leaves out the first part of the names."""
+    table = [row.hf for row in rows(config)]
+    prefix = table[0][0].split(".")[0] + "."  # of the embedding
+    named = {hf for names in table for hf in names}
+    if any(name.startswith(prefix) for name in stored):
+        prefix = ""
+    return {name if name in named else prefix + name: name for name in stored}
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def to_lit(config: Config, hf: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the GPT's state dict, read one by one.
+
+    Raises:
+        UserError: a tensor's shape is not what config.json implies.
+    """
+    for row in rows(config):
+        tensors = [hf[name] for name in row.hf]
+        try:
+            tensor = row.place.to_lit(tensors)
+            matches = tensor.shape == row.shape
+        except RuntimeError:  # rows that do not divide into heads
+            matches = False
+        if not matches:
+            shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(row.hf, tensors, strict=True))
+            raise UserError(f"config.json contradicts the tensors: {shapes} cannot make {row.lit} {tuple(row.shape)}")
+        yield row.lit, tensor
+
+
+def to_hf(config: Config, lit: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) in the Hugging Face layout, one by one; the inverse of `to_lit`."""
+    for row in rows(config):
+        yield from zip(row.hf, row.place.to_hf(lit[row.lit]), strict=True)

@@ -1,0 +1,54 @@
+"""Counts what became of the rows."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Audit:
+    """What became of the rows: nothing is dropped or cut without being counted here."""
+
+    dropped: Counter[str] = field(default_factory=Counter)  # reason: rows
+    lengths: Counter[int] = field(default_factory=Counter)  # tokens: kept rows of so many
+    supervised: int = 0  # tokens
+    truncated: int = 0  # rows cut to max_seq_length
+    lost_end: int = 0  # rows whose answer lost its end token, or never had one
+    displaced: int = 0  # answers that do not follow the tokens which generation would see before them
+    rewritten: int = 0  # answers that the template does not show in full, and which are not learnt
+    left_out: int = 0  # rows of which the template leaves another message or a tool out
+    unsupervised: int = 0  # rows in which no token is supervised
+    first_unsupervised: str = ""  # where the first of these stands
+
+    def drop(self, reason: str, rows: int = 1) -> None:
+        self.dropped[reason] += rows
+
+    def summary(self) -> dict[str, Any]:
+        lengths, rows = sorted(self.lengths), self.lengths.total()
+        tokens = sum(length * n for length, n in self.lengths.items())
+        return {
+            "rows_kept": rows,
+            "rows_dropped": dict(self.dropped),
+            "tokens": tokens,
+            "tokens_supervised": self.supervised,
+            "length_mean": round(tokens / rows, 1) if rows else 0,
+            "length_median": self.median(),
+            "length_max": lengths[-1] if lengths else 0,
+            "rows_truncated": self.truncated,
+            "rows_without_end_token": self.lost_end,
+            "answers_after_another_prompt": self.displaced,
+            "answers_not_shown_in_full": self.rewritten,
+            "rows_not_shown_in_full": self.left_out,
+            "rows_without_supervised_token": self.unsupervised,
+        }
+
+    def median(self) -> float:
+        """Of the lengths; between two, their mean."""
+        rows, seen, middle = self.lengths.total(), 0, []
+        for length in sorted(self.lengths):
+            seen += self.lengths[length]
+            if 2 * seen >= rows:
+                middle.append(length)
+            if 2 * seen > rows:
+                break
+        return sum(middle) / 2 if len(middle) > 1 else sum(middle)

@@ -1,0 +1,54 @@
+"""Turns a row into the messages of a conversation."""
+
+import json
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from lit_gpt.data.sources import Row
+from lit_gpt.errors import UserError
+from lit_gpt.text.messages import Message, Tools, instruction_messages, read_messages, read_tools
+
+
+class BadRow(UserError):
+    """A row that cannot be used."""
+
+
+class Conversation(NamedTuple):
+    where: str  # file and line
+    messages: list[Message]
+    tools: Tools
+
+
+def to_conversation(row: Row, hp: SimpleNamespace) -> Conversation:
+    """The messages of a row: those of its messages column, or made of its instruction, input and output columns.
+
+    Raises:
+        BadRow: a column is missing or holds something else.
+    """
+    if row.problem:
+        raise BadRow(f"{row.where}: {row.problem}")
+    try:
+        if row.fields.get(hp.messages_column) is not None:
+            found = read_messages(row.fields[hp.messages_column]), read_tools(row.fields.get("tools"))
+        else:
+            found = instruction_messages(*(text_of(row.fields, column, hp) for column in COLUMNS)), None
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of an emoji
+        raise BadRow(f"{row.where}: holds text that is not Unicode ({error.reason})") from None
+    except (TypeError, ValueError) as error:
+        raise BadRow(f"{row.where}: {error}") from None
+    return Conversation(row.where, *found)
+
+
+COLUMNS = {"instruction_column": True, "input_column": False, "output_column": True}  # whether a row must have it
+
+
+def text_of(fields: dict[str, Any], flag: str, hp: SimpleNamespace) -> str:
+    column = getattr(hp, flag)
+    value = fields.get(column)
+    if value is None and COLUMNS[flag]:
+        found = ", ".join(map(str, fields)) or "nothing"
+        raise ValueError(f"the field '{column}' is missing (found: {found}); name yours with --*_column flags")
+    if not isinstance(value or "", str):
+        raise ValueError(f"the field '{column}' is {type(value).__name__}, expected text")
+    return value or ""

@@ -1,0 +1,106 @@
+"""Prepared data: rows tokenized once, kept on disk, mapped, and packed into the rows of training.
+
+A data folder holds `train.safetensors` and `validation.safetensors`, each with
+
+    tokens      int32 (total,)   the samples one after another
+    offsets     int64 (n + 1,)   where each begins
+    supervised  uint8 (total,)   1 where the token is to be learnt
+
+and `data.json`: the audit, the prompt style and the tokenizer's fingerprint, which is checked when the data is used.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lit_gpt.data.split_writer import SplitWriter
+from lit_gpt.errors import UserError
+from lit_gpt.text.prompt_style import PromptStyle
+from lit_gpt.text.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation")
+
+
+def write_meta(
+    folder: Path, splits: dict[str, SplitWriter], tokenizer: Tokenizer, style: PromptStyle, **record: Any
+) -> None:
+    """Write the data.json of a folder that holds the splits' files."""
+    meta = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": tokenizer.fingerprint,
+        "prompt_style": style.to_dict(),
+        "audit": {name: split.audit.summary() for name, split in splits.items()},
+        **record,
+    }
+    (folder / "data.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Sample:
+    tokens: Tensor  # int32 (T,)
+    supervised: Tensor  # uint8 (T,)
+
+
+class Dataset(Sequence[Sample]):
+    """One split of a data folder, mapped from disk.
+
+    Raises:
+        UserError: the folder is missing, damaged or empty.
+    """
+
+    def __init__(self, data_dir: Path, split: str) -> None:
+        path = Path(data_dir) / f"{split}.safetensors"
+        try:
+            file = safe_open(path, framework="pt")
+            self.tokens, self.supervised = file.get_tensor("tokens"), file.get_tensor("supervised")
+            self.offsets = file.get_tensor("offsets")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not readable as prepared data ({error}); prepare it again") from None
+        self.lengths: list[int] = self.offsets.diff().tolist()
+        contents = b"".join(hashlib.sha256(t.numpy()).digest() for t in (self.tokens, self.supervised, self.offsets))
+        self.fingerprint = hashlib.sha256(contents).hexdigest()[:16]
+        if not self.lengths:
+            raise UserError(f"{path}: holds no samples; prepare data with at least one row in each split")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> Sample:
+        span = slice(self.offsets[i], self.offsets[i + 1])
+        return Sample(self.tokens[span], self.supervised[span])
+
+
+def read_meta(data_dir: Path, tokenizer: Tokenizer, flag: str = "--data_dir") -> dict[str, Any]:
+    """The contents of data.json.
+
+    Args:
+        flag: by which the folder was given.
+
+    Raises:
+        UserError: not a data folder, or one prepared with another tokenizer or by another format version.
+    """
+    path = Path(data_dir) / "data.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(
+            f"{flag} {data_dir}: not a folder of prepared data; make one with scripts/prepare_alpaca.py or "
+            "scripts/prepare_json.py"
+        ) from None
+    if meta.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {meta.get('format_version')}, expected {FORMAT_VERSION}; prepare again"
+        )
+    if meta["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(
+            f"{flag} {data_dir}: prepared with another tokenizer than that of {tokenizer.checkpoint_dir}; "
+            "prepare it again with this --checkpoint_dir"
+        )
+    return meta

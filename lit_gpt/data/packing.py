@@ -1,0 +1,71 @@
+"""Packs samples into rows without padding, and decides which samples an optimizer step takes."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lit_gpt.data.dataset import Sample
+from lit_gpt.model.inputs import Segments, Targets
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Samples one after another in a row, without padding. Each predicts its own next tokens."""
+
+    idx: Tensor  # int64 (1, T)
+    segments: Segments
+    targets: Targets
+
+    def to(self, device: torch.device) -> "PackedRow":
+        if device.type == "cpu":
+            return self
+        s, t = self.segments, self.targets
+        idx, offsets, positions, at, labels = (
+            x.pin_memory().to(device, non_blocking=True)
+            for x in (self.idx, s.offsets, s.positions, t.positions, t.labels)
+        )
+        return PackedRow(idx, Segments(s.lengths, offsets, positions), Targets(at, labels))
+
+
+def pack(samples: Iterable[Sample]) -> PackedRow:
+    """One row of all samples. The last token of each is predicted but predicts nothing, so it is not fed."""
+    samples = list(samples)
+    idx = torch.cat([s.tokens[:-1] for s in samples]).long()
+    labels = torch.cat([s.tokens[1:] for s in samples]).long()
+    at = torch.cat([s.supervised[1:] for s in samples]).nonzero().squeeze(1)
+    segments = Segments.of([len(s.tokens) - 1 for s in samples])
+    return PackedRow(idx.unsqueeze(0), segments, Targets(at, labels[at]))
+
+
+def supervised_count(samples: Iterable[Sample]) -> int:
+    """Tokens that a loss over these samples is the mean of."""
+    return sum(int(s.supervised[1:].sum()) for s in samples)
+
+
+@lru_cache(maxsize=4)
+def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of n samples in an epoch; the same for any number of devices."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(n, generator=generator).tolist()
+
+
+def step_samples(n: int, batch_size: int, seed: int, step: int, total: int) -> list[int]:
+    """The samples of optimizer step `step` (from 0), of n. Epochs follow each other without a gap, up to `total`."""
+    positions = range(step * batch_size, min((step + 1) * batch_size, total))
+    return [epoch_order(n, seed, p // n)[p % n] for p in positions]
+
+
+def micro_batches(indices: list[int], lengths: Sequence[int], size: int | None, tokens: int) -> Iterator[list[int]]:
+    """Split one step's samples into packed rows: of `size` samples, or if that is None of up to `tokens` tokens."""
+    row: list[int] = []
+    for i in indices:
+        full = len(row) == size if size else row and sum(lengths[j] for j in row) + lengths[i] > tokens
+        if full:
+            yield row
+            row = []
+        row.append(i)
+    if row:
+        yield row

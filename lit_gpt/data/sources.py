@@ -1,0 +1,242 @@
+"""Rows as people have them: .json, .jsonl, .csv and .parquet files, data sets of the Hugging Face hub, and folders
+that `datasets` has saved. Each is a stream that holds one row, or a few, at a time.
+"""
+
+import csv
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+from lit_gpt.errors import UserError
+
+BLOCK = 1 << 20  # characters of a .json file read at once
+MAX_ROW = 1 << 26  # characters of one row of a .json file
+DATA_SET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
+
+
+class Row(NamedTuple):
+    """A row's fields, or what is wrong with it."""
+
+    where: str  # file and line, for errors
+    fields: dict[str, Any]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from.
+
+    Attributes:
+        name: a file, a folder that `datasets` has saved, or OWNER/NAME on the hub, which `:SPLIT` or `:CONFIG:SPLIT`
+            may follow; else the split is `train`.
+        weight: how often each row is taken; of a fraction, so many of the rows once more.
+    """
+
+    name: str
+    weight: float = 1.0
+
+    def rows(self) -> Iterator[Row]:
+        """The rows in their order, those that cannot be read among them.
+
+        Raises:
+            UserError: the source is missing, or malformed so that nothing after it can be read.
+        """
+        path = Path(self.name)
+        try:
+            if path.suffix in READERS and not path.is_dir():
+                yield from READERS[path.suffix](path)
+            else:
+                yield from dataset_rows(self.name)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text ({error.reason})") from None
+
+
+def parse_sources(text: str) -> list[Source]:
+    """The sources of a flag: `a.jsonl`, or several with weights, `a.jsonl,b.parquet=0.5,owner/name=2`.
+
+    Raises:
+        UserError: a weight is not a number above 0 and up to 100, or there is no source.
+    """
+    if text and Path(text).exists():
+        return [Source(text)]
+    sources = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        name, equals, weight = part.rpartition("=")
+        if not equals or Path(part).exists():
+            sources.append(Source(part))
+            continue
+        try:
+            sources.append(Source(name, float(weight)))
+        except ValueError:
+            sources.append(Source(name, 0.0))
+        if not 0 < sources[-1].weight <= 100:
+            raise UserError(f"{part}: expected FILE=WEIGHT, the weight a number above 0 and up to 100")
+    if not sources:
+        raise UserError(f"'{text}': names no rows; expected a file, or several with commas between")
+    return sources
+
+
+def row(where: str, value: Any) -> Row:
+    if isinstance(value, dict):
+        return Row(where, value)
+    return Row(where, {}, f"expected an object, found {type(value).__name__}")
+
+
+def jsonl_rows(path: Path) -> Iterator[Row]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}: line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    yield row(where, json.loads(text))
+            except UnicodeDecodeError as error:
+                yield Row(where, {}, f"not UTF-8 text ({error.reason} at byte {error.start} of the line)")
+            except json.JSONDecodeError as error:
+                yield Row(where, {}, f"not JSON: {error.msg}")
+            except RecursionError:
+                yield Row(where, {}, "not JSON that can be read: nested too deeply")
+
+
+def json_rows(path: Path) -> Iterator[Row]:
+    """The objects of a list, decoded one by one."""
+    with open(path, encoding="utf-8-sig") as file:
+        window = Window(path, file)
+        if not (first := window.peek()):
+            return
+        if first == "{":
+            raise UserError(f"{path}: expected a list of objects (one object a line belongs into a .jsonl file)")
+        window.take("[")
+        if window.peek() == "]":
+            return
+        for count in itertools.count(1):
+            yield row(f"{path}: row {count}", window.value())
+            if window.peek() == "]":
+                return
+            window.take(",")
+
+
+class Window:
+    """A piece of a JSON file, which moves on over the file as values are taken from it."""
+
+    def __init__(self, path: Path, file: TextIO) -> None:
+        self.path, self.file, self.decoder = path, file, json.JSONDecoder()
+        self.text, self.at, self.line, self.ended = "", 0, 1, False
+
+    def more(self) -> None:
+        """Forget what was taken and read a block."""
+        block = self.file.read(BLOCK)
+        self.line += self.text.count("\n", 0, self.at)
+        self.text, self.at, self.ended = self.text[self.at :] + block, 0, not block
+
+    def peek(self) -> str:
+        """The next character that is no blank; "" at the end of the file."""
+        while True:
+            self.at = re.compile(r"\s*").match(self.text, self.at).end()
+            if self.at < len(self.text) or self.ended:
+                return self.text[self.at : self.at + 1]
+            self.more()
+
+    def take(self, character: str) -> None:
+        if self.peek() != character:
+            raise self.failure(f"Expecting '{character}'", self.at)
+        self.at += 1
+
+    def value(self) -> Any:
+        self.peek()
+        while True:
+            try:
+                value, self.at = self.decoder.raw_decode(self.text, self.at)
+                return value
+            except json.JSONDecodeError as error:  # perhaps only for now
+                if self.ended or len(self.text) - self.at > MAX_ROW:
+                    raise self.failure(error.msg, error.pos) from None
+                self.more()
+            except RecursionError:
+                raise self.failure("nested too deeply", self.at) from None
+
+    def failure(self, message: str, place: int) -> UserError:
+        line = self.line + self.text.count("\n", 0, place)
+        return UserError(f"{self.path}: line {line}: not JSON: {message}")
+
+
+def csv_rows(path: Path) -> Iterator[Row]:
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        csv.field_size_limit(2**31 - 1)
+        reader = csv.DictReader(file)
+        try:
+            for fields in reader:
+                where = f"{path}: line {reader.line_num}"
+                whole = None not in fields and None not in fields.values()
+                expected = f"expected {len(reader.fieldnames)} columns as in the first line"
+                yield Row(where, fields) if whole else Row(where, {}, expected)
+        except csv.Error as error:
+            raise UserError(f"{path}: line {reader.line_num}: not CSV: {error}") from None
+
+
+def parquet_rows(path: Path) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(f"{path}: needs pyarrow: pip install 'lit-gpt[parquet]'") from None
+    count = 0
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=256):
+                for fields in batch.to_pylist():
+                    count += 1
+                    yield Row(f"{path}: row {count}", fields)
+    except ArrowException as error:
+        raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
+
+
+def dataset_rows(name: str) -> Iterator[Row]:
+    """The rows of a data set on the hub, downloaded once into the cache of `datasets`, or of a folder that it saved."""
+    folder, _, split = name.partition(":")
+    if not Path(folder).is_dir() and (Path(folder).exists() or not DATA_SET.fullmatch(name)):
+        raise UserError(
+            f"{name}: expected a file that ends in {', '.join(READERS)}, a folder that datasets has saved, or the "
+            "OWNER/NAME of a data set"
+        )
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{name}: needs the package datasets: pip install 'lit-gpt[datasets]'") from None
+    try:
+        if Path(folder).is_dir():
+            found = datasets.load_from_disk(folder)
+            found = found[split or "train"] if isinstance(found, datasets.DatasetDict) else found
+        else:
+            config, _, last = split.rpartition(":")
+            found = datasets.load_dataset(folder, config or None, split=last or "train")
+    except Exception as error:  # whatever the network, the data set or its loader does
+        raise UserError(f"{name}: could not be loaded by datasets ({' '.join(str(error).split())[:300]})") from None
+    for i, fields in enumerate(found, 1):
+        yield Row(f"{name}: row {i}", fields)
+
+
+READERS = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows, ".parquet": parquet_rows}
+
+
+def source_file(repo_id: str, name: str) -> str:
+    """A file of a data set on the hub, downloaded once into the hub's cache.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(repo_id, name, repo_type="dataset")
+    except Exception as error:  # whatever the network does
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{repo_id}: {name} could not be downloaded ({reason}); give a local copy by --json_path"
+        ) from None

@@ -1,0 +1,48 @@
+"""FSDP2: shards a model over ranks, and gathers whole tensors from the shards."""
+
+from types import SimpleNamespace
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from lit_gpt.distributed import deepspeed
+from lit_gpt.model.gpt import GPT
+
+
+def shard(model: GPT, mesh: DeviceMesh, trained: torch.dtype, frozen: torch.dtype) -> GPT:
+    """FSDP2: each rank keeps its share of every block and gathers a block when it runs (Zhao et al. 2023).
+
+    The base is still mapped from its file, in the dtype that it is stored in. One block after another is cast and cut
+    up, so that no rank ever holds more than its share and a block.
+    """
+    for part in (*model.h, model):
+        for parameter in part.parameters():
+            if not isinstance(parameter, DTensor):  # of a block that is cut up already
+                parameter.data = parameter.data.to(trained if parameter.requires_grad else frozen)
+        fully_shard(part, mesh=mesh["data_parallel"])
+    return model
+
+
+def place_to_build(hp: SimpleNamespace, fabric: Fabric) -> torch.device:
+    """Where to build the model: to be shared out on the CPU, mapped from the file, else where it runs."""
+    return torch.device("cpu") if hp.strategy in ("fsdp", "deepspeed") else fabric.device
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The tensor of which each rank holds a share, if it is one. All ranks must ask together."""
+    if deepspeed.is_partitioned(tensor):
+        return deepspeed.get_full(tensor)
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_like(parameter: Tensor, contents: Tensor) -> Tensor:
+    """This rank's share of a whole tensor, if the parameter is shared among ranks; else the tensor."""
+    if not hasattr(parameter, "full_tensor"):
+        return contents
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(contents.to(parameter.device), parameter.device_mesh, parameter.placements)

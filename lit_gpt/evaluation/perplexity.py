@@ -1,0 +1,103 @@
+"""Perplexity: how well a model predicts a text, or the supervised tokens of prepared data."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lit_gpt.data import dataset as data
+from lit_gpt.data import packing
+from lit_gpt.errors import UsageError
+from lit_gpt.model.gpt import GPT
+from lit_gpt.model.inputs import Targets
+
+
+@dataclass(frozen=True)
+class Score:
+    """Cross-entropy over scored tokens."""
+
+    nats: float  # summed
+    tokens: int
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    def __add__(self, other: "Score") -> "Score":
+        return Score(self.nats + other.nats, self.tokens + other.tokens)
+
+
+class Window(NamedTuple):
+    """Tokens from `start` to `stop` are fed, those from `first` on are scored."""
+
+    start: int
+    first: int
+    stop: int
+
+
+def windows(n: int, length: int, context: int) -> Iterator[Window]:
+    """Windows over n tokens: each but the first is scored once, after at least `context` tokens or all there are.
+
+    Args:
+        length: tokens of a window, above `context`.
+    """
+    scored = 1  # the first has nothing to be predicted from
+    while scored < n:
+        start = max(0, scored - context)
+        stop = min(n, start + length)
+        yield Window(start, scored, stop)
+        scored = stop
+
+
+@torch.no_grad()
+def score_text(model: GPT, ids: Tensor, length: int, context: int) -> Score:
+    """The score of a text as one stream of tokens.
+
+    Args:
+        ids: int64 (n,), at least two.
+        length: tokens of a window; at most one more than the model's context, for the last one predicts nothing.
+        context: tokens that each scored one is to have before it, where the text has them.
+    """
+    if length > (most := model.config.block_size + 1):
+        raise UsageError(f"--window {length}: expected {most} or less, which this model takes")
+    if not 1 <= context < length:
+        raise UsageError(f"--context {context} --window {length}: expected a context of 1 or more, below the window")
+    total = Score(0.0, 0)
+    ids = ids.to(model.wte.weight.device)
+    for start, first, stop in windows(len(ids), length, context):
+        targets = Targets(torch.arange(first - 1 - start, stop - 1 - start, device=ids.device), ids[first:stop])
+        nats = model(ids[None, start : stop - 1], targets=targets).item()
+        total += Score(nats, stop - first)
+    return total
+
+
+@torch.no_grad()
+def score_data(model: GPT, dataset: data.Dataset, samples: int | None = None, row_tokens: int = 1024) -> Score:
+    """The score of the supervised tokens of prepared data, each sample on its own: `exp` of the validation loss.
+
+    Args:
+        samples: the first this many; None: all.
+        row_tokens: of a packed row, which holds at least one sample.
+    """
+    indices = list(range(len(dataset)))[:samples]
+    parts = packing.micro_batches(indices, dataset.lengths, None, row_tokens)
+    return score_rows(model, ([dataset[i] for i in part] for part in parts), model.wte.weight.device)
+
+
+@torch.no_grad()
+def score_rows(model: nn.Module, rows: Iterable[Sequence[data.Sample]], device: torch.device) -> Score:
+    """The score of the supervised tokens of packed rows, each given as its samples. Also what validation is made of."""
+    nats, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    for samples in rows:
+        row = packing.pack(samples).to(device)
+        nats += model(row.idx, segments=row.segments, targets=row.targets)
+        tokens += len(row.targets.labels)
+    return Score(nats.item(), tokens)

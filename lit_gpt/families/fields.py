@@ -1,0 +1,60 @@
+"""Readers of the fields of a Hugging Face config.json that several families share."""
+
+import json
+from typing import Any
+
+from lit_gpt.errors import UserError
+
+
+def refuse(hf: dict[str, Any], **supported: Any) -> None:
+    """Refuse a config.json of which a field asks for what the model does not do. A field that is absent does not.
+
+    Raises:
+        UserError: names the field and the only value that is supported.
+    """
+    for field, value in supported.items():
+        if hf.get(field, value) != value:
+            found, only = json.dumps(hf[field]), json.dumps(value)
+            raise UserError(f"config.json: '{field}': {found} is not supported; expected {only}")
+
+
+def rope(hf: dict[str, Any], base: str = "rope_theta", percentage: str = "partial_rotary_factor") -> dict[str, Any]:
+    """The Config's rotary fields. `rope_parameters` holds them since transformers 5; before, they lay side by side.
+
+    Args:
+        base, percentage: how older files of the family call them.
+    """
+    fields = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {})}
+    kind = fields.get("rope_type") or fields.get("type") or "default"
+    scaling = {k: v for k, v in fields.items() if k not in ("type", "rope_theta", "partial_rotary_factor")}
+    return {
+        "rope_base": float(fields.get("rope_theta") or hf.get(base) or 10000.0),
+        "rotary_percentage": float(fields.get("partial_rotary_factor") or hf.get(percentage) or 1.0),
+        "rope_scaling": None if kind == "default" else {**scaling, "rope_type": kind},
+    }
+
+
+def windows(hf: dict[str, Any], kinds: list[str]) -> dict[str, Any]:
+    """The Config's fields of a window that only some layers have.
+
+    Args:
+        kinds: of each layer "sliding_attention" or "full_attention", for files without `layer_types`.
+
+    Raises:
+        UserError: `layer_types` names another kind.
+    """
+    kinds = hf.get("layer_types") or kinds
+    unknown = set(kinds) - {"sliding_attention", "full_attention"}
+    if unknown:
+        raise UserError(f"config.json: layer_types {sorted(unknown)} are not supported")
+    if "sliding_attention" not in kinds:
+        return {"sliding_window": None}
+    everywhere = [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+    return {"sliding_window": hf["sliding_window"], "global_layers": everywhere}
+
+
+def activation(name: str) -> str:
+    """The key of lit_gpt.model.gpt.ACTIVATIONS for transformers' name of an activation."""
+    return {"swish": "silu", **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh")}.get(
+        name, name
+    )

@@ -1,0 +1,76 @@
+"""Finds the family of a model."""
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+from lit_gpt import families as package
+from lit_gpt.errors import UserError
+from lit_gpt.model.config import Config
+
+SHARED = {"registry", "fields", "tables"}  # modules of this package that are no family
+
+
+def families() -> Iterator[ModuleType]:
+    """Every family: each other module of this package is one."""
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name not in SHARED:
+            yield importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def family_of(hf: dict[str, Any]) -> ModuleType:
+    """The family that answers to the `model_type` of a config.json.
+
+    Raises:
+        UserError: none does.
+    """
+    kind = hf.get("model_type")
+    known = {model_type: family for family in families() for model_type in family.MODEL_TYPES}
+    if kind not in known:
+        raise UserError(
+            f"config.json: model_type '{kind}' is not supported; expected one of {', '.join(sorted(known))} "
+            "(CONTRIBUTING.md: how to add a family)"
+        )
+    return known[kind]
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The fields of config.json of a published size.
+
+    Raises:
+        UserError: no such preset; the nearest is suggested.
+    """
+    presets = {key: fields for family in families() for key, fields in family.PRESETS.items()}
+    if name not in presets:
+        near = difflib.get_close_matches(name, presets, n=1, cutoff=0.4)
+        raise UserError(f"unknown model '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+    return presets[name]
+
+
+def family_of_config(config: Config) -> ModuleType:
+    return importlib.import_module(f"{package.__name__}.{config.family}")
+
+
+def config_from_hf(hf: dict[str, Any], name: str = "") -> Config:
+    """Make the Config for the contents of a Hugging Face `config.json`.
+
+    Raises:
+        UserError: no family answers to the architecture, or the model uses a feature that is not supported.
+    """
+    family = family_of(hf)
+    try:
+        values = family.config(hf)
+    except KeyError as missing:
+        raise UserError(f"config.json: model_type '{hf['model_type']}' needs the field {missing}") from None
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"config.json: a field holds what model_type '{hf['model_type']}' cannot ({error})") from None
+    return Config(name=name or hf["model_type"], family=family.__name__.rpartition(".")[2], **values)
+
+
+def config_from_name(name: str, **overrides: Any) -> Config:
+    """Make the Config of a published size, such as "falcon-7b"; no weights needed. `overrides` replace fields."""
+    return replace(config_from_hf(preset(name), name=name), **overrides)

@@ -1,0 +1,157 @@
+"""A conversation with a model: its history, within the context, and a cache that lives as long as it does."""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from lit_gpt.errors import UsageError, UserError
+from lit_gpt.generation.engine import generate
+from lit_gpt.generation.sequence import Step
+from lit_gpt.methods.multi_lora import LoRAPool
+from lit_gpt.model.gpt import GPT
+from lit_gpt.model.kv_cache import truncate
+from lit_gpt.text.messages import Message
+from lit_gpt.text.prompt_style import PromptStyle, common_prefix
+from lit_gpt.text.tokenizer import Tokenizer
+
+
+class Chat:
+    """Keeps the messages, and in the cache whatever of them is already computed.
+
+    Args:
+        context: tokens of history and answer together.
+        open_loras: makes a model beside which LoRAs can be switched; None: they cannot.
+        new_step: makes what takes a model's place after the prompt, if anything does.
+        options: of lit_gpt.generation.engine.generate.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        style: PromptStyle,
+        context: int,
+        max_new_tokens: int,
+        open_loras: Callable[[], LoRAPool] | None = None,
+        new_step: Callable[[GPT], Step | None] = lambda model: None,
+        **options,
+    ) -> None:
+        self.model, self.tokenizer, self.style, self.options = model, tokenizer, style, options
+        self.open_loras, self.loras = open_loras, None
+        self.new_step, self.step = new_step, new_step(model)
+        self.context, self.max_new_tokens = min(context, model.config.block_size), max_new_tokens
+        if self.max_new_tokens >= self.context:
+            raise UsageError(
+                f"--max_new_tokens {max_new_tokens}: leaves a message no room in the context of {self.context}; ask "
+                "for fewer, or raise --context"
+            )
+        self.messages: list[Message] = []
+        self.cache = model.kv_cache(1, self.context)
+        self.cached: list[int] = []  # the tokens behind the cache's entries
+
+    def use(self, path: Path | None) -> None:
+        """Answer through the LoRA of a file from now on, in its prompt style; None: as the base alone does.
+
+        Raises:
+            UserError: it cannot be had. All stays as it is.
+        """
+        if self.open_loras is None:
+            raise UserError("/lora: an Adapter is attached; start without --finetuned_path to use LoRAs")
+        loras = self.loras or self.open_loras()
+        number = loras.load(path) if path else 0
+        loras.choose([number])
+        self.loras, self.model, self.style = loras, loras.model, loras.styles[number]
+        self.step = self.new_step(self.model)
+        truncate(self.cache, 0)
+        self.cached = []
+
+    def prompt(self) -> list[int]:
+        """The tokens up to the next answer; the oldest turns leave until an answer has room.
+
+        Raises:
+            UserError: the newest message alone is too long, or no text.
+        """
+        left = 0
+        while True:
+            ids = self.style.encode_prompt(self.messages, self.tokenizer)
+            if len(ids) + self.max_new_tokens <= self.context:
+                break
+            first = int(self.messages[0]["role"] == "system")
+            if len(self.messages) == first + 1:
+                raise UserError(
+                    f"not sent: the message makes {len(ids)} tokens, which with --max_new_tokens {self.max_new_tokens} "
+                    f"exceed the context of {self.context}"
+                )
+            del self.messages[first : first + 2]
+            left += 1
+        if left:
+            print(f"[the oldest {left} turns no longer fit the context and are forgotten]", file=sys.stderr)
+        return ids
+
+    def answer(self, text: str) -> Iterator[str]:
+        """Pieces of the answer to a message. What was answered is kept, also if it is cut short.
+
+        Raises:
+            UserError: as `prompt`. The message is taken back.
+        """
+        self.messages.append({"role": "user", "content": text})
+        try:
+            prompt, pieces, ids = self.prompt(), [], []
+        except UserError:
+            self.messages.pop()
+            raise
+        truncate(self.cache, min(common_prefix(self.cached, prompt), len(prompt) - 1))
+        try:
+            for piece in self.tokenizer.decode_stream(self._watch(prompt, ids)):
+                pieces.append(piece)
+                yield piece
+        finally:
+            known = min(layer.length for layer in self.cache)  # Ctrl-C may come between layers
+            truncate(self.cache, known)
+            self.cached = (prompt + ids)[:known]
+            self.messages.append({"role": "assistant", "content": "".join(pieces)})
+
+    def _watch(self, prompt: list[int], ids: list[int]) -> Iterator[int]:
+        held = {"stop_ids": self.style.stop_ids, "cache": self.cache, "step": self.step}
+        for token in generate(self.model, prompt, self.max_new_tokens, **held, **self.options):
+            ids.append(token)
+            yield token
+
+
+def converse(chat: Chat) -> None:
+    """Read messages from standard input until it ends; Ctrl-C stops an answer, not the conversation.
+
+    `/lora PATH` is no message: it changes the LoRA, and alone takes it off. Nor is any other word behind a slash alone.
+    """
+    with suppress(ImportError):
+        import readline  # noqa: F401  (with it a line can be edited, and called back)
+    while True:
+        try:
+            text = input("> ")
+        except EOFError:
+            return print()
+        except UnicodeDecodeError as error:
+            print(f"[not sent: the message is not UTF-8 text ({error.reason})]", file=sys.stderr)
+            continue
+        except KeyboardInterrupt:
+            print("\n[Ctrl-D ends the conversation]", file=sys.stderr)
+            continue
+        if not text.strip():
+            continue
+        command, _, path = text.strip().partition(" ")
+        try:
+            if command == "/lora":
+                chat.use(Path(path.strip()) if path else None)
+                print(f"[from now on: {path.strip() or 'the base alone'}]", file=sys.stderr)
+                continue
+            if re.fullmatch(r"/[a-zA-Z]+", text.strip()) or command.lower() == "/lora":
+                raise UserError(f"no command {command}; /lora PATH changes the LoRA, Ctrl-D ends the conversation")
+            for piece in chat.answer(text):
+                print(piece, end="", flush=True)
+            print()
+        except KeyboardInterrupt:
+            print(" [stopped]")
+        except UserError as error:
+            print(f"[{error}]", file=sys.stderr)

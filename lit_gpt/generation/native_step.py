@@ -1,0 +1,75 @@
+"""The step of one more token of a few rows on a CPU, as a list of operations of lit_gpt/kernels/cpp/decode.cpp.
+
+The list is made from the model as it stands, by walking its modules, whatever wraps them included, and holds pointers
+to its weights. Running it is one call: no operator of torch, and no compiling.
+"""
+
+from itertools import chain
+from operator import is_
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lit_gpt.kernels import build
+from lit_gpt.model.gpt import GPT
+from lit_gpt.model.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from lit_gpt.generation.sequence import Row
+from lit_gpt.generation.tape import TYPES, Tape, Unsupported
+
+
+class NativeStep:
+    """The logits that follow one more token of each row, as lit_gpt.generation.sequence.eager_step gives them.
+
+    Weights are read where they lie; what is attached to a model, and small things like norms, are copied, and copied
+    again when they have changed, which is looked at when other rows are continued than before.
+
+    Args:
+        n: rows that are expected; more can follow.
+
+    Raises:
+        Unsupported: there is no kernel for some part of the model, or no compiler to make kernels.
+    """
+
+    def __init__(self, model: GPT, n: int = 1) -> None:
+        self.library = build.library("decode")
+        if self.library is None:
+            raise Unsupported("no compiler")
+        self.model, self.places, self.lengths = model, [], []  # the last two of the rows of the last call
+        self.record(n)
+
+    def record(self, n: int) -> None:
+        if self.model.wte.weight.device.type != "cpu" or self.model.dtype not in TYPES or self.model.training:
+            raise Unsupported("a device, dtype or mode")
+        self.tape, self.seen = Tape(self.library, self.model, n), versions(self.model)
+
+    def __call__(self, rows: list["Row"], cache: KVCache) -> Tensor:
+        """Float32 (len(rows), padded_vocab_size), which the next call overwrites."""
+        places, lengths = [row.cache for row in rows], [len(row.ids) for row in rows]
+        if lengths != [length + 1 for length in self.lengths] or not all(map(is_, places, self.places)):
+            outdated = self.model.training or changed(self.seen, versions(self.model))
+            if outdated or self.tape.n < len(rows):
+                self.record(max(len(rows), len(cache[0].k)))
+            self.tape.use(rows[0].cache if len(rows) == 1 else cache)
+        self.places, self.lengths = places, lengths
+        logits = self.tape.run([row.ids[-1] for row in rows], [length - 1 for length in lengths])
+        for row in rows:
+            row.cache[0].long = self.model.rope.is_long(len(row.ids))
+            for layer in row.cache:
+                layer.length += 1
+        return logits
+
+
+Versions = list[tuple[Tensor, tuple[int, ...]]]
+
+
+def versions(model: GPT) -> Versions:
+    """All that a model computes with, where each tensor lies and how often it was written to."""
+    tensors = chain(model.parameters(), model.buffers())
+    return [(x, (x.data_ptr(), 0 if x.is_inference() else x._version)) for x in tensors]
+
+
+def changed(before: Versions, now: Versions) -> bool:
+    pairs = zip(before, now, strict=False)
+    return len(before) != len(now) or any(old is not new or m != n for (old, m), (new, n) in pairs)

@@ -1,0 +1,287 @@
+"""Answers to a file of prompts: one a line, in batches, into another file.
+
+An answer is written as soon as it is there, so that a run that was killed goes on where it stopped. At the end the
+lines are put in the prompts' order.
+"""
+
+import json
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from lit_gpt.data.sources import Source
+from lit_gpt.errors import UsageError, UserError
+from lit_gpt.files import atomic, take_lock
+from lit_gpt.generation.engine import check_context, decode, prompt_ids
+from lit_gpt.generation.sequence import Row
+from lit_gpt.generation.steps import new_step
+from lit_gpt.hardware import peak_memory_bytes
+from lit_gpt.methods.multi_lora import LoRAPool
+from lit_gpt.model.gpt import GPT
+from lit_gpt.text.messages import Message, Tools, instruction_messages, read_messages, read_tools
+from lit_gpt.text.prompt_style import PromptStyle
+from lit_gpt.text.tokenizer import Tokenizer
+
+OURS = ("answer", "ended", "row", "settings")  # what an answer's line has besides the prompt's fields
+FORMS = ("prompt", "instruction", "messages")  # what a prompt may be; a line has one of them
+# Flags that change no answer, but for rounding.
+INDIFFERENT = {"prompt", "prompt_file", "input", "out", "batch_size", "num_samples", "compile"}
+SAMPLING = {"top_k", "top_p", "seed"}  # change none at temperature 0
+
+
+@dataclass
+class Prompt:
+    """A line of the file."""
+
+    row: int  # counted from 1, lines that hold nothing apart
+    where: str  # file and line
+    fields: dict[str, Any]
+    messages: list[Message]
+    tools: Tools
+    lora_path: Path | None
+
+
+@dataclass
+class PromptFile:
+    """The prompts that can be read, what is wrong with the others, and the answers that are there already."""
+
+    path: Path
+    out: Path
+    settings: str  # of the run that answers them, in a few letters
+    rows: int = 0  # lines that hold something
+    prompts: list[Prompt] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    answers: dict[int, dict[str, Any]] = field(default_factory=dict)  # by row
+
+    @classmethod
+    def read(cls, hp: SimpleNamespace) -> "PromptFile":
+        """The file that the flags name; lines that cannot be read are reported.
+
+        Raises:
+            UsageError: flags that do not go together.
+            UserError: there is no such file, or the answers in --out are to something else.
+        """
+        if hp.prompt_file is None or hp.prompt_file.suffix != ".jsonl":
+            raise UsageError("--out: goes with --prompt_file FILE.jsonl, which holds a prompt on each line")
+        if hp.num_samples != 1:
+            raise UsageError("--num_samples: each line of --prompt_file gets one answer; repeat a line to get several")
+        if hp.input:
+            raise UsageError('--input: goes with --prompt; a line of --prompt_file has its own "input"')
+        if hp.compile and hp.batch_size > 1:
+            raise UsageError("--compile true: serves one row at a time; leave it out, or add --batch_size 1")
+        if hp.out.resolve() == hp.prompt_file.resolve():
+            raise UsageError(f"--out {hp.out}: is the file of the prompts; choose another")
+        file = cls(hp.prompt_file, hp.out, settings_hash(hp))
+        for where, fields, problem in Source(str(file.path)).rows():
+            file.rows += 1
+            try:
+                if problem:
+                    raise ValueError(problem)
+                file.prompts.append(Prompt(file.rows, where, fields, *read_prompt(fields)))
+            except (TypeError, ValueError) as error:
+                file.report(f"{where}: {error}")
+        if not file.rows:
+            raise UserError(f"--prompt_file {file.path}: holds no prompts")
+        file.read_answers()
+        return file
+
+    @property
+    def lora_paths(self) -> list[Path | None]:
+        """Those that lines name, and None if there are lines that name none."""
+        return list(dict.fromkeys(prompt.lora_path for prompt in self.prompts))
+
+    def report(self, problem: str) -> None:
+        print(problem, file=sys.stderr)
+        self.problems.append(problem)
+
+    def read_answers(self) -> None:
+        """The answers that an earlier run has left; a last line that it did not finish is cut off.
+
+        Raises:
+            UserError: they are not to these prompts, or were made with other settings.
+        """
+        if not self.out.exists():
+            return
+        contents = self.out.read_bytes()
+        *lines, unfinished = contents.split(b"\n")
+        asked = {prompt.row: prompt.fields for prompt in self.prompts}
+        for number, line in enumerate(lines, 1):
+            try:
+                found = json.loads(line)
+                row, settings = found["row"], found["settings"]
+                fields = {name: value for name, value in found.items() if name not in OURS}
+                assert isinstance(found["answer"], str)
+            except (ValueError, TypeError, KeyError, AssertionError):
+                raise self.refusal(number, "is no answer of this script") from None
+            if fields != asked.get(row):
+                raise self.refusal(number, f"answers another prompt than row {row} of {self.path}")
+            if settings != self.settings:
+                raise self.refusal(number, "was answered by another checkpoint or with other flags")
+            self.answers[row] = found
+        if unfinished:
+            if not self.may_begin(unfinished):
+                raise self.refusal(len(lines) + 1, "is no answer of this script")
+            with open(self.out, "rb+") as file:
+                file.truncate(len(contents) - len(unfinished))
+            print(f"[the last line of {self.out} was cut short, and is done again]", file=sys.stderr)
+        if self.answers:
+            print(f"[{len(self.answers)} of {self.rows} rows are answered already in {self.out}]", file=sys.stderr)
+
+    def may_begin(self, unfinished: bytes) -> bool:
+        """Whether an answer's line may begin like this."""
+        for prompt in self.prompts:
+            known = json.dumps(prompt.fields | {OURS[0]: ""}, ensure_ascii=False).encode()[:-2]
+            if unfinished.startswith(known) or known.startswith(unfinished):
+                return True
+        return False
+
+    def refusal(self, line: int, problem: str) -> UserError:
+        return UserError(f"--out {self.out}: line {line} {problem}; choose another file, or remove this one")
+
+    def answer(
+        self, hp: SimpleNamespace, model: GPT, tokenizer: Tokenizer, style: PromptStyle, loras: LoRAPool | None = None
+    ) -> None:
+        """Answer what is not answered yet.
+
+        Args:
+            style: of lines that name no LoRA.
+            loras: those that lines name, with their styles; `hp.lora_path`, if there is one, is that of the others.
+                None: lines may not name any.
+
+        Raises:
+            UserError: at the end, if there are lines without an answer.
+        """
+        if any(self.lora_paths) and loras is None:
+            raise UserError(f"{self.path}: has lines with a lora_path, which generate/lora.py and base.py answer")
+        start, total = time.perf_counter(), 0
+        asked = list(self.requests(hp, model, tokenizer, style, loras))
+        bar = tqdm(total=self.rows, initial=len(self.answers), desc="answering", unit=" rows", disable=None)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.out, "a", encoding="utf-8") as file, bar:
+            take_lock(file.fileno(), self.out)
+            for request, ids, ended in answers(hp, model, asked, loras):
+                bar.update()
+                total += len(ids)
+                ours = tokenizer.decode(ids), ended, request.prompt.row, self.settings
+                line = request.prompt.fields | dict(zip(OURS, ours, strict=True))
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.flush()
+                self.answers[request.prompt.row] = line
+        self.put_in_order()
+        seconds = time.perf_counter() - start
+        print(
+            f"[{len(asked)} answers, {total} new tokens in {seconds:.1f} s, {total / seconds:.1f} tokens/s; "
+            f"peak memory {peak_memory_bytes() / 1e9:.2f} GB; wrote {self.out}]",
+            file=sys.stderr,
+        )
+        if self.problems:
+            raise UserError(
+                f"{len(self.problems)} of {self.rows} rows are not answered, the first is {self.problems[0]}; the "
+                f"others are in {self.out}"
+            )
+
+    def requests(
+        self, hp: SimpleNamespace, model: GPT, tokenizer: Tokenizer, style: PromptStyle, loras: LoRAPool | None
+    ) -> Iterator["Request"]:
+        """What is to be answered; what cannot be is reported."""
+        default = getattr(hp, "lora_path", None)
+        for prompt in self.prompts:
+            if prompt.row in self.answers:
+                continue
+            path = prompt.lora_path or default
+            number = loras.load(path) if loras and path else 0
+            styled = loras.styles[number] if number else style
+            try:
+                ids = prompt_ids(prompt.messages, model, tokenizer, styled, prompt.tools)
+                check_context(model, len(ids), hp.max_new_tokens)
+            except UserError as error:
+                self.report(f"{prompt.where}: {error}")
+                continue
+            generator = torch.Generator(model.wte.weight.device).manual_seed(seed_of(hp.seed, prompt.row))
+            yield Request(prompt, Row(ids, hp.max_new_tokens, generator, lora=number), len(ids), styled.stop_ids)
+
+    def put_in_order(self) -> None:
+        if list(self.answers) != sorted(self.answers):
+            with atomic(self.out) as temporary, open(temporary, "w", encoding="utf-8") as file:
+                for row in sorted(self.answers):
+                    file.write(json.dumps(self.answers[row], ensure_ascii=False) + "\n")
+
+
+def settings_hash(hp: SimpleNamespace) -> str:
+    """A few letters that stand for all flags on which an answer depends."""
+    names = vars(hp).keys() - INDIFFERENT - (set() if hp.temperature else SAMPLING)
+    values = {name: getattr(hp, name) for name in names}
+    values = {name: str(value.resolve() if isinstance(value, Path) else value) for name, value in values.items()}
+    return blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=4).hexdigest()
+
+
+@dataclass(eq=False)
+class Request:
+    prompt: Prompt
+    row: Row
+    length: int  # of the prompt
+    stop_ids: tuple[int, ...]
+
+
+def read_prompt(fields: dict[str, Any]) -> tuple[list[Message], Tools, Path | None]:
+    """The messages, tools and LoRA of a line.
+
+    Raises:
+        TypeError, ValueError: what is wrong with it.
+    """
+    forms = [name for name in FORMS if fields.get(name) is not None]
+    if len(forms) != 1:
+        found = ", ".join(fields) or "nothing"
+        raise ValueError(f"expected exactly one of the fields {', '.join(FORMS)}, found {found}")
+    if taken := sorted(fields.keys() & set(OURS)):
+        raise ValueError(f"has a field '{taken[0]}', which the answer's line has for itself; rename it")
+    for name in {"prompt", "instruction", "input", "lora_path"} & fields.keys():
+        if not isinstance(fields[name] or "", str):
+            raise ValueError(f"the field '{name}' is {type(fields[name]).__name__}, expected text")
+    json.dumps(fields, ensure_ascii=False).encode()  # JSON can spell half of an emoji
+    lora_path = Path(fields["lora_path"]) if fields.get("lora_path") else None
+    if lora_path and not lora_path.is_file():
+        raise ValueError(f"the field 'lora_path' is {lora_path}, which is no file")
+    if forms != ["messages"]:
+        if fields.get("tools"):
+            raise ValueError("the field 'tools' goes with 'messages'")
+        return instruction_messages(fields[forms[0]], fields.get("input") or ""), None, lora_path
+    messages = read_messages(fields["messages"])
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("the last message is the assistant's; expected one to be answered")
+    return messages, read_tools(fields.get("tools")), lora_path
+
+
+def answers(
+    hp: SimpleNamespace, model: GPT, requests: list[Request], loras: LoRAPool | None
+) -> Iterator[tuple[Request, list[int], bool]]:
+    """The answer to each request as it is ready, and whether it came to its end."""
+    if not requests:
+        return
+    by_row = {request.row: request for request in requests}
+    # the longest first, so that memory runs out at once if it must, and few rows are left over at the end
+    rows = sorted(by_row, key=lambda row: len(row.ids), reverse=True)
+    cache = model.kv_cache(min(hp.batch_size, len(rows)), len(rows[0].ids) + hp.max_new_tokens)
+    options = {"step": new_step(hp, model)}
+    if loras:
+        options["choose"] = lambda rows: loras.choose([row.lora for row in rows])
+    for row, token in decode(model, rows, cache, hp.temperature, hp.top_k, hp.top_p, **options):
+        request = by_row[row]
+        if ended := token in request.stop_ids:
+            row.room = 0
+        if not row.room:
+            yield request, row.ids[request.length : len(row.ids) - ended], ended
+
+
+def seed_of(seed: int, row: int) -> int:
+    """Of a row's sampling, so that it does not depend on the others in its batch."""
+    return random.Random(f"{seed} {row}").getrandbits(63)

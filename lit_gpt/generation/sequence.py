@@ -1,0 +1,44 @@
+"""A sequence that is being continued, and the step that adds one token to each of several."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lit_gpt.model.gpt import GPT
+from lit_gpt.model.kv_cache import DecodeCache, KVCache
+
+
+@dataclass(eq=False)
+class Row:
+    """A sequence that is being continued."""
+
+    ids: list[int]  # its tokens, of the prompt at first; at least one
+    room: int  # tokens that may still follow; set to 0, it ends
+    generator: torch.Generator | None = None  # of the sampling, on the model's device; None: torch's own
+    cached: int = 0  # beginning of the prompt that its place in the cache holds already
+    lora: int = 0  # see lit_gpt.methods.multi_lora
+    cache: KVCache = field(default_factory=list)  # its place
+
+
+# The logits that follow each row, (rows, padded_vocab_size), which the next call may overwrite. Each row's place holds
+# all of its tokens but the last; rows that are several have the first places of the cache.
+Step = Callable[[list[Row], KVCache], Tensor]
+
+
+def eager_step(model: GPT, rows: list[Row], cache: KVCache) -> Tensor:
+    """A Step by the model's own operations. A row alone may have more tokens that its place does not hold."""
+    device = model.wte.weight.device
+    if len(rows) == 1:
+        place = rows[0].cache
+        idx = torch.tensor([rows[0].ids[place[0].length :]], device=device)
+        return model(idx, cache=place, last=True)[:, -1]
+    idx = torch.tensor([row.ids[-1:] for row in rows], device=device)
+    lengths = tuple(len(row.ids) for row in rows)
+    positions, span = torch.tensor(lengths, device=device) - 1, (slice(len(rows)), slice(None), slice(max(lengths)))
+    logits = model(idx, cache=[DecodeCache(x.k[span], x.v[span], positions, lengths) for x in cache], last=True)
+    for row in rows:
+        for layer in row.cache:
+            layer.length += 1
+    return logits[:, -1]

@@ -1,0 +1,47 @@
+"""Chooses the fastest step of one token that the model and its device allow."""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lit_gpt.generation.compiled_step import CompiledStep
+from lit_gpt.generation.native_step import NativeStep
+from lit_gpt.generation.sequence import Row, Step, eager_step
+from lit_gpt.generation.tape import Unsupported
+from lit_gpt.model.gpt import GPT
+from lit_gpt.model.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    pass
+
+
+class FastStep:
+    """A Step.
+
+    On a CPU by lit_gpt.generation.native_step, if it knows all that the model is made of: it is ready at once, so that no answer
+    is too short for it. Else, only if it is asked for, by a compiled step, which takes seconds before it is ready.
+
+    Raises:
+        UsageError: as CompiledStep, if it is asked for.
+    """
+
+    def __init__(self, model: GPT, compile: bool = False) -> None:
+        self.model, self.chosen = model, None
+        self.otherwise: Step = CompiledStep(model) if compile else partial(eager_step, model)
+
+    def __call__(self, rows: list[Row], cache: KVCache) -> Tensor:
+        if self.chosen is self.otherwise:
+            return self.chosen(rows, cache)
+        try:  # not before: the first token, which comes from the prompt, need not wait for it
+            self.chosen = self.chosen or NativeStep(self.model, len(cache[0].k))
+            return self.chosen(rows, cache)
+        except Unsupported:
+            self.chosen = self.otherwise
+            return self.chosen(rows, cache)
+
+
+def new_step(hp: SimpleNamespace, model: GPT) -> Step:
+    """What takes the model's place for one more token of each row."""
+    return FastStep(model, hp.compile)

@@ -1,0 +1,245 @@
+"""Records the operations of one decoding step for kernels/cpp/decode.cpp."""
+
+import ctypes
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_gpt.kernels.fused import ACTIVATIONS
+from lit_gpt.kernels.ops import quantized_format
+from lit_gpt.methods.adapter import AdapterPrompt
+from lit_gpt.methods.adapter_v2 import ScaledLinear, TrainedNorm
+from lit_gpt.methods.lora import LoRALinear
+from lit_gpt.methods.multi_lora import MultiLoRALinear, RowAdapters
+from lit_gpt.model.alibi import alibi_slopes
+from lit_gpt.model.attention import CausalSelfAttention
+from lit_gpt.model.gpt import GPT, Block
+from lit_gpt.model.kv_cache import KVCache
+from lit_gpt.model.mlp import GptNeoxMLP, SwiGLU
+from lit_gpt.model.norms import LayerNorms, QKNorm, RMSNorm, UnitOffsetRMSNorm
+from lit_gpt.quantization.formats import FORMATS
+from lit_gpt.quantization.modules import QuantizedEmbedding, QuantizedLinear, unpacked
+
+if TYPE_CHECKING:
+    pass
+
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of products.h's Format
+KINDS = list(ACTIVATIONS)  # of decode.cpp's Activation
+
+
+class Unsupported(Exception):
+    """The model has a part for which there is no operation."""
+
+
+class Tape:
+    """The operations of a model's step, for up to n rows."""
+
+    def __init__(self, library: ctypes.CDLL, model: GPT, n: int) -> None:
+        self.library, self.model, self.n = library, model, n
+        self.dtype, self.kept, self.buffers = model.dtype, [], {}
+        self.choice: RowAdapters | None = None
+        library.tape_new.restype = ctypes.c_void_p
+        self.handle = ctypes.c_void_p(library.tape_new())
+        weakref.finalize(self, library.tape_free, self.handle)
+        with torch.no_grad():
+            self.logits = self.whole()
+
+    def use(self, cache: KVCache) -> None:
+        """Add to this cache, to its first places, from now on."""
+        self.cache, self.places = cache, cache[0].k.size(2)
+        pointers = [tensor.data_ptr() for layer in cache for tensor in (layer.k, layer.v)]
+        self.pointers = (ctypes.c_void_p * len(pointers))(*pointers)
+
+    def run(self, tokens: list[int], positions: list[int]) -> Tensor:
+        config, rope = self.model.config, self.model.rope
+        limit = min(self.places, config.block_size if self.model.wpe else self.places)
+        for token, position in zip(tokens, positions, strict=True):
+            if not (0 <= token < config.padded_vocab_size and position < limit):
+                raise IndexError(f"token {token} or position {position} is beyond what model and cache have room for")
+        chosen = self.choice.rows.tolist() if self.choice else [0] * len(tokens)
+        extended = [int(rope.is_long(position + 1)) for position in positions]
+        rows = torch.tensor(list(zip(tokens, positions, chosen, extended, strict=True)))
+        places, threads = ctypes.c_long(self.places), torch.get_num_threads()
+        at, n = ctypes.c_void_p(rows.data_ptr()), ctypes.c_long(len(rows))
+        self.library.tape_run(self.handle, at, n, self.pointers, places, threads)
+        return self.logits[: len(tokens)]
+
+    # what operations are made with
+
+    def add(self, operation: str, *arguments: Tensor | float | None) -> None:
+        getattr(self.library, f"tape_{operation}")(self.handle, *map(self.plain, arguments))
+
+    def plain(self, argument: Tensor | float | None) -> Any:
+        """An argument as C takes it; tensors by their address, for which they are kept."""
+        if isinstance(argument, Tensor):
+            if not argument.is_contiguous():
+                raise Unsupported("a tensor that is not contiguous")
+            self.kept.append(argument)
+            return ctypes.c_void_p(argument.data_ptr())
+        if argument is None:
+            return ctypes.c_void_p(None)
+        return ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_long(argument)
+
+    def buffer(self, name: str, size: int) -> Tensor:
+        """Float32 (n, size), one for all layers."""
+        if (name, size) not in self.buffers:
+            self.buffers[name, size] = self.zeros(size)
+        return self.buffers[name, size]
+
+    def zeros(self, size: int) -> Tensor:
+        return torch.zeros(self.n, size, dtype=torch.float32)
+
+    # the parts of a model
+
+    def whole(self) -> Tensor:
+        model, config = self.model, self.model.config
+        expect(model, GPT)
+        x = self.buffer("x", config.n_embd)
+        self.embed(x, model.wte, float(torch.tensor(config.embedding_scale, dtype=self.dtype)), by_position=False)
+        if model.wpe is not None:
+            self.embed(x, model.wpe, 1.0, by_position=True)
+        rotations = self.rotations()
+        for layer, (block, rotation) in enumerate(zip(model.h, rotations, strict=True)):
+            self.block(block, x, layer, rotation)
+        logits = self.linear(model.lm_head, self.norm(model.ln_f, x, "n"), "logits")
+        if config.logit_divisor != 1.0 or config.logit_softcap:
+            self.add("finish", logits, logits.size(1), float(config.logit_divisor), float(config.logit_softcap or 0))
+        return logits
+
+    def embed(self, x: Tensor, table: nn.Module, factor: float, by_position: bool) -> None:
+        expect(table, nn.Embedding, QuantizedEmbedding)
+        if isinstance(table, QuantizedEmbedding):
+            kind, scale = quantized_format(table.weight, table.scale), table.scale.float()
+        else:
+            kind, scale = self.type(table.weight), None
+        self.add("embed", x, table.weight, kind, scale, x.size(1), factor, by_position)
+
+    def rotations(self) -> list[tuple[Tensor, Tensor] | None]:
+        """Cosine and sine of each layer, float32 (n, rope_n_elem / 2), if it is rotated."""
+        model, config, found = self.model, self.model.config, {}
+        for rope in dict.fromkeys((model.rope, model.local_rope)):  # which may be one
+            frequencies = rope.frequencies.float().view(1 if rope.original is None else 2, -1)
+            kinds, n = frequencies.shape
+            found[rope] = self.zeros(n), self.zeros(n)
+            if n:
+                factor = float(rope.attention_factor)
+                self.add("angles", *found[rope], frequencies, n, kinds, factor, TYPES[self.dtype])
+        kinds = [found[model.rope if config.window(i) is None else model.local_rope] for i in range(config.n_layer)]
+        return [None if i in config.unrotated_layers else kind for i, kind in enumerate(kinds)]
+
+    def block(self, block: Block, x: Tensor, layer: int, rotation: tuple[Tensor, Tensor] | None) -> None:
+        expect(block, Block)
+        n_1 = self.norm(block.norm_1, x, "n_1")
+        h = self.norm(block.post_norm_1, self.attention(block.attn, n_1, layer, rotation), "h")
+        if not block.parallel:
+            self.add("add", x, x.size(1), h, float(block.scale))
+        n_2 = n_1 if block.norm_2 is None else self.norm(block.norm_2, x, "n_2")
+        y = self.norm(block.post_norm_2, self.mlp(block.mlp, n_2), "y")
+        if block.parallel:
+            self.add("add", x, x.size(1), h, 1.0)
+        self.add("add", x, x.size(1), y, 1.0 if block.parallel else float(block.scale))
+
+    def attention(
+        self, attn: CausalSelfAttention, x: Tensor, layer: int, rotation: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        expect(attn, CausalSelfAttention)
+        heads, groups, size, scores = attn.n_head, attn.n_query_groups, attn.head_size, attn.scores
+        qkv = self.linear(attn.qkv, x, "qkv")
+        if attn.qk_norm is not None:
+            self.qk_norm(attn.qk_norm, qkv, attn.sizes)
+        if rotation is not None and rotation[0].numel():
+            self.add("rotate", qkv, qkv.size(1), heads + groups, size, *rotation, rotation[0].size(1))
+        sizes, kind = (heads, groups, size), TYPES[self.dtype]
+        self.add("append", qkv, *sizes, layer, kind)
+        slopes = None
+        if attn.alibi:  # as the model rounds them
+            slopes = (alibi_slopes(heads) / scores.scale).to(self.dtype).float() * scores.scale
+        y, how = self.buffer("heads", heads * size), (float(scores.scale), float(scores.softcap or 0))
+        self.add("attend", y, qkv, *sizes, layer, kind, *how, slopes, scores.window or 0)
+        if attn.prefix is not None:
+            expect(attn.prefix, AdapterPrompt)
+            _, k, v = attn.heads(attn.prefix.prompt.to(self.dtype).unsqueeze(0), rotation=None)
+            k, v, gate = (tensor.float().contiguous() for tensor in (k, v, attn.prefix.gate.to(self.dtype)))
+            self.add("attend_prefix", y, qkv, *sizes, k, v, k.size(2), *how, gate)
+        return self.linear(attn.proj, y, "h")
+
+    def qk_norm(self, norms: QKNorm, qkv: Tensor, sizes: tuple[int, ...]) -> None:
+        expect(norms, QKNorm)
+        for norm, part, width in zip((norms.q, norms.k), qkv.split(sizes, 1), norms.widths, strict=False):
+            self.norm(norm, part, None, part.size(1) // width)
+
+    def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
+        expect(mlp, GptNeoxMLP, SwiGLU)
+        kind = KINDS.index(mlp.activation.name)
+        if isinstance(mlp, GptNeoxMLP):
+            h = self.linear(mlp.fc, x, "inner")
+            self.add("activate", h, h.size(1), kind)
+        else:
+            gate_up = self.linear(mlp.gate_up, x, "gate_up")
+            h = self.buffer("inner", gate_up.size(1) // 2)
+            self.add("gate", h, gate_up, h.size(1), kind)
+        return self.linear(mlp.proj, h, "y")
+
+    def norm(self, norm: nn.Module, x: Tensor, name: str | None, parts: int = 1) -> Tensor:
+        """The norm of x, of so many parts of it; in a buffer, or without a name in place."""
+        if type(norm) is nn.Identity:
+            return x
+        norm = norm.norm if type(norm) is TrainedNorm else norm
+        expect(norm, nn.LayerNorm, LayerNorms, RMSNorm, UnitOffsetRMSNorm)
+        y, size = x if name is None else self.buffer(name, x.size(1)), x.size(1) // parts
+        weight, bias = (None if w is None else w.float() for w in (norm.weight, getattr(norm, "bias", None)))
+        stride = size if type(norm) is LayerNorms else 0
+        offset, centered = getattr(norm, "offset", 0.0), isinstance(norm, nn.LayerNorm)
+        rows = y[0], y.stride(0), x[0], x.stride(0)  # of a view only a row is contiguous
+        self.add("norm", *rows, parts, size, weight, bias, stride, float(norm.eps), offset, centered)
+        return y
+
+    def linear(self, layer: nn.Module, x: Tensor, name: str) -> Tensor:
+        """W x + bias, and what wraps the layer does to it, in a buffer."""
+        expect(layer, nn.Linear, QuantizedLinear, LoRALinear, MultiLoRALinear, ScaledLinear)
+        y, n, kind = self.buffer(name, layer.out_features), layer.out_features, TYPES[self.dtype]
+        if isinstance(layer, ScaledLinear):
+            self.linear(layer.linear, x, name)
+            self.add("scale", y, n, layer.scale, layer.shift)
+        elif isinstance(layer, LoRALinear):
+            low = self.lower(layer.lora_A.to(self.dtype), x, by_row=False)
+            self.linear(layer.linear, x, name)
+            for part, ((start, stop), B) in enumerate(zip(layer.parts, layer.split_B(), strict=True)):
+                B = (B * layer.scale).to(self.dtype).t().contiguous()
+                self.add("raise", y, n, low, low.size(1), part * layer.r, B, kind, layer.r, start, stop, False)
+        elif isinstance(layer, MultiLoRALinear):
+            low, B = self.lower(layer.A, x, by_row=True), layer.B.mT.contiguous()
+            self.linear(layer.linear, x, name)
+            self.add("raise", y, n, low, low.size(1), 0, B, kind, low.size(1), 0, n, True)
+            self.choice = layer.choice
+        else:
+            bias = None if layer.bias is None else layer.bias.float()
+            fast = self.dtype == torch.bfloat16  # whose rounding is mostly coarser than that of fast products
+            self.add("linear", y, x, n, layer.in_features, *self.weight(layer), bias, fast)
+        return y
+
+    def lower(self, A: Tensor, x: Tensor, by_row: bool) -> Tensor:
+        low = self.zeros(A.size(-2))
+        self.add("lower", low, x, *A.shape[-2:], A, TYPES[self.dtype], by_row)
+        return low
+
+    def weight(self, layer: nn.Linear | QuantizedLinear) -> tuple[int | Tensor | None, ...]:
+        """Format, weight, and scale, zero and pairs of a quantized one."""
+        if isinstance(layer, nn.Linear):
+            return self.type(layer.weight), layer.weight, None, None, None
+        codes, scale, *rest = FORMATS[layer.format].for_kernels(unpacked(layer))
+        return quantized_format(codes, scale), codes, scale, *rest
+
+    def type(self, tensor: Tensor) -> int:
+        if tensor.dtype not in TYPES:
+            raise Unsupported(f"weights of {tensor.dtype}")
+        return TYPES[tensor.dtype]
+
+
+def expect(module: nn.Module, *kinds: type) -> None:
+    """A class derived from one of these may do more than it, and so may a hook."""
+    if type(module) not in kinds or module._forward_hooks or module._forward_pre_hooks:
+        raise Unsupported(type(module).__name__)

@@ -1,0 +1,100 @@
+"""Devices, dtypes, and how much memory this process and its device hold."""
+
+import ctypes
+import mmap
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+if TYPE_CHECKING:
+    pass
+
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+MADV_PAGEOUT = 21  # of Linux 5.4 on
+_before = 0  # the peak up to the last `restart`
+
+
+def peak_memory_bytes() -> int:
+    """The most memory held at once so far: allocated on the GPU if there is one, else resident."""
+    return max(_before, peak_since_restart())
+
+
+def peak_since_restart() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if STATUS.exists():  # Linux
+        return field("VmHWM")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory that the device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def reset_peak(model: nn.Module) -> int:
+    """Begin to look for a new peak; returns the memory that is held now, with all of the model's weights."""
+    global _before
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and not hasattr(parameter, "full_tensor"):
+            parameter.detach().sum()  # reads what is mapped from a file
+    _before = peak_memory_bytes()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    if not STATUS.exists():
+        return peak_since_restart()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what was freed but not given back is not held
+    CLEAR.write_text("5")
+    return field("VmRSS")
+
+
+def field(name: str) -> int:
+    """Bytes, from Linux's account of this process."""
+    return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name)) * 1024
+
+
+def page_out(tensor: Tensor) -> None:
+    """Tell the kernel that a tensor which is mapped from a file is not needed soon, so that it need not stay resident.
+
+    Its contents are kept, wherever it lies. Where the kernel does not know the request, nothing happens.
+    """
+    if tensor.device.type == "cpu" and sys.platform == "linux":
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(max(0, end - start)), MADV_PAGEOUT)
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Tensors made in it are on the meta device, and modules do not initialize theirs: torch would import its compiler
+    to do so, which takes a second and 70 MB."""
+    with torch.device("meta"), _NoInit():
+        yield
+
+
+class _NoInit(TorchFunctionMode):
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

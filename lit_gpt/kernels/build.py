@@ -1,0 +1,77 @@
+"""Kernels in C++ for the CPU: a library for each .cpp file beside this one, compiled when it is first wanted.
+
+That takes a few seconds and is done once: what comes out is kept, by a hash of all that goes into it, in
+~/.cache/lit_gpt. Without a C++ compiler there are no kernels, and who asks for them takes torch's formulas instead.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCES = Path(__file__).parent / "cpp"
+# Sums may be reordered, as vectors need it; infinities and NaN stay what they are.
+FLAGS = [
+    "-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
+    "-fno-signed-zeros", "-fassociative-math", "-Wno-psabi",
+]  # fmt: skip
+
+
+@functools.cache
+def library(name: str) -> ctypes.CDLL | None:
+    """The library of `name`.cpp; None where it cannot be had, which is told once on stderr."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++"))), None)
+    if compiler is None:
+        print("no C++ compiler found (g++): the CPU goes without the faster kernels", file=sys.stderr)
+        return None
+    try:
+        path = cache_folder() / f"{name}-{fingerprint(compiler, name)}.so"
+        if not path.exists():
+            compile_to(path, compiler, SOURCES / f"{name}.cpp")
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # it was damaged since
+            compile_to(path, compiler, SOURCES / f"{name}.cpp")
+            return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).splitlines()
+        said = next((line for line in said if "error" in line), said[0])
+        print(f"the CPU goes without the faster kernels, {compiler} failed: {said}", file=sys.stderr)
+        return None
+
+
+def cache_folder() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_gpt"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def fingerprint(compiler: str, name: str) -> str:
+    """Of all that the library depends on: sources, flags, compiler, processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text().splitlines() if known.exists() else [platform.processor()]
+    processor = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
+    sources = [path.read_bytes() for path in (*sorted(SOURCES.glob("*.h")), SOURCES / f"{name}.cpp")]
+    parts = (version, processor.encode(), repr(FLAGS).encode(), *sources)
+    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+
+
+def compile_to(path: Path, compiler: str, source: Path) -> None:
+    """Compile to a name of its own first: several processes may do so at once, and one may be killed."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(descriptor)
+    try:
+        argv = [compiler, *FLAGS, str(source), "-o", temporary]
+        subprocess.run(argv, check=True, capture_output=True, text=True)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,355 @@
+// The step of one more token of a few rows on a CPU: a list of operations on fixed buffers, made once by
+// lit_gpt/generation/native_step.py and then run for each token by one call. What it costs is reading each weight once; so all
+// threads stay within the call, and wait for each other between operations by watching a number.
+//
+// Whatever lies between the operations is float32, the rows of a buffer one after the other; weights and cache are as
+// they are stored. A row is computed as it would be alone but for the rounding of its products, wherever the others are.
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include <atomic>
+#include <functional>
+#include <thread>
+
+#include "products.h"
+
+namespace {
+
+struct Span {
+    long begin, end;
+};
+
+// What is particular to a row. With lora 0 it goes through none; `extended`: its angles are those of a long sequence.
+struct Row {
+    long token, position, lora, extended;
+};
+
+struct Run {
+    const Row *rows;
+    long n;              // rows
+    void *const *cache;  // keys and values of each layer in turn, (n, groups, places, size) each
+    long places;
+    int thread, threads;
+
+    // This thread's share of n items, in multiples of `grain`.
+    Span share(long n, long grain) const {
+        long each = (n + threads * grain - 1) / (threads * grain) * grain;
+        return {std::min(n, thread * each), std::min(n, (thread + 1) * each)};
+    }
+};
+
+struct Operation {
+    std::function<void(const Run &)> call;
+    bool waits;  // for what the other threads did before
+};
+
+struct Tape {
+    std::vector<Operation> operations;
+    long shared = 0;  // elements that the last operation shared out among the threads, if those were elements
+    std::atomic<int> arrived{0}, round{0};
+
+    // An operation on n elements of each row; `follows`: of what other operations made it reads only its own share of n
+    // elements.
+    template <class F> void elements(long n, bool follows, F f) {
+        operations.push_back({[=](const Run &run) { f(run, run.share(n, 16)); }, !(follows && n == shared)});
+        shared = n;
+    }
+
+    // The same, row by row: f(run, row, span).
+    template <class F> void elements_of_rows(long n, bool follows, F f) {
+        elements(n, follows, [=](const Run &run, Span span) {
+            for (long row = 0; row < run.n; row++) f(run, row, span);
+        });
+    }
+
+    // An operation on n larger things of each row: f(run, row, thing).
+    template <class F> void items(long n, F f) {
+        operations.push_back({[=](const Run &run) {
+            Span span = run.share(n * run.n, 1);
+            for (long i = span.begin; i < span.end; i++) f(run, i / n, i % n);
+        }, true});
+        shared = 0;
+    }
+
+    void wait(int threads) {
+        int before = round.load(std::memory_order_acquire);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+            arrived.store(0, std::memory_order_relaxed);
+            round.store(before + 1, std::memory_order_release);
+        } else {
+            for (int i = 0; round.load(std::memory_order_acquire) == before; i++)
+                if (i > 10000) std::this_thread::yield();  // somebody else needs the core
+        }
+    }
+};
+
+enum Activation { GELU, GELU_TANH, RELU, SILU };
+
+inline float activate(long kind, float x) {
+    switch (kind) {
+    case GELU: return 0.5f * x * (1 + std::erf(x * 0.70710678f));
+    case GELU_TANH: return 0.5f * x * (1 + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
+    case RELU: return std::max(x, 0.0f);
+    default: return x / (1 + std::exp(-x));
+    }
+}
+
+inline void activate(long kind, float *y, const float *x, long n) {
+    long i = 0;
+    for (; kind == SILU && i + 16 <= n; i += 16) {
+        v16 a = load<16>(x + i);
+        store<16>(y + i, a / (1.0f + exponential(-a)));
+    }
+    for (; i < n; i++) y[i] = activate(kind, x[i]);
+}
+
+template <class T> struct Attention {
+    const T *k, *v;
+    long group, size, places;  // query heads that share a key, elements of a head, places that the cache has
+    float scale, softcap;
+    const float *slopes;
+
+    // y (+)= gate * what a head's query finds at the places from `first` up to `end`
+    void find(float *y, const float *q, long head, long first, long end, float gate, bool adds) const {
+        static thread_local std::vector<float> kept;
+        long n = end - first, from = (head / group * places + first) * size;
+        kept.assign((n + 15) / 16 * 16, -INFINITY);
+        float *scores = kept.data(), most = -INFINITY;
+        for (long j = 0; j < n; j++) {
+            scores[j] = scale * score(q, k + from + j * size);
+            if (slopes) scores[j] += slopes[head] * (first + j);
+            if (softcap) scores[j] = softcap * std::tanh(scores[j] / softcap);
+            most = std::max(most, scores[j]);
+        }
+        v16 total{};
+        for (long j = 0; j < n; j += 16) {
+            v16 weights = exponential(load<16>(scores + j) - most);
+            store<16>(scores + j, weights);
+            total += weights;
+        }
+        float factor = gate / sum(total);
+        long d = 0;
+        for (; d + 16 <= size; d += 16) store<16>(y + d, weigh(scores, v + from + d, n) * factor + (adds ? load<16>(y + d) : v16{}));
+        for (; d < size; d++) {
+            float found = adds ? y[d] : 0;
+            for (long j = 0; j < n; j++) found += factor * scores[j] * to_float(v[from + j * size + d]);
+            y[d] = found;
+        }
+    }
+
+    float score(const float *q, const T *key) const {
+        v16 total{};
+        long d = 0;
+        for (; d + 16 <= size; d += 16) total += load<16>(q + d) * load<16>(key + d);
+        float found = sum(total);
+        for (; d < size; d++) found += q[d] * to_float(key[d]);
+        return found;
+    }
+
+    // of 16 elements
+    v16 weigh(const float *scores, const T *values, long n) const {
+        v16 even{}, odd{};
+        long j = 0;
+        for (; j + 2 <= n; j += 2) {
+            even += scores[j] * load<16>(values + j * size);
+            odd += scores[j + 1] * load<16>(values + (j + 1) * size);
+        }
+        return j < n ? even + odd + scores[j] * load<16>(values + j * size) : even + odd;
+    }
+};
+
+template <class T>
+void append(Tape *tape, const float *qkv, long heads, long groups, long size, long layer) {
+    tape->items(groups, [=](const Run &run, long row, long g) {
+        const float *key = qkv + (row * (heads + 2 * groups) + heads + g) * size, *value = key + groups * size;
+        long to = ((row * groups + g) * run.places + run.rows[row].position) * size;
+        T *k = (T *)run.cache[2 * layer] + to, *v = (T *)run.cache[2 * layer + 1] + to;
+        for (long d = 0; d < size; d++) from_float(k + d, key[d]), from_float(v + d, value[d]);
+    });
+}
+
+}  // namespace
+
+// y and x are float32 throughout, sizes in elements of a row; `type` and `format` are of Format, null is None.
+extern "C" {
+
+Tape *tape_new() { return new Tape; }
+void tape_free(Tape *tape) { delete tape; }
+
+void tape_run(Tape *tape, const Row *rows, long n, void *const *cache, long places, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+#ifdef _OPENMP
+        Run run{rows, n, cache, places, omp_get_thread_num(), omp_get_num_threads()};
+#else
+        Run run{rows, n, cache, places, 0, 1};
+#endif
+        for (auto &operation : tape->operations) {
+            if (operation.waits) tape->wait(run.threads);
+            operation.call(run);
+        }
+    }
+}
+
+// y = factor * a row of a table, that of the token or of the position; or added to y
+void tape_embed(Tape *tape, float *y, const void *table, long type, const float *scale, long size, double factor, long by_position) {
+    tape->elements_of_rows(size, by_position, [=](const Run &run, long row, Span span) {
+        long entry = by_position ? run.rows[row].position : run.rows[row].token, from = entry * size;
+        float by = factor * (scale ? scale[entry] : 1), *to = y + row * size;
+        for (long i = span.begin; i < span.end; i++) {
+            float x = type == FLOAT32 ? ((const float *)table)[from + i]
+                      : type == BFLOAT16 ? to_float(((const bf16 *)table)[from + i]) : ((const int8_t *)table)[from + i];
+            to[i] = by_position ? to[i] + x * by : x * by;
+        }
+    });
+}
+
+// y = W x + bias; `fast`: a quantized W may round x, see products.h
+void tape_linear(Tape *tape, float *y, const float *x, long rows, long columns, long format, const void *w, const void *scale, const void *zero, const float *pairs, const float *bias, long fast) {
+    with_weight(format, w, scale, zero, pairs, fast, columns, [=](auto weight) {
+        tape->elements(rows, false, [=](const Run &run, Span span) {
+            weight.multiply(span.begin, span.end, columns, x, run.n, y, rows);
+            for (long row = 0; bias && row < run.n; row++)
+                for (long r = span.begin; r < span.end; r++) y[row * rows + r] += bias[r];
+        });
+    });
+}
+
+// low = A x; `by_row`: A is that of the row's LoRA, one of several
+void tape_lower(Tape *tape, float *low, const float *x, long ranks, long columns, const void *A, long type, long by_row) {
+    auto add = [=](auto *a) {
+        tape->elements_of_rows(ranks, false, [=](const Run &run, long row, Span span) {
+            long lora = by_row ? run.rows[row].lora : 0;
+            for (long r = span.begin; r < span.end && (lora || !by_row); r++)
+                low[row * ranks + r] = dot(a + (lora * ranks + r) * columns, x + row * columns, columns);
+        });
+    };
+    type == FLOAT32 ? add((const float *)A) : add((const bf16 *)A);
+}
+
+// y[start:stop] += B^T low[from : from + rank], of y's n elements; B: (rank, stop - start), or with `by_row` several
+void tape_raise(Tape *tape, float *y, long n, const float *low, long ranks, long from, const void *B, long type, long rank, long start, long stop, long by_row) {
+    auto add = [=](auto *b) {
+        tape->elements_of_rows(n, true, [=](const Run &run, long row, Span span) {
+            long lora = by_row ? run.rows[row].lora : 0, size = stop - start;
+            float *to = y + row * n;
+            for (long j = 0; j < rank && (lora || !by_row); j++) {
+                float factor = low[row * ranks + from + j];
+                for (long i = std::max(start, span.begin); i < std::min(stop, span.end); i++)
+                    to[i] += factor * to_float(b[(lora * rank + j) * size + i - start]);
+            }
+        });
+    };
+    type == FLOAT32 ? add((const float *)B) : add((const bf16 *)B);
+}
+
+// y = scale * (y + shift)
+void tape_scale(Tape *tape, float *y, long n, const float *scale, const float *shift) {
+    tape->elements_of_rows(n, true, [=](const Run &, long row, Span span) {
+        float *to = y + row * n;
+        for (long i = span.begin; i < span.end; i++) to[i] = scale[i] * (to[i] + shift[i]);
+    });
+}
+
+// y += factor * x
+void tape_add(Tape *tape, float *y, long n, const float *x, double factor) {
+    tape->elements_of_rows(n, true, [=](const Run &, long row, Span span) {
+        for (long i = row * n + span.begin; i < row * n + span.end; i++) y[i] += (float)factor * x[i];
+    });
+}
+
+// y = norm of each of n parts of x, which may be y; a part's weights begin `stride` after those of the one before, the
+// parts of a row of x and of y `x_row` and `y_row` after those of the one before
+void tape_norm(Tape *tape, float *y, long y_row, const float *x, long x_row, long n, long size, const float *weight, const float *bias, long stride, double eps, double offset, long centered) {
+    tape->items(n, [=](const Run &, long row, long part) {
+        const float *in = x + row * x_row + part * size, *w = weight ? weight + part * stride : nullptr;
+        float *out = y + row * y_row + part * size, mean = 0, square = 0;
+        for (long i = 0; centered && i < size; i++) mean += in[i];
+        mean /= size;
+        for (long i = 0; i < size; i++) square += (in[i] - mean) * (in[i] - mean);
+        float by = 1 / std::sqrt(square / size + (float)eps);
+        for (long i = 0; i < size; i++) out[i] = (in[i] - mean) * by * (w ? w[i] + (float)offset : 1) + (bias ? bias[i] : 0);
+    });
+}
+
+// the position's angles, rounded to `type`; `frequencies`: n, and if there are others for long sequences n more
+void tape_angles(Tape *tape, float *cosine, float *sine, const float *frequencies, long n, long kinds, double factor, long type) {
+    tape->items(1, [=](const Run &run, long row, long) {
+        const float *of = frequencies + (kinds > 1 && run.rows[row].extended ? n : 0);
+        for (long i = 0; i < n; i++) {
+            float angle = run.rows[row].position * of[i], found[2] = {std::cos(angle) * (float)factor, std::sin(angle) * (float)factor};
+            bf16 rounded[2];
+            for (int j = 0; type == BFLOAT16 && j < 2; j++) from_float(rounded + j, found[j]), found[j] = to_float(rounded[j]);
+            cosine[row * n + i] = found[0], sine[row * n + i] = found[1];
+        }
+    });
+}
+
+// rotates the first n pairs of each head of x, the first of a row of x_row elements, against each other, in place
+void tape_rotate(Tape *tape, float *x, long x_row, long heads, long size, const float *cosine, const float *sine, long n) {
+    tape->items(heads, [=](const Run &, long row, long head) {
+        float *low = x + row * x_row + head * size, *high = low + n;
+        const float *c = cosine + row * n, *s = sine + row * n;
+        for (long i = 0; i < n; i++) {
+            float turned = low[i] * c[i] - high[i] * s[i];
+            high[i] = high[i] * c[i] + low[i] * s[i], low[i] = turned;
+        }
+    });
+}
+
+// the keys and values of qkv into the cache of a layer
+void tape_append(Tape *tape, const float *qkv, long heads, long groups, long size, long layer, long type) {
+    type == FLOAT32 ? append<float>(tape, qkv, heads, groups, size, layer) : append<bf16>(tape, qkv, heads, groups, size, layer);
+}
+
+// y = what the queries of qkv find in the last `window` places (0: in all) of a layer's cache
+void tape_attend(Tape *tape, float *y, const float *qkv, long heads, long groups, long size, long layer, long type, double scale, double softcap, const float *slopes, long window) {
+    auto find = [=](auto zero) {
+        using T = decltype(zero);
+        tape->items(heads, [=](const Run &run, long row, long head) {
+            long end = run.rows[row].position + 1, first = window ? std::max(0l, end - window) : 0;
+            long from = row * groups * run.places * size;
+            const T *k = (const T *)run.cache[2 * layer] + from, *v = (const T *)run.cache[2 * layer + 1] + from;
+            Attention<T> attention{k, v, heads / groups, size, run.places, (float)scale, (float)softcap, slopes};
+            attention.find(y + (row * heads + head) * size, qkv + (row * (heads + 2 * groups) + head) * size, head, first, end, 1, false);
+        });
+    };
+    type == FLOAT32 ? find(0.0f) : find(bf16{});
+}
+
+// y += gate * what they find in the `length` places of keys and values that are there for all, float32
+void tape_attend_prefix(Tape *tape, float *y, const float *qkv, long heads, long groups, long size, const float *k, const float *v, long length, double scale, double softcap, const float *gate) {
+    Attention<float> attention{k, v, heads / groups, size, length, (float)scale, (float)softcap, nullptr};
+    tape->items(heads, [=](const Run &, long row, long head) {
+        attention.find(y + (row * heads + head) * size, qkv + (row * (heads + 2 * groups) + head) * size, head, 0, length, gate[head], true);
+    });
+}
+
+void tape_activate(Tape *tape, float *y, long n, long kind) {
+    tape->elements_of_rows(n, true, [=](const Run &, long row, Span span) {
+        float *from = y + row * n + span.begin;
+        activate(kind, from, from, span.end - span.begin);
+    });
+}
+
+// y = activation(gate) * up; the gate's n elements are followed by those of up
+void tape_gate(Tape *tape, float *y, const float *gate_up, long n, long kind) {
+    tape->elements_of_rows(n, false, [=](const Run &, long row, Span span) {
+        const float *gate = gate_up + 2 * row * n, *up = gate + n;
+        float *to = y + row * n;
+        activate(kind, to + span.begin, gate + span.begin, span.end - span.begin);
+        for (long i = span.begin; i < span.end; i++) to[i] *= up[i];
+    });
+}
+
+// logits from what the head gives
+void tape_finish(Tape *tape, float *y, long n, double divisor, double softcap) {
+    tape->elements_of_rows(n, true, [=](const Run &, long row, Span span) {
+        for (long i = row * n + span.begin; i < row * n + span.end; i++) {
+            y[i] /= (float)divisor;
+            if (softcap) y[i] = (float)softcap * std::tanh(y[i] / (float)softcap);
+        }
+    });
+}
+}

@@ -1,0 +1,125 @@
+// Elementwise parts of a block, forward and backward: RMSNorm, gated activations, rotary embedding.
+// Each reads and writes its tensors once. The formulas are those of lit_gpt/kernels/fused.py.
+#include "vectors.h"
+
+namespace {
+
+// Calls f(first, count) for the vectors of a row, the last of which may be short; f must take any count up to 16.
+template <class F> inline void each(int size, F f) {
+    for (int i = 0; i < size; i += 16) f(i, size - i < 16 ? size - i : 16);
+}
+
+template <class T>
+void rms_norm(long rows, int size, const T *x, const T *weight, float eps, float offset, T *y, float *inverse) {
+#pragma omp parallel for
+    for (long r = 0; r < rows; r++) {
+        const T *in = x + r * size;
+        v16 squares{};
+        each(size, [&](int i, int n) { v16 a = take(in + i, n); squares += a * a; });
+        float factor = inverse[r] = 1 / std::sqrt(sum(squares) / size + eps);
+        each(size, [&](int i, int n) {
+            v16 a = take(in + i, n) * factor, w = take(weight + i, n);
+            put(y + r * size + i, offset ? a * (w + offset) : rounded<T>(a) * w, n);
+        });
+    }
+}
+
+template <class T>
+void rms_norm_backward(long rows, int size, const T *grad, const T *x, const T *weight, const float *inverse, float offset, T *x_grad) {
+#pragma omp parallel for
+    for (long r = 0; r < rows; r++) {
+        const T *g = grad + r * size, *in = x + r * size;
+        float factor = inverse[r];
+        v16 dots{};
+        each(size, [&](int i, int n) { dots += take(g + i, n) * (take(weight + i, n) + offset) * take(in + i, n); });
+        float along = sum(dots) * factor * factor / size;
+        each(size, [&](int i, int n) {
+            put(x_grad + r * size + i, (take(g + i, n) * (take(weight + i, n) + offset) - take(in + i, n) * along) * factor, n);
+        });
+    }
+}
+
+enum Activation { SILU, GELU_TANH };
+
+// the activation and its derivative
+inline v16 activate(int kind, v16 x, v16 *slope) {
+    if (kind == SILU) {
+        v16 gate = 1.0f / (1.0f + exponential(-x));
+        *slope = gate * (1.0f + x * (1.0f - gate));
+        return x * gate;
+    }
+    const float a = 0.7978845608f, b = 0.044715f;
+    v16 inner = a * (x + b * x * x * x);
+    v16 tanh = 1.0f - 2.0f / (1.0f + exponential(2.0f * inner));
+    *slope = 0.5f * (1.0f + tanh) + 0.5f * x * (1.0f - tanh * tanh) * a * (1.0f + 3.0f * b * x * x);
+    return 0.5f * x * (1.0f + tanh);
+}
+
+template <class T> void gated(long rows, int size, int kind, const T *gate_up, T *y) {
+#pragma omp parallel for
+    for (long r = 0; r < rows; r++) {
+        const T *gate = gate_up + 2 * r * size, *up = gate + size;
+        each(size, [&](int i, int n) {
+            v16 slope;
+            put(y + r * size + i, activate(kind, take(gate + i, n), &slope) * take(up + i, n), n);
+        });
+    }
+}
+
+template <class T> void gated_backward(long rows, int size, int kind, const T *grad, const T *gate_up, T *x_grad) {
+#pragma omp parallel for
+    for (long r = 0; r < rows; r++) {
+        const T *gate = gate_up + 2 * r * size, *up = gate + size, *g = grad + r * size;
+        T *out = x_grad + 2 * r * size;
+        each(size, [&](int i, int n) {
+            v16 slope, above = take(g + i, n), active = activate(kind, take(gate + i, n), &slope);
+            put(out + i, above * take(up + i, n) * slope, n);
+            put(out + size + i, above * active, n);
+        });
+    }
+}
+
+// The angles' (positions, 2 * half) first halves hold what both have; sign -1 turns back.
+template <class T>
+void rotate(long rows, int heads, int rotated, int size, int half, const T *x, const T *cos, const T *sin, float sign, T *y) {
+#pragma omp parallel for
+    for (long r = 0; r < rows; r++) {
+        const T *c = cos + r * 2 * half, *s = sin + r * 2 * half;
+        for (int h = 0; h < rotated; h++) {
+            const T *in = x + (r * heads + h) * size;
+            T *out = y + (r * heads + h) * size;
+            each(half, [&](int i, int n) {
+                v16 low = take(in + i, n), high = take(in + half + i, n), co = take(c + i, n), si = take(s + i, n) * sign;
+                put(out + i, low * co - high * si, n);
+                put(out + half + i, high * co + low * si, n);
+            });
+            memcpy(out + 2 * half, in + 2 * half, (size - 2 * half) * sizeof(T));
+        }
+        long rest = (r * heads + rotated) * size;
+        memcpy(y + rest, x + rest, (heads - rotated) * size * sizeof(T));
+    }
+}
+
+}  // namespace
+
+#define BOTH(T, suffix)                                                                                                  \
+    void rms_norm_##suffix(long rows, int size, const T *x, const T *w, float eps, float offset, T *y, float *inverse) { \
+        rms_norm(rows, size, x, w, eps, offset, y, inverse);                                                             \
+    }                                                                                                                    \
+    void rms_norm_backward_##suffix(long rows, int size, const T *g, const T *x, const T *w, const float *inverse,       \
+                                    float offset, T *x_grad) {                                                           \
+        rms_norm_backward(rows, size, g, x, w, inverse, offset, x_grad);                                                 \
+    }                                                                                                                    \
+    void gated_##suffix(long rows, int size, int kind, const T *x, T *y) { gated(rows, size, kind, x, y); }              \
+    void gated_backward_##suffix(long rows, int size, int kind, const T *g, const T *x, T *x_grad) {                     \
+        gated_backward(rows, size, kind, g, x, x_grad);                                                                  \
+    }                                                                                                                    \
+    void rotate_##suffix(long rows, int heads, int rotated, int size, int half, const T *x, const T *cos, const T *sin,  \
+                         float sign, T *y) {                                                                             \
+        rotate(rows, heads, rotated, size, half, x, cos, sin, sign, y);                                                  \
+    }
+
+extern "C" {
+BOTH(bf16, bf16)
+BOTH(float, f32)
+}

@@ -1,0 +1,326 @@
+"""Operations written with their gradients, so that they keep less for the backward pass than autograd would, and pass
+over memory less often. Their results are those of the plain formulas, which tests/test_fused.py holds against them.
+
+Where lit_gpt.kernels.ops has a kernel for the tensors at hand, it is taken; torch's operations serve everywhere.
+
+None reads a tensor's contents on the way, so that all run on the meta device and under FakeTensorMode as well.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lit_gpt.kernels import ops
+
+# Dropout's probability is rounded to this share, of powers of two, for each digit costs random numbers.
+DROPOUT_STEPS = 1024
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+class _Forgetful:
+    """The context of a forward pass that no backward follows."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+    mark_dirty = save_for_backward
+
+
+def apply_or_forward(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    """What a function gives, by its forward pass alone where no gradients are wanted: torch.compile takes that more
+    readily."""
+    return function.apply(*arguments) if torch.is_grad_enabled() else function.forward(_Forgetful(), *arguments)
+
+
+def low_rank_update(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, parts: list[tuple[int, int]], scale: float, dropout: float
+) -> Tensor:
+    """y with scale * B_i A_i dropout(x) added to its columns `parts[i]`, in place (Hu et al. 2021, LoRA).
+
+    Args:
+        y: (T, out_features), of the dtype of the arithmetic; what made it must not have kept it.
+        x: (T, in_features).
+        A: (len(parts) * r, in_features), float32: an A for each part, one below the other.
+        B: (sum of the parts' lengths, r), float32, likewise.
+        parts: (start, stop) of columns.
+        dropout: probability, rounded to 1 / DROPOUT_STEPS.
+    """
+    kept = DROPOUT_STEPS - round(dropout * DROPOUT_STEPS)
+    factor = scale * DROPOUT_STEPS / kept if kept else 0.0
+    if ops.supports_lora(y, x, parts):
+        return apply_or_forward(_LowRankKernel, y, x, A, B, kept * ops.ALL_KEPT // DROPOUT_STEPS, parts, factor)
+    bits = random_bits(x.numel(), kept, x.device) if kept < DROPOUT_STEPS else None
+    return apply_or_forward(_LowRankUpdate, y, x, A, B, bits, parts, factor)
+
+
+class _LowRankKernel(torch.autograd.Function):
+    """Keeps x and the low-rank product; which elements are dropped follows from a seed."""
+
+    @staticmethod
+    def forward(ctx, y, x, A, B, threshold, parts, factor):
+        seed = torch.randint(2**63 - 1, (1,))
+        ctx.rest = threshold, *map(list, zip(*parts, strict=True)), factor
+        low = ops.lora_(y, x, A, B, seed, *ctx.rest)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, A, B, seed, low)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, A, B, seed, low = ctx.saved_tensors
+        x_grad, *grads = ops.lora_backward(grad.contiguous(), x, A, B, seed, *ctx.rest, low)
+        return grad, x_grad if ctx.needs_input_grad[1] else None, *grads, None, None, None
+
+
+class _LowRankUpdate(torch.autograd.Function):
+    """Keeps x, one bit per element of it, and the low-rank product."""
+
+    @staticmethod
+    def forward(ctx, y, x, A, B, bits, parts, factor):
+        ctx.parts, ctx.factor = parts, factor
+        low = _dropped(x.to(y.dtype), bits) @ A.to(y.dtype).t()  # (T, len(parts) * r)
+        for columns, rows, weight in _parts(ctx, y, low, B):
+            columns.addmm_(rows, weight.t())
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, A, B, low, bits)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, A, B, low, bits = ctx.saved_tensors
+        grad = grad.contiguous()
+        low_grads, B_grads = [], []
+        for columns, rows, weight in _parts(ctx, grad, low, B):
+            low_grads.append(columns @ weight)
+            B_grads.append((rows.t() @ columns).t())
+        low_grad = torch.cat(low_grads, dim=-1)
+        x_grad = None
+        if ctx.needs_input_grad[1]:
+            x_grad = _dropped(low_grad @ A.to(grad.dtype), bits).to(x.dtype)
+        A_grad = low_grad.t() @ _dropped(x.to(grad.dtype), bits)
+        return grad, x_grad, A_grad.to(A.dtype), torch.cat(B_grads).to(B.dtype).mul_(ctx.factor), None, None, None
+
+
+def _parts(ctx: Any, y: Tensor, low: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each part: its columns of y, its columns of the low-rank product, and its scaled B."""
+    B = (B * ctx.factor).to(y.dtype)
+    weights = B.split([stop - start for start, stop in ctx.parts])
+    for (start, stop), rows, weight in zip(ctx.parts, low.split(B.size(1), dim=-1), weights, strict=True):
+        yield y[:, start:stop], rows, weight
+
+
+def random_bits(n: int, kept: int, device: torch.device) -> Tensor:
+    """Independent bits, each 1 with probability kept / DROPOUT_STEPS: int64 (ceil(n / 64),)."""
+    words = -(-n // 64)
+    if device.type != "cpu":
+        return _packed(torch.empty(64 * words, dtype=torch.bool, device=device).bernoulli_(kept / DROPOUT_STEPS))
+    # There `bernoulli_` is slow: it takes 64 random bits for each element. Here each round of fair bits halves the
+    # distance to 0 or to 1, by the digits of the probability from the last to the first.
+    bits = torch.zeros(words, dtype=torch.int64)
+    for digit in range(DROPOUT_STEPS.bit_length() - 1):
+        if kept % 2 ** (digit + 1):  # before the last digit that is 1, all is 0 still
+            fair = fair_words(words, torch.randint(2**63 - 1, (1,)))
+            bits = bits.bitwise_or_(fair) if kept >> digit & 1 else bits.bitwise_and_(fair)
+    return bits
+
+
+@torch.library.custom_op("lit_gpt::fair_words", mutates_args=())
+def fair_words(n: int, seed: Tensor) -> Tensor:
+    """Random int64 (n,) on the CPU in a quarter of the time that torch's own words take.
+
+    Args:
+        seed: int64 (1,). A tensor, for torch.compile takes two calls of the same arguments to be one.
+    """
+    return torch.from_numpy(np.random.SFC64(seed.item()).random_raw(n).view(np.int64))
+
+
+@fair_words.register_fake
+def _(n: int, seed: Tensor) -> Tensor:
+    return torch.empty(n, dtype=torch.int64)
+
+
+def _packed(bools: Tensor) -> Tensor:
+    """A bit for each of 64 n bools, in some order: int64 (n,)."""
+    # the factor moves the lowest bit of each of eight bytes to another place in the highest byte
+    return (bools.view(torch.int64) * 0x0102040810204080 >> 56).to(torch.int8).view(torch.int64)
+
+
+def _dropped(x: Tensor, bits: Tensor | None) -> Tensor:
+    """x, contiguous, with zero where its bit is 0."""
+    if bits is None:
+        return x
+    size = x.element_size()
+    ones = sum(1 << 8 * size * lane for lane in range(8 // size))  # a 1 in each lane of an int64 as wide as an element
+    shifts = torch.arange(8 * size, device=x.device).unsqueeze(1)
+    keep = (bits >> shifts).bitwise_and_(ones).view(INTEGERS[size]).flatten()[: x.numel()]
+    return keep.mul_(x.view(INTEGERS[size]).flatten()).view(x.dtype).view_as(x)
+
+
+def scaled(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale * (y + shift) (Gao et al. 2023, LLaMA-Adapter V2); y: (..., size), scale, shift: float32 (size,)."""
+    return apply_or_forward(_Scaled, y, scale, shift)
+
+
+class _Scaled(torch.autograd.Function):
+    """Keeps y."""
+
+    @staticmethod
+    def forward(ctx, y, scale, shift):
+        ctx.save_for_backward(y, scale, shift)
+        return torch.addcmul((scale * shift).to(y.dtype), y, scale.to(y.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        y, scale, shift = ctx.saved_tensors
+        total = grad.flatten(0, -2).sum(0, dtype=scale.dtype)
+        scale_grad = (grad * y).flatten(0, -2).sum(0, dtype=scale.dtype).addcmul_(shift, total)
+        return grad * scale.to(grad.dtype), scale_grad, total * scale
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """(offset + weight) * x / rms(x) (Zhang & Sennrich 2019); x: (..., size), weight: (size,).
+
+    The mean square is taken in float32, and with an offset, to which narrow weights would be lost, so is all.
+    """
+    return apply_or_forward(_RMSNorm, x, weight, eps, offset)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps x and the inverse of the rms."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps, offset):
+        if ops.supports(x, weight):
+            y, inverse = ops.rms_norm(x.contiguous(), weight, eps, offset)
+            ctx.save_for_backward(x, inverse, weight)
+            ctx.offset = offset
+            return y
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, inverse, weight)
+        ctx.offset = offset
+        if offset:
+            return (wide * inverse).mul_(offset + weight.float()).to(x.dtype)
+        return weight * (wide * inverse).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, inverse, weight = ctx.saved_tensors
+        if not ctx.needs_input_grad[1] and ops.supports(x, weight, grad):
+            return ops.rms_norm_backward(*(t.contiguous() for t in (grad, x)), weight, inverse, ctx.offset), *[None] * 3
+        normed = x.to(torch.float32, copy=True).mul_(inverse)
+        x_grad = weight_grad = None
+        if ctx.needs_input_grad[1]:
+            weight_grad = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            wide = grad.to(torch.float32, copy=True).mul_(ctx.offset + weight.float() if ctx.offset else weight)
+            along = (wide * normed).mean(-1, keepdim=True)
+            x_grad = wide.addcmul_(normed, along, value=-1).mul_(inverse).to(x.dtype)
+        return x_grad, weight_grad, None, None
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An elementwise function.
+
+    gradient: from the gradient of its result and its input to the gradient of its input.
+    """
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    gradient: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+_tanh = {"approximate": "tanh"}
+ACTIVATIONS = {
+    activation.name: activation
+    for activation in (
+        Activation("gelu", F.gelu, torch.ops.aten.gelu_backward),
+        Activation("gelu_tanh", partial(F.gelu, **_tanh), partial(torch.ops.aten.gelu_backward, **_tanh)),
+        Activation("relu", F.relu, partial(torch.ops.aten.threshold_backward, threshold=0)),
+        Activation("silu", F.silu, torch.ops.aten.silu_backward),
+    )
+}
+
+
+def gated(gate_up: Tensor, activation: Activation) -> Tensor:
+    """activation(gate) * up (Shazeer 2020); gate_up: (..., 2 * size), the gate's half first."""
+    return apply_or_forward(_Gated, gate_up, activation)
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps its input."""
+
+    @staticmethod
+    def forward(ctx, gate_up, activation):
+        ctx.save_for_backward(gate_up)
+        ctx.activation = activation
+        if ops.supports_gated(gate_up, activation.name):
+            return ops.gated(gate_up.contiguous(), ops.ACTIVATIONS.index(activation.name))
+        gate, up = gate_up.chunk(2, dim=-1)
+        return activation(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (gate_up,), activation = ctx.saved_tensors, ctx.activation
+        if ops.supports_gated(gate_up, activation.name, grad):
+            kind = ops.ACTIVATIONS.index(activation.name)
+            return ops.gated_backward(grad.contiguous(), gate_up.contiguous(), kind), None
+        gate, up = gate_up.chunk(2, dim=-1)
+        return torch.cat((activation.gradient(grad * up, gate), grad * activation(gate)), dim=-1), None
+
+
+def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int) -> Tensor:
+    """qkv with the first rope_n_elem elements of its first `heads` heads rotated (Su et al. 2021, RoFormer).
+
+    Args:
+        qkv: (B, T, any number of heads * head_size).
+        cos, sin: (T, rope_n_elem) or (B, T, rope_n_elem); the second half repeats the first.
+    """
+    return apply_or_forward(_Rotate, qkv, cos, sin, heads, head_size)
+
+
+class _Rotate(torch.autograd.Function):
+    """Keeps the angles, which all layers share."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, *heads):
+        ctx.save_for_backward(cos, sin)
+        ctx.heads = heads
+        return _apply_rotary(qkv, cos, sin, *heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _apply_rotary(grad, cos, sin, *ctx.heads, sign=-1.0), None, None, None, None
+
+
+def _apply_rotary(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int, sign: float = 1.0) -> Tensor:
+    n = cos.size(-1)
+    if ops.supports(qkv, cos):
+        angles = (x.expand(*qkv.shape[:2], n).contiguous() for x in (cos, sin))
+        return ops.rotate(qkv.contiguous(), *angles, heads, head_size, sign)
+    sin = sin * sign
+    cos, sin = (x[..., None, : n // 2] for x in (cos, sin))
+    qkv = qkv.clone(memory_format=torch.contiguous_format)
+    low, high = qkv.view(*qkv.shape[:2], -1, head_size)[:, :, :heads, :n].chunk(2, dim=-1)
+    turned = low * cos - high * sin
+    high.copy_(high * cos + low * sin)
+    low.copy_(turned)
+    return qkv

@@ -1,0 +1,332 @@
+"""The C++ kernels of lit_gpt/kernels/cpp as torch operators, whose shapes FakeTensorMode knows as well.
+
+lit_gpt.kernels.fused chooses between them and torch's formulas; `serves` says whether they can be had for some tensors.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_gpt.kernels import build
+
+SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
+ACTIVATIONS = ("silu", "gelu_tanh")  # as numbered in layers.cpp
+ALL_KEPT = 2**16  # the threshold of no dropout
+LIBRARIES = ("layers", "lora", "attention", "dequantize")
+_operators = torch.library.Library("lit_gpt", "FRAGMENT")
+
+
+def supports(*tensors: Tensor) -> bool:
+    """Whether there are kernels for tensors like these: on the CPU, all in bfloat16 or all in float32.
+
+    Not while torch.compile looks, which makes its own.
+    """
+    first = tensors[0]
+    return all(x.dtype == first.dtype for x in tensors) and supports_on(first.device, first.dtype)
+
+
+def supports_on(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and dtype in SUFFIXES and not torch.compiler.is_compiling() and available()
+
+
+_off = False
+
+
+@contextmanager
+def off() -> Iterator[None]:
+    """Without them while the block runs."""
+    global _off
+    before, _off = _off, True
+    try:
+        yield
+    finally:
+        _off = before
+
+
+def available() -> bool:
+    return not _off and _compiled()
+
+
+@functools.cache
+def _compiled() -> bool:
+    return all(build.library(name) is not None for name in LIBRARIES)
+
+
+# The kernels' arguments, each as the letter of its C type.
+_TYPES = {
+    "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float, "w": ctypes.c_uint32, "u": ctypes.c_uint64,
+    "p": ctypes.c_void_p,
+}  # fmt: skip
+_SIGNATURES = {
+    "layers": {
+        "rms_norm": "lippffpp", "rms_norm_backward": "lippppfp", "gated": "liipp", "gated_backward": "liippp",
+        "rotate": "liiiipppfp",
+    },
+    "lora": {"lora": "lipppifuwiippppi", "lora_backward": "lippppifuwiipppippp"},
+    "attention": {"attention": "pppppp", "attention_backward": "p" * 11},
+    "dequantize": {"dequantize": "lppppllp"},
+}  # fmt: skip
+
+
+@functools.cache
+def _kernel(library: str, name: str, dtype: torch.dtype) -> Any:
+    function = getattr(build.library(library), f"{name}_{SUFFIXES[dtype]}")
+    function.argtypes, function.restype = [_TYPES[letter] for letter in _SIGNATURES[library][name]], None
+    return function
+
+
+def _call(library: str, name: str, like: Tensor, *arguments: Any) -> None:
+    """Call the kernel for the dtype of `like`; tensors become pointers."""
+    _kernel(library, name, like.dtype)(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
+
+
+def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        name = _operators.define(schema)
+        _operators.impl(name, function, "CPU")
+        torch.library.register_fake(f"lit_gpt::{name}", fake, lib=_operators)
+        return getattr(torch.ops.lit_gpt, name).default
+
+    return register
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.size(-1)
+
+
+def _norm_results(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    return _like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
+@_operator("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> (Tensor, Tensor)", _norm_results)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """The normed x, and the inverse of each row's rms, float32."""
+    y, inverse = _norm_results(x, weight, eps, offset)
+    _call("layers", "rms_norm", x, _rows(x), x.size(-1), x, weight, eps, offset, y, inverse)
+    return y, inverse
+
+
+@_operator(
+    "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse, float offset) -> Tensor",
+    lambda grad, *_: _like(grad),
+)
+def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float) -> Tensor:
+    x_grad = _like(grad)
+    _call("layers", "rms_norm_backward", x, _rows(x), x.size(-1), grad, x, weight, inverse, offset, x_grad)
+    return x_grad
+
+
+def supports_gated(gate_up: Tensor, activation: str, *grad: Tensor) -> bool:
+    return activation in ACTIVATIONS and supports(gate_up, *grad)
+
+
+def _half(gate_up: Tensor, kind: int) -> Tensor:
+    return gate_up.new_empty(*gate_up.shape[:-1], gate_up.size(-1) // 2)
+
+
+@_operator("gated(Tensor gate_up, int kind) -> Tensor", _half)
+def gated(gate_up: Tensor, kind: int) -> Tensor:
+    y = _half(gate_up, kind)
+    _call("layers", "gated", y, _rows(y), y.size(-1), kind, gate_up, y)
+    return y
+
+
+@_operator("gated_backward(Tensor grad, Tensor gate_up, int kind) -> Tensor", lambda grad, x, kind: _like(x))
+def gated_backward(grad: Tensor, gate_up: Tensor, kind: int) -> Tensor:
+    x_grad = _like(gate_up)
+    _call("layers", "gated_backward", grad, _rows(grad), grad.size(-1), kind, grad, gate_up, x_grad)
+    return x_grad
+
+
+@_operator(
+    "rotate(Tensor x, Tensor cos, Tensor sin, int heads, int head_size, float sign) -> Tensor",
+    lambda x, *_: _like(x),
+)
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int, sign: float) -> Tensor:
+    """x (rows, ...) rotated by angles (rows, rope_n_elem)."""
+    y = _like(x)
+    sizes = _rows(x), x.size(-1) // head_size, heads, head_size, cos.size(-1) // 2
+    _call("layers", "rotate", x, *sizes, x, cos, sin, sign, y)
+    return y
+
+
+def supports_lora(y: Tensor, x: Tensor, parts: list[tuple[int, int]]) -> bool:
+    whole = not any(n % 8 for part in parts for n in part) and x.size(-1) % 8 == 0
+    return whole and supports(y, x) and y.is_contiguous() and x.is_contiguous()
+
+
+def _low(y: Tensor, x: Tensor, A: Tensor, B: Tensor, *_: Any) -> Tensor:
+    r = B.size(1)
+    return x.new_empty(x.size(0), A.size(0) // r * _padded(r), dtype=torch.float32)
+
+
+def _padded(r: int) -> int:
+    return -(-r // 8) * 8
+
+
+def _pad_ranks(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """In float32, with ranks of zeros added up to a multiple of 8."""
+    A, B, r = A.float(), B.float(), B.size(1)
+    if r % 8 == 0:
+        return A.contiguous(), B.contiguous()
+    more = _padded(r) - r
+    return F.pad(A.unflatten(0, (-1, r)), (0, 0, 0, more)).flatten(0, 1), F.pad(B, (0, more))
+
+
+def _int_array(values: list[int]) -> Any:
+    return (ctypes.c_int * len(values))(*values)
+
+
+_LORA = "Tensor A, Tensor B, Tensor seed, int threshold, int[] starts, int[] stops, float factor"
+
+
+@_operator(f"lora_(Tensor(a!) y, Tensor x, {_LORA}) -> Tensor", _low)
+def lora_(
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, seed: Tensor, threshold: int,
+    starts: list[int], stops: list[int], factor: float,
+) -> Tensor:  # fmt: skip
+    """Adds to y in place, returns dropout(x) A^T, float32.
+
+    Args:
+        seed: int64 (1,), from which it follows which elements are dropped.
+        threshold: the share of elements that are not, times ALL_KEPT.
+    """
+    low = _low(y, x, A, B)
+    A, B = _pad_ranks(A, B)
+    parts = len(starts), B.size(1), _int_array(starts), _int_array(stops)
+    weights = A, B, len(B), factor, seed.item(), threshold
+    _call("lora", "lora", x, len(x), x.size(1), x, *weights, *parts, low, y, y.size(1))
+    return low
+
+
+def _lora_grads(grad: Tensor, x: Tensor, A: Tensor, B: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _like(x), torch.empty_like(A), torch.empty_like(B)
+
+
+@_operator(f"lora_backward(Tensor grad, Tensor x, {_LORA}, Tensor low) -> (Tensor, Tensor, Tensor)", _lora_grads)
+def lora_backward(
+    grad: Tensor, x: Tensor, A: Tensor, B: Tensor, seed: Tensor, threshold: int,
+    starts: list[int], stops: list[int], factor: float, low: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, through the update alone, A and B."""
+    r, (wide_A, wide_B) = B.size(1), _pad_ranks(A, B)
+    grads = x_grad, A_grad, B_grad = _lora_grads(grad, x, wide_A, wide_B)
+    parts = len(starts), wide_B.size(1), _int_array(starts), _int_array(stops)
+    weights = wide_A, wide_B, len(B), factor, seed.item(), threshold
+    _call("lora", "lora_backward", x, len(x), x.size(1), grad, x, *weights, *parts, low, grad.size(1), *grads)
+    if r % 8:
+        A_grad = A_grad.unflatten(0, (len(starts), -1))[:, :r].flatten(0, 1)
+    return x_grad, A_grad.to(A.dtype), B_grad[:, :r].to(B.dtype)
+
+
+class _Heads(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), *((name, ctypes.c_long) for name in ("batch", "head", "token"))]
+
+    @classmethod
+    def of(cls, x: Tensor) -> Any:
+        return ctypes.byref(cls(x.data_ptr(), *x.stride()[:3]))
+
+
+class _Sizes(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("batch", "heads", "groups", "size", "samples")),
+        ("offsets", ctypes.c_void_p), ("scale", ctypes.c_float), ("window", ctypes.c_int),
+    ]  # fmt: skip
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, scale: float, window: int, lengths: list[int]) -> Any:
+        offsets = [0]
+        for length in lengths:
+            offsets.append(offsets[-1] + length)
+        array = ctypes.cast(_int_array(offsets), ctypes.c_void_p)
+        sizes = cls(q.size(0), q.size(1), k.size(1), q.size(3), len(lengths), array, scale, window)
+        sizes.kept = array  # which lives as long as this
+        return ctypes.byref(sizes)
+
+
+def supports_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return all(x.stride(-1) == 1 for x in (q, k, v)) and supports(q, k, v)
+
+
+def _by_token(x: Tensor, heads: int) -> Tensor:
+    """Memory for (B, heads, T, head_size), in which the heads of a token lie next to each other."""
+    B, _, T, size = x.shape
+    return x.new_empty(B, T, heads, size).transpose(1, 2)
+
+
+def _attention_results(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _by_token(q, q.size(1)), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@_operator(
+    "attention(Tensor q, Tensor k, Tensor v, float scale, int window, int[] lengths) -> (Tensor, Tensor)",
+    _attention_results,
+)
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """(B, n_head, T, head_size), and the logarithm of each query's sum of exponentials, float32 (B, n_head, T)."""
+    y, log_sums = _attention_results(q)
+    heads = (_Heads.of(x) for x in (q, k, v, y))
+    _call("attention", "attention", q, _Sizes.of(q, k, scale, window, lengths), *heads, log_sums)
+    return y, log_sums
+
+
+def _attention_grads(grad: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _by_token(q, q.size(1)), _by_token(k, k.size(1)), _by_token(k, k.size(1))
+
+
+@_operator(
+    "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor log_sums, float scale, int window, "
+    "int[] lengths) -> (Tensor, Tensor, Tensor)",
+    _attention_grads,
+)
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, log_sums: Tensor, scale: float, window: int, lengths: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _attention_grads(grad, q, k)
+    by_head = [q.new_empty(q.shape, dtype=torch.float32) for _ in range(2)]  # of keys and values, not yet summed
+    heads = (_Heads.of(x) for x in (q, k, v, grad))
+    sizes = _Sizes.of(q, k, scale, window, lengths)
+    _call("attention", "attention_backward", q, sizes, *heads, log_sums, *map(_Heads.of, grads), *by_head)
+    return grads
+
+
+FORMATS = {torch.int8: 2, torch.float32: 3, torch.bfloat16: 4}  # of products.h: int8, and 4 bits by their scales
+
+
+def quantized_format(codes: Tensor, scale: Tensor) -> int:
+    return FORMATS[torch.int8 if codes.dtype == torch.int8 else scale.dtype]
+
+
+def supports_dequantize(codes: Tensor, scale: Tensor) -> bool:
+    """Where the kernels serve."""
+    return codes.is_contiguous() and scale.dtype in SUFFIXES
+
+
+@_operator(
+    "dequantize(Tensor codes, Tensor scale, Tensor? zero, Tensor? pairs, int columns, ScalarType dtype) -> Tensor",
+    lambda codes, scale, zero, pairs, columns, dtype: codes.new_empty(len(codes), columns, dtype=dtype),
+)
+def dequantize(
+    codes: Tensor, scale: Tensor, zero: Tensor | None, pairs: Tensor | None, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """The weight (rows, columns).
+
+    Args:
+        codes: int8 (rows, columns), or uint8 (rows, groups * 32) with two codes of 4 bits in each.
+        scale: float32 (rows,), or of groups of 64 (rows, groups) in float32 or bfloat16, and so `zero`.
+        pairs: float32 (256, 2), the values of the codes in each byte.
+    """
+    y = codes.new_empty(len(codes), columns, dtype=dtype)
+    tensors = codes, scale, zero, pairs
+    _call("dequantize", "dequantize", y, quantized_format(codes, scale), *tensors, len(y), columns, y)
+    return y

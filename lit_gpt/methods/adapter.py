@@ -1,0 +1,60 @@
+"""LLaMA-Adapter (Zhang et al. 2023, arXiv 2303.16199): a learned prompt in the upper layers' attention.
+
+In each layer from `start_layer` on, the queries also attend to the keys and values of `prompt_length` learned vectors,
+by a softmax of their own; what they find is added to the attention's output, multiplied by a gate per head that starts
+at zero. A freshly attached model therefore gives exactly the base's logits.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lit_gpt.errors import UsageError
+from lit_gpt.methods.method import train_only_what_is_attached
+from lit_gpt.model.attention import CausalSelfAttention
+from lit_gpt.model.gpt import GPT
+from lit_gpt.model.sdpa import sdpa
+
+METHOD = "adapter"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The field's names are the scripts' flags without `adapter_`."""
+
+    prompt_length: int = 10
+    start_layer: int = 2
+
+
+CONFIG = AdapterConfig
+
+
+class AdapterPrompt(nn.Module):
+    """The learned prompt of one layer, for `CausalSelfAttention.prefix`. Kept in float32."""
+
+    trained_parameters = ("prompt", "gate")
+
+    def __init__(self, attention: CausalSelfAttention, config: AdapterConfig) -> None:
+        super().__init__()
+        new = {"device": next(attention.parameters()).device, "dtype": torch.float32}
+        self.prompt = nn.Parameter(torch.randn(config.prompt_length, attention.qkv.in_features, **new))
+        self.gate = nn.Parameter(torch.zeros(attention.n_head, **new))
+
+    def forward(self, q: Tensor, attention: CausalSelfAttention) -> Tensor:
+        """What queries (B, n_head, T, head_size) find in the prompt: the same shape, gated."""
+        # Computed anew each time: keys kept from an evaluation would leave the prompt without a gradient.
+        # Made as the layer makes its own, norms included, but at no position.
+        _, k, v = attention.heads(self.prompt.to(q.dtype).unsqueeze(0), rotation=None)
+        k, v = (x.expand(q.size(0), -1, -1, -1) for x in (k, v))
+        return sdpa(q, k, v, attention.scores) * self.gate.to(q.dtype).view(1, -1, 1, 1)
+
+
+def attach(model: GPT, config: AdapterConfig) -> GPT:
+    """Give the layers from `start_layer` on their prompts, in place, and let only what is attached train."""
+    if config.start_layer >= len(model.h):
+        raise UsageError(f"--adapter_start_layer {config.start_layer}: the model has only {len(model.h)} layers")
+    for block in model.h[config.start_layer :]:
+        block.attn.prefix = AdapterPrompt(block.attn, config)
+    train_only_what_is_attached(model)
+    return model

@@ -1,0 +1,80 @@
+"""LLaMA-Adapter V2 (Gao et al. 2023, arXiv 2304.15010): Adapter, and besides it a bias and a scale on the output of
+every linear layer, the head included, and trainable norms.
+
+y = scale * (W x + bias), with scale 1 and bias 0 at first, so that a freshly attached model gives exactly the base's
+logits.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lit_gpt.kernels import fused
+from lit_gpt.methods import adapter
+from lit_gpt.methods.adapter import AdapterConfig
+from lit_gpt.methods.method import train_only_what_is_attached
+from lit_gpt.model.gpt import GPT
+from lit_gpt.model.moe import Experts, Routing
+from lit_gpt.model.norms import RMSNorm
+from lit_gpt.quantization.modules import QuantizedLinear
+
+METHOD = "adapter_v2"
+CONFIG = AdapterConfig
+
+
+class ScaledLinear(nn.Module):
+    """A linear layer, or what wraps one, with a scale and a bias per output. Both are kept in float32.
+
+    Args:
+        experts: how many there are, in a layer of experts; the first dimension of scale and bias then.
+    """
+
+    trained_parameters = ("scale", "shift")
+
+    def __init__(self, linear: nn.Module, *experts: int) -> None:
+        super().__init__()
+        self.linear, self.in_features, self.out_features = linear, linear.in_features, linear.out_features
+        device = next(linear.parameters()).device
+        self.scale = nn.Parameter(torch.ones(*experts, linear.out_features, device=device, dtype=torch.float32))
+        self.shift = nn.Parameter(torch.zeros(*experts, linear.out_features, device=device, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused.scaled(self.linear(x), self.scale, self.shift)
+
+
+class ScaledExperts(ScaledLinear):
+    """The same for each expert of a layer: (n_expert, out_features)."""
+
+    def __init__(self, linear: Experts) -> None:
+        super().__init__(linear, linear.n_expert)
+        self.n_expert = linear.n_expert
+
+    def forward(self, x: Tensor, routes: Routing) -> Tensor:
+        rows = self.linear(x, routes).split(routes.counts)
+        return torch.cat([fused.scaled(*expert) for expert in zip(rows, self.scale, self.shift, strict=True)])
+
+
+class TrainedNorm(nn.Module):
+    """A norm whose weights train: kept in float32 and cast to the input's dtype, as the base's are stored."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm.float()
+        self.trained_parameters = tuple(f"norm.{name}" for name, _ in norm.named_parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional_call(self.norm, {name: p.to(x.dtype) for name, p in self.norm.named_parameters()}, x)
+
+
+def attach(model: GPT, config: AdapterConfig) -> GPT:
+    """Attach Adapter, wrap every linear layer and every norm, in place, and let only what is attached train."""
+    adapter.attach(model, config)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.LayerNorm | RMSNorm):
+            model.set_submodule(name, TrainedNorm(module))
+        elif isinstance(module, nn.Linear | QuantizedLinear):
+            model.set_submodule(name, ScaledLinear(module))
+        elif isinstance(module, Experts):
+            model.set_submodule(name, ScaledExperts(module))
+    train_only_what_is_attached(model)
+    return model

@@ -1,0 +1,218 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): each chosen projection W gets an update (alpha / r) B A of rank r.
+
+Attaches to a base GPT that exists, by wrapping its linear layers. A is random and B zero at first, so that a freshly
+attached model gives exactly the base's logits.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_gpt.checkpoints import io
+from lit_gpt.errors import UsageError, UserError
+from lit_gpt.hardware import on_meta
+from lit_gpt.kernels import fused
+from lit_gpt.methods.method import train_only_what_is_attached
+from lit_gpt.model.config import Config
+from lit_gpt.model.gpt import GPT
+from lit_gpt.model.moe import Experts, Router, Routing, grouped_product
+from lit_gpt.quantization.modules import Quantized, QuantizedLinear, weight_of
+
+METHOD = "lora"
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Rank, scale, and which projections are adapted; the field's names are the scripts' flags without `lora_`."""
+
+    r: int = 8
+    alpha: float = 16
+    dropout: float = 0.05
+    query: bool = True
+    key: bool = False
+    value: bool = True
+    projection: bool = False  # the attention's output
+    mlp: bool = False
+    head: bool = False
+
+    @classmethod
+    def from_flags(cls, hp: SimpleNamespace) -> "LoRAConfig":
+        config = cls(**{name: getattr(hp, f"lora_{name}") for name in asdict(cls())})
+        if not any((config.query, config.key, config.value, config.projection, config.mlp, config.head)):
+            raise UsageError("--lora_query and the other projections are all false: nothing would be trained")
+        return config
+
+
+CONFIG = LoRAConfig
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with low-rank updates of some of its rows.
+
+    Args:
+        linear: the base, a module from (..., in_features) to (..., out_features).
+        parts: (start, stop) of the rows of each projection within the layer that is adapted; each has its own A and B,
+            while the product with all A's is one.
+        experts: how many there are, in a layer of experts; the first dimension of A and B then.
+
+    The update is kept in float32 and cast to the input's dtype for its products.
+    """
+
+    trained_parameters = ("lora_A", "lora_B")
+
+    def __init__(self, linear: nn.Module, parts: list[tuple[int, int]], config: LoRAConfig, *experts: int) -> None:
+        super().__init__()
+        self.linear, self.parts, self.r = linear, parts, config.r
+        self.scale = config.alpha / config.r
+        self.dropout = config.dropout
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        new = {"device": next(linear.parameters()).device, "dtype": torch.float32}
+        self.lora_A = nn.Parameter(torch.empty(*experts, len(parts) * config.r, linear.in_features, **new))
+        self.lora_B = nn.Parameter(torch.zeros(*experts, sum(stop - start for start, stop in parts), config.r, **new))
+        nn.init.kaiming_uniform_(self.lora_A.detach().flatten(0, -2), a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, dropout = x.reshape(-1, self.in_features), self.dropout if self.training else 0.0
+        y = self.linear(rows)  # of rows it is no view even with a bias, and views are dear to change in place
+        y = fused.low_rank_update(y, rows, self.lora_A, self.lora_B, self.parts, self.scale, dropout)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def split_B(self) -> tuple[Tensor, ...]:
+        return self.lora_B.split([stop - start for start, stop in self.parts], dim=-2)
+
+    def merged(self) -> Tensor:
+        """The base's weight plus the updates, of its shape, computed in float32.
+
+        In the base's dtype; of a quantized base it is the dequantized weight, and stays float32.
+        """
+        base = weight_of(self.linear)
+        weight = base.to(torch.float32, copy=True)  # the original may be tied, or mapped
+        with torch.no_grad():
+            for (start, stop), A, B in zip(self.parts, self.lora_A.split(self.r, dim=-2), self.split_B(), strict=True):
+                weight[..., start:stop, :] += self.scale * (B @ A)
+        return weight.to(base.dtype)
+
+
+class LoRAExperts(LoRALinear):
+    """The same for each expert of a layer, whose A and B are its own: (n_expert, ...)."""
+
+    def __init__(self, linear: nn.Module, parts: list[tuple[int, int]], config: LoRAConfig) -> None:
+        super().__init__(linear, parts, config, linear.n_expert)
+        self.n_expert = linear.n_expert
+
+    def forward(self, x: Tensor, routes: Routing) -> Tensor:
+        dropped = F.dropout(x, self.dropout, self.training)
+        low = grouped_product(dropped, self.lora_A, routes.counts).split(self.r, dim=-1)
+        updates = [grouped_product(*pair, routes.counts) for pair in zip(low, self.split_B(), strict=True)]
+        return self.linear(x, routes).add(torch.cat(updates, dim=-1), alpha=self.scale)
+
+
+def attach(model: GPT, config: LoRAConfig) -> GPT:
+    """Wrap the chosen projections of `model`, in place, and let only the updates train."""
+    for path, parts in targets(model, config):
+        layer = model.get_submodule(path)
+        wrapper = LoRAExperts if hasattr(layer, "n_expert") else LoRALinear
+        model.set_submodule(path, wrapper(layer, parts, config))
+    train_only_what_is_attached(model)
+    return model
+
+
+def targets(model: GPT, config: LoRAConfig) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """The linear layers to adapt, and the rows of their adapted projections."""
+    q, k, v = model.config.qkv_sizes
+    spans = {"query": (0, q), "key": (q, q + k), "value": (q + k, q + k + v)}
+    qkv = [span for name, span in spans.items() if getattr(config, name)]
+    for layer, block in enumerate(model.h):
+        if qkv:
+            yield f"h.{layer}.attn.qkv", qkv
+        if config.projection:
+            yield f"h.{layer}.attn.proj", [(0, block.attn.proj.out_features)]
+        for name, linear in block.mlp.named_children() if config.mlp else ():
+            if isinstance(linear, Router):  # which experts a token goes to stays the base's choice
+                continue
+            n = linear.out_features
+            halves = [(0, n // 2), (n // 2, n)] if name == "gate_up" else [(0, n)]  # gate and up have an update each
+            yield f"h.{layer}.mlp.{name}", halves
+    if config.head:
+        yield "lm_head", [(0, model.lm_head.out_features)]
+
+
+def updates(
+    model: GPT, config: LoRAConfig, state: Mapping[str, Tensor], source: Path | str
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Each layer that a finetuned file's tensors adapt, with A and B of which B A is its whole update.
+
+    A is (len(parts) * r, in_features), and B (out_features, len(parts) * r) with the scale in it and zeros where a
+    part's rows and another's columns meet; before them is the number of experts, in a layer of experts.
+
+    Raises:
+        UserError: the tensors contradict the configuration.
+    """
+    layers, shapes = {path: (model.get_submodule(path), parts) for path, parts in targets(model, config)}, {}
+    for path, (layer, parts) in layers.items():
+        experts = (layer.n_expert,) if hasattr(layer, "n_expert") else ()
+        shapes[f"{path}.lora_A"] = *experts, len(parts) * config.r, layer.in_features
+        shapes[f"{path}.lora_B"] = *experts, sum(stop - start for start, stop in parts), config.r
+    io.check_state({name: torch.empty(s, device="meta") for name, s in shapes.items()}, state, source)
+    for path, (layer, parts) in layers.items():
+        A, found = state[f"{path}.lora_A"], state[f"{path}.lora_B"]
+        B = found.new_zeros(*found.shape[:-2], layer.out_features, len(parts) * config.r)
+        sizes = [stop - start for start, stop in parts]
+        for i, ((start, stop), part) in enumerate(zip(parts, found.split(sizes, dim=-2), strict=True)):
+            B[..., start:stop, i * config.r : (i + 1) * config.r] = part * (config.alpha / config.r)
+        yield path, A, B
+
+
+def lora_layers(model: GPT) -> dict[str, LoRALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def merge(model: GPT) -> GPT:
+    """Fold the updates into the base's weights, in place, and unwrap it. Of quantized layers no longer quantized ones
+    remain."""
+    config = merged_config(model)
+    for path, layer in lora_layers(model).items():
+        if not isinstance(layer.linear, nn.Linear | Experts | QuantizedLinear):
+            raise UserError(f"LoRA cannot be merged into {path}, which another method has changed; leave it apart")
+        linear, weight = layer.linear, layer.merged()
+        if isinstance(linear, Quantized):
+            linear, weight = nn.Linear(*weight.shape[::-1], bias=False, device="meta"), weight.to(model.dtype)
+            linear.bias = layer.linear.bias
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        model.set_submodule(path, linear)
+    model.config = config
+    return model
+
+
+def merged_config(model: GPT) -> Config:
+    """A tied head that was adapted becomes a weight of its own."""
+    return replace(model.config, tie_embeddings=False) if "lm_head" in lora_layers(model) else model.config
+
+
+def write_merged(path: Path, model: GPT) -> None:
+    """Write the state dict of the merged model, dequantized if it is quantized, holding one tensor at a time."""
+    config = merged_config(model)
+    with on_meta():
+        names = dict(GPT(config).named_parameters())  # tied ones once
+    layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    layout = {name: names[name].to(stored_dtype(layer, model.dtype)) for name, layer in layers.items()}
+    io.write_streamed(path, layout, ((name, merged_tensor(name, layer)) for name, layer in layers.items()))
+
+
+def stored_dtype(layer: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """Of a layer's tensors once merged; `dtype` if it is quantized now."""
+    layer = layer.linear if isinstance(layer, LoRALinear) else layer
+    return dtype if isinstance(layer, Quantized) else layer.weight.dtype
+
+
+def merged_tensor(name: str, layer: nn.Module) -> Tensor:
+    """The weight or bias `name` of a layer with its update, if it has one."""
+    if not name.endswith(".weight"):
+        return (layer.linear if isinstance(layer, LoRALinear) else layer).bias
+    return layer.merged() if isinstance(layer, LoRALinear) else weight_of(layer)

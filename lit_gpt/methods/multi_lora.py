@@ -1,0 +1,174 @@
+"""Several LoRAs on one base: each row of a batch goes through the one chosen for it (Sheng et al. 2023, S-LoRA).
+
+Only to generate. Nothing is merged, so that a choice is no more than a few numbers, and the base may be quantized.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_gpt.checkpoints.base_model import BaseCheckpoint
+from lit_gpt.errors import UserError
+from lit_gpt.methods import finetuned_file, lora
+from lit_gpt.model.gpt import GPT
+from lit_gpt.model.moe import Routing, grouped_product, rows_per_expert
+from lit_gpt.text.prompt_style import PromptStyle
+
+
+class RowAdapters:
+    """Which LoRA each row of the batch goes through; 0 is none."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.rows = torch.zeros(1, dtype=torch.long, device=device)  # int64 (B,)
+        self.same: int | None = 0  # that of all rows, if it is one
+
+    def set(self, numbers: Sequence[int]) -> None:
+        self.rows = torch.tensor(numbers, device=self.rows.device)
+        self.same = numbers[0] if len(set(numbers)) == 1 else None
+
+
+class MultiLoRALinear(nn.Module):
+    """A linear layer with an update B A from each of n LoRAs, of which each row takes the chosen one's.
+
+    Ranks that are lower than others are filled up with zeros, and so is a LoRA that leaves the layer as it is.
+    """
+
+    def __init__(self, linear: nn.Module, choice: RowAdapters, n: int) -> None:
+        super().__init__()
+        self.linear, self.choice = linear, choice
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.experts = (linear.n_expert,) if hasattr(linear, "n_expert") else ()
+        self.register_buffer("A", torch.zeros(n, *self.experts, 0, linear.in_features), persistent=False)
+        self.register_buffer("B", torch.zeros(n, *self.experts, linear.out_features, 0), persistent=False)
+
+    def add(self, A: Tensor, B: Tensor) -> None:
+        """One more LoRA's, of the shapes that `lit_gpt.methods.lora.updates` gives, in the dtype and place of the model."""
+        missing = A.size(-2) - self.A.size(-2)
+        more, less = max(missing, 0), max(-missing, 0)
+        self.A = torch.cat((F.pad(self.A.to(A), (0, 0, 0, more)), F.pad(A, (0, 0, 0, less)).unsqueeze(0)))
+        self.B = torch.cat((F.pad(self.B.to(B), (0, more)), F.pad(B, (0, less)).unsqueeze(0)))
+
+    def add_none(self) -> None:
+        self.add(self.A.new_zeros(self.A.shape[1:]), self.B.new_zeros(self.B.shape[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, in_features)."""
+        same = self.choice.same
+        if same is not None and not torch.compiler.is_compiling():  # what is compiled must not depend on the number
+            return F.linear(F.linear(x, self.A[same]), self.B[same]).add_(self.linear(x)) if same else self.linear(x)
+        A, B = self.A[self.choice.rows], self.B[self.choice.rows]
+        return self.linear(x) + (x @ A.mT) @ B.mT
+
+
+class MultiLoRAExperts(MultiLoRALinear):
+    """The same for each expert of a layer, of which each LoRA has its own."""
+
+    def __init__(self, linear: nn.Module, choice: RowAdapters, n: int) -> None:
+        super().__init__(linear, choice, n)
+        self.n_expert = linear.n_expert
+
+    def forward(self, x: Tensor, routes: Routing) -> Tensor:
+        chosen, order = self.choice.rows, routes.order
+        owners = chosen[order // (len(order) // len(chosen))]  # of each place
+        experts = torch.arange(self.n_expert, device=x.device).repeat_interleave(
+            torch.tensor(routes.counts, device=x.device)
+        )
+        # an expert under a LoRA is one expert, under another another
+        pairs, places = (owners * self.n_expert + experts).sort(stable=True)
+        counts = rows_per_expert(pairs, len(self.A) * self.n_expert)
+        low = grouped_product(x[places], self.A.flatten(0, 1), counts)
+        return self.linear(x, routes).index_add(0, places, grouped_product(low, self.B.flatten(0, 1), counts))
+
+
+class LoRAPool:
+    """The LoRAs that are loaded beside a base, by number; 0 is the base alone.
+
+    Args:
+        style: the base's.
+        fixed: whether that style holds for the LoRAs too, in place of those that they were trained in.
+    """
+
+    def __init__(self, model: GPT, base: BaseCheckpoint, style: PromptStyle, fixed: bool = False) -> None:
+        self.model, self.base, self.fixed = model, base, fixed
+        self.choice = RowAdapters(model.wte.weight.device)
+        self.styles, self.numbers = [style], {}  # by number; numbers by file
+        self.layers: dict[str, MultiLoRALinear] = {}
+
+    @classmethod
+    def beside(
+        cls, base: BaseCheckpoint, paths: Iterable[Path | None], style: PromptStyle, fixed: bool = False, **place: Any
+    ) -> "LoRAPool":
+        """A base's model with the LoRAs of some files, quantized as they were trained.
+
+        Args:
+            paths: None stands for the base alone.
+            place: dtype and device of the model.
+
+        Raises:
+            UserError: as `load`, or they were trained on bases that were quantized each in its way.
+        """
+        trained = {path: read(path, base).get("quantize") if path else None for path in paths}
+        base = cls.common(base, trained)  # before the model takes its time
+        loras = cls(base.build(**place), base, style, fixed)
+        for path in filter(None, trained):
+            loras.load(path)
+        return loras
+
+    @staticmethod
+    def common(base: BaseCheckpoint, trained: dict[Path | None, str | None]) -> BaseCheckpoint:
+        """The base, quantized as that of each file was. One that nobody asked to be quantized must suit all."""
+        formats = {found: path for path, found in trained.items() if base.quantize is None}
+        if len(quantized := formats.keys() - {None}) > 1:
+            one, other = sorted(quantized)[:2]
+            raise UserError(
+                f"{formats[one]}: trained on a base in {one}, {formats[other]} on one in {other}; use one at a time"
+            )
+        for path, found in trained.items():
+            base = base.as_trained(found, path)
+        if len(formats) > 1:
+            path = formats[base.quantize]
+            raise UserError(f"{path}: trained on a base in {base.quantize}; add --quantize {base.quantize} for all")
+        return base
+
+    def load(self, path: Path) -> int:
+        """The number of a file's LoRA, which is loaded unless it is there.
+
+        Raises:
+            UserError: not a LoRA file, of another base, or trained on one that was quantized otherwise.
+        """
+        key = Path(path).resolve()
+        if key in self.numbers:
+            return self.numbers[key]
+        record, model = read(path, self.base), self.model
+        if self.base.as_trained(trained_on := record.get("quantize"), path).quantize != self.base.quantize:
+            raise UserError(f"{path}: trained on a base in {trained_on}; start with --quantize {trained_on}")
+        place = {"dtype": model.dtype, "device": self.choice.rows.device}
+        config, added = finetuned_file.hyperparameters(record, path), set()
+        for name, A, B in lora.updates(model, config, record["state"], path):
+            self.layer(name).add(A.to(**place), B.to(**place))
+            added.add(name)
+        for name in self.layers.keys() - added:
+            self.layers[name].add_none()
+        self.numbers[key] = len(self.styles)
+        self.styles.append(self.styles[0] if self.fixed else PromptStyle.from_dict(record["prompt_style"]))
+        return self.numbers[key]
+
+    def layer(self, name: str) -> MultiLoRALinear:
+        if name not in self.layers:
+            linear = self.model.get_submodule(name)
+            wrapper = MultiLoRAExperts if hasattr(linear, "n_expert") else MultiLoRALinear
+            self.layers[name] = wrapper(linear, self.choice, len(self.styles))
+            self.model.set_submodule(name, self.layers[name])
+        return self.layers[name]
+
+    def choose(self, numbers: Sequence[int]) -> None:
+        """The LoRA of each row that the model computes from now on."""
+        self.choice.set(numbers)
+
+
+def read(path: Path, base: BaseCheckpoint) -> dict[str, Any]:
+    return finetuned_file.read_file(path, lora.METHOD, base.fingerprint)

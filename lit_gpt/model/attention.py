@@ -1,0 +1,68 @@
+"""Causal self-attention as a module of a block."""
+
+import torch
+from torch import Tensor, nn
+
+from lit_gpt.kernels import fused
+from lit_gpt.kernels.attention import ScoreParams
+from lit_gpt.model.alibi import with_alibi
+from lit_gpt.model.config import Config
+from lit_gpt.model.inputs import Segments
+from lit_gpt.model.kv_cache import DecodeCache, LayerCache, PackedPrefillCache
+from lit_gpt.model.norms import QKNorm
+from lit_gpt.model.rope import Rotation
+from lit_gpt.model.sdpa import attend, attend_packed, decode_attention
+
+
+class CausalSelfAttention(nn.Module):
+    """Attention with one query head per head and `n_query_groups` key and value heads (Ainslie et al. 2023, GQA)."""
+
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.n_head, self.n_query_groups, self.head_size = config.n_head, config.n_query_groups, config.head_size
+        self.sizes = config.qkv_sizes
+        scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
+        self.scores = ScoreParams(scale, config.window(layer), config.attention_softcap)
+        self.alibi = config.alibi
+        # one product for all: rows of the queries, then of the keys, then of the values
+        self.qkv = nn.Linear(config.n_embd, sum(self.sizes), bias=config.qkv_bias)
+        self.qk_norm = QKNorm(config) if config.qk_norm else None
+        self.proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
+        self.register_module("prefix", None)  # adds to what the queries find; see lit_gpt.methods.adapter
+
+    def find(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: Segments | None,
+        cache: LayerCache | DecodeCache | PackedPrefillCache | None,
+    ) -> Tensor:
+        """What the queries find, (B, T, n_head * head_size); q, k, v as `heads` gives them."""
+        if cache is not None:
+            k, v = cache.append(k, v)
+        heads = q, k, v
+        if self.alibi:
+            positions = segments.positions if segments else torch.arange(k.size(2), device=k.device)
+            heads = with_alibi(q, k, v, self.scores.scale, positions)
+        if segments is not None:
+            y = attend_packed(*heads, self.scores, segments)
+        elif cache is not None and cache.positions is not None:
+            y = decode_attention(*heads, self.scores, cache.positions)
+        else:
+            y = attend(*heads, self.scores)
+        if self.alibi:
+            y = y[..., : self.head_size]
+        if self.prefix is not None:
+            y = y + self.prefix(q, self)
+        return y.transpose(1, 2).flatten(2)
+
+    def heads(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, n_head, T, head_size), keys and values (B, n_query_groups, T, head_size) of x (B, T, n_embd)."""
+        qkv = self.qkv(x)
+        if self.qk_norm is not None:
+            q, k, v = qkv.split(self.sizes, dim=-1)
+            qkv = torch.cat((*self.qk_norm(q, k), v), dim=-1)
+        if rotation is not None:
+            qkv = fused.rotate(qkv, *rotation, self.n_head + self.n_query_groups, self.head_size)
+        return tuple(y.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for y in qkv.split(self.sizes, dim=-1))

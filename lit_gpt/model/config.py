@@ -1,0 +1,115 @@
+"""What a model is made of. Which checkpoints exist is the families' business (lit_gpt/families)."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lit_gpt.errors import UserError
+
+
+@dataclass
+class Config:
+    """The architecture of a GPT.
+
+    Sizes count elements; `padded_vocab_size` is the number of rows of the stored embedding, `vocab_size` that of the
+    ids in use. `rope_scaling` holds the fields of the Hugging Face dictionary of the same name ("rope_type", "factor",
+    ...) or None.
+    """
+
+    name: str
+    family: str  # the file in lit_gpt/families that maps its weights
+    n_layer: int
+    n_head: int
+    n_embd: int
+    vocab_size: int
+    block_size: int  # longest sequence that the model was made for
+    padded_vocab_size: int = 0  # 0: vocab_size
+    n_query_groups: int = 0  # key and value heads; 1: multi-query, 0: one per head (multi-head)
+    head_size: int = 0  # 0: n_embd // n_head
+    # positions
+    learned_positions: bool = False  # an embedding of block_size positions, which no sequence may exceed
+    alibi: bool = False  # nearer keys weigh more, by a slope per head
+    rotary_percentage: float = 1.0
+    rope_base: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    local_rope_base: float | None = None  # of layers with the window, which then scale nothing; None: as elsewhere
+    unrotated_layers: list[int] = field(default_factory=list)  # these have no positions (Kazemnejad et al. 2023, NoPE)
+    # attention
+    sliding_window: int | None = None  # a token sees this many, itself included
+    global_layers: list[int] = field(default_factory=list)  # these see all tokens in spite of the window
+    attention_scale: float | None = None  # of the scores; None: head_size ** -0.5
+    attention_softcap: float | None = None  # see lit_gpt.kernels.attention.ScoreParams
+    qk_norm: str | None = None  # over the "projection"s of queries and keys, each "head", or "heads": own weights each
+    # block
+    parallel_residual: bool = False
+    shared_attention_norm: bool = False  # with parallel_residual: attention and MLP read one norm
+    norm_class: str = "LayerNorm"  # a key of lit_gpt.model.norms.NORMS
+    norm_eps: float = 1e-5
+    pre_norm: bool = True  # attention and MLP read norms of the stream
+    post_norm: bool = False  # norms of what attention and MLP give are added to it
+    residual_scale: float = 1.0  # of what attention and MLP add, with sequential residuals
+    mlp_class: str = "GptNeoxMLP"  # or SwiGLU, MoE
+    activation: str = "gelu"  # a key of lit_gpt.kernels.fused.ACTIVATIONS
+    intermediate_size: int = 0  # 0: 4 * n_embd; of MoE: each expert's
+    n_expert: int = 0  # of MoE
+    n_expert_per_token: int = 0
+    norm_expert_weights: bool = True  # the weights of a token's experts sum to 1
+    bias: bool = False  # of the MLP's linear layers
+    qkv_bias: bool = False
+    proj_bias: bool = False  # of the attention's output projection
+    # the ends
+    embedding_scale: float = 1.0
+    head_bias: bool = False
+    logit_divisor: float = 1.0
+    logit_softcap: float | None = None  # c, by which a logit x becomes c * tanh(x / c)
+    tie_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for size in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size"):
+            if not isinstance(value := getattr(self, size), int) or value < 1:
+                raise UserError(f"{self.name}: {size} is {value!r}, expected a whole number above 0")
+        self.padded_vocab_size = self.padded_vocab_size or self.vocab_size
+        self.n_query_groups = self.n_query_groups or self.n_head
+        self.head_size = self.head_size or self.n_embd // self.n_head
+        self.intermediate_size = self.intermediate_size or 4 * self.n_embd
+        if self.n_head % self.n_query_groups:
+            raise UserError(f"{self.name}: {self.n_head} heads cannot share {self.n_query_groups} key/value heads")
+
+    @property
+    def rope_n_elem(self) -> int:
+        """Elements of each head that are rotated."""
+        return int(self.rotary_percentage * self.head_size)
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens one sees in this layer, itself included; None: all before it."""
+        return None if layer in self.global_layers else self.sliding_window
+
+    @property
+    def qkv_sizes(self) -> tuple[int, int, int]:
+        """Rows of query, key and value in the fused projection."""
+        kv = self.n_query_groups * self.head_size
+        return self.n_head * self.head_size, kv, kv
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint_dir: Path) -> "Config":
+        """The Config of a converted checkpoint folder, from its `lit_config.json`.
+
+        Raises:
+            UserError: the file is missing, or is not what scripts/convert_hf_checkpoint.py writes.
+        """
+        path = Path(checkpoint_dir) / "lit_config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            unknown = set(values) - {field.name for field in fields(cls)}
+            if unknown:
+                raise ValueError(f"unknown fields {sorted(unknown)}")
+            return cls(**values)
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{path}: not a readable model configuration ({error}); convert the checkpoint again with "
+                f"`python scripts/convert_hf_checkpoint.py --checkpoint_dir {checkpoint_dir}`"
+            ) from None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"

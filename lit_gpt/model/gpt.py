@@ -1,0 +1,192 @@
+"""The GPT: embedding, blocks of attention and MLP, head. One file for every family; Config chooses among its options.
+
+Finetuning methods attach from outside: by wrapping linear layers and norms, or as an attention's `prefix`.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from lit_gpt.errors import UserError
+from lit_gpt.model.attention import CausalSelfAttention
+from lit_gpt.model.config import Config
+from lit_gpt.model.inputs import Segments, Targets
+from lit_gpt.model.kv_cache import DecodeCache, KVCache, LayerCache, PackedPrefillCache
+from lit_gpt.model.loss import log_probabilities, summed_cross_entropy
+from lit_gpt.model.mlp import MLPS
+from lit_gpt.model.norms import norm
+from lit_gpt.model.rope import RotaryEmbedding, Rotation
+
+
+class GPT(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.learned_positions else None
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = norm(config)
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.head_bias)
+        self.rope = RotaryEmbedding(config)
+        self.local_rope = self.rope
+        if config.local_rope_base is not None:
+            self.local_rope = RotaryEmbedding(replace(config, rope_base=config.local_rope_base, rope_scaling=None))
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make head and embedding one parameter, if the model has it so. To be repeated after weights are assigned."""
+        if self.config.tie_embeddings:
+            for name, parameter in self.wte.named_parameters():  # several, if it is quantized
+                setattr(self.lm_head, name, parameter)
+
+    def forward(
+        self,
+        idx: Tensor,
+        segments: Segments | None = None,
+        cache: KVCache | list[DecodeCache] | None = None,
+        targets: Targets | None = None,
+        last: bool = False,
+    ) -> Tensor:
+        """Logits, or the loss if `targets` are given.
+
+        Args:
+            idx: token ids, int64 (B, T).
+            segments: boundaries of the samples packed into the row; B must be 1. None: each row is one sequence.
+            cache: what `kv_cache` made; `idx` follows the tokens in it and is added. Or each layer's OneMore.
+            targets: supervised positions. The logits of the others are never computed, nor all of them held at once.
+            last: compute the logits of the last position alone.
+
+        Returns:
+            logits (B, T, padded_vocab_size), (B, 1, padded_vocab_size) with `last`; with `targets` their summed
+            cross-entropy in nats, a float32 scalar.
+
+        Raises:
+            UserError: more tokens than the model has learned positions.
+            ValueError: the cache is `outdated`.
+        """
+        x = self.hidden(idx, segments, cache)
+        x = self.ln_f(x[:, -1:] if last else x)
+        if targets is not None:
+            x = x.flatten(0, 1)[targets.positions]
+            return summed_cross_entropy(self.lm_head, x, targets.labels, self.finish)
+        return self.finish(self.lm_head(x))
+
+    @torch.no_grad()
+    def score(self, idx: Tensor, segments: Segments, targets: Targets) -> tuple[Tensor, Tensor]:
+        """The log-probability of each target, float32 (n,), and whether it is the likeliest token, bool (n,)."""
+        x = self.ln_f(self.hidden(idx, segments).flatten(0, 1)[targets.positions])
+        return log_probabilities(self.lm_head, x, targets.labels, self.finish)
+
+    def hidden(
+        self,
+        idx: Tensor,
+        segments: Segments | None = None,
+        cache: KVCache | list[DecodeCache] | list[PackedPrefillCache] | None = None,
+        length: int | None = None,
+    ) -> Tensor:
+        """What the last block gives, (B, T, n_embd), before norm and head; arguments and errors as of `forward`.
+
+        Args:
+            length: that the sequence is about to reach, whose angles are to hold. None: it ends with `idx`.
+        """
+        if segments is not None:
+            positions, lengths = segments.positions, segments.lengths
+        elif cache and isinstance(cache[0], DecodeCache):
+            positions, lengths = cache[0].positions.unsqueeze(1), cache[0].lengths
+        else:
+            start = cache[0].length if cache else 0
+            end = start + idx.size(1)
+            length = length or end
+            if cache and self.outdated(cache, length):
+                raise ValueError(f"with {length} tokens other angles hold: forget the cache and give all tokens")
+            if cache:
+                cache[0].long = self.rope.is_long(length)
+            positions, lengths = torch.arange(start, end, device=idx.device), (length,)
+        x = self.embed(idx, positions, lengths)  # (B, T, n_embd)
+        rotations = self.rotations(positions, lengths, x.dtype)
+        for layer, (block, rotation) in enumerate(zip(self.h, rotations, strict=True)):
+            x = block(x, rotation, segments, cache[layer] if cache else None)
+        return x
+
+    def embed(self, idx: Tensor, positions: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        x, scale, limit = self.wte(idx), self.config.embedding_scale, self.config.block_size
+        if scale != 1.0:
+            x = x * torch.tensor(scale, dtype=x.dtype)  # rounded as the weights are, since the models were trained so
+        if self.wpe is None:
+            return x
+        if max(lengths) > limit:
+            raise UserError(f"{max(lengths)} tokens exceed the model's {limit} learned positions; give it fewer")
+        return x + self.wpe(positions)
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """Logits from what the head gives. Not part of the head: LoRA and Adapter v2 change its output before this."""
+        divisor, cap = self.config.logit_divisor, self.config.logit_softcap
+        logits = logits if divisor == 1.0 else logits / divisor
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def rotations(self, positions: Tensor, lengths: tuple[int, ...], dtype: torch.dtype) -> list[Rotation | None]:
+        """Of each layer, if it has one; see RotaryEmbedding."""
+        everywhere = within = self.rope(positions, lengths, dtype)
+        if self.local_rope is not self.rope:
+            within = self.local_rope(positions, lengths, dtype)
+        layers, unrotated = range(len(self.h)), self.config.unrotated_layers
+        kinds = [everywhere if self.config.window(layer) is None else within for layer in layers]
+        return [None if layer in unrotated else kinds[layer] for layer in layers]
+
+    def outdated(self, cache: KVCache, length: int) -> bool:
+        """Whether a sequence that grows to `length` tokens must be read again, since its keys in the cache are rotated
+        by other angles than LongRoPE has for that length."""
+        return cache[0].length > 0 and cache[0].long != self.rope.is_long(length)
+
+    def kv_cache(self, batch_size: int, max_length: int) -> KVCache:
+        """An empty cache for `batch_size` sequences of up to `max_length` tokens, in the model's dtype and place."""
+        shape = (batch_size, self.config.n_query_groups, max_length, self.config.head_size)
+        new = partial(torch.zeros, shape, device=self.wte.weight.device, dtype=self.dtype)
+        return [LayerCache(new(), new()) for _ in self.h]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states: the embedding's, or if it is quantized its scales'."""
+        return next(p.dtype for p in self.wte.parameters() if p.is_floating_point())
+
+
+class Block(nn.Module):
+    def __init__(self, config: Config, layer: int) -> None:
+        super().__init__()
+        self.parallel, self.scale = config.parallel_residual, config.residual_scale
+        pre, post = (partial(norm, config) if there else nn.Identity for there in (config.pre_norm, config.post_norm))
+        self.norm_1 = pre()
+        self.attn = CausalSelfAttention(config, layer)
+        self.post_norm_1 = post()
+        self.norm_2 = None if config.shared_attention_norm else pre()
+        self.mlp = MLPS[config.mlp_class](config)
+        self.post_norm_2 = post()
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        segments: Segments | None,
+        cache: LayerCache | DecodeCache | PackedPrefillCache | None,
+    ) -> Tensor:
+        n_1, q, k, v = self.enter(x, rotation)
+        y = self.attn.find(q, k, v, segments, cache)
+        del q, k, v  # not to be held where no backward pass follows
+        return self.leave(x, n_1, y)
+
+    # what comes before attention and what after it are functions of tensors alone, fit to be compiled
+
+    def enter(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The normed x, and its queries, keys and values."""
+        n_1 = self.norm_1(x)
+        return n_1, *self.attn.heads(n_1, rotation)
+
+    def leave(self, x: Tensor, n_1: Tensor, y: Tensor) -> Tensor:
+        """What the block gives, from its input, that normed, and what the queries found."""
+        h = self.post_norm_1(self.attn.proj(y))
+        if self.parallel:
+            return x + h + self.post_norm_2(self.mlp(n_1 if self.norm_2 is None else self.norm_2(x)))
+        x = torch.add(x, h, alpha=self.scale)
+        return torch.add(x, self.post_norm_2(self.mlp(self.norm_2(x))), alpha=self.scale)

@@ -1,0 +1,99 @@
+"""Cross-entropy from hidden states, without ever holding the logits of a whole batch."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_gpt.quantization.modules import keep_dequantized
+
+# Logits held at a time, in elements: 16 MiB in float32. Larger pieces are hardly faster on a CPU with a frozen head.
+# Where a piece must be worth more, reading the head's weights on other devices or adding to their gradient if they
+# train, eight times as many are held.
+MAX_LOGITS = 2**22
+
+
+def summed_cross_entropy(
+    head: nn.Module, hidden: Tensor, labels: Tensor, finish: Callable[[Tensor], Tensor] = lambda logits: logits
+) -> Tensor:
+    """Sum over n tokens of the cross-entropy of `finish(head(hidden))`, in nats.
+
+    Args:
+        head: any module from (n, n_embd) to (n, vocabulary).
+        hidden: (n, n_embd).
+        labels: int64 (n,).
+        finish: from what the head gives to logits.
+
+    Returns:
+        float32 scalar. Logits are turned to float32 before the softmax.
+    """
+    parameters = [p for p in head.parameters() if p.requires_grad]
+    with keep_dequantized(head, hidden.dtype):
+        if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
+            return _ChunkedLoss.apply(head, finish, labels, hidden, *parameters)
+        chunks = _chunks(head, hidden, labels, trained=False)
+        losses = [F.cross_entropy(finish(head(h)).float(), y, reduction="sum") for h, y in chunks]
+    return torch.stack(losses).sum() if losses else hidden.new_zeros((), dtype=torch.float32)
+
+
+def log_probabilities(
+    head: nn.Module, hidden: Tensor, labels: Tensor, finish: Callable[[Tensor], Tensor] = lambda logits: logits
+) -> tuple[Tensor, Tensor]:
+    """The log-probability of each label, float32 (n,), and whether it is the likeliest, bool (n,); arguments as above.
+
+    Of equal logits the first is the likeliest, as for `argmax`.
+    """
+    found = []
+    for rows, row_labels in _chunks(head, hidden, labels, trained=False):
+        logits = finish(head(rows)).float()
+        log_p = -F.cross_entropy(logits, row_labels, reduction="none")
+        found.append((log_p, logits.argmax(-1) == row_labels))
+    if not found:
+        return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.bool)
+    return tuple(map(torch.cat, zip(*found, strict=True)))
+
+
+def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy, float32, and its gradient in the logits' dtype; both computed in float32."""
+    p = logits.float().softmax(-1)
+    log_sum = logits.amax(-1).float() - p.amax(-1).log()  # the likeliest token's probability is never too small
+    at = labels.unsqueeze(1)
+    loss = (log_sum - logits.gather(1, at).squeeze(1).float()).sum()
+    return loss, p.scatter_add_(1, at, p.new_full((), -1.0).expand(at.shape)).to(logits.dtype)
+
+
+def _chunks(head: nn.Module, hidden: Tensor, labels: Tensor, trained: bool) -> list[tuple[Tensor, Tensor]]:
+    limit = MAX_LOGITS if hidden.device.type == "cpu" and not trained else 8 * MAX_LOGITS
+    size = max(1, limit // head.out_features)
+    return list(zip(hidden.split(size), labels.split(size), strict=True))
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Takes the gradients piece by piece in the forward pass, while each piece's logits are at hand.
+
+    The loss is a scalar, so the gradient that comes from above is one factor and can be multiplied on later. Unlike
+    checkpointing this computes no logits twice.
+    """
+
+    @staticmethod
+    def forward(ctx, head, finish, labels, hidden, *parameters):
+        total = hidden.new_zeros((), dtype=torch.float32)
+        grads = [torch.zeros_like(p) for p in parameters]
+        hidden_grads = []
+        for rows, row_labels in _chunks(head, hidden, labels, trained=sum(p.numel() for p in parameters) > MAX_LOGITS):
+            with torch.enable_grad():
+                rows = rows.detach().requires_grad_()
+                logits = finish(head(rows))
+            loss, logits_grad = _loss_and_gradient(logits.detach(), row_labels)
+            row_grad, *parameter_grads = torch.autograd.grad(logits, [rows, *parameters], logits_grad)
+            total += loss
+            hidden_grads.append(row_grad)
+            for grad, piece in zip(grads, parameter_grads, strict=True):
+                grad += piece
+        ctx.save_for_backward(torch.cat(hidden_grads) if hidden_grads else torch.zeros_like(hidden), *grads)
+        return total
+
+    @staticmethod
+    def backward(ctx, factor):
+        return None, None, None, *(grad * factor.to(grad.dtype) for grad in ctx.saved_tensors)

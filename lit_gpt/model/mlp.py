@@ -1,0 +1,75 @@
+"""The feed-forward part of a block: plain, gated, or routed over experts."""
+
+from torch import Tensor, nn
+
+from lit_gpt.errors import UserError
+from lit_gpt.kernels import fused
+from lit_gpt.kernels.fused import ACTIVATIONS, Activation
+from lit_gpt.model.config import Config
+from lit_gpt.model.moe import Experts, Router
+
+
+def activation(config: Config) -> Activation:
+    if config.activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise UserError(f"config.json: the activation '{config.activation}' is not supported; expected one of {known}")
+    return ACTIVATIONS[config.activation]
+
+
+class GptNeoxMLP(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.fc = nn.Linear(config.n_embd, config.intermediate_size, bias=config.bias)
+        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
+        self.activation = activation(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.inner(self.fc(x)))
+
+    def inner(self, x: Tensor) -> Tensor:
+        return self.activation(x)
+
+
+class SwiGLU(nn.Module):
+    """Shazeer 2020, GLU Variants Improve Transformer; gate and up are one product, the gate's rows first."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.n_embd, 2 * config.intermediate_size, bias=config.bias)
+        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
+        self.activation = activation(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.inner(self.gate_up(x)))
+
+    def inner(self, gate_up: Tensor) -> Tensor:
+        return fused.gated(gate_up, self.activation)
+
+
+class MoE(nn.Module):
+    """Many SwiGLUs, the experts; each token goes through a few of them (Jiang et al. 2024, Mixtral of Experts).
+
+    Training has no loss besides that of the tokens. transformers' one that balances the experts' load is off as well,
+    unless `output_router_logits` asks for it.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        n, inner = config.n_expert, config.intermediate_size
+        self.router = Router(config.n_embd, n, config.n_expert_per_token, config.norm_expert_weights)
+        self.gate_up = Experts(n, config.n_embd, 2 * inner)
+        self.proj = Experts(n, inner, config.n_embd)
+        self.activation = activation(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        weights, routes = self.router(tokens)
+        gate_up = self.gate_up(routes.dispatch(tokens), routes)
+        y = self.proj(self.inner(gate_up), routes)
+        return routes.combine(y, weights).view_as(x)
+
+    def inner(self, gate_up: Tensor) -> Tensor:
+        return fused.gated(gate_up, self.activation)
+
+
+MLPS = {"GptNeoxMLP": GptNeoxMLP, "SwiGLU": SwiGLU, "MoE": MoE}

@@ -1,0 +1,133 @@
+"""Routed experts (Shazeer et al. 2017): which of them each token goes to, and their products, one per expert."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Rows of N tokens, once for each of the k experts that a token goes to, sorted by expert."""
+
+    order: Tensor  # int64 (N * k,): which of the rows as they come, k for each token, is in each place
+    places: Tensor  # int64 (N * k,): its inverse, the place of each of those rows
+    counts: list[int]  # rows of each expert, 0 for one that no token goes to
+
+    @classmethod
+    def to(cls, chosen: Tensor, n_expert: int) -> "Routing":
+        """To the experts `chosen`, int64 (N, k)."""
+        experts, order = chosen.flatten().sort(stable=True)
+        return cls(order, order.argsort(), rows_per_expert(experts, n_expert))
+
+    def dispatch(self, x: Tensor) -> Tensor:
+        """The rows of tokens (N, size), sorted: (N * k, size)."""
+        k = len(self.order) // len(x)
+        return _Permute.apply(x.unsqueeze(1).expand(-1, k, -1).flatten(0, 1), self.order, self.places)
+
+    def combine(self, y: Tensor, weights: Tensor) -> Tensor:
+        """From sorted rows (N * k, size) the sum of each token's, weighted by (N, k): (N, size)."""
+        by_token = _Permute.apply(y, self.places, self.order).view(*weights.shape, -1)
+        return (weights.to(y.dtype).unsqueeze(1) @ by_token).squeeze(1)
+
+
+def rows_per_expert(experts: Tensor, n_expert: int) -> list[int]:
+    """How often each expert is among `experts`. The only place where contents of a tensor decide on shapes."""
+    return experts.bincount(minlength=n_expert).tolist()
+
+
+class _Permute(torch.autograd.Function):
+    """x[order], whose gradient is a permutation too, where autograd would add up."""
+
+    @staticmethod
+    def forward(ctx, x, order, inverse):
+        ctx.save_for_backward(inverse)
+        return x[order]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        return grad[inverse], None, None
+
+
+def grouped_product(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    """Each expert's rows times its weight.
+
+    Args:
+        x: (rows, in_features), sorted by expert.
+        weight: (n_expert, out_features, in_features).
+        counts: rows of each expert.
+
+    Returns:
+        (rows, out_features), in x's dtype, or autocast's where that is on.
+    """
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return _GroupedProduct.apply(x.to(dtype), weight.to(dtype), counts)
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """Keeps the weight, and x if the weight trains."""
+
+    @staticmethod
+    def forward(ctx, x, weight, counts):
+        ctx.counts = counts
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return _by_expert(x, weight.mT, counts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        x_grad = weight_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = _by_expert(grad, weight, ctx.counts)
+        if ctx.needs_input_grad[1]:
+            weight_grad = torch.empty_like(weight)
+            for found, rows, grads in zip(weight_grad, x.split(ctx.counts), grad.split(ctx.counts), strict=True):
+                torch.mm(grads.t(), rows, out=found)  # 0 for no rows
+        return x_grad, weight_grad, None
+
+
+def _by_expert(x: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
+    y = x.new_empty(len(x), matrices.size(-1))
+    for rows, matrix, found in zip(x.split(counts), matrices, y.split(counts), strict=True):
+        if len(rows):
+            torch.mm(rows, matrix, out=found)
+    return y
+
+
+class Experts(nn.Module):
+    """A linear layer without bias for each expert."""
+
+    def __init__(self, n_expert: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.n_expert, self.in_features, self.out_features = n_expert, in_features, out_features
+        self.weight = nn.Parameter(torch.empty(n_expert, out_features, in_features))
+        nn.init.uniform_(self.weight, -(in_features**-0.5), in_features**-0.5)  # as nn.Linear's
+
+    def forward(self, x: Tensor, routes: Routing) -> Tensor:
+        """x: (rows, in_features), sorted by expert; returns (rows, out_features)."""
+        return grouped_product(x, self.weight, routes.counts)
+
+
+class Router(nn.Module):
+    """Chooses each token's experts, and their weights. No nn.Linear, so that no method attaches to it."""
+
+    def __init__(self, n_embd: int, n_expert: int, n_expert_per_token: int, norm_weights: bool) -> None:
+        super().__init__()
+        self.n_expert, self.n_expert_per_token, self.norm_weights = n_expert, n_expert_per_token, norm_weights
+        self.weight = nn.Parameter(torch.empty(n_expert, n_embd))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """From tokens (N, n_embd) the weights of each one's experts, float32 (N, k), and the way to them."""
+        probabilities = F.linear(x, self.weight).softmax(-1, dtype=torch.float32)
+        weights, chosen = probabilities.topk(self.n_expert_per_token)
+        if self.norm_weights:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights, Routing.to(chosen, self.n_expert)

@@ -1,0 +1,72 @@
+"""Normalization layers, by their names in Config."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_gpt.kernels import fused
+from lit_gpt.model.config import Config
+
+
+class RMSNorm(nn.Module):
+    """Zhang & Sennrich 2019; the mean square is taken in float32."""
+
+    offset = 0.0  # added to the weight
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - self.offset))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fused.rms_norm(x, self.weight, self.eps, self.offset)
+
+
+class UnitOffsetRMSNorm(RMSNorm):
+    """Gemma's, whose stored weight is the distance from 1."""
+
+    offset = 1.0
+
+
+NORMS = {
+    "LayerNorm": nn.LayerNorm,
+    "BiaslessLayerNorm": partial(nn.LayerNorm, bias=False),
+    "RMSNorm": RMSNorm,
+    "UnitOffsetRMSNorm": UnitOffsetRMSNorm,
+}
+
+
+def norm(config: Config, size: int | None = None) -> nn.Module:
+    return NORMS[config.norm_class](size or config.n_embd, eps=config.norm_eps)
+
+
+class QKNorm(nn.Module):
+    """Norms of queries and keys (Dehghani et al. 2023), over the whole projections or over each head."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        sizes, head_size = config.qkv_sizes[:2], config.head_size
+        self.widths = sizes if config.qk_norm == "projection" else (head_size, head_size)
+        if config.qk_norm == "heads":
+            self.q, self.k = (LayerNorms(n // head_size, head_size, config.norm_eps) for n in sizes)
+        else:
+            self.q, self.k = (norm(config, width) for width in self.widths)
+
+    def forward(self, *qk: Tensor) -> tuple[Tensor, Tensor]:
+        """Normed queries and keys, of the shapes that they had: (B, T, heads * head_size)."""
+        parts = zip((self.q, self.k), qk, self.widths, strict=True)
+        # under autocast norms give float32, in which attention would be slow
+        return tuple(norm(x.unflatten(-1, (-1, width))).flatten(-2).to(x.dtype) for norm, x, width in parts)
+
+
+class LayerNorms(nn.LayerNorm):
+    """A LayerNorm for each of `n` heads, without bias; x: (..., n, size)."""
+
+    def __init__(self, n: int, size: int, eps: float) -> None:
+        super().__init__(size, eps=eps, elementwise_affine=False)
+        self.weight = nn.Parameter(torch.ones(n * size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, eps=self.eps) * self.weight.view(x.shape[-2:])

@@ -1,0 +1,125 @@
+"""Rotary position embedding (Su et al. 2021, RoFormer) and the ways to stretch it over longer contexts."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from lit_gpt.errors import UserError
+from lit_gpt.model.config import Config
+
+Rotation = tuple[Tensor, Tensor]  # cosine and sine, see RotaryEmbedding
+
+
+class RotaryEmbedding(nn.Module):
+    """Angles that rotate the two halves of the rotated elements against each other."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        # float32 (rope_n_elem / 2,); with LongRoPE two rows, the second for sequences beyond the original context
+        self.frequencies, self.attention_factor = rope_frequencies(config)
+        self.original = config.rope_scaling["original_max_position_embeddings"] if self.frequencies.ndim == 2 else None
+
+    def is_long(self, length: int) -> bool:
+        """Whether LongRoPE rotates a sequence of so many tokens as a long one."""
+        return self.original is not None and length > self.original
+
+    def forward(self, positions: Tensor, lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine for int64 `positions` (T,): each (T, rope_n_elem) of `dtype`.
+
+        Args:
+            positions: or (B, 1), of rows that are each at another; then the result is (B, 1, rope_n_elem).
+            lengths: of the sequences that are packed into the T positions; of a single one, or of each row, with what
+                precedes them.
+        """
+        # not a buffer: it must stay float32 whatever the model is cast to, and needs no place in a checkpoint
+        self.frequencies = frequencies = self.frequencies.to(positions.device)
+        if self.original is not None:
+            rows = [frequencies[int(self.is_long(n))] for n in lengths]
+            counts = [1] * len(rows) if positions.ndim == 2 else lengths
+            each = (row.expand(n, -1) for row, n in zip(rows, counts, strict=True))
+            frequencies = rows[0] if len(rows) == 1 else torch.cat(list(each)).view(*positions.shape, -1)
+        angles = positions[..., None].float() * frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        return tuple((f(angles) * self.attention_factor).to(dtype) for f in (torch.cos, torch.sin))
+
+
+def rope_frequencies(config: Config) -> tuple[Tensor, float]:
+    """Angle per position of each rotated pair, float32 (rope_n_elem / 2,), and the factor on cosine and sine."""
+    with torch.device("cpu"):  # also for a model on the meta device: these are computed, not loaded
+        n, base = config.rope_n_elem, config.rope_base
+        frequencies = 1.0 / base ** (torch.arange(0, n, 2, dtype=torch.int64).float() / n)
+        scaling = config.rope_scaling
+        if not scaling:
+            return frequencies, 1.0
+        if scaling["rope_type"] not in ROPE_SCALING:
+            known = ", ".join(ROPE_SCALING)
+            raise UserError(
+                f"config.json: rope_type '{scaling['rope_type']}' is not supported; expected one of {known}"
+            )
+        try:
+            return ROPE_SCALING[scaling["rope_type"]](frequencies, scaling, config)
+        except KeyError as missing:
+            raise UserError(f"config.json: rope_type '{scaling['rope_type']}' needs the field {missing}") from None
+
+
+def rope_linear(frequencies: Tensor, scaling: dict, config: Config) -> tuple[Tensor, float]:
+    """Position interpolation (Chen et al. 2023)."""
+    return frequencies / scaling["factor"], 1.0
+
+
+def rope_llama3(frequencies: Tensor, scaling: dict, config: Config) -> tuple[Tensor, float]:
+    """Llama 3.1: long waves are interpolated, short ones kept, those between blended."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (keep + (1 - keep) / scaling["factor"]), 1.0
+
+
+def rope_yarn(frequencies: Tensor, scaling: dict, config: Config) -> tuple[Tensor, float]:
+    """YaRN (Peng et al. 2023), equations 17 to 22."""
+    n, factor = config.rope_n_elem, scaling["factor"]
+    original = scaling.get("original_max_position_embeddings") or config.block_size
+
+    def pair_turning(times: float) -> float:  # the pair that turns so often within the original context
+        return n * math.log(original / (times * 2 * math.pi)) / (2 * math.log(config.rope_base))
+
+    low, high = pair_turning(scaling.get("beta_fast") or 32), pair_turning(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, n - 1)
+    ramp = ((torch.arange(n // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    return frequencies * (1 - ramp) + frequencies / factor * ramp, yarn_attention_factor(scaling)
+
+
+def yarn_attention_factor(scaling: dict) -> float:
+    if scaling.get("attention_factor") is not None:
+        return scaling["attention_factor"]
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(scaling["factor"]) + 1.0 if scaling["factor"] > 1 else 1.0
+
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
+    return mscale(1.0)
+
+
+def rope_longrope(frequencies: Tensor, scaling: dict, config: Config) -> tuple[Tensor, float]:
+    """LongRoPE (Ding et al. 2024): a divisor found by search for each pair, up to the original context and beyond it.
+
+    Returns frequencies (2, rope_n_elem / 2).
+
+    Raises:
+        UserError: not a divisor for each pair.
+    """
+    original = scaling["original_max_position_embeddings"]
+    divisors = [torch.tensor(scaling[key], dtype=torch.float32) for key in ("short_factor", "long_factor")]
+    if any(d.shape != frequencies.shape for d in divisors):
+        counts = " and ".join(str(d.numel()) for d in divisors)
+        raise UserError(f"config.json: short_factor and long_factor hold {counts} numbers, expected {len(frequencies)}")
+    stretch = scaling.get("factor") or config.block_size / original
+    factor = math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
+    return frequencies / torch.stack(divisors), scaling.get("attention_factor") or factor
+
+
+ROPE_SCALING = {"linear": rope_linear, "llama3": rope_llama3, "yarn": rope_yarn, "longrope": rope_longrope}

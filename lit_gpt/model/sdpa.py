@@ -1,0 +1,118 @@
+"""Attention of queries to keys and values: in rows, in rows of packed samples, of one more token; by whichever kernel
+serves best."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_gpt.kernels import attention
+from lit_gpt.kernels.attention import ScoreParams
+from lit_gpt.model.inputs import Segments
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams) -> Tensor:
+    """Causal attention of queries that are the last T of S positions.
+
+    Args:
+        q: (B, n_head, T, head_size). k, v: (B, n_query_groups, S, head_size).
+    """
+    T, S, window = q.size(2), k.size(2), scores.window
+    if T == S and use_blockwise(q, scores):
+        return attention.attention(q, k, v, scores, (T,))
+    if T == 1:
+        first = 0 if window is None else max(0, S - window)
+        return sdpa_one_query(q, k[:, :, first:], v[:, :, first:], scores)
+    if T == S and (window is None or S <= window):
+        gqa = q.size(1) != k.size(1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=gqa)
+    behind = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)
+    return sdpa(q, k, v, scores, behind >= 0 if window is None else (behind >= 0) & (behind < window))
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, seen: Tensor | None = None) -> Tensor:
+    """Attention of queries (B, n_head, T, head_size) to the keys that they see: bool (T, S) or (B, 1, T, S); None: to
+    all."""
+    if scores.softcap is not None:
+        return sdpa_by_matmul(q, k, v, scores, seen)
+    gqa = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scores.scale, enable_gqa=gqa)
+
+
+def sdpa_one_query(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, seen: Tensor | None = None) -> Tensor:
+    """The same for one query of each row."""
+    if q.device.type != "cpu":
+        return sdpa(q, k, v, scores, seen)
+    # torch's own kernel takes many times as long there, and so do products in narrow types
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return sdpa_by_matmul(q.to(wide), k.to(wide), v.to(wide), scores, seen).to(q.dtype)
+
+
+def sdpa_by_matmul(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, seen: Tensor | None) -> Tensor:
+    grouped = q.unflatten(1, (k.size(1), -1))  # (B, n_query_groups, heads of a group, T, head_size)
+    found = (grouped.flatten(2, 3) @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scores.scale
+    if scores.softcap is not None:
+        found = scores.softcap * torch.tanh(found / scores.softcap)
+    found = found.unflatten(2, grouped.shape[2:4])
+    if seen is not None:
+        found = found.masked_fill(~(seen if seen.ndim == 2 else seen.unsqueeze(1)), -torch.inf)
+    return (found.softmax(-1).to(v.dtype).flatten(2, 3) @ v).view_as(q)
+
+
+def decode_attention(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, positions: Tensor) -> Tensor:
+    """Attention of one query of each row to the places up to its position.
+
+    Args:
+        q: (B, n_head, 1, head_size). k, v: (B, n_query_groups, S, head_size).
+        positions: int64 (B,).
+    """
+    behind = positions[:, None] - torch.arange(k.size(2), device=k.device)  # (B, S)
+    seen = behind >= 0 if scores.window is None else (behind >= 0) & (behind < scores.window)
+    if not torch.compiler.is_compiling():
+        return sdpa_one_query(q, k, v, scores, seen[:, None, None])
+    # written for the compiler to make one loop of it
+    grouped = q.unflatten(1, (k.size(1), -1)).float()  # (B, n_query_groups, heads of a group, 1, head_size)
+    found = (grouped * k.unsqueeze(2).float()).sum(-1) * scores.scale  # (B, n_query_groups, heads of a group, S)
+    if scores.softcap is not None:
+        found = scores.softcap * torch.tanh(found / scores.softcap)
+    weights = found.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+    return (weights.unsqueeze(-1) * v.unsqueeze(2).float()).sum(-2).to(q.dtype).view_as(q)
+
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, segments: Segments) -> Tensor:
+    """Causal attention within each sample of a packed row; shapes as in `attend`, with B = 1 and S = T."""
+    if scores.softcap is None and flash_supports(q):
+        return attend_varlen(q, k, v, scores, segments)
+    if use_blockwise(q, scores):
+        return attention.attention(q, k, v, scores, segments.lengths)
+    parts = zip(*(x.split(segments.lengths, dim=2) for x in (q, k, v)), strict=True)
+    return torch.cat([attend(*part, scores) for part in parts], dim=2)
+
+
+def use_blockwise(q: Tensor, scores: ScoreParams) -> bool:
+    """Whether to attend by products of whole matrices: where torch's own kernel is slow, or knows no soft cap."""
+    return trains_on_cpu(q) or scores.softcap is not None
+
+
+def trains_on_cpu(q: Tensor) -> bool:
+    """Whether a backward pass will follow where torch's own attention has a slow one."""
+    return q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled()
+
+
+def flash_supports(q: Tensor) -> bool:
+    """Whether flash attention computes in this dtype, head size and on this device."""
+    if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.size(-1) % 8 or q.size(-1) > 256:
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, segments: Segments) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    heads = q.size(1)
+    # every release that has varlen_attn takes equal head counts; grouped ones came later
+    k, v = (x.repeat_interleave(heads // x.size(1), dim=1) for x in (k, v))
+    rows = (x.squeeze(0).transpose(0, 1).contiguous() for x in (q, k, v))  # (T, n_head, head_size)
+    longest, span = max(segments.lengths), (-1 if scores.window is None else scores.window - 1, 0)
+    options = {"scale": scores.scale, "window_size": span}
+    y = varlen_attn(*rows, segments.offsets, segments.offsets, longest, longest, **options)
+    return y.transpose(0, 1).unsqueeze(0)

@@ -1,0 +1,150 @@
+"""Layers whose weights are kept in a quantized format, and how they attach to a GPT."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from lit_gpt.errors import UsageError
+from lit_gpt.quantization.formats import FORMATS, Tensors, decode, dequantized_chunks, encode
+
+
+class Quantized(nn.Module):
+    """Holds the tensors of a format in the place of `module.weight` (rows, columns), on its device.
+
+    They are filled from the weight, unless that is on the meta device and has no contents yet.
+    """
+
+    def __init__(self, module: nn.Linear | nn.Embedding, format: str) -> None:
+        super().__init__()
+        weight = module.weight
+        self.format, (self.rows, self.columns) = format, weight.shape
+        self.held: Tensor | None = None  # the weight dequantized, while `held` keeps it
+        for key, (shape, dtype) in FORMATS[format].layout(*weight.shape).items():
+            new = torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device)
+            self.register_parameter(key, nn.Parameter(new, requires_grad=False))
+        self.keys = [key for key, _ in self.named_parameters()]
+        if not weight.is_meta:
+            for key, tensor in encode(weight, format, weight.dtype).items():
+                self.get_parameter(key).copy_(tensor)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight (rows, columns)."""
+        if self.held is not None and self.held.dtype == dtype:
+            return self.held
+        return decode({key: self.get_parameter(key) for key in self.keys}, self.format, self.columns, dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.rows}, {self.columns}, {self.format}"
+
+
+class QuantizedLinear(Quantized):
+    """A linear layer whose weight is quantized and does not train."""
+
+    def __init__(self, linear: nn.Linear, format: str) -> None:
+        super().__init__(linear, format)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quantized_linear(x, self)
+
+
+def unpacked(layer: Quantized) -> Tensors:
+    """The tensors of its format, those that are kept packed undone."""
+    return FORMATS[layer.format].unpack({key: layer.get_parameter(key).detach() for key in layer.keys})
+
+
+class QuantizedEmbedding(Quantized):
+    """An embedding in int8, a scale for each token. Its output has the scale's dtype."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__(embedding, "int8")
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return self.weight[idx].to(self.scale.dtype) * self.scale[idx].unsqueeze(-1)
+
+
+def quantized_linear(x: Tensor, layer: QuantizedLinear) -> Tensor:
+    """x W^T + bias of x (..., in_features), in x's dtype.
+
+    Many rows, as in training and of a prompt, are worth a dequantization. A single one, as in decoding, is bound by
+    reading the weight, which the steps of lit_gpt.generation.compiled_step do without turning it back before: the native one, and in
+    int8 the compiled one.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Product.apply(x, layer)
+    if torch.compiler.is_compiling() and layer.format == "int8":  # which makes one loop of it, over the codes
+        y = F.linear(x.float(), layer.weight.float()) * layer.scale.float()
+        return (y if layer.bias is None else y + layer.bias).to(x.dtype)
+    if layer.held is not None:
+        return F.linear(x, layer.dequantize(x.dtype), layer.bias)
+    parts, bias = dequantized_chunks(unpacked(layer), FORMATS[layer.format], layer.columns, x.dtype), layer.bias
+    found = [F.linear(x, weight, None if bias is None else bias[span]) for span, weight in parts]
+    return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+
+class _Product(torch.autograd.Function):
+    """Keeps nothing but the layer: the backward pass dequantizes its weight again. The layer gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dequantize(x.dtype), layer.bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.dequantize(grad.dtype), None
+
+
+@contextmanager
+def keep_dequantized(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Keep the weights of a module's quantized layers dequantized while it is used several times."""
+    layers = [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
+    for layer in layers:
+        layer.held = layer.dequantize(dtype)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.held = None
+
+
+def attach(model: nn.Module, format: str) -> nn.Module:
+    """Quantize a GPT, in place, before any method is attached to it.
+
+    Raises:
+        UsageError: it has routed experts, which would stay as they are.
+    """
+    if model.config.n_expert:
+        raise UsageError(f"--quantize {format}: {model.config.name} has routed experts, which cannot be quantized yet")
+    for path, module in list(model.h.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.h.set_submodule(path, QuantizedLinear(module, format))
+    model.wte, model.lm_head = QuantizedEmbedding(model.wte), QuantizedLinear(model.lm_head, "int8")
+    model.tie_weights()
+    return model
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """A layer's weight: as it is, or dequantized to float32 if it is quantized."""
+    return module.dequantize() if isinstance(module, Quantized) else module.weight.detach()
+
+
+def is_quantized(model: nn.Module) -> bool:
+    return any(isinstance(module, Quantized) for module in model.modules())
+
+
+def count_parameters(model: nn.Module) -> int:
+    """As many as there are without quantization."""
+    counts: dict[nn.Parameter, int] = {}
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            quantized = isinstance(module, Quantized) and key in module.keys
+            counts[parameter] = (module.rows * module.columns * (key == "weight")) if quantized else parameter.numel()
+    return sum(counts.values())

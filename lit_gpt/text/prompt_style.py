@@ -1,0 +1,238 @@
+"""The one path from messages to text and tokens: training, generation, chat and export all render here.
+
+A prompt style is a Jinja template over messages `{"role": "user" | "assistant" | "system" | "tool", "content": text}`,
+as in Hugging Face chat templates. Rows of instruction data add `instruction` and `input` to the user's message for
+styles that set them apart.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lit_gpt.errors import UsageError, UserError
+from lit_gpt.text import supervision
+from lit_gpt.text.chat_template import Template
+from lit_gpt.text.messages import Message, Tools
+from lit_gpt.text.supervision import REASONING, Encoded, Rendered
+from lit_gpt.text.tokenizer import CHAT_TEMPLATE_DIR, Encoding, Tokenizer, read_json, read_text
+
+FILE = "prompt_style.json"
+
+
+# Each writes the user's turns up to where the answer begins; the answer is closed by the end token. A space before the
+# answer belongs to it, for it makes one token with the answer's first word.
+def _turns(other: str, before_answer: str = "") -> str:
+    answer = "{% for m in messages %}{% if m.role == 'assistant' %}" + before_answer + "{{ m.content + eos_token }}"
+    return answer + "{% else %}" + other + "{% endif %}{% endfor %}"
+
+
+_ALPACA = (
+    "{% if m.role == 'system' %}{{ m.content + '\n\n' }}{% else %}"
+    "{{ 'Below is an instruction that describes a task' }}"
+    "{{ ', paired with an input that provides further context' if m.input }}"
+    "{{ '. Write a response that appropriately completes the request.\n\n### Instruction:\n' }}"
+    "{{ m.instruction or m.content }}{{ '\n\n### Input:\n' + m.input if m.input }}"
+    "{{ '\n\n### Response:\n' }}{% endif %}"
+)
+_CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{{ '<|im_start|>assistant\n' if add_generation_prompt }}"
+)
+_LLAMA2 = (
+    "{% if m.role == 'system' %}{{ '[INST] <<SYS>>\n' + m.content + '\n<</SYS>>\n\n' }}{% else %}"
+    "{{ '[INST] ' if loop.first or loop.previtem.role != 'system' }}{{ m.content + ' [/INST]' }}{% endif %}"
+)
+_FALCON = "{{ m.content + '\n' if m.role == 'system' else 'User: ' + m.content + '\nAssistant:' }}"
+STYLES = {
+    "plain": _turns("{{ m.content }}"),
+    "alpaca": _turns(_ALPACA),
+    "chatml": _CHATML,
+    "llama2": _turns(_LLAMA2, before_answer=" "),
+    "falcon-instruct": _turns(_FALCON, before_answer=" "),
+}
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """How messages become text, and which tokens end an answer."""
+
+    name: str
+    template: str
+    own_bos: bool  # a checkpoint's own template writes its BOS itself; others get what the tokenizer adds
+    stop_ids: tuple[int, ...] = ()
+    tool_template: str | None = None  # for conversations with tools, if the checkpoint has one for them
+
+    @classmethod
+    def from_name(cls, name: str, tokenizer: Tokenizer) -> "PromptStyle":
+        """A style of STYLES, a path to a Jinja file, or "auto": the checkpoint's own template, else alpaca.
+
+        Raises:
+            UsageError: neither a style nor a file.
+            UserError: the checkpoint has no template, or the file holds none.
+        """
+        if name == "auto":
+            name = "checkpoint" if tokenizer.chat_template else "alpaca"
+        if name == "checkpoint":
+            if not tokenizer.chat_template:
+                raise UserError("--prompt_style checkpoint: the checkpoint has no chat template; choose another style")
+            with_tools = tokenizer.chat_templates.get("tool_use")
+            style = cls(name, tokenizer.chat_template, own_bos=True, tool_template=with_tools)
+        elif name in STYLES:
+            style = cls(name, STYLES[name], own_bos=False)
+        elif Path(name).is_file():
+            style = cls(name, read_text(Path(name)), own_bos=False)
+        else:
+            raise UsageError(
+                f"--prompt_style {name}: expected auto, checkpoint, {', '.join(STYLES)} or a path to a Jinja file"
+            )
+        return replace(style, stop_ids=style.find_stop_ids(tokenizer))
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint_dir: Path, tokenizer: Tokenizer) -> "PromptStyle":
+        """The style that a finetune has left in the folder, else the checkpoint's own template, else plain text."""
+        path = Path(checkpoint_dir) / FILE
+        if path.is_file():
+            try:
+                return cls.from_dict(read_json(path))
+            except (KeyError, TypeError) as error:
+                raise UserError(f"{path}: expected what a finetune leaves ({error}); make the folder again") from None
+        style = cls.from_name("checkpoint" if tokenizer.chat_template else "plain", tokenizer)
+        return replace(style, stop_ids=tuple(dict.fromkeys((*style.stop_ids, *generation_stop_ids(checkpoint_dir)))))
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "PromptStyle":
+        return cls(**{**fields, "stop_ids": tuple(fields["stop_ids"])})
+
+    def save(self, checkpoint_dir: Path) -> None:
+        (Path(checkpoint_dir) / FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"stop_ids": list(self.stop_ids)}
+
+    def write_template(self, folder: Path, tokenizer: Tokenizer) -> None:
+        """Write the template into a folder as transformers, vLLM and llama.cpp take it, in place of others there."""
+        if self.for_others(tokenizer) == tokenizer.chat_template:
+            return
+        (folder / "chat_template.jinja").write_text(self.for_others(tokenizer), encoding="utf-8")
+        shutil.rmtree(folder / CHAT_TEMPLATE_DIR, ignore_errors=True)
+        settings = folder / "tokenizer_config.json"
+        fields = read_json(settings)
+        if fields.pop("chat_template", None) is not None:
+            settings.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def write_stops(self, folder: Path) -> None:
+        """Have generation_config.json name the ids that end an answer."""
+        path = folder / "generation_config.json"
+        fields = read_json(path)
+        stops = list(dict.fromkeys((*self.stop_ids, *generation_stop_ids(folder))))
+        if stops != generation_stop_ids(folder):
+            path.write_text(json.dumps(fields | {"eos_token_id": stops}, indent=2) + "\n", encoding="utf-8")
+
+    def for_others(self, tokenizer: Tokenizer) -> str:
+        return self.portable_template(tokenizer) or self.template
+
+    @cached_property
+    def _compiled(self) -> Template:
+        return Template(self.template)
+
+    @cached_property
+    def _compiled_for_tools(self) -> Template:
+        return Template(self.tool_template)
+
+    def render(
+        self, messages: Sequence[Message], tokenizer: Tokenizer, answer: bool = False, tools: Tools = None
+    ) -> str:
+        """The text of a conversation; with `answer`, up to where the assistant's next turn begins.
+
+        Raises:
+            UserError: the template is broken, does what it must not, or refuses the messages.
+        """
+        return self._apply("render", messages, tokenizer, answer, tools)
+
+    def _apply(self, function: str, messages: Sequence[Message], tokenizer: Tokenizer, answer: bool, tools: Tools):
+        tokens = tokenizer.named_tokens if self.own_bos else {"eos_token": tokenizer.eos_token}
+        variables = {"bos_token": "", "eos_token": "", **{name: token or "" for name, token in tokens.items()}}
+        variables |= {"tools": tools, "documents": None, "add_generation_prompt": answer}
+        try:
+            template = self._compiled_for_tools if tools is not None and self.tool_template else self._compiled
+            return getattr(template, function)(messages=[present(message) for message in messages], **variables)
+        except Exception as error:  # a template may fail in any way that its code can
+            raise UserError(f"prompt style '{self.name}': the template failed: {error}") from None
+
+    def encode_prompt(self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = None) -> list[int]:
+        """Token ids up to where the assistant answers."""
+        return next(self.encode([self.render(messages, tokenizer, True, tools)], tokenizer)).ids
+
+    def encode_sample(self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = None) -> Encoded:
+        """Token ids of a conversation, tokenized once and whole, and what of them is to be learnt."""
+        rendered = self.render_sample(messages, tokenizer, tools)
+        return supervision.encode(rendered, next(self.encode([rendered.text], tokenizer)), tokenizer, self.stop_ids)
+
+    def render_sample(self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = None) -> Rendered:
+        """The text of a conversation and where in it each assistant's turn lies.
+
+        Raises:
+            UserError: as `render`.
+        """
+
+        def render(some: Sequence[Message], answer: bool = False) -> str:
+            return self.render(some, tokenizer, answer, tools)
+
+        text = render(messages)
+        theirs = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [supervision.find_turn(messages, i, text, render) for i in theirs]
+        others = [part for message in messages if message["role"] != "assistant" for part in supervision.parts(message)]
+        others += [tool.get("function", tool).get("name", "") for tool in tools or ()]
+        left_out = not supervision.shown(others, text)
+        return Rendered(text, turns, self._apply("generated", messages, tokenizer, False, tools), left_out)
+
+    def encode(self, texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[Encoding]:
+        """Ids and places of rendered texts."""
+        return tokenizer.encode_batch(texts, bos=False if self.own_bos else None)
+
+    def portable_template(self, tokenizer: Tokenizer) -> str | None:
+        """The template as transformers' `apply_chat_template` needs it to make the same tokens; None: the checkpoint's
+        own, which it has already."""
+        if self.own_bos:
+            return None
+        before = "{{ bos_token }}" if tokenizer.adds_bos else ""
+        if tokenizer.eos_token != tokenizer.named_tokens.get("eos_token"):
+            before = f"{{%- set eos_token = {json.dumps(tokenizer.eos_token)} %}}" + before
+        return before + self.template
+
+    def find_stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """The end token, and the special token with which the template closes an answer if that is another."""
+        answer = "Quux"  # a word that no template writes
+        whole = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}], tokenizer)
+        stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
+        if closing := whole.rpartition(answer)[2].lstrip() if answer in whole else "":
+            first = int(tokenizer.encode(closing, bos=False)[0])
+            stops += [first] if tokenizer.is_added(first) else []
+        return tuple(dict.fromkeys(stops))
+
+
+def present(message: Message) -> Message:
+    """A message as transformers hands it to a template: without empty fields, its reasoning under all names in use."""
+    message = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((message[name] for name in REASONING if name in message), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def generation_stop_ids(checkpoint_dir: Path) -> list[int]:
+    """The end tokens that the checkpoint's generation_config.json names."""
+    return as_list(read_json(Path(checkpoint_dir) / "generation_config.json").get("eos_token_id"))
+
+
+def as_list(ids: int | list[int] | None) -> list[int]:
+    """Token ids as configurations have them: several, one or none."""
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

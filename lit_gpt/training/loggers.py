@@ -1,0 +1,122 @@
+"""Where a run can be followed besides metrics.csv: TensorBoard, Weights & Biases, MLflow, through Lightning's loggers.
+
+`out_dir/logger.json` names the run there, so that a resumed run goes on in the same one.
+"""
+
+import json
+import os
+import sys
+import uuid
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from tqdm import tqdm
+
+from lit_gpt.errors import UserError, require
+
+FILE = "logger.json"
+PACKAGES = {  # module and what pip calls it
+    "tensorboard": ("tensorboard", "tensorboard"),
+    "wandb": ("wandb", "wandb"),
+    "mlflow": ("mlflow", "mlflow"),
+}
+
+
+def check_installed(hp: SimpleNamespace) -> None:
+    if hp.logger != "csv":
+        require(*PACKAGES[hp.logger], f"--logger {hp.logger}")
+
+
+def _tensorboard(hp: SimpleNamespace, run: str | None, step: int) -> tuple[Any, str]:
+    from lightning.fabric.loggers import TensorBoardLogger
+
+    # what was written beyond `step` before a crash is hidden
+    logger = TensorBoardLogger(hp.out_dir, "tensorboard", "", default_hp_metric=False, purge_step=step + 1)
+    logger.experiment.flush()  # opens the file
+    return logger, "tensorboard"
+
+
+def _wandb(hp: SimpleNamespace, run: str | None, step: int) -> tuple[Any, str]:
+    from lightning.pytorch.loggers import WandbLogger
+
+    run = run or uuid.uuid4().hex[:8]
+    project = os.environ.get("WANDB_PROJECT", "lit-gpt")
+    logger = WandbLogger(name=str(hp.out_dir), save_dir=hp.out_dir, id=run, project=project)
+    _ = logger.experiment  # opens the run
+    return logger, run
+
+
+def _mlflow(hp: SimpleNamespace, run: str | None, step: int) -> tuple[Any, str]:
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "lit-gpt")
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")  # where `mlflow ui` looks, too
+    logger = MLFlowLogger(experiment, str(hp.out_dir), uri, run_id=run)
+    return logger, logger.run_id
+
+
+OPENERS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
+
+
+class RunLogger:
+    """A run's logger. If it fails while the run goes, that is told at once and at the end, and the run goes on.
+
+    Args:
+        step: steps done already; 0 for a run that begins.
+        hyperparameters: told to the logger where the run begins.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+
+    def __init__(self, hp: SimpleNamespace, step: int, hyperparameters: dict[str, Any]) -> None:
+        self.name, self.path = hp.logger, hp.out_dir / FILE
+        self.failed_at: int | None = None  # the first step that is missing there
+        known = read(self.path)
+        run = known["run"] if known.get("logger") == hp.logger else None
+        try:
+            self.logger, self.run = OPENERS[hp.logger](hp, run, step)
+            if run is None:
+                self.logger.log_hyperparams(hyperparameters)
+        except Exception as error:  # whatever a service or its client does
+            raise UserError(
+                f"--logger {hp.logger}: cannot be opened: {reason(error)}; --logger csv needs nothing"
+            ) from None
+
+    def record(self) -> dict[str, str]:
+        """The contents of logger.json."""
+        return {"logger": self.name, "run": self.run}
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        if self.failed_at is not None:
+            return
+        try:
+            self.logger.log_metrics(values, step)
+        except Exception as error:
+            self.failed_at = step
+            message = f"--logger {self.name} failed at step {step}: {reason(error)}"
+            tqdm.write(f"warning: {message}; the run goes on, and metrics.csv holds all", file=sys.stderr)
+
+    def close(self, status: str) -> None:
+        """End the run there: "success" or "failed"."""
+        try:
+            self.logger.finalize(status)
+            if self.name == "wandb":
+                self.logger.experiment.finish(exit_code=int(status != "success"))
+        except Exception as error:
+            print(f"warning: --logger {self.name} could not be closed: {reason(error)}", file=sys.stderr)
+        if self.failed_at is not None:
+            print(f"warning: --logger {self.name} has nothing from step {self.failed_at} on", file=sys.stderr)
+
+
+def read(path: Path) -> dict[str, str]:
+    """The contents of logger.json, empty if it is not there or not readable."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,131 @@
+"""What takes the steps: optimizers by name with their arguments checked, the learning rate of each step, and the step
+taken within the backward pass."""
+
+import importlib
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_gpt.errors import UsageError
+
+# Short names; any other optimizer that is installed goes by its own, package.module.Class.
+OPTIMIZERS = {
+    "adamw": "torch.optim.AdamW",
+    "sgd": "torch.optim.SGD",
+    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
+    "paged_adamw8bit": "bitsandbytes.optim.PagedAdamW8bit",
+}
+EIGHT_BIT = {"adamw8bit", "paged_adamw8bit"}
+DEFAULTS: dict[str, dict[str, Any]] = {"adamw": {"fused": True}}
+
+
+def make_optimizer(parameters: list[nn.Parameter], hp: SimpleNamespace) -> torch.optim.Optimizer:
+    """The optimizer `--optimizer` with `--optimizer_args`, `--learning_rate` and `--weight_decay`.
+
+    Raises:
+        UsageError: no such optimizer, or an argument that it does not take; none is ever dropped.
+    """
+    optimizer = find_class(hp.optimizer)
+    given = {"lr": hp.learning_rate, **DEFAULTS.get(hp.optimizer, {}), **hp.optimizer_args}
+    takes = inspect.signature(optimizer).parameters
+    if "weight_decay" in takes:
+        given = {"weight_decay": hp.weight_decay} | given
+    elif hp.weight_decay:
+        raise UsageError(f"--optimizer {hp.optimizer}: takes no weight decay; pass --weight_decay 0")
+    for name in given:
+        if name not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+            known = ", ".join(list(takes)[1:])
+            raise UsageError(f"--optimizer_args: {hp.optimizer} takes no '{name}'; it takes {known}")
+    if {"lr", "weight_decay"} & hp.optimizer_args.keys():
+        raise UsageError("--optimizer_args: lr and weight_decay have flags of their own")
+    try:
+        return optimizer(parameters, **given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"--optimizer {hp.optimizer} {hp.optimizer_args}: {error}") from None
+
+
+def optimizer_of(parameters: list[nn.Parameter], hp: SimpleNamespace) -> "torch.optim.Optimizer | InBackward":
+    """What takes the steps of a run: an optimizer, or with `--optimizer_in_backward` one for each parameter."""
+    in_backward = getattr(hp, "optimizer_in_backward", False)
+    return InBackward(parameters, hp) if in_backward else make_optimizer(parameters, hp)
+
+
+def parts(optimizer: Any) -> list[torch.optim.Optimizer]:
+    return optimizer.optimizers if isinstance(optimizer, InBackward) else [optimizer]
+
+
+def allocate(optimizer: Any) -> None:
+    """Let the optimizer make its state, by a step that changes no weight."""
+    for part in parts(optimizer):
+        for group in part.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        part.step()
+        part.zero_grad()
+
+
+def clear_state(optimizer: Any) -> None:
+    """Take the optimizer's state back to its beginning."""
+    for part in parts(optimizer):
+        part.state.clear()
+
+
+def find_class(name: str) -> type[torch.optim.Optimizer]:
+    module, _, cls = OPTIMIZERS.get(name, name).rpartition(".")
+    if not module:
+        known = ", ".join(OPTIMIZERS)
+        raise UsageError(f"--optimizer {name}: expected {known}, or the full name of one installed: package.Class")
+    try:
+        return getattr(importlib.import_module(module), cls)
+    except ImportError:
+        package = module.partition(".")[0]
+        raise UsageError(f"--optimizer {name}: needs {package}; `pip install {package}` brings it") from None
+    except AttributeError:
+        raise UsageError(f"--optimizer {name}: {module} has no {cls}") from None
+
+
+class InBackward:
+    """Takes each parameter's step as soon as its gradient is whole, and drops the gradient (Lv et al. 2023, LOMO).
+
+    Gradients never exist all at once, so a step must be one backward pass. Stands in for the optimizer in the loop.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], hp: SimpleNamespace) -> None:
+        self.optimizers = [make_optimizer([parameter], hp) for parameter in parameters]
+        for parameter, optimizer in zip(parameters, self.optimizers, strict=True):
+            parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: self.take(optimizer))
+
+    @staticmethod
+    def take(optimizer: torch.optim.Optimizer) -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, Any]:
+        return {parameter: state for optimizer in self.optimizers for parameter, state in optimizer.state.items()}
+
+    def step(self) -> None:
+        """Taken already."""
+
+    def zero_grad(self) -> None:
+        """Done already."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As one optimizer of all the parameters has it, so that a run may be resumed with the other."""
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
+        group = states[0]["param_groups"][0] | {"params": list(range(len(states)))}
+        return {"state": {i: s["state"][0] for i, s in enumerate(states) if s["state"]}, "param_groups": [group]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        group = state["param_groups"][0] | {"params": [0]}
+        for i, optimizer in enumerate(self.optimizers):
+            mine = {0: state["state"][i]} if i in state["state"] else {}
+            optimizer.load_state_dict({"state": mine, "param_groups": [group]})

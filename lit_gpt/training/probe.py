@@ -1,0 +1,75 @@
+"""A probe for forgetting: rows that a finetune does not train on, and whose loss is measured before and after it."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lit_gpt.data import dataset, packing
+from lit_gpt.data.sources import Row, Source
+from lit_gpt.errors import UserError
+from lit_gpt.text.messages import read_messages, read_tools
+from lit_gpt.text.prompt_style import PromptStyle
+from lit_gpt.text.tokenizer import Tokenizer
+
+WINDOW = 1024  # tokens: the longest piece of a text, and about what is computed at once
+
+
+class Probe(Sequence[dataset.Sample]):
+    """The rows of a .json, .jsonl, .csv or .parquet file: {"text": ...} or {"messages": [...]}.
+
+    Of a text every token is supervised that has one before it; a long one is cut into pieces that share one token. Of
+    messages the answers are supervised, as in training, within the first `limit` tokens, which the model takes.
+
+    Raises:
+        UserError: a row is neither, or nothing is supervised.
+    """
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, style: PromptStyle, limit: int) -> None:
+        self.tokenizer, self.style, self.limit = tokenizer, style, limit
+        self.cut = self.dropped = 0  # conversations that lost their end; those without an answer to learn
+        self.samples = [sample for row in Source(str(path)).rows() for sample in self.samples_of(row)]
+        self.lengths = [len(sample.tokens) for sample in self.samples]
+        self.supervised_tokens = packing.supervised_count(self.samples)
+        if not self.supervised_tokens:
+            raise UserError(f"--probe_path {path}: has no token to predict; expected texts, or messages with answers")
+        self.tokens = torch.cat([sample.tokens for sample in self.samples])
+        supervised = torch.cat([sample.supervised for sample in self.samples])
+        contents = (supervised, self.tokens, torch.tensor(self.lengths))
+        self.fingerprint = hashlib.sha256(b"".join(t.numpy().tobytes() for t in contents)).hexdigest()[:16]
+
+    def samples_of(self, row: Row) -> list[dataset.Sample]:
+        try:
+            if row.problem:
+                raise ValueError(row.problem)
+            if isinstance(row.fields.get("text"), str):
+                return self.pieces(row.fields["text"])
+            if row.fields.get("messages") is None:
+                raise ValueError("expected the field 'text', with text, or 'messages'")
+            messages, tools = read_messages(row.fields["messages"]), read_tools(row.fields.get("tools"))
+            encoded = self.style.encode_sample(messages, self.tokenizer, tools)
+        except (TypeError, ValueError, UserError) as error:
+            raise UserError(f"--probe_path {row.where}: {error}") from None
+        self.cut += len(encoded.ids) > self.limit
+        ids = torch.tensor(encoded.ids[: self.limit], dtype=torch.int32)
+        learnt = torch.tensor(encoded.learnt[: self.limit], dtype=torch.uint8)
+        if learnt[1:].any():
+            return [dataset.Sample(ids, learnt)]
+        self.dropped += 1
+        return []
+
+    def pieces(self, text: str) -> list[dataset.Sample]:
+        ids, window = self.tokenizer.encode(text).to(torch.int32), min(WINDOW, self.limit)
+        pieces = [ids[i : i + window] for i in range(0, len(ids) - 1, window - 1)]
+        return [dataset.Sample(piece, torch.ones(len(piece), dtype=torch.uint8)) for piece in pieces]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> dataset.Sample:
+        return self.samples[i]
+
+    def describe(self) -> str:
+        lost = f"{self.cut} conversations cut, {self.dropped} without an answer"
+        return f"{self.supervised_tokens:,} supervised tokens; {lost}"

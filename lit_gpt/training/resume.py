@@ -1,0 +1,108 @@
+"""Resume states: `state/step_00000100.pth` in out_dir, each a finetuned file with what resuming needs besides.
+
+A state is written whole or not at all. The newest `--keep` stay, and so does the best: that with the lowest validation
+loss, among those saved when one was measured.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from lightning.fabric import Fabric
+
+from lit_gpt.checkpoints import io
+from lit_gpt.distributed import launch
+from lit_gpt.errors import UserError
+from lit_gpt.methods import finetuned_file
+
+# Flags that a resumed run may change: they bear on the weights that come out by no more than rounding, or, through the
+# cut into rows, by which inputs dropout strikes.
+FREE_TO_CHANGE = {
+    "checkpoint_dir", "data_dir", "out_dir", "resume", "log_interval", "eval_interval", "eval_samples", "save_interval",
+    "sample_tokens", "keep", "activation_checkpointing", "compile", "micro_batch_size", "micro_batch_tokens", "devices",
+    "num_nodes", "strategy", "zero_stage", "zero_offload", "optimizer_in_backward", "lora_path", "logger",
+    "probe_path", "quantize",
+}  # fmt: skip
+
+
+@dataclass
+class States:
+    """The resume states of one run.
+
+    Args:
+        identity: of what the run trains on: base, its quantization, data, the method's settings. Only the same may go
+            on from a state.
+    """
+
+    hp: SimpleNamespace
+    fabric: Fabric
+    identity: dict[str, Any]
+    best: tuple[int, float] | None = None  # step and validation loss
+
+    def path(self, step: int) -> Path:
+        return self.hp.out_dir / "state" / f"step_{step:08d}.pth"
+
+    def paths(self) -> list[Path]:
+        """The newest first."""
+        return sorted((self.hp.out_dir / "state").glob("step_*.pth"), reverse=True)
+
+    def write(self, step: int, val_loss: float | None, contents: dict[str, Any]) -> None:
+        """Write the state of `step`, and drop those that are neither among the newest nor the best.
+
+        Args:
+            contents: of the finetuned file, with "resume" among them.
+        """
+        if val_loss is not None and (self.best is None or val_loss < self.best[1]):
+            self.best = step, val_loss
+        own = {"step": step, "best": self.best, "hyperparameters": locked_flags(self.hp), "identity": self.identity}
+        contents["resume"] |= own
+
+        def write() -> None:
+            io.save(self.path(step), contents)
+            older = [path for path in self.paths() if path <= self.path(step)]
+            best = self.path(self.best[0]) if self.best else None
+            for path in older[self.hp.keep :]:
+                if path != best:
+                    path.unlink()
+
+        launch.on_main(self.fabric, write)
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest whole state if there is one, checked to be of this run.
+
+        Raises:
+            UserError: it is of a run with other hyperparameters, base or data; or there are states, none of them whole.
+        """
+        paths = self.fabric.broadcast(self.paths())
+        for path in paths:
+            try:
+                contents = io.load(path, mmap=False)
+            except UserError as error:
+                self.fabric.print(f"{error}; trying the state before it")
+                continue
+            self.refuse_other_run(path, contents)
+            best = contents["resume"]["best"]
+            self.best = best and (best[0], best[1])
+            return path, contents
+        if paths:
+            raise UserError(f"{self.hp.out_dir / 'state'}: none of its states is readable; choose another --out_dir")
+        return None
+
+    def refuse_other_run(self, path: Path, contents: dict[str, Any]) -> None:
+        if contents.get("format_version") != finetuned_file.FORMAT_VERSION or "resume" not in contents:
+            raise UserError(f"{path}: not a resume state of format version {finetuned_file.FORMAT_VERSION}")
+        before = contents["resume"]
+        for name, value in locked_flags(self.hp).items():
+            if before["hyperparameters"].get(name) != value:
+                raise UserError(
+                    f"--{name} {value}: the run in {path} has {before['hyperparameters'].get(name)}; resume it with "
+                    "that or choose another --out_dir"
+                )
+        for name, value in self.identity.items():
+            if before["identity"].get(name) != value:
+                raise UserError(f"{path}: that run has another {name}; choose another --out_dir")
+
+
+def locked_flags(hp: SimpleNamespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(hp).items() if name not in FREE_TO_CHANGE}

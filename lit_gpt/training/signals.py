@@ -1,0 +1,37 @@
+"""Holds SIGINT and SIGTERM until the step in hand is done."""
+
+import signal
+import sys
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+
+
+class StopSignals:
+    """SIGINT and SIGTERM, held until the step in hand is done. A second SIGINT interrupts at once."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        self.fabric, self.received = fabric, False
+
+    def __enter__(self) -> "StopSignals":
+        self.before = {number: signal.signal(number, self.receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def receive(self, number: int, frame: Any) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+        print(f"\n{signal.Signals(number).name}: saving after this step", file=sys.stderr)
+
+    def asked(self) -> bool:
+        """Whether any rank was told to stop; all ranks must ask together."""
+        if self.fabric.world_size == 1:
+            return self.received
+        return bool(
+            self.fabric.all_reduce(torch.tensor(float(self.received), device=self.fabric.device), reduce_op="sum")
+        )
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
