@@ -53,7 +53,7 @@ def main(hp: SimpleNamespace) -> None:
         model, record = finetuned_file.load_finetuned(
             hp.checkpoint_dir, hp.finetuned_path, None, **place, quantize=hp.quantize
         )
-        base, method = base.as_trained(record.get("quantize"), hp.finetuned_path), record["method"]
+        base, method = base.quantized_as(record.get("quantize"), hp.finetuned_path), record["method"]
         if not is_quantized(model):
             lora.merge(model)
         style = named or PromptStyle.from_dict(record["prompt_style"])

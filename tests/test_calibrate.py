@@ -113,9 +113,9 @@ def test_what_was_trained_on_it_fits_no_other(cli, flags, llama, path, tmp_path)
     folder, where = tmp_path / "q", {"calibration_path": path, "calibration_tokens": 512}
     assert cli(SCRIPT, checkpoint_dir=llama, out_dir=folder, **where).code == 0
     here, on_the_fly = BaseCheckpoint.of(folder), BaseCheckpoint.of(llama, "nf4")
-    assert here.as_trained(None, path) is here and on_the_fly.as_trained(None, path) is on_the_fly
+    assert here.quantized_as(None, path) is here and on_the_fly.quantized_as(None, path) is on_the_fly
     with pytest.raises(UserError, match="trained on a base in nf4, and --checkpoint_dir .*is calibrated nf4"):
-        here.as_trained("nf4", path)
+        here.quantized_as("nf4", path)
     result = cli("finetune/lora.py", **flags | {"checkpoint_dir": folder, "max_steps": 3})
     assert result.code == 0, result.err
     file, more = flags["out_dir"] / "lit_model_lora_finetuned.pth", {"prompt": "the cat", "max_new_tokens": 4}

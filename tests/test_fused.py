@@ -296,7 +296,7 @@ def test_attention_is_in_the_precision_of_the_arithmetic(tiny: Tiny):
     gpt = load_model(tiny.folder)
     rotation = gpt.rotations(torch.arange(9), (9,), torch.float32)[0]
     with torch.autocast("cpu", NARROW):
-        heads = gpt.h[0].attn.heads(torch.randn(1, 9, gpt.config.n_embd), rotation)
+        heads = gpt.h[0].attn.project_qkv(torch.randn(1, 9, gpt.config.n_embd), rotation)
     assert {x.dtype for x in heads} == {NARROW}
 
 

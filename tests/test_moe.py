@@ -124,10 +124,10 @@ def test_the_plan_counts_what_a_step_holds(method):
     targets = Targets(torch.arange(50), torch.randint(300, (50,)))
     with MemoryTracker() as live:
         model = GPT(config)
-        model = method.attach(model.to(method.stored(hp))).train()
+        model = method.attach(model.to(method.weight_dtype(hp))).train()
         held = live.now
         live.peak = live.now
-        with method.arithmetic(hp, "cpu"):
+        with method.autocast(hp, "cpu"):
             loss = model(idx, segments=segments, targets=targets)
         loss.backward()
     step = max(found.forward, found.backward_begins, found.backward_ends) - found.weights - found.optimizer

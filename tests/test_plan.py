@@ -51,12 +51,12 @@ def test_the_step_holds_what_was_planned(method, precision, kind):
     targets = Targets(torch.arange(50), torch.randint(300, (50,)))
     with MemoryTracker() as live:
         model = GPT(SMALL)
-        model = method.attach(model.to(method.stored(hp))).train()
+        model = method.attach(model.to(method.weight_dtype(hp))).train()
         apply_activation_checkpointing(model, kind)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         held = live.now
         live.peak = live.now
-        with method.arithmetic(hp, "cpu"):
+        with method.autocast(hp, "cpu"):
             loss = model(idx, segments=segments, targets=targets)
         loss.backward()
         gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)

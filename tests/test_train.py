@@ -17,8 +17,8 @@ from test_data import write_rows
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from lit_gpt.checkpoints import folder as checkpoint
-from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.checkpoints import io
+from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.methods import finetuned_file
 from lit_gpt.training import loop
 from lit_gpt.training.schedule import Schedule
@@ -288,7 +288,7 @@ def test_schedule():
     assert Schedule(steps=1, samples=1, warmup=0, peak=1.0).learning_rate(0) == 1.0
 
 
-def test_generate_and_merge_what_was_trained(cli, flags, llama, tmp_path):
+def test_generate_and_merge_what_wquantized_as(cli, flags, llama, tmp_path):
     """Merged on load, kept apart, and merged to a folder: the same greedy answer, in the finetune's prompt style."""
     assert cli(SCRIPT, **flags).code == 0
     path = flags["out_dir"] / "lit_model_lora_finetuned.pth"

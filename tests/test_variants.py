@@ -89,8 +89,8 @@ def test_adapter_follows_the_papers_equation(tiny: Tiny):
     attention.prefix.gate.normal_()
     x, T, size = torch.randn(1, 9, config.n_embd), 9, config.head_size
     rotation = model.rotations(torch.arange(T), (T,), x.dtype)[1]
-    q, k, v = (y[0] for y in attention.heads(x, rotation))  # each (heads, T, head_size)
-    _, pk, pv = (y[0] for y in attention.heads(attention.prefix.prompt[None], None))
+    q, k, v = (y[0] for y in attention.project_qkv(x, rotation))  # each (heads, T, head_size)
+    _, pk, pv = (y[0] for y in attention.project_qkv(attention.prefix.prompt[None], None))
     behind = torch.arange(T)[:, None] - torch.arange(T)
     hidden = (behind < 0) | (behind >= (config.window(1) or T))
     slopes = alibi_slopes(config.n_head) * config.alibi
@@ -106,7 +106,7 @@ def test_adapter_follows_the_papers_equation(tiny: Tiny):
         gated = score(q[head], pk[group]).softmax(-1) * attention.prefix.gate[head]
         outputs.append(torch.cat([gated, scores.softmax(-1)], dim=1) @ torch.cat([pv[group], v[group]]))
     expected = F.linear(torch.cat(outputs, dim=-1), attention.proj.weight, attention.proj.bias)
-    found = attention.proj(attention.find(*attention.heads(x, rotation), None, None))
+    found = attention.proj(attention.attend(*attention.project_qkv(x, rotation), None, None))
     assert off(found[0], expected) < 1e-5
 
 

@@ -63,8 +63,10 @@ class BaseCheckpoint:
     state: Mapping[str, Tensor]
     fingerprint: str  # of the weights before they were quantized
     quantize: str | None = None  # a format of lit_gpt.quantization.formats
-    stored: bool = False  # the file is quantized already
-    codes: str | None = None  # fingerprint of its tensors, if they are others than rounding to the nearest gives
+    is_quantized: bool = False  # the file is quantized already
+    codes_fingerprint: str | None = (
+        None  # fingerprint of its tensors, if they are others than rounding to the nearest gives
+    )
 
     @classmethod
     def of(cls, checkpoint_dir: Path, quantize: str | None = None) -> "BaseCheckpoint":
@@ -97,9 +99,9 @@ class BaseCheckpoint:
     @property
     def quantization(self) -> str | None:
         """By which a finetuned file knows how its base is quantized: the format, of a calibrated one also the codes."""
-        return f"{self.quantize}:{self.codes}" if self.codes else self.quantize
+        return f"{self.quantize}:{self.codes_fingerprint}" if self.codes_fingerprint else self.quantize
 
-    def as_trained(self, trained_on: str | None, path: Path) -> "BaseCheckpoint":
+    def quantized_as(self, trained_on: str | None, path: Path) -> "BaseCheckpoint":
         """This base, quantized as a finetuned file has it; one that was trained on full weights takes any.
 
         Args:
@@ -118,8 +120,12 @@ class BaseCheckpoint:
             )
         if self.quantize is None:
             return replace(self, quantize=name)
-        where = f"--checkpoint_dir {self.checkpoint_dir} is" if self.stored else "--quantize asks for"
-        here, mend = (f"calibrated {name}", "the folder that it was made from") if self.codes else (self.quantize, name)
+        where = f"--checkpoint_dir {self.checkpoint_dir} is" if self.is_quantized else "--quantize asks for"
+        here, mend = (
+            (f"calibrated {name}", "the folder that it was made from")
+            if self.codes_fingerprint
+            else (self.quantize, name)
+        )
         raise UserError(f"{path}: trained on a base in {name}, and {where} {here}; use {mend}")
 
     def build(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> GPT:
@@ -128,7 +134,7 @@ class BaseCheckpoint:
         if not self.quantize:
             return base_model.build_model(self.config, dict(self.state), dtype, device, source)
         dtype = dtype or self.dtype
-        state = dict(self.state if self.stored else self.quantized(dtype, device))
+        state = dict(self.state if self.is_quantized else self.quantized(dtype, device))
         return base_model.build_model(self.config, state, dtype, device, source, self.attach)
 
     @property

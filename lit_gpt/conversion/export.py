@@ -49,7 +49,7 @@ class Source:
         if adapter:
             record = finetuned_file.read_file(adapter, lora.METHOD, source.fingerprint)
             style = PromptStyle.from_dict(record["prompt_style"])
-            source = source.as_trained(record.get("quantize"), adapter) if quantized else source
+            source = source.quantized_as(record.get("quantize"), adapter) if quantized else source
         model, state, base = source.build(), dict(source.state), source.fingerprint
         if adapter:
             finetuned_file.attach_record(model, adapter, record)
@@ -146,7 +146,7 @@ def merge(checkpoint_dir: Path, lora_path: Path, out_dir: Path) -> float:
         model_card.copy_run(lora_path.parent, folder)
         what, packages = f"the merge of {lora_path}", ("transformers",)
         reader = readers.read_back(what, packages, lambda: readers.read_lit(folder), lambda: own_checkpoint(folder))
-        base = BaseCheckpoint.of(checkpoint_dir).as_trained(source.record.get("quantize"), lora_path).build()
+        base = BaseCheckpoint.of(checkpoint_dir).quantized_as(source.record.get("quantize"), lora_path).build()
         without = logits.float32_logits(base, source.golden.idx)
         found = source.golden.compare(reader, what, *logits.rounding(source.model.dtype), base=without)
         use = f'from lit_gpt import GPT\n\nmodel = load_model("{out_dir.name}")'

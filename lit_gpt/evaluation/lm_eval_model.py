@@ -240,8 +240,8 @@ class Harness(TemplateLM):
         longest_first = sorted(rows, key=lambda row: len(row.ids), reverse=True)
         for row, _ in decode(self.model, longest_first, cache, *sampling, step=FastStep(self.model)):
             answer = row.ids[len(prompts[rows[row]]) :]
-            row.room = 0 if complete(answer) else row.room
-            if not row.room:
+            row.remaining = 0 if complete(answer) else row.remaining
+            if not row.remaining:
                 yield rows[row], postprocess_generated_text(self.tok.decode(answer), stops, None)
 
     def completion(self, stops: list[str]) -> Callable[[list[int]], bool]:

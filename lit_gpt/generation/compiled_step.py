@@ -67,7 +67,7 @@ def run_block(
 
 
 def run_head(model: GPT, x: Tensor) -> Tensor:
-    return model.finish(model.lm_head(model.ln_f(x)))
+    return model.postprocess_logits(model.lm_head(model.ln_f(x)))
 
 
 def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

@@ -112,10 +112,10 @@ def decode(
         drawn = [sample(x, temperature, top_k, top_p, row.generator) for x, row in zip(logits, going, strict=True)]
         for row, token in zip(going, torch.cat(drawn).tolist(), strict=True):
             row.ids.append(token)
-            row.room -= 1
+            row.remaining -= 1
             yield row, token
         for i in reversed(range(len(going))):
-            if going[i].room <= 0:
+            if going[i].remaining <= 0:
                 compact(going, i)
 
 
@@ -132,7 +132,7 @@ def next_logits(
         choose(pack[:1])
         prefill_packed(model, pack)
     for row in rows:
-        if model.outdated(row.cache, len(row.ids)):
+        if model.needs_reread(row.cache, len(row.ids)):
             truncate(row.cache, 0)
         # alone, the last piece gives the logits; else all rows add one token together
         read_to = len(row.ids) - (PREFILL_CHUNK if len(rows) == 1 else 1)
@@ -169,7 +169,7 @@ def prefill_packed(model: GPT, rows: list[Row]) -> None:
     cache = [PackedPrefillCache(caches, tuple(lengths)) for caches in zip(*(row.cache for row in rows), strict=True)]
     model.hidden(idx, Segments.of(lengths, device), cache)
     for row in rows:
-        row.cache[0].long = model.rope.is_long(len(row.ids))
+        row.cache[0].uses_long_rope = model.rope.is_long(len(row.ids))
 
 
 def compact(rows: list[Row], i: int) -> None:

@@ -55,7 +55,7 @@ class NativeStep:
         self.places, self.lengths = places, lengths
         logits = self.tape.run([row.ids[-1] for row in rows], [length - 1 for length in lengths])
         for row in rows:
-            row.cache[0].long = self.model.rope.is_long(len(row.ids))
+            row.cache[0].uses_long_rope = self.model.rope.is_long(len(row.ids))
             for layer in row.cache:
                 layer.length += 1
         return logits

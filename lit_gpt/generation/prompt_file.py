@@ -277,8 +277,8 @@ def answers(
     for row, token in decode(model, rows, cache, hp.temperature, hp.top_k, hp.top_p, **options):
         request = by_row[row]
         if ended := token in request.stop_ids:
-            row.room = 0
-        if not row.room:
+            row.remaining = 0
+        if not row.remaining:
             yield request, row.ids[request.length : len(row.ids) - ended], ended
 
 

@@ -15,7 +15,7 @@ class Row:
     """A sequence that is being continued."""
 
     ids: list[int]  # its tokens, of the prompt at first; at least one
-    room: int  # tokens that may still follow; set to 0, it ends
+    remaining: int  # tokens that may still follow; set to 0, it ends
     generator: torch.Generator | None = None  # of the sampling, on the model's device; None: torch's own
     cached: int = 0  # beginning of the prompt that its place in the cache holds already
     lora: int = 0  # see lit_gpt.methods.multi_lora

@@ -161,7 +161,7 @@ class Tape:
         self.add("attend", y, qkv, *sizes, layer, kind, *how, slopes, scores.window or 0)
         if attn.prefix is not None:
             expect(attn.prefix, AdapterPrompt)
-            _, k, v = attn.heads(attn.prefix.prompt.to(self.dtype).unsqueeze(0), rotation=None)
+            _, k, v = attn.project_qkv(attn.prefix.prompt.to(self.dtype).unsqueeze(0), rotation=None)
             k, v, gate = (tensor.float().contiguous() for tensor in (k, v, attn.prefix.gate.to(self.dtype)))
             self.add("attend_prefix", y, qkv, *sizes, k, v, k.size(2), *how, gate)
         return self.linear(attn.proj, y, "h")

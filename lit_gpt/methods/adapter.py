@@ -45,7 +45,7 @@ class AdapterPrompt(nn.Module):
         """What queries (B, n_head, T, head_size) find in the prompt: the same shape, gated."""
         # Computed anew each time: keys kept from an evaluation would leave the prompt without a gradient.
         # Made as the layer makes its own, norms included, but at no position.
-        _, k, v = attention.heads(self.prompt.to(q.dtype).unsqueeze(0), rotation=None)
+        _, k, v = attention.project_qkv(self.prompt.to(q.dtype).unsqueeze(0), rotation=None)
         k, v = (x.expand(q.size(0), -1, -1, -1) for x in (k, v))
         return sdpa(q, k, v, attention.scores) * self.gate.to(q.dtype).view(1, -1, 1, 1)
 

@@ -120,7 +120,7 @@ def load_finetuned(
     """
     base = BaseCheckpoint.of(checkpoint_dir, quantize)
     record = read_file(path, method, base.fingerprint)
-    base = base.as_trained(record.get("quantize"), path)
+    base = base.quantized_as(record.get("quantize"), path)
     model = base.build(dtype, device)
     attach_record(model, path, record)
     return model.eval(), record

@@ -26,18 +26,18 @@ class Method:
     whole_model: bool = False  # the base's own weights train, and the result is a checkpoint folder
     quantize: str | None = None  # how the base is quantized
 
-    def stored(self, hp: SimpleNamespace) -> torch.dtype:
+    def weight_dtype(self, hp: SimpleNamespace) -> torch.dtype:
         """The dtype in which the base's weights are kept: what trains in float32, unless asked for otherwise."""
         return torch.float32 if self.whole_model and hp.master_weights else DTYPES[hp.precision]
 
-    def arithmetic(self, hp: SimpleNamespace, device: str) -> torch.autocast:
+    def autocast(self, hp: SimpleNamespace, device: str) -> torch.autocast:
         """The context of a forward pass: arithmetic in the run's precision, if the weights are of another.
 
         Without a cache of weights that were cast: each is used once, and together they would take half the weights'
         room again.
         """
         dtype = DTYPES[hp.precision]
-        return torch.autocast(device, dtype, enabled=self.stored(hp) != dtype, cache_enabled=False)
+        return torch.autocast(device, dtype, enabled=self.weight_dtype(hp) != dtype, cache_enabled=False)
 
     @classmethod
     def of(cls, module: ModuleType, config: Any) -> "Method":

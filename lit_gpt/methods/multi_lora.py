@@ -128,7 +128,7 @@ class LoRAPool:
                 f"{formats[one]}: trained on a base in {one}, {formats[other]} on one in {other}; use one at a time"
             )
         for path, found in trained.items():
-            base = base.as_trained(found, path)
+            base = base.quantized_as(found, path)
         if len(formats) > 1:
             path = formats[base.quantize]
             raise UserError(f"{path}: trained on a base in {base.quantize}; add --quantize {base.quantize} for all")
@@ -144,7 +144,7 @@ class LoRAPool:
         if key in self.numbers:
             return self.numbers[key]
         record, model = read(path, self.base), self.model
-        if self.base.as_trained(trained_on := record.get("quantize"), path).quantize != self.base.quantize:
+        if self.base.quantized_as(trained_on := record.get("quantize"), path).quantize != self.base.quantize:
             raise UserError(f"{path}: trained on a base in {trained_on}; start with --quantize {trained_on}")
         place = {"dtype": model.dtype, "device": self.choice.rows.device}
         config, added = finetuned_file.hyperparameters(record, path), set()

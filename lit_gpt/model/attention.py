@@ -30,7 +30,7 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
         self.register_module("prefix", None)  # adds to what the queries find; see lit_gpt.methods.adapter
 
-    def find(
+    def attend(
         self,
         q: Tensor,
         k: Tensor,
@@ -57,7 +57,7 @@ class CausalSelfAttention(nn.Module):
             y = y + self.prefix(q, self)
         return y.transpose(1, 2).flatten(2)
 
-    def heads(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+    def project_qkv(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, n_head, T, head_size), keys and values (B, n_query_groups, T, head_size) of x (B, T, n_embd)."""
         qkv = self.qkv(x)
         if self.qk_norm is not None:

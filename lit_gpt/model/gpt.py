@@ -64,20 +64,20 @@ class GPT(nn.Module):
 
         Raises:
             UserError: more tokens than the model has learned positions.
-            ValueError: the cache is `outdated`.
+            ValueError: the cache is `needs_reread`.
         """
         x = self.hidden(idx, segments, cache)
         x = self.ln_f(x[:, -1:] if last else x)
         if targets is not None:
             x = x.flatten(0, 1)[targets.positions]
-            return summed_cross_entropy(self.lm_head, x, targets.labels, self.finish)
-        return self.finish(self.lm_head(x))
+            return summed_cross_entropy(self.lm_head, x, targets.labels, self.postprocess_logits)
+        return self.postprocess_logits(self.lm_head(x))
 
     @torch.no_grad()
     def score(self, idx: Tensor, segments: Segments, targets: Targets) -> tuple[Tensor, Tensor]:
         """The log-probability of each target, float32 (n,), and whether it is the likeliest token, bool (n,)."""
         x = self.ln_f(self.hidden(idx, segments).flatten(0, 1)[targets.positions])
-        return log_probabilities(self.lm_head, x, targets.labels, self.finish)
+        return log_probabilities(self.lm_head, x, targets.labels, self.postprocess_logits)
 
     def hidden(
         self,
@@ -99,10 +99,10 @@ class GPT(nn.Module):
             start = cache[0].length if cache else 0
             end = start + idx.size(1)
             length = length or end
-            if cache and self.outdated(cache, length):
+            if cache and self.needs_reread(cache, length):
                 raise ValueError(f"with {length} tokens other angles hold: forget the cache and give all tokens")
             if cache:
-                cache[0].long = self.rope.is_long(length)
+                cache[0].uses_long_rope = self.rope.is_long(length)
             positions, lengths = torch.arange(start, end, device=idx.device), (length,)
         x = self.embed(idx, positions, lengths)  # (B, T, n_embd)
         rotations = self.rotations(positions, lengths, x.dtype)
@@ -120,7 +120,7 @@ class GPT(nn.Module):
             raise UserError(f"{max(lengths)} tokens exceed the model's {limit} learned positions; give it fewer")
         return x + self.wpe(positions)
 
-    def finish(self, logits: Tensor) -> Tensor:
+    def postprocess_logits(self, logits: Tensor) -> Tensor:
         """Logits from what the head gives. Not part of the head: LoRA and Adapter v2 change its output before this."""
         divisor, cap = self.config.logit_divisor, self.config.logit_softcap
         logits = logits if divisor == 1.0 else logits / divisor
@@ -135,10 +135,10 @@ class GPT(nn.Module):
         kinds = [everywhere if self.config.window(layer) is None else within for layer in layers]
         return [None if layer in unrotated else kinds[layer] for layer in layers]
 
-    def outdated(self, cache: KVCache, length: int) -> bool:
+    def needs_reread(self, cache: KVCache, length: int) -> bool:
         """Whether a sequence that grows to `length` tokens must be read again, since its keys in the cache are rotated
         by other angles than LongRoPE has for that length."""
-        return cache[0].length > 0 and cache[0].long != self.rope.is_long(length)
+        return cache[0].length > 0 and cache[0].uses_long_rope != self.rope.is_long(length)
 
     def kv_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for `batch_size` sequences of up to `max_length` tokens, in the model's dtype and place."""
@@ -171,19 +171,19 @@ class Block(nn.Module):
         segments: Segments | None,
         cache: LayerCache | DecodeCache | PackedPrefillCache | None,
     ) -> Tensor:
-        n_1, q, k, v = self.enter(x, rotation)
-        y = self.attn.find(q, k, v, segments, cache)
+        n_1, q, k, v = self.pre_attention(x, rotation)
+        y = self.attn.attend(q, k, v, segments, cache)
         del q, k, v  # not to be held where no backward pass follows
-        return self.leave(x, n_1, y)
+        return self.post_attention(x, n_1, y)
 
     # what comes before attention and what after it are functions of tensors alone, fit to be compiled
 
-    def enter(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def pre_attention(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The normed x, and its queries, keys and values."""
         n_1 = self.norm_1(x)
-        return n_1, *self.attn.heads(n_1, rotation)
+        return n_1, *self.attn.project_qkv(n_1, rotation)
 
-    def leave(self, x: Tensor, n_1: Tensor, y: Tensor) -> Tensor:
+    def post_attention(self, x: Tensor, n_1: Tensor, y: Tensor) -> Tensor:
         """What the block gives, from its input, that normed, and what the queries found."""
         h = self.post_norm_1(self.attn.proj(y))
         if self.parallel:

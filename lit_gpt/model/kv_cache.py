@@ -10,7 +10,7 @@ class LayerCache:
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.k, self.v = k, v  # (B, n_query_groups, max_length, head_size)
         self.length = 0
-        self.long = False  # whether the keys are rotated as those of a long sequence; see GPT.outdated
+        self.uses_long_rope = False  # whether the keys are rotated as those of a long sequence; see GPT.needs_reread
 
     positions: Tensor | None = None  # of new tokens: after those seen; see OneMore
 
@@ -66,7 +66,7 @@ def row_view(cache: KVCache, row: int) -> KVCache:
 def copy_cache(source: KVCache, target: KVCache) -> None:
     """Copy what is in one cache into another with as much room."""
     for old, new in zip(source, target, strict=True):
-        new.length, new.long = old.length, old.long
+        new.length, new.uses_long_rope = old.length, old.uses_long_rope
         new.k[:, :, : old.length], new.v[:, :, : old.length] = old.k[:, :, : old.length], old.v[:, :, : old.length]
 
 

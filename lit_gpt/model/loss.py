@@ -15,15 +15,15 @@ MAX_LOGITS = 2**22
 
 
 def summed_cross_entropy(
-    head: nn.Module, hidden: Tensor, labels: Tensor, finish: Callable[[Tensor], Tensor] = lambda logits: logits
+    head: nn.Module, hidden: Tensor, labels: Tensor, postprocess: Callable[[Tensor], Tensor] = lambda logits: logits
 ) -> Tensor:
-    """Sum over n tokens of the cross-entropy of `finish(head(hidden))`, in nats.
+    """Sum over n tokens of the cross-entropy of `postprocess(head(hidden))`, in nats.
 
     Args:
         head: any module from (n, n_embd) to (n, vocabulary).
         hidden: (n, n_embd).
         labels: int64 (n,).
-        finish: from what the head gives to logits.
+        postprocess: from what the head gives to logits.
 
     Returns:
         float32 scalar. Logits are turned to float32 before the softmax.
@@ -31,14 +31,14 @@ def summed_cross_entropy(
     parameters = [p for p in head.parameters() if p.requires_grad]
     with keep_dequantized(head, hidden.dtype):
         if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
-            return _ChunkedLoss.apply(head, finish, labels, hidden, *parameters)
+            return _ChunkedLoss.apply(head, postprocess, labels, hidden, *parameters)
         chunks = _chunks(head, hidden, labels, trained=False)
-        losses = [F.cross_entropy(finish(head(h)).float(), y, reduction="sum") for h, y in chunks]
+        losses = [F.cross_entropy(postprocess(head(h)).float(), y, reduction="sum") for h, y in chunks]
     return torch.stack(losses).sum() if losses else hidden.new_zeros((), dtype=torch.float32)
 
 
 def log_probabilities(
-    head: nn.Module, hidden: Tensor, labels: Tensor, finish: Callable[[Tensor], Tensor] = lambda logits: logits
+    head: nn.Module, hidden: Tensor, labels: Tensor, postprocess: Callable[[Tensor], Tensor] = lambda logits: logits
 ) -> tuple[Tensor, Tensor]:
     """The log-probability of each label, float32 (n,), and whether it is the likeliest, bool (n,); arguments as above.
 
@@ -46,7 +46,7 @@ def log_probabilities(
     """
     found = []
     for rows, row_labels in _chunks(head, hidden, labels, trained=False):
-        logits = finish(head(rows)).float()
+        logits = postprocess(head(rows)).float()
         log_p = -F.cross_entropy(logits, row_labels, reduction="none")
         found.append((log_p, logits.argmax(-1) == row_labels))
     if not found:
@@ -77,14 +77,14 @@ class _ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, head, finish, labels, hidden, *parameters):
+    def forward(ctx, head, postprocess, labels, hidden, *parameters):
         total = hidden.new_zeros((), dtype=torch.float32)
         grads = [torch.zeros_like(p) for p in parameters]
         hidden_grads = []
         for rows, row_labels in _chunks(head, hidden, labels, trained=sum(p.numel() for p in parameters) > MAX_LOGITS):
             with torch.enable_grad():
                 rows = rows.detach().requires_grad_()
-                logits = finish(head(rows))
+                logits = postprocess(head(rows))
             loss, logits_grad = _loss_and_gradient(logits.detach(), row_labels)
             row_grad, *parameter_grads = torch.autograd.grad(logits, [rows, *parameters], logits_grad)
             total += loss

@@ -54,10 +54,12 @@ def compile_blocks(model: GPT, backend: str | Callable[..., Any] = "inductor") -
     Attention itself stays outside, as its kernels are whole already and take the lengths of the samples as numbers: to
     compile for these would be to compile for every row. Only training is compiled: a validation is too short to pay.
     """
-    enter, leave = (torch.compile(function, backend=backend) for function in (Block.enter, Block.leave))
+    pre_attention, post_attention = (
+        torch.compile(function, backend=backend) for function in (Block.pre_attention, Block.post_attention)
+    )
     for block in model.h:
-        block.enter = partial(in_training, enter, block.enter)
-        block.leave = partial(in_training, leave, block.leave)
+        block.pre_attention = partial(in_training, pre_attention, block.pre_attention)
+        block.post_attention = partial(in_training, post_attention, block.post_attention)
 
 
 def in_training(compiled: Callable[..., Any], plain: Callable[..., Any], x: Tensor, *rest: Any) -> Any:

@@ -175,7 +175,7 @@ def simulate(
     config: Config, method: Method, hp: SimpleNamespace, lengths: list[int], supervised: int, cuda: bool
 ) -> Plan:
     with torch.device("meta"):
-        base = GPT(config).to(method.stored(hp))
+        base = GPT(config).to(method.weight_dtype(hp))
         model = method.attach(modules.attach(base, method.quantize) if method.quantize else base)
     apply_activation_checkpointing(model, hp.activation_checkpointing)
     counts = modules.count_parameters(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -186,7 +186,7 @@ def simulate(
         optimizer = optimizer_of(parameters, stand_in(hp))
         allocate(optimizer)
         states = live.now - weights
-        arithmetic = method.arithmetic(hp, "cpu")
+        arithmetic = method.autocast(hp, "cpu")
         forward, begins, ends = live.during_passes(model.train(), first_trained(method), row, arithmetic)
         gradients = live.now - weights - states
         step = live.during(optimizer.step)

@@ -53,7 +53,7 @@ def finetune(hp: SimpleNamespace, method: Method) -> None:
     """
     if hp.out_dir.resolve() == hp.checkpoint_dir.resolve():
         raise UsageError(f"--out_dir {hp.out_dir}: is the base's own folder; choose another")
-    trained = method.stored(hp) if method.whole_model else torch.float32
+    trained = method.weight_dtype(hp) if method.whole_model else torch.float32
     fabric = launch.launch(hp, trained, frozen=hardware.DTYPES[hp.precision])
     with heartbeat.peer_watchdog(fabric), compile.kernels_if(hp.compile):
         train_method(hp, method, fabric)
@@ -94,7 +94,7 @@ def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric) -> None:
     run.states = States(hp, fabric, identity)
     record = {"hyperparameters": method.settings, "prompt_style": style.to_dict(), "quantize": base.quantization}
     run.contents = partial(file_contents, method.name, base.fingerprint, **record)
-    run.arithmetic = partial(method.arithmetic, hp, fabric.device.type)
+    run.arithmetic = partial(method.autocast, hp, fabric.device.type)
     run.plan = partial(choose_settings, config, method, hp, cuda=on_cuda, memory=room)
     run.compiled = compiled
     run.sample = partial(print_sample, fabric, model, tokenizer, style, validation[0], hp)
@@ -118,7 +118,7 @@ def load_to_train(hp: SimpleNamespace, method: Method, fabric: Fabric, base: Bas
     torch.manual_seed(hp.seed % 2**63)
     shared = sharding.place_to_build(hp, fabric)
     # FSDP casts each rank's share by itself: the whole stays mapped from its file
-    kept = None if hp.strategy == "fsdp" else method.stored(hp)
+    kept = None if hp.strategy == "fsdp" else method.weight_dtype(hp)
     return method.attach(base.build(kept, shared))
 
 
