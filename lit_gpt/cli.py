@@ -1,11 +1,15 @@
-"""Command lines. A script's annotated constants are its hyperparameters and, under the same names, its flags.
+"""Command lines: a script's annotated constants, and the groups of arguments that its `main` takes, are its flags.
 
-    learning_rate: PositiveFloat = 3e-4  # peak learning rate, reached after warmup_steps
+    learning_rate: PositiveFloat = 3e-4  # Set the peak learning rate, reached after warmup_steps.
 
-gives `--learning_rate` with that type, default and help; one of type `list[Path]` takes the arguments that belong to no
-flag. Nothing here imports torch: `--help` answers at once.
+gives `--learning_rate` with that type, default and help, whether it stands at the top of a script or in a dataclass.
+A script's `main` names the dataclasses that it wants (`def main(args: TrainArgs) -> None`); their fields become flags
+too, listed by group. A constant of the script that has the name of such a field gives its default. All other constants
+of the script hold the values of the command line when `main` runs. Nothing here imports torch: `--help` answers at
+once.
 """
 
+import dataclasses
 import difflib
 import inspect
 import io
@@ -14,14 +18,17 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import tokenize
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import yaml
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import (
     ClosedUnitInterval,
@@ -38,7 +45,7 @@ from lit_gpt.errors import UsageError, UserError
 Fraction = restricted_number_type("Fraction", float, [(">=", 0.0), ("<", 1.0)])
 # The formats of lit_gpt/quantization/formats.py.
 Quantizer = Literal["int8", "int4", "nf4", "nf4-dq"]
-# The ways of lit_gpt/hardware.py to keep less for the backward pass.
+# What lit_gpt/training/activation_checkpointing.py can keep for the backward pass.
 Checkpointing = Literal["auto", "none", "selective", "full", "offload"]
 
 EXPECTED = {
@@ -65,30 +72,37 @@ def tune_torch() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "160")
 
 
-def run(main: Callable[[SimpleNamespace], None], *more: dict[str, Any]) -> None:
-    """Parse the command line against the constants of `main`'s script and call `main` with their values.
+def run(main: Callable[..., None], *groups: type, aliases: dict[str, str] | None = None) -> None:
+    """Parse the command line and call `main` with its groups of arguments.
 
     Args:
-        more: the globals of other scripts, whose flags `main`'s takes too.
+        main: the script's main function; the script's annotated constants take the values of their flags.
+        groups: dataclasses for the parameters of `main`, in their order. None: as `main` annotates them.
+        aliases: {old spelling of a flag: the flag}; old spellings are taken and not listed.
 
     Exits with 0 when done, 2 on wrong usage and 1 on failure, the last two with one line on stderr.
     """
     tune_torch()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
-    hp = SimpleNamespace()
+    values: dict[str, Any] = {}
     try:
-        hp = parse(main.__globals__, sys.argv[1:], *more)
-        main(hp)
+        groups = groups or tuple(get_type_hints(main)[name] for name in inspect.signature(main).parameters)
+        legacy = groups == (SimpleNamespace,)  # TRANSITION: scripts not yet converted
+        values = parse(main.__globals__, sys.argv[1:], () if legacy else groups, aliases)
+        if legacy:
+            return main(SimpleNamespace(**values))
+        main.__globals__.update({name: values[name] for name in own_constants(main.__globals__)})
+        main(*(build(group, values) for group in groups))
     except UserError as error:
         fail(str(error), error.exit_code)
     except MemoryError as error:
-        fail(out_of_memory(str(error), hp), 1)
+        fail(out_of_memory(str(error), values), 1)
     except RuntimeError as error:
         on_cpu = re.search(r"DefaultCPUAllocator: .* (\d+) bytes|std::bad_alloc", str(error))  # of no class of its own
         if type(error).__name__ != "OutOfMemoryError" and not on_cpu:  # of torch, which need not be imported
             raise
         wanted = on_cpu and on_cpu[1] and f"tried to allocate {int(on_cpu[1]) / 1e6:,.0f} MB"
-        fail(out_of_memory(wanted or str(error), hp), 1)
+        fail(out_of_memory(wanted or str(error), values), 1)
     except BrokenPipeError:  # the reader of our stdout has gone (`| head`): nobody is left to tell
         sys.stderr.close()
         sys.exit(1)
@@ -101,9 +115,8 @@ def run(main: Callable[[SimpleNamespace], None], *more: dict[str, Any]) -> None:
         fail("interrupted", 128 + signal.SIGINT)
 
 
-def out_of_memory(what: str, hp: SimpleNamespace) -> str:
-    """The line for it, with what there is to try of the flags that the script has."""
-    flags = vars(hp)
+def out_of_memory(what: str, flags: dict[str, Any]) -> str:
+    """Return the line that says so, and what there is to try of the flags that the script has."""
     if "micro_batch_tokens" in flags:  # a finetune, whose --batch_size costs no memory
         tries = ["a lower --micro_batch_tokens", "--activation_checkpointing full"]
     else:
@@ -117,23 +130,94 @@ def fail(message: str, exit_code: int) -> None:
     sys.exit(exit_code)
 
 
-def parse(script: dict[str, Any], argv: list[str], *more: dict[str, Any]) -> SimpleNamespace:
-    """The script's hyperparameters with the values of the command line.
+@dataclass(frozen=True)
+class Flag:
+    """A flag of a script."""
+
+    name: str
+    kind: Any
+    default: Any
+    help: str
+    group: str  # title of the group that `--help` lists it in
+
+
+def own_constants(script: dict[str, Any]) -> dict[str, Any]:
+    """Return {name: type} of the annotated constants in a script's globals."""
+    return script.get("__annotations__") or script["__annotate__"](1)  # Python 3.14 makes them when asked
+
+
+def collect(script: dict[str, Any], groups: tuple[type, ...]) -> dict[str, Flag]:
+    """Return the flags of a script and of the groups of arguments that its main function takes, by name."""
+    types, helps = own_constants(script), trailing_comments(Path(script["__file__"]).read_text(encoding="utf-8"))
+    flags = {name: Flag(name, kind, script[name], helps.get(name, ""), "options") for name, kind in types.items()}
+    for group in groups:
+        for flag in group_flags(group):
+            if own := flags.pop(flag.name, None):  # the script gives the default, and may say more in its help
+                flag = dataclasses.replace(flag, default=own.default, help=own.help or flag.help)
+            flags[flag.name] = flag
+    return flags
+
+
+def group_flags(group: type) -> Iterator[Flag]:
+    """Yield the flags of a dataclass of arguments. Fields that are dataclasses themselves are groups of their own.
+
+    The class variable `prefix` stands before the names of its fields.
+    """
+    types, helps = get_type_hints(group), trailing_comments(textwrap.dedent(inspect.getsource(group)))
+    title = inspect.getdoc(group).splitlines()[0].rstrip(".")
+    for field in dataclasses.fields(group):
+        if dataclasses.is_dataclass(types[field.name]):
+            yield from group_flags(types[field.name])
+            continue
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        yield Flag(
+            getattr(group, "prefix", "") + field.name, types[field.name], default, helps.get(field.name, ""), title
+        )
+
+
+def build(group: type, values: dict[str, Any]) -> Any:
+    """Return the dataclass of arguments with the values of its flags."""
+    types, prefix = get_type_hints(group), getattr(group, "prefix", "")
+    return group(
+        **{
+            field.name: build(types[field.name], values)
+            if dataclasses.is_dataclass(types[field.name])
+            else values[prefix + field.name]
+            for field in dataclasses.fields(group)
+        }
+    )
+
+
+def flag_values(arguments: Any) -> dict[str, Any]:
+    """Return {flag: value} of a dataclass of arguments, as `--config` reads it: paths as text."""
+    flags: dict[str, Any] = {}
+    for field in dataclasses.fields(arguments):
+        value = getattr(arguments, field.name)
+        if dataclasses.is_dataclass(value):
+            flags |= flag_values(value)
+        else:
+            name = getattr(arguments, "prefix", "") + field.name
+            flags[name] = str(value) if isinstance(value, Path) else value
+    return flags
+
+
+def parse(
+    script: dict[str, Any], argv: list[str], groups: tuple[type, ...] = (), aliases: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Return {flag: value} for a command line.
 
     Args:
-        script: the script's globals; every annotated name in them is a hyperparameter.
-        argv: the arguments after the script's name. `--config FILE` reads a JSON file of values, such as the
+        script: the script's globals; every annotated name in them is a flag.
+        argv: the arguments after the script's name. `--config FILE` reads a JSON or YAML file of values, such as the
             `hyperparameters.json` that a run leaves; flags after it win.
-        more: those of other scripts, whose flags are taken too.
+        groups: dataclasses whose fields are flags too.
+        aliases: {old spelling: flag}.
 
     Raises:
         UsageError: an unknown flag or a value that the type does not admit, named in one line.
     """
-    types, defaults, helps = {}, {}, {}
-    for source in (*(other for other in more if other), script):
-        types |= source.get("__annotations__") or source["__annotate__"](1)  # Python 3.14 makes them when asked
-        defaults |= source
-        helps |= trailing_comments(source["__file__"])
+    flags = collect(script, groups)
+    kinds = {name: flag.kind for name, flag in flags.items()}
     prog = Path(script["__file__"])
     parser = ArgumentParser(
         prog=f"python {prog.parent.name}/{prog.name}",
@@ -143,30 +227,45 @@ def parse(script: dict[str, Any], argv: list[str], *more: dict[str, Any]) -> Sim
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=str, metavar="PATH", help="JSON file of values for these flags")
-    for name, kind in types.items():
-        default = json.dumps(defaults[name], default=str).strip('"')
-        text = f"{helps[name]} [{default}]"
-        if kind == list[Path]:  # what is given without a flag
-            parser.add_argument(name, type=Path, nargs="*", metavar=name.removesuffix("s").upper(), help=helps[name])
-            continue
-        parser.add_argument(f"--{name}", type=kind, default=defaults[name], metavar=metavar(kind), help=text)
+    parser.add_argument("--config", type=str, metavar="PATH", help="Read values of these flags from JSON or YAML.")
+    sections: dict[str, Any] = {"options": parser}
+    for flag in flags.values():
+        if flag.group not in sections:
+            sections[flag.group] = parser.add_argument_group(flag.group)
+        add_flag(sections[flag.group], flag)
+    argv = [rename_flag(argument, aliases or {}) for argument in argv]
     try:
-        values = vars(parser.parse_args(expand_config(argv, types)))
+        values = vars(parser.parse_args(expand_config(argv, kinds, aliases or {})))
     except SystemExit:
         raise
     except Exception as error:  # jsonargparse has no common base for what a value can do wrong
-        raise UsageError(explain(str(error), argv, types)) from None
-    return SimpleNamespace(**{name: plain(values[name]) for name in types})
+        raise UsageError(explain(str(error), argv, kinds)) from None
+    return {name: plain(values[name]) for name in kinds}
+
+
+def add_flag(section: Any, flag: Flag) -> None:
+    if flag.kind == list[Path]:  # what is given without a flag
+        name = flag.name.removesuffix("s").upper()
+        section.add_argument(flag.name, type=Path, nargs="*", metavar=name, help=flag.help)
+        return
+    default = json.dumps(flag.default, default=str).strip('"')
+    text = f"{flag.help} [{default}]"
+    section.add_argument(f"--{flag.name}", type=flag.kind, default=flag.default, metavar=metavar(flag.kind), help=text)
+
+
+def rename_flag(argument: str, aliases: dict[str, str]) -> str:
+    """Return `--old` or `--old=value` with the flag's present name."""
+    name, equals, value = argument.removeprefix("--").partition("=")
+    return f"--{aliases[name]}{equals}{value}" if argument.startswith("--") and name in aliases else argument
 
 
 def plain(value: Any) -> Any:
-    """A value of jsonargparse's restricted number types as the number it is, fit to be stored."""
+    """Return a value of jsonargparse's restricted number types as the plain number, fit to be stored."""
     return next((kind(value) for kind in (int, float) if isinstance(value, kind) and type(value) is not bool), value)
 
 
 def metavar(kind: Any) -> str:
-    """What a flag takes, in a word: the choices, or the type."""
+    """Return what a flag takes, in a word: the choices, or the type."""
     choices = [choice for choice in get_args(kind) if choice is not type(None)]
     if get_origin(kind) is Literal:
         return "{" + ",".join(map(str, choices)) + "}"
@@ -179,19 +278,18 @@ def metavar(kind: Any) -> str:
     return {bool: "{true,false}", Path: "PATH", str: "TEXT"}.get(kind) or ("INT" if issubclass(kind, int) else "NUMBER")
 
 
-def trailing_comments(path: str) -> dict[str, str]:
-    """{name: comment} for the annotated constants `name: type = value  # comment` of a source file."""
-    source = Path(path).read_text(encoding="utf-8")
+def trailing_comments(source: str) -> dict[str, str]:
+    """Return {name: comment} for the annotated names `name: type = value  # comment` in a source text."""
     comments = {}
-    for line in tokenize.generate_tokens(io.StringIO(source).readline):
-        constant = re.match(r"([a-z]\w*)\s*:", line.line)
-        if line.type == tokenize.COMMENT and constant:
-            comments[constant[1]] = line.string.lstrip("# ").replace("%", "%%")
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        named = re.match(r"\s*([a-z]\w*)\s*:", token.line)
+        if token.type == tokenize.COMMENT and named:
+            comments[named[1]] = token.string.lstrip("# ").replace("%", "%%")
     return comments
 
 
-def expand_config(argv: list[str], types: dict[str, Any]) -> list[str]:
-    """`argv` with `--config FILE` replaced by the flags that the file holds."""
+def expand_config(argv: list[str], types: dict[str, Any], aliases: dict[str, str]) -> list[str]:
+    """Return `argv` with `--config FILE` replaced by the flags that the file holds."""
     expanded = []
     rest = iter(argv)
     for argument in rest:
@@ -200,20 +298,27 @@ def expand_config(argv: list[str], types: dict[str, Any]) -> list[str]:
             continue
         path = argument.partition("=")[2] or next(rest, "")
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--config {path}: expected a JSON file of flag values: {error}") from None
+            values = read_config(Path(path))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            reason = " ".join(str(error).split())
+            raise UsageError(f"--config {path}: expected a JSON or YAML file of flag values: {reason}") from None
         if not isinstance(values, dict):
-            raise UsageError(f'--config {path}: expected a JSON object of flag values, such as {{"seed": 1}}')
+            raise UsageError(f'--config {path}: expected an object of flag values, such as {{"seed": 1}}')
         for name, value in values.items():
+            name = aliases.get(name, name)
             if name not in types:
                 raise UsageError(f"--config {path}: {unknown_flag(f'--{name}', types)}")
             expanded.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
     return expanded
 
 
+def read_config(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8")
+    return yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+
+
 def explain(message: str, argv: list[str], types: dict[str, Any]) -> str:
-    """One line that names the flag, what was expected and what came, from jsonargparse's several."""
+    """Return one line that names the flag, what was expected and what came, from jsonargparse's several."""
     key = re.search(r'[Kk]ey "(\w+)"|argument --(\w+)', message)
     if key:
         name = key[1] or key[2]
