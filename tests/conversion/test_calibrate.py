@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_hf_model
-from test_data import write_rows
-from test_families import off
-from test_train import data_dir, flags  # noqa: F401 (fixtures)
 
+from helpers.compare import off
+from helpers.rows import write_rows
+from helpers.tiny_models import tiny_hf_model
 from lit_gpt.checkpoints import folder as checkpoint
 from lit_gpt.checkpoints import io
 from lit_gpt.checkpoints.base_model import BaseCheckpoint, load_model
@@ -82,7 +81,7 @@ def path(tmp_path_factory) -> Path:
     return path
 
 
-def test_a_calibrated_checkpoint(cli, llama, data_dir, path, tmp_path):  # noqa: F811
+def test_a_calibrated_checkpoint(cli, llama, data_dir, path, tmp_path):
     """From the model's own text, from a file of it, from rows and from prepared data; each time other codes."""
     sources = {"own": None, "text": path, "rows": write_rows(tmp_path / "r.jsonl"), "data": data_dir}
     found = {}
@@ -108,7 +107,7 @@ def test_a_calibrated_checkpoint(cli, llama, data_dir, path, tmp_path):  # noqa:
     assert len(set(found.values())) == len(sources)
 
 
-def test_what_was_trained_on_it_fits_no_other(cli, flags, llama, path, tmp_path):  # noqa: F811
+def test_what_was_trained_on_it_fits_no_other(cli, flags, llama, path, tmp_path):
     """While a LoRA of the full base takes any quantization of it."""
     folder, where = tmp_path / "q", {"calibration_path": path, "calibration_tokens": 512}
     assert cli(SCRIPT, checkpoint_dir=llama, out_dir=folder, **where).code == 0

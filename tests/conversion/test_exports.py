@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 import tokenizers
 import torch
-from conftest import LAYOUTS as ALL_LAYOUTS
-from conftest import ROOT, bpe_tokenizer, tiny_hf_model
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_families import off
-from test_lora import EVERYTHING, ONE_EACH, SWITCHES
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.compare import off
+from helpers.exports import EXPORT, finetuned
+from helpers.methods import EVERYTHING, ONE_EACH, SWITCHES
+from helpers.paths import ROOT
+from helpers.tiny_models import LAYOUTS as ALL_LAYOUTS
+from helpers.tiny_models import make_base
 from lit_gpt import GPT, Tokenizer
 from lit_gpt.checkpoints import folder as checkpoint
 from lit_gpt.checkpoints.base_model import load_model
@@ -31,20 +33,9 @@ from lit_gpt.errors import UserError
 from lit_gpt.methods import finetuned_file, lora
 from lit_gpt.text.prompt_style import PromptStyle
 
-EXPORT, MERGE, IMPORT = "scripts/convert_lit_checkpoint.py", "scripts/merge_lora.py", "scripts/convert_peft_adapter.py"
+MERGE, IMPORT = "scripts/merge_lora.py", "scripts/convert_peft_adapter.py"
 LAYOUTS = [("llama", "llama3"), ("falcon", "40b"), ("gpt_neox", "pythia")]  # apart, and fused in two ways
 LORA = "lit_model_lora_finetuned.pth"
-
-
-def make_base(folder: Path, family: str = "llama", layout: str = "llama3", **fields) -> Path:
-    """A converted tiny checkpoint with a tokenizer."""
-    fields |= {"vocab_size": 320} | (
-        {"max_position_embeddings": 256} if family in ("llama", "falcon", "gpt_neox") else {}
-    )
-    tiny_hf_model(family, layout, **fields).save_pretrained(folder)
-    bpe_tokenizer(folder)
-    hf.convert(folder, hf_shards.StoredWeights(folder))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -320,14 +311,6 @@ def spoil(patch: pytest.MonkeyPatch, how: str, base: Path) -> None:
 
         patch.setattr(hf, "copy_side_files", swapped)
         patch.setattr(writer, "vocabulary_fields", lambda folder, *a: fields(other, *a))
-
-
-def finetuned(base: Path, root: Path) -> Path:
-    """A checkpoint that a full finetune has left: with a prompt style of its own."""
-    folder = root / "finetuned"
-    shutil.copytree(base, folder)
-    PromptStyle.from_name("alpaca", Tokenizer(base)).save(folder)
-    return folder
 
 
 def other_tokenizer(base: Path, folder: Path) -> None:

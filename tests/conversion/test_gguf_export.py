@@ -9,12 +9,13 @@ import gguf
 import pytest
 import sentencepiece
 import torch
-from conftest import SHARED, bpe_tokenizer
 from gguf import GGMLQuantizationType as Kind
 from gguf.quants import dequantize, quantize
-from test_exports import EXPORT, finetuned, make_base
-from test_families import off
-from test_gguf import (
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, SmolLM3Config
+
+from helpers.compare import off
+from helpers.exports import EXPORT, finetuned
+from helpers.gguf_files import (
     PLAIN,
     SPLITS,
     byte_level,
@@ -26,8 +27,9 @@ from test_gguf import (
     tiny,
     write_gguf,
 )
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, SmolLM3Config
-
+from helpers.paths import SHARED
+from helpers.tiny_models import make_base
+from helpers.tokenizers import bpe_tokenizer
 from lit_gpt import Tokenizer
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.conversion import export, hf, hf_shards, parity, readers

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import bpe_tokenizer
 from safetensors.torch import load_file
 
+from helpers.rows import ROWS, write_rows
+from helpers.tokenizers import bpe_tokenizer
 from lit_gpt import Tokenizer
 from lit_gpt.data import dataset
 from lit_gpt.errors import UserError
@@ -19,9 +20,6 @@ CHAT = [
     {"role": "assistant", "content": "the dog"},
     {"role": "user", "content": "and?"},
     {"role": "assistant", "content": "a task"},
-]
-ROWS = [
-    {"instruction": f"describe the cat {i}", "input": "a dog" * (i % 2), "output": f"the task {i}"} for i in range(20)
 ]
 
 
@@ -93,11 +91,6 @@ def test_chat_template_equals_transformers(llama, tmp_path):
     expected = theirs.apply_chat_template(CHAT[:4], add_generation_prompt=True, tokenize=True, return_dict=False)
     assert style.encode_prompt(CHAT[:4], ours) == expected
     assert ours.token_id("<|im_end|>") in style.stop_ids and ours.eos_id in style.stop_ids
-
-
-def write_rows(path, rows=ROWS):
-    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    return path
 
 
 def test_prepare_json(cli, llama, tmp_path):

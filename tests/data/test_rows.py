@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, spawn
-from test_data import ROWS, write_rows
 
+from helpers.cli import spawn
+from helpers.paths import ROOT
+from helpers.rows import ROWS, write_rows
 from lit_gpt import Tokenizer
 from lit_gpt.data import dataset, prepare
 from lit_gpt.data import sources as rows

@@ -5,31 +5,23 @@ import signal
 import subprocess
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import spawn
-from test_train import data_dir, flags, metrics, wait_for_step  # noqa: F401 (fixtures among them)
-from test_variants import method_flags, weights_of
 
+from helpers.cli import spawn
+from helpers.runs import of_method, same_run, wait_for_step, weights_of
 from lit_gpt.distributed import heartbeat
 
 METHODS = ("lora", "adapter", "adapter_v2", "full")
 
 
-def of_method(flags: dict, method: str) -> dict:  # noqa: F811
-    """For plain SGD: Adam would blow up the rounding of gradients near zero."""
-    flags = dict(flags) if method == "lora" else method_flags(flags, method)  # noqa: F811
-    return flags | {"optimizer": "sgd", "learning_rate": 0.05}
-
-
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_train_as_one(cli, flags, method, strategy):  # noqa: F811
+def test_two_processes_train_as_one(cli, flags, method, strategy):
     """With ragged lengths, and a last step with fewer samples than ranks would share evenly."""
-    script, flags = f"finetune/{method}.py", of_method(flags, method)  # noqa: F811
+    script, flags = f"finetune/{method}.py", of_method(flags, method)
     flags |= {"epochs": 3, "max_steps": "null", "batch_size": 10, "micro_batch_size": "null", "micro_batch_tokens": 150}
     if method == "lora":
         flags |= {"lora_dropout": 0.0}
@@ -46,8 +38,8 @@ def test_two_processes_train_as_one(cli, flags, method, strategy):  # noqa: F811
     same_run(flags["out_dir"], two["out_dir"], method)
 
 
-def test_two_processes_train_as_one_beside_quantized_weights(cli, flags):  # noqa: F811
-    flags = of_method(flags, "lora") | {"quantize": "nf4", "lora_dropout": 0.0, "max_steps": 4}  # noqa: F811
+def test_two_processes_train_as_one_beside_quantized_weights(cli, flags):
+    flags = of_method(flags, "lora") | {"quantize": "nf4", "lora_dropout": 0.0, "max_steps": 4}
     assert cli("finetune/lora.py", **flags).code == 0
     two = flags | {"out_dir": flags["out_dir"].with_name("two"), "devices": 2, "strategy": "ddp"}
     out, err = (process := spawn("finetune/lora.py", **two)).communicate(timeout=120)
@@ -55,17 +47,8 @@ def test_two_processes_train_as_one_beside_quantized_weights(cli, flags):  # noq
     same_run(flags["out_dir"], two["out_dir"], "lora")
 
 
-def same_run(one: Path, other: Path, method: str) -> None:
-    for a, b in zip(metrics(one), metrics(other), strict=True):
-        assert a["tokens"] == b["tokens"]
-        for column in ("loss", "val_loss", "lr"):
-            assert float(a[column] or 0) == pytest.approx(float(b[column] or 0), rel=1e-5), (a, b)
-    weights, others = weights_of(one, method), weights_of(other, method)
-    assert all(torch.allclose(weights[name], others[name], rtol=1e-4, atol=1e-5) for name in weights)
-
-
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_one_goes_on_in_two(cli, flags, strategy):  # noqa: F811
+def test_one_goes_on_in_two(cli, flags, strategy):
     """From Adam's state of one process, and with frozen weights in bf16 under float32 updates."""
     flags |= {"precision": "bf16", "lora_dropout": 0.0}
     assert cli("finetune/lora.py", **flags).code == 0
@@ -91,7 +74,7 @@ def children(process: subprocess.Popen) -> list[int]:
         ("other", signal.SIGSTOP, "rank 1 has not been heard of"),
     ],
 )
-def test_a_lost_rank_ends_the_others_within_a_minute(flags, victim, number, words):  # noqa: F811
+def test_a_lost_rank_ends_the_others_within_a_minute(flags, victim, number, words):
     """Killed, or silent; with one line each that says how to go on, and no process left behind."""
     flags |= {"devices": 2, "strategy": "ddp", "max_steps": 100000, "save_interval": 100000, "eval_interval": 100000}
     process = spawn("finetune/lora.py", **flags)
@@ -108,7 +91,7 @@ def test_a_lost_rank_ends_the_others_within_a_minute(flags, victim, number, word
     assert words in errors[0] and "--resume auto" in errors[0] and "Traceback" not in err, err
 
 
-def test_a_write_that_fails_on_one_rank_ends_both(flags):  # noqa: F811
+def test_a_write_that_fails_on_one_rank_ends_both(flags):
     """Only the first writes; with one line, and no rank waiting for the other."""
     flags |= {"devices": 2, "strategy": "ddp", "save_interval": 1000, "max_steps": 3}
     process = spawn("finetune/lora.py", **flags)
@@ -152,5 +135,5 @@ def test_deepspeed_takes_its_settings(stage, offload):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refused where there is no CUDA device")
-def test_deepspeed_without_cuda_is_refused(cli, flags):  # noqa: F811
+def test_deepspeed_without_cuda_is_refused(cli, flags):
     cli("finetune/lora.py", **flags | {"strategy": "deepspeed"}).refused("--strategy deepspeed", "CUDA", "fsdp", code=2)

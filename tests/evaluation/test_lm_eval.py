@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
 
+from helpers.paths import ROOT
 from lit_gpt import Tokenizer
 from lit_gpt.checkpoints import folder as checkpoint
 from lit_gpt.methods import finetuned_file, lora
@@ -24,7 +24,7 @@ from lit_gpt.evaluation.lm_eval_model import load_harness
 from lit_gpt.generation.engine import generate
 from lit_gpt.text.prompt_style import PromptStyle
 
-SCRIPT, TASKS = "eval/lm_eval_harness.py", ROOT / "tests/lm_eval_tasks"
+SCRIPT, TASKS = "eval/lm_eval_harness.py", ROOT / "tests/evaluation/lm_eval_tasks"
 CHATML = (
     "{% for m in messages %}{{ '<|begin|>' if loop.first }}[{{ m.role }}]{{ m.content }}<|end|>{% endfor %}"
     "{{ '[assistant]' if add_generation_prompt }}"

@@ -6,9 +6,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Tiny
-from test_train import data_dir, flags  # noqa: F401 (fixtures)
 
+from helpers.tiny_models import Tiny
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.evaluation.perplexity import score_text, windows
 
@@ -39,7 +38,7 @@ def test_loss_is_transformers(tiny: Tiny):
     assert found.loss != pytest.approx(whole, rel=1e-5)
 
 
-def test_the_script(cli, flags, llama, tmp_path):  # noqa: F811
+def test_the_script(cli, flags, llama, tmp_path):
     """On data it gives the validation loss that a finetune reports, on text one line."""
     result = cli("finetune/lora.py", **flags | {"eval_samples": "null", "max_steps": 4})
     assert result.code == 0, result.err

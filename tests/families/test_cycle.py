@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAYOUTS, tiny_hf_model
-from test_families import TOLERANCE, off, tokens
-from test_train import data_dir  # noqa: F401 (a fixture)
 from transformers import AutoModelForCausalLM
 
+from helpers.compare import TOLERANCE, off, tokens
+from helpers.tiny_models import LAYOUTS, tiny_hf_model
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.conversion import hf, hf_shards
 from lit_gpt.methods import finetuned_file
@@ -21,7 +20,7 @@ def run(cli, script: str, **flags) -> None:
 
 
 @pytest.mark.parametrize(("family", "layout"), dict(LAYOUTS).items())
-def test_finetune_merge_export(cli, llama, data_dir, tmp_path: Path, family: str, layout: str):  # noqa: F811
+def test_finetune_merge_export(cli, llama, data_dir, tmp_path: Path, family: str, layout: str):
     """One layout of each. The logits are those of the base with LoRA apart, and no longer those of the base."""
     base, lora, merged, out = (tmp_path / name for name in ("base", "lora", "merged", "hf"))
     tiny_hf_model(family, layout, vocab_size=320, max_position_embeddings=256).save_pretrained(base)

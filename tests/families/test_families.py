@@ -4,32 +4,17 @@ import json
 
 import pytest
 import torch
-from conftest import Tiny, tiny_hf_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from helpers.compare import TOLERANCE, in_steps, off, tokens
+from helpers.tiny_models import Tiny, tiny_hf_model
 from lit_gpt import GPT
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.checkpoints.folder import load_state
 from lit_gpt.conversion import hf, hf_shards, weights
 from lit_gpt.errors import UserError
 from lit_gpt.families.registry import config_from_hf, config_from_name, families, preset
-
-TOLERANCE = 1e-4  # of the logits' norm, float32
-
-
-def off(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).norm() / expected.norm()).item()
-
-
-def tokens(model, rows=2, length=40) -> torch.Tensor:
-    return torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
-def in_steps(idx: torch.Tensor) -> list[torch.Tensor]:
-    """Prompt at once, then some tokens together, then one by one. The prompt is beyond all original contexts: LongRoPE
-    rotates other tokens otherwise."""
-    return [idx[:, :33], idx[:, 33:36], *idx[:, 36:].split(1, dim=1)]
 
 
 @torch.no_grad()

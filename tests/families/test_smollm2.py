@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED
-from test_families import off
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.compare import off
+from helpers.paths import SHARED
 from lit_gpt import Tokenizer
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.conversion import hf, hf_shards

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Tiny, tiny_hf_model
-from test_families import off
-from test_lora import STYLE
 
+from helpers.compare import off
+from helpers.methods import LORAS, STYLE, lora_files
+from helpers.tiny_models import Tiny, tiny_hf_model
 from lit_gpt import GPT
 from lit_gpt.checkpoints.base_model import BaseCheckpoint, load_model
 from lit_gpt.conversion import hf, hf_shards
@@ -83,29 +83,6 @@ def test_logits_of_a_prompt_in_pieces(tiny: Tiny):
     for start in range(0, 48, 16):
         model.hidden(torch.tensor([ids[start : start + 16]]), cache=cache, length=61)
     assert off(model(torch.tensor([ids[48:]]), cache=cache, last=True), whole) < 1e-5
-
-
-LORAS = [  # of different ranks, scales and projections
-    lora.LoRAConfig(r=2, alpha=4),
-    lora.LoRAConfig(r=4, alpha=4, query=False, key=True, projection=True),
-    lora.LoRAConfig(r=3, alpha=12, mlp=True, head=True),
-    lora.LoRAConfig(r=5, query=False, value=False, head=True),
-]
-
-
-def lora_files(
-    folder: Path, configs: list[lora.LoRAConfig], quantize: str | None = None, style: dict = STYLE
-) -> list[Path]:
-    """Finetuned files as if trained on a checkpoint."""
-    base, paths = BaseCheckpoint.of(folder, quantize), []
-    for i, config in enumerate(configs):
-        torch.manual_seed(i)
-        state = finetuned_file.trained_state(lora.attach(base.build(), config))
-        state = {name: 0.3 * torch.randn_like(tensor) for name, tensor in state.items()}
-        paths.append(folder / f"{i}.pth")
-        record = {"hyperparameters": vars(config), "prompt_style": style, "quantize": quantize}
-        finetuned_file.save_file(paths[-1], lora.METHOD, base.fingerprint, state, **record)
-    return paths
 
 
 def mixed_equals_single(folder: Path, paths: list[Path]) -> None:

@@ -10,9 +10,9 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
-from test_batching import LORAS, lora_files
 
+from helpers.methods import LORAS, lora_files
+from helpers.paths import ROOT
 from lit_gpt import Tokenizer
 from lit_gpt.checkpoints.base_model import BaseCheckpoint, load_model
 from lit_gpt.errors import UserError

@@ -3,39 +3,12 @@
 import shutil
 
 import pytest
-import torch
-from conftest import tiny_hf_model
 
-from lit_gpt import GPT
-from lit_gpt.checkpoints.base_model import load_model
-from lit_gpt.conversion import hf, hf_shards
+from helpers.methods import as_if_trained, with_adapter_v2, with_lora_and_adapter
+from helpers.tiny_models import model_of
 from lit_gpt.errors import UsageError
 from lit_gpt.generation.compiled_step import CompiledStep
 from lit_gpt.generation.engine import generate
-from lit_gpt.methods import adapter, adapter_v2, lora
-
-
-def model_of(family: str, layout: str, folder, **fields) -> GPT:
-    tiny_hf_model(family, layout, **fields).save_pretrained(folder)
-    hf.convert(folder, hf_shards.StoredWeights(folder))
-    return load_model(folder)
-
-
-def with_lora_and_adapter(model: GPT) -> GPT:
-    """One layer has a prompt, the other none."""
-    return adapter.attach(lora.attach(model, lora.LoRAConfig(r=4)), adapter.AdapterConfig(start_layer=1))
-
-
-def with_adapter_v2(model: GPT) -> GPT:
-    return adapter_v2.attach(model, adapter_v2.CONFIG(start_layer=0))
-
-
-def as_if_trained(model: GPT) -> GPT:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.eval()
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")

@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, Tiny
-from test_families import tokens
 
+from helpers.compare import tokens
+from helpers.paths import ROOT
+from helpers.tiny_models import Tiny
 from lit_gpt import Tokenizer
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.errors import UserError

@@ -1,12 +1,13 @@
-"""The step of one token as a list of native operations: the same tokens as without. tests/test_generation.py has it go
+"""The step of one token as a list of native operations: the same tokens as without. tests/generation/test_generation.py has it go
 through every layout."""
 
 from functools import partial
 
 import pytest
 import torch
-from test_decoding import as_if_trained, model_of, with_adapter_v2, with_lora_and_adapter
 
+from helpers.methods import as_if_trained, with_adapter_v2, with_lora_and_adapter
+from helpers.tiny_models import model_of
 from lit_gpt import GPT, Config
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.generation.engine import generate

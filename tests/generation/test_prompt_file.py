@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Result, bpe_tokenizer, spawn, tiny_hf_model
-from test_batching import LORAS, lora_files
-from test_tokenizer import spm_model  # noqa: F401 (a fixture)
 
+from helpers.cli import Result, spawn
+from helpers.methods import LORAS, lora_files
+from helpers.tiny_models import tiny_hf_model
+from helpers.tokenizers import bpe_tokenizer
 from lit_gpt import Tokenizer
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.conversion import hf, hf_shards
@@ -41,7 +42,7 @@ def read(path: Path) -> list[dict]:
 
 
 @pytest.fixture(params=["bpe", "sentencepiece"])
-def folder(request, tmp_path, spm_model) -> Path:  # noqa: F811
+def folder(request, tmp_path, spm_model) -> Path:
     """A model that writes arbitrary tokens, pieces of characters among them."""
     folder = tmp_path / "model"
     size = 300 if request.param == "bpe" else 420

@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Tiny
-from test_families import off
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 
+from helpers.compare import off
+from helpers.steps import random_row, step
+from helpers.tiny_models import Tiny
 from lit_gpt import GPT, hardware
 from lit_gpt.checkpoints.base_model import load_model
-from lit_gpt.data import dataset, packing
 from lit_gpt.families.registry import config_from_name
 from lit_gpt.kernels import attention, fused, ops
 from lit_gpt.kernels.attention import ScoreParams
@@ -405,19 +405,6 @@ def test_loss_of_a_certain_and_of_an_impossible_token():
 
 
 # in a model
-
-
-def step(gpt: GPT, row: packing.PackedRow, seed: int = 0) -> list[Tensor]:
-    torch.manual_seed(seed)
-    gpt.train().zero_grad()
-    gpt(row.idx, segments=row.segments, targets=row.targets).backward()
-    return [p.grad.clone() for p in gpt.parameters() if p.requires_grad]
-
-
-def random_row(lengths: tuple[int, ...] = (9, 31, 5)) -> packing.PackedRow:
-    generator = torch.Generator().manual_seed(0)
-    tokens = [torch.randint(96, (n,), generator=generator, dtype=torch.int32) for n in lengths]
-    return packing.pack([dataset.Sample(t, torch.ones(len(t), dtype=torch.uint8)) for t in tokens])
 
 
 def test_steps_are_deterministic_and_keeping_less_changes_nothing(tiny: Tiny):

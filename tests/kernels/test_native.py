@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+from helpers.paths import ROOT
 
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 NORM = """

@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import Tiny, tiny_hf_model
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model, set_peft_model_state_dict
-from test_families import off, tokens
 
+from helpers.compare import off, tokens
+from helpers.methods import EVERYTHING, ONE_EACH, STYLE, SWITCHES
+from helpers.steps import train
+from helpers.tiny_models import Tiny, tiny_hf_model
 from lit_gpt import GPT
 from lit_gpt.checkpoints import folder
 from lit_gpt.checkpoints.base_model import load_model
@@ -18,13 +20,6 @@ from lit_gpt.families.registry import config_from_name
 from lit_gpt.methods import finetuned_file, lora
 from lit_gpt.model.inputs import Targets
 
-EVERYTHING = lora.LoRAConfig(
-    r=4, alpha=8, dropout=0.0, query=True, key=True, value=True, projection=True, mlp=True, head=True
-)
-SWITCHES = ("query", "key", "value", "projection", "mlp", "head")
-ONE_EACH = [replace(EVERYTHING, **{name: name == only for name in SWITCHES}) for only in SWITCHES]
-STYLE = {"name": "plain", "template": "", "own_bos": False, "stop_ids": []}
-
 
 def attached(tiny: Tiny, config: lora.LoRAConfig = EVERYTHING, scramble: bool = True) -> GPT:
     """A model with LoRA whose B is not zero."""
@@ -33,20 +28,6 @@ def attached(tiny: Tiny, config: lora.LoRAConfig = EVERYTHING, scramble: bool = 
     for layer in lora.lora_layers(model).values() if scramble else ():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
     return model
-
-
-def train(model: GPT, steps: int = 2) -> None:
-    """Steps on random tokens, with an evaluation before and between, as the loop does."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(steps):
-        idx = torch.randint(96, (1, 20), generator=torch.Generator().manual_seed(step))
-        targets = Targets(torch.arange(19), idx[0, 1:])
-        with torch.no_grad():
-            model.eval()(idx, targets=targets)
-            model(idx[:, :5], cache=model.kv_cache(1, 5))
-        model.train()(idx, targets=targets).backward()
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 @torch.no_grad()

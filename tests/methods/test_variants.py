@@ -6,13 +6,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Tiny
-from test_families import in_steps, off, tokens
-from test_lora import STYLE, train
-from test_train import data_dir, final, flags, identical, spawn, wait_for_step  # noqa: F401 (fixtures among them)
 
+from helpers.cli import spawn
+from helpers.compare import identical, in_steps, off, tokens
+from helpers.methods import STYLE
+from helpers.runs import method_flags, wait_for_step, weights_of
+from helpers.steps import train
+from helpers.tiny_models import Tiny
 from lit_gpt import GPT
-from lit_gpt.checkpoints import folder, io
+from lit_gpt.checkpoints import folder
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.families.registry import config_from_name
 from lit_gpt.methods import adapter, adapter_v2, finetuned_file, lora
@@ -128,22 +130,11 @@ def test_trainable_parameters_of_falcon_7b(method, expected):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
 
 
-def method_flags(flags: dict, method: str) -> dict:  # noqa: F811
-    flags = {k: v for k, v in flags.items() if not k.startswith("lora")} | {"learning_rate": 0.01}
-    return flags if method == "full" else flags | {"adapter_start_layer": 0}
-
-
-def weights_of(out_dir, method: str) -> dict:
-    if method == "full":
-        return io.load(out_dir / "lit_model.pth")
-    return io.load(out_dir / f"lit_model_{method}_finetuned.pth")["state"]
-
-
 @pytest.mark.parametrize("moment", [2, 8])
 @pytest.mark.parametrize("method", ["adapter", "adapter_v2", "full"])
-def test_finetune_resume_and_generate(cli, flags, llama, method, moment):  # noqa: F811
+def test_finetune_resume_and_generate(cli, flags, llama, method, moment):
     """Killed and resumed it ends with the same bits; the result answers."""
-    flags, script = method_flags(flags, method), f"finetune/{method}.py"  # noqa: F811
+    flags, script = method_flags(flags, method), f"finetune/{method}.py"
     result = cli(script, **flags)
     assert result.code == 0, result.err
     summary = json.loads((flags["out_dir"] / "summary.json").read_text())
@@ -163,7 +154,7 @@ def test_finetune_resume_and_generate(cli, flags, llama, method, moment):  # noq
     assert result.code == 0 and "tokens" in result.err, result.err
 
 
-def test_full_finetuning_in_bf16_arithmetic(cli, flags, llama):  # noqa: F811
+def test_full_finetuning_in_bf16_arithmetic(cli, flags, llama):
     """float32 weights while it trains, the base's dtype in the result."""
     result = cli("finetune/full.py", **method_flags(flags, "full") | {"precision": "bf16"})
     assert result.code == 0, result.err

@@ -4,10 +4,10 @@ do not see each other."""
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Tiny
 from safetensors.torch import load_file
-from test_families import off
 
+from helpers.compare import off
+from helpers.tiny_models import Tiny
 from lit_gpt import GPT
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.data import dataset, packing

@@ -6,14 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import spawn, tiny_hf_model
 from safetensors.torch import load_file
-from test_devices import of_method, same_run
-from test_families import off
-from test_plan import flags_of
-from test_train import data_dir, flags  # noqa: F401 (fixtures)
 from torch.autograd import gradcheck
 
+from helpers.cli import spawn
+from helpers.compare import off
+from helpers.runs import flags_of, of_method, same_run
+from helpers.tiny_models import tiny_hf_model
 from lit_gpt import GPT, Config
 from lit_gpt.conversion import hf, hf_shards
 from lit_gpt.methods import adapter_v2, lora
@@ -145,14 +144,14 @@ def test_names_in_the_files_of_mixtral(tmp_path):
     } <= stored.keys()
 
 
-def test_two_ranks_share_the_experts(cli, llama, flags, tmp_path):  # noqa: F811
+def test_two_ranks_share_the_experts(cli, llama, flags, tmp_path):
     """Five experts do not divide, and each rank's tokens go to others; FSDP trains as one process does."""
     base = tmp_path / "mixtral"
     tiny_hf_model("mixtral", "mixtral", vocab_size=320, max_position_embeddings=256).save_pretrained(base)
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copyfile(llama / name, base / name)
     hf.convert(base, hf_shards.StoredWeights(base))
-    flags = of_method(flags, "lora") | {"checkpoint_dir": base}  # noqa: F811
+    flags = of_method(flags, "lora") | {"checkpoint_dir": base}
     flags |= {"max_steps": 3, "batch_size": 10, "micro_batch_size": 5, "save_interval": 100, "lora_dropout": 0.0}
     assert cli("finetune/lora.py", **flags).code == 0
     two = flags | {"out_dir": tmp_path / "two", "devices": 2, "strategy": "fsdp"}

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_hf_model
 from safetensors.torch import load_file, save_file
-from test_families import off
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
+from helpers.compare import off
+from helpers.tiny_models import tiny_hf_model
 from lit_gpt import GPT, Config
 from lit_gpt.conversion import hf, hf_shards
 from lit_gpt.errors import UserError

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import Tiny, tiny_hf_model
-from test_families import TOLERANCE, off, tokens
 
+from helpers.compare import TOLERANCE, off, tokens
+from helpers.tiny_models import Tiny, tiny_hf_model
 from lit_gpt import GPT
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.conversion import hf, hf_shards

@@ -13,12 +13,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Tiny, spawn
-from test_families import off, tokens
-from test_lora import EVERYTHING
-from test_train import data_dir, final, flags, identical, wait_for_step  # noqa: F401 (fixtures among them)
 from torch import nn
 
+from helpers.cli import spawn
+from helpers.compare import identical, off, tokens
+from helpers.methods import EVERYTHING
+from helpers.paths import ROOT
+from helpers.runs import final, wait_for_step
+from helpers.tiny_models import Tiny
 from lit_gpt import GPT, Config
 from lit_gpt.checkpoints import folder as checkpoint
 from lit_gpt.checkpoints import io
@@ -351,7 +353,7 @@ def test_a_stored_model_is_the_one_quantized_on_the_fly(cli, llama, tmp_path, na
     assert record["source"] == checkpoint.fingerprint(checkpoint.load_state(llama))
 
 
-def test_qlora_from_start_to_end(cli, flags, llama, stored, monkeypatch):  # noqa: F811
+def test_qlora_from_start_to_end(cli, flags, llama, stored, monkeypatch):
     """It learns; killed and resumed it ends with the same bits; on the stored checkpoint it gives the same; the file
     answers as trained, and merged it is the same function."""
     monkeypatch.setattr(formats, "CPU_PIECE", 2**22)  # as in the process that is killed
@@ -398,7 +400,7 @@ def test_qlora_from_start_to_end(cli, flags, llama, stored, monkeypatch):  # noq
     )
 
 
-def test_bad_input(cli, flags, llama, stored, tmp_path):  # noqa: F811
+def test_bad_input(cli, flags, llama, stored, tmp_path):
     cli("generate/base.py", checkpoint_dir=stored, prompt="x", quantize="nf4").refused("already", "nf4", code=2)
     cli("scripts/quantize.py", checkpoint_dir=stored, out_dir=tmp_path / "x").refused("already", code=2)
     cli("scripts/quantize.py", checkpoint_dir=llama).refused("--out_dir", code=2)
@@ -450,7 +452,7 @@ def test_weights_that_are_not_numbers(cli, llama, tmp_path):
 
 
 def test_the_plan_knows_the_quantized_size(cli, stored):
-    flags = {"method": "lora", "micro_batch_size": 1, "max_seq_length": 64, "json": "true"}  # noqa: F811
+    flags = {"method": "lora", "micro_batch_size": 1, "max_seq_length": 64, "json": "true"}
     plain, small = (
         json.loads(cli("scripts/plan.py", model="pythia-70m", **flags, **more).out)
         for more in ({}, {"quantize": "nf4"})

@@ -11,8 +11,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
+from helpers.paths import ROOT
 from lit_gpt.reporting.charts import smooth, thin, ticks
 from lit_gpt.reporting.metrics import COLUMNS
 from lit_gpt.training.records import plot

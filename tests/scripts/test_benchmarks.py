@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
+from helpers.paths import ROOT
 from lit_gpt.families.registry import config_from_name
 
 SCRIPT = "benchmarks/train_speed.py"
@@ -109,9 +109,9 @@ def test_refuses_what_it_cannot_use(cli, tmp_path):
 
 def test_the_four_methods(tmp_path, monkeypatch):
     """Table and pictures, from real runs of the scripts."""
-    from conftest import bpe_tokenizer, tiny_hf_model
-    from test_data import write_rows
-
+    from helpers.rows import write_rows
+    from helpers.tiny_models import tiny_hf_model
+    from helpers.tokenizers import bpe_tokenizer
     from lit_gpt.conversion import hf, hf_shards
 
     folder = tmp_path / "tiny"

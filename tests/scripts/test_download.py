@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hub import Hub
 
-ROOT = Path(__file__).resolve().parents[1]
+from helpers.hub import Hub
+from helpers.paths import ROOT
+
 SCRIPT = ROOT / "scripts" / "download.py"
 TOKEN = "hf_loopbackSecretOfNobody"
 SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]

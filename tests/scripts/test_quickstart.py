@@ -10,9 +10,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from helpers.paths import ROOT
 from lit_gpt.errors import UserError
-
-ROOT = Path(__file__).parents[1]
 
 
 def load(path: str) -> ModuleType:

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Result, tiny_hf_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from helpers.cli import Result
+from helpers.paths import ROOT
+from helpers.tiny_models import tiny_hf_model
 from lit_gpt.checkpoints import folder as checkpoint
 from lit_gpt.checkpoints import io
 from lit_gpt.checkpoints.base_model import load_model

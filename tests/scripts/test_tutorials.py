@@ -21,9 +21,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
-from hub import Hub
 
+from helpers.hub import Hub
+from helpers.paths import ROOT
 from lit_gpt.cli import parse
 from lit_gpt.data import dataset
 from lit_gpt.distributed import heartbeat
@@ -44,7 +44,7 @@ EXTRA = {
     "finetune/": "--warmup_steps 0",
     "generate/": "--max_new_tokens 4",
     "chat/": "--max_new_tokens 4",
-    "eval/lm_eval": f"--include_path {ROOT}/tests/lm_eval_tasks --tasks animals_choice,animals_answer",
+    "eval/lm_eval": f"--include_path {ROOT}/tests/evaluation/lm_eval_tasks --tasks animals_choice,animals_answer",
 }
 STEPS = {"resume.md": 40}  # enough to be stopped in between; elsewhere 2
 # two processes on one machine, whatever the page has

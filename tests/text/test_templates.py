@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from chat_templates import CONVERSATIONS, FAMILIES, SPECIAL, Family, talk
 from jinja2 import TemplateError
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Tokens
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from helpers.chat_templates import CONVERSATIONS, FAMILIES, SPECIAL, Family, talk
 from lit_gpt import Tokenizer
 from lit_gpt.errors import UserError
 from lit_gpt.text.prompt_style import PromptStyle

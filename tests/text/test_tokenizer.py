@@ -18,15 +18,10 @@ from tokenizers.processors import ByteLevel, TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from helpers.tokenizers import CORPUS
 from lit_gpt.errors import UserError
 from lit_gpt.text.tokenizer import Tokenizer
 
-CORPUS = [
-    "Hello world, this is a small text about tokens.",
-    "The quick brown fox jumps over the lazy dog 1234567890 times.",
-    "def f(x):\n    return x + 1\n\n\tif x: pass",
-    "Ein süßer Apfel, café, naïve, 日本語 中文 too.",
-] * 30
 FAMILY, ACCENTS = "👩‍👩‍👧‍👦", "e\u0301 n\u0303"  # emoji joined with ZWJ; combining characters
 TEXTS = [
     *("", "Hello world", "Hello  world   again ", "trailing\n", "line\nline\n\n  indented\n\ttab\t\tend\r\n"),
@@ -82,17 +77,6 @@ def metaspace(folder: Path, scheme: str, bos: bool = True) -> Path:
         tok.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     tok.save(str(folder / "tokenizer.json"))
     return folder
-
-
-@pytest.fixture(scope="session")
-def spm_model() -> bytes:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS), model_writer=model, model_type="bpe", vocab_size=420, byte_fallback=True,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, split_digits=True,
-        allow_whitespace_only_pieces=True, character_coverage=0.999, minloglevel=2,
-    )  # fmt: skip
-    return model.getvalue()
 
 
 NAMES = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import tiny_hf_model
-from test_families import off
-from test_fused import random_row, step
 from torch._dynamo.utils import counters
 
+from helpers.compare import off
+from helpers.steps import random_row, step
+from helpers.tiny_models import tiny_hf_model
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.conversion import hf, hf_shards
 from lit_gpt.methods import adapter_v2, lora

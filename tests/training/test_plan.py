@@ -1,18 +1,14 @@
 """The memory plan counts what the training step really holds, and scripts/plan.py tells it."""
 
 import json
-import runpy
 from dataclasses import astuple, replace
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
 
+from helpers.runs import flags_of
 from lit_gpt import GPT
-from lit_gpt import cli as command_line
 from lit_gpt.families.registry import config_from_name
-from lit_gpt.methods.method import Method
 from lit_gpt.model.inputs import Segments, Targets
 from lit_gpt.training.activation_checkpointing import KINDS, apply_activation_checkpointing
 from lit_gpt.training.memory_plan import choose_settings, plan, simulate
@@ -24,12 +20,6 @@ SMALL = replace(
     intermediate_size=128, vocab_size=300, padded_vocab_size=300,
 )  # fmt: skip
 ROW = [40, 30, 20]
-
-
-def flags_of(method: str, **flags) -> tuple[Method, SimpleNamespace]:
-    script = runpy.run_path(str(ROOT / "finetune" / f"{method}.py"))
-    hp = command_line.parse(script, [f"--{name}={value}" for name, value in flags.items()])
-    return script["method"](hp), hp
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train import data_dir, flags, metrics  # noqa: F401
 from transformers import AutoModelForCausalLM
 
+from helpers.runs import metrics
 from lit_gpt import Tokenizer
 from lit_gpt.data import dataset
 from lit_gpt.methods import finetuned_file
@@ -37,7 +37,7 @@ def summary(out_dir: Path) -> dict:
     return json.loads((out_dir / "summary.json").read_text())
 
 
-def test_probe_is_the_loss_on_its_rows_before_and_after(cli, flags, probe, llama, data_dir):  # noqa: F811
+def test_probe_is_the_loss_on_its_rows_before_and_after(cli, flags, probe, llama, data_dir):
     """Token by token what transformers and the finetuned file give."""
     result = cli(SCRIPT, **flags, probe_path=probe)
     assert result.code == 0, result.err
@@ -87,7 +87,7 @@ def test_probe_is_the_loss_on_its_rows_before_and_after(cli, flags, probe, llama
         ('{"messages": [{"role": "user"}]}', ["line 1", "role"]),
     ],
 )
-def test_a_probe_that_cannot_be_read(cli, flags, tmp_path, contents, words):  # noqa: F811
+def test_a_probe_that_cannot_be_read(cli, flags, tmp_path, contents, words):
     path = tmp_path / "p.jsonl"
     if contents:
         path.write_text(contents + "\n")
@@ -96,7 +96,7 @@ def test_a_probe_that_cannot_be_read(cli, flags, tmp_path, contents, words):  # 
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
-def test_a_logger_that_is_not_installed_is_refused_at_once(cli, flags, monkeypatch, name):  # noqa: F811
+def test_a_logger_that_is_not_installed_is_refused_at_once(cli, flags, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
     cli(SCRIPT, **flags, logger=name).refused(f"--logger {name}", f"pip install {name}", code=2)
     assert not flags["out_dir"].exists()
@@ -117,7 +117,7 @@ class Unreliable:
         self.real.log_metrics(values, step)
 
 
-def test_a_logger_that_fails_does_not_end_the_run(cli, flags, monkeypatch, llama):  # noqa: F811
+def test_a_logger_that_fails_does_not_end_the_run(cli, flags, monkeypatch, llama):
     monkeypatch.setattr(loggers, "check_installed", lambda hp: None)
     monkeypatch.setitem(loggers.OPENERS, "wandb", lambda *arguments: (Unreliable(*arguments), "r1"))
     result = cli(SCRIPT, **flags, logger="wandb")
@@ -165,7 +165,7 @@ def wandb_steps(out_dir: Path) -> tuple[list[int], dict]:
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
-def test_loggers(cli, flags, monkeypatch, tmp_path, name):  # noqa: F811
+def test_loggers(cli, flags, monkeypatch, tmp_path, name):
     """The real ones: a resumed run goes on in the same run there, with its hyperparameters."""
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"an extra: pip install {name}")

@@ -1,21 +1,21 @@
 """finetune/lora.py from start to end on a tiny model: what it leaves, how it resumes, what it refuses."""
 
-import csv
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, spawn
-from test_data import write_rows
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from helpers.cli import spawn
+from helpers.compare import identical
+from helpers.paths import ROOT
+from helpers.runs import STEPS, final, metrics, wait_for_step
 from lit_gpt.checkpoints import folder as checkpoint
 from lit_gpt.checkpoints import io
 from lit_gpt.checkpoints.base_model import load_model
@@ -23,49 +23,7 @@ from lit_gpt.methods import finetuned_file
 from lit_gpt.training import loop
 from lit_gpt.training.schedule import Schedule
 
-STEPS = 12
 SCRIPT = "finetune/lora.py"
-
-
-@pytest.fixture(scope="module")
-def data_dir(llama, tmp_path_factory) -> Path:
-    from types import SimpleNamespace
-
-    from lit_gpt.data.prepare import prepare
-
-    folder = tmp_path_factory.mktemp("data")
-    hp = SimpleNamespace(
-        checkpoint_dir=llama, destination_path=folder / "d", prompt_style="alpaca", max_seq_length=None,
-        mask_inputs=True, allow_unsupervised=False, validation_fraction=0.2, seed=1, messages_column="messages",
-        instruction_column="instruction", input_column="input", output_column="output", skip_bad_rows=False,
-        deduplicate=False,
-    )  # fmt: skip
-    prepare(hp, str(write_rows(folder / "r.jsonl")))
-    return folder / "d"
-
-
-@pytest.fixture
-def flags(llama, data_dir, tmp_path) -> dict:
-    return dict(
-        checkpoint_dir=llama, data_dir=data_dir, out_dir=tmp_path / "out", precision="fp32", max_steps=STEPS,
-        batch_size=6, micro_batch_size=3, warmup_steps=2, learning_rate=0.02, lora_dropout=0.1, lora_mlp="true",
-        eval_interval=5, save_interval=1, sample_tokens=5,
-    )  # fmt: skip
-
-
-def final(out_dir: Path) -> dict[str, torch.Tensor]:
-    return io.load(out_dir / "lit_model_lora_finetuned.pth")["state"]
-
-
-def identical(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def metrics(out_dir: Path) -> list[dict]:
-    """Without the columns that time and the machine decide."""
-    with open(out_dir / "metrics.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "peak_memory_bytes")}
-                for row in csv.DictReader(file)]  # fmt: skip
 
 
 def test_a_run_leaves_its_records(cli, flags, data_dir, llama):
@@ -163,13 +121,6 @@ def test_killed_and_resumed_ends_with_the_same_bits(cli, flags, moment):
     assert result.code == 0 and ("resumed after step" in result.out) == bool(had_state), result.err
     assert identical(final(flags["out_dir"]), final(killed["out_dir"]))
     assert metrics(flags["out_dir"]) == metrics(killed["out_dir"])
-
-
-def wait_for_step(process: subprocess.Popen, out_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + 60
-    while not (out_dir / "metrics.csv").exists() or len(metrics(out_dir)) <= step:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.001)
 
 
 def test_a_truncated_state_is_never_taken_for_whole(cli, flags):
@@ -356,7 +307,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 @pytest.mark.parametrize("method", ["lora", "adapter", "adapter_v2", "full"])
 def test_killed_inside_a_save(cli, flags, method):
     """What is half-written is never taken for a state, and the end is bit-identical."""
-    from test_variants import method_flags, weights_of
+    from helpers.runs import method_flags, weights_of
 
     script, flags = f"finetune/{method}.py", flags if method == "lora" else method_flags(flags, method)
     assert cli(script, **flags).code == 0
