@@ -365,6 +365,7 @@ def test_where_no_other_reader_is_installed(cli, bases, tmp_path, monkeypatch, k
     cli(MERGE if kind == "merged" else EXPORT, **flags).refused("read back by Lit-GPT", "nothing was written")
 
 
+@pytest.mark.subprocess
 def test_killed_before_it_is_put_in_place(cli, bases, tmp_path):
     """SIGKILL when all is written and compared: no folder, and the same command then starts over."""
     flags = {"checkpoint_dir": bases["llama"], "out_dir": tmp_path / "out"}

@@ -220,6 +220,7 @@ def run(*flags: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, script, *flags], capture_output=True, text=True, timeout=100)
 
 
+@pytest.mark.subprocess
 def test_script(tmp_path: Path, fields: dict, bpe: tokenizers.Tokenizer) -> None:
     source = tiny()
     path = write_gguf(tmp_path / "a.gguf", fields, gguf_tensors(source, Kind.Q8_0))
@@ -245,6 +246,7 @@ def test_script(tmp_path: Path, fields: dict, bpe: tokenizers.Tokenizer) -> None
     assert_same_tokens(folder, bpe)
 
 
+@pytest.mark.subprocess
 def test_script_refuses_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"PK\x03\x04 no model")
     result = run("--gguf_path", tmp_path / "a.gguf", "--checkpoint_dir", tmp_path / "out")
@@ -252,6 +254,7 @@ def test_script_refuses_in_one_line(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"]
 
 
+@pytest.mark.subprocess
 def test_script_without_a_path_is_wrong_usage(tmp_path: Path) -> None:
     result = run("--checkpoint_dir", tmp_path / "out")
     assert (result.returncode, result.stderr) == (2, "error: --gguf_path: expected a path\n")

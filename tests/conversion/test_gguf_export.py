@@ -285,6 +285,7 @@ def test_llama_cpp_computes_the_same(tmp_path, monkeypatch, family, layout):
     assert model.metadata["tokenizer.chat_template"] == PromptStyle.from_checkpoint(folder, tokenizer).template
 
 
+@pytest.mark.subprocess
 @pytest.mark.skipif(
     not (SHARED / "tools" / "make_smollm2.py").exists(), reason="the tool that makes the model is absent"
 )

@@ -4,7 +4,11 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from helpers.paths import ROOT
+
+pytestmark = pytest.mark.subprocess
 
 
 def test_converting_holds_a_tensor_at_a_time():

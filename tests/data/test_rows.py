@@ -228,23 +228,24 @@ def test_folders_that_datasets_has_saved(cli, flags, llama, tmp_path):
 @pytest.mark.parametrize("change", ["longer", "shorter", "damaged", "gone"])
 def test_rows_that_change_while_they_are_prepared(cli, llama, flags, tmp_path, monkeypatch, change):
     """Between the two times that they are read."""
-    path, survey = tmp_path / "r.jsonl", prepare.validate_rows
+    path, validate_rows = tmp_path / "r.jsonl", prepare.validate_rows
     write_rows(path, ROWS)
 
-    def survey_then_change(sources, hp):
-        counts, lines = survey(sources, hp), path.read_text().splitlines(keepends=True)
+    def validate_then_change(sources, hp):
+        counts, lines = validate_rows(sources, hp), path.read_text().splitlines(keepends=True)
         texts = {"longer": lines + lines[:1], "shorter": lines[:-1], "damaged": [*lines[:-1], lines[-1][:9]]}
         path.unlink()
         if change in texts:
             path.write_text("".join(texts[change]))
         return counts
 
-    monkeypatch.setattr(prepare, "survey", survey_then_change)
+    monkeypatch.setattr(prepare, "validate_rows", validate_then_change)
     words = ["no such file"] if change == "gone" else ["changed while it was prepared", "nothing was written"]
     cli(SCRIPT, **flags, json_path=path).refused("r.jsonl: ", *words)
     assert not flags["destination_path"].exists() and not (tmp_path / ".d.tmp").exists()
 
 
+@pytest.mark.subprocess
 def test_killed_in_the_middle(llama, flags, tmp_path, cli):
     """SIGKILL: no folder. The same command then starts over and leaves nothing else; two at once are refused."""
     path = write_rows(
@@ -264,6 +265,7 @@ def test_killed_in_the_middle(llama, flags, tmp_path, cli):
     assert len(texts(tmp_path / "d", llama)) == 19 and not (tmp_path / ".d.tmp").exists()
 
 
+@pytest.mark.subprocess
 def test_memory_benchmark(tmp_path):
     argv = [sys.executable, ROOT / "benchmarks" / "prepare_memory.py", "--gigabytes=0.001", f"--work_dir={tmp_path}"]
     found = json.loads(subprocess.run(list(map(str, argv)), capture_output=True, check=True, text=True).stdout)

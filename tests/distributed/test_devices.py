@@ -17,6 +17,7 @@ from lit_gpt.distributed import heartbeat
 METHODS = ("lora", "adapter", "adapter_v2", "full")
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_train_as_one(cli, flags, method, strategy):
@@ -38,6 +39,7 @@ def test_two_processes_train_as_one(cli, flags, method, strategy):
     same_run(flags["out_dir"], two["out_dir"], method)
 
 
+@pytest.mark.subprocess
 def test_two_processes_train_as_one_beside_quantized_weights(cli, flags):
     flags = of_method(flags, "lora") | {"quantize": "nf4", "lora_dropout": 0.0, "max_steps": 4}
     assert cli("finetune/lora.py", **flags).code == 0
@@ -47,6 +49,7 @@ def test_two_processes_train_as_one_beside_quantized_weights(cli, flags):
     same_run(flags["out_dir"], two["out_dir"], "lora")
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_one_goes_on_in_two(cli, flags, strategy):
     """From Adam's state of one process, and with frozen weights in bf16 under float32 updates."""
@@ -66,6 +69,7 @@ def children(process: subprocess.Popen) -> list[int]:
     return [int(line.split()[0]) for line in found.stdout.splitlines() if "finetune" in line]
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("victim", "number", "words"),
     [
@@ -91,6 +95,7 @@ def test_a_lost_rank_ends_the_others_within_a_minute(flags, victim, number, word
     assert words in errors[0] and "--resume auto" in errors[0] and "Traceback" not in err, err
 
 
+@pytest.mark.subprocess
 def test_a_write_that_fails_on_one_rank_ends_both(flags):
     """Only the first writes; with one line, and no rank waiting for the other."""
     flags |= {"devices": 2, "strategy": "ddp", "save_interval": 1000, "max_steps": 3}

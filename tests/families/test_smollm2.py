@@ -18,7 +18,10 @@ from lit_gpt.generation.engine import generate
 from lit_gpt.text.prompt_style import PromptStyle
 
 TOOL, ROWS = SHARED / "tools" / "make_smollm2.py", SHARED / "data" / "gsm8k_train.jsonl"
-pytestmark = pytest.mark.skipif(not TOOL.exists(), reason=f"{TOOL} makes the model, and is absent")
+pytestmark = [
+    pytest.mark.subprocess,
+    pytest.mark.skipif(not TOOL.exists(), reason=f"{TOOL} makes the model, and is absent"),
+]
 MESSAGES = [{"role": "user", "content": "Explain in three sentences why the sky is blue. 🙂 你好"}]
 
 

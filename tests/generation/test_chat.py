@@ -131,6 +131,7 @@ def test_a_conversation_that_begins_with_a_merged_lora(cli, llama, tmp_path, mon
     assert len({told("the cat", finetuned_path=first), told("the cat", finetuned_path=second), told("the cat")}) > 1
 
 
+@pytest.mark.subprocess
 def test_through_a_terminal(llama):
     """An empty line, a turn, Ctrl-C within an answer, another turn, and the end of input."""
     control, terminal = pty.openpty()

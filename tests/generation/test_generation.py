@@ -92,6 +92,7 @@ def test_text_on_stdout_figures_on_stderr(cli, llama, tmp_path):
     assert styled.code == 0 and styled.out != result.out
 
 
+@pytest.mark.subprocess
 def test_prompt_from_standard_input(cli, llama):
     flags = ["--checkpoint_dir", llama, "--temperature", "0", "--prompt_file", "-", "--max_new_tokens", "5"]
     process = subprocess.run(
@@ -101,6 +102,7 @@ def test_prompt_from_standard_input(cli, llama):
     assert process.returncode == 0 and process.stdout == expected.out
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("argument", [["--prompt", b"caf\xe9"], ["--prompt_file", "-"]])
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
 def test_a_prompt_that_is_not_utf8(llama, argument, locale):

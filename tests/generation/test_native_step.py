@@ -1,5 +1,7 @@
-"""The step of one token as a list of native operations: the same tokens as without. tests/generation/test_generation.py has it go
-through every layout."""
+"""The step of one token as a list of native operations: the same tokens as without.
+
+tests/generation/test_generation.py has it go through every layout.
+"""
 
 from functools import partial
 

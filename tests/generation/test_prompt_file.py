@@ -90,6 +90,7 @@ def test_sampling_depends_on_seed_and_row_alone(cli, llama, tmp_path):
     assert answers([*rows[:2], {"prompt": "and the dog"}, *rows[3:]])[3:] == found[3:]
 
 
+@pytest.mark.subprocess
 def test_a_killed_run_goes_on_where_it_stopped(cli, llama, tmp_path):
     prompts = write(tmp_path / "p.jsonl", [{"prompt": "the cat and " * (i % 7 + 1)} for i in range(40)])
     flags = {"checkpoint_dir": llama, "prompt_file": prompts, "precision": "fp32", "batch_size": 3}

@@ -12,12 +12,14 @@ import pytest
 
 from helpers.paths import ROOT
 
+pytestmark = pytest.mark.subprocess
+
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 NORM = """
 import torch
-from lit_gpt import fused, kernels
+from lit_gpt.kernels import fused, ops
 x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
-print(kernels.available(), fused.rms_norm(x, torch.ones(40), 1e-5).square().mean().item())
+print(ops.available(), fused.rms_norm(x, torch.ones(40), 1e-5).square().mean().item())
 """
 
 

@@ -130,6 +130,7 @@ def test_trainable_parameters_of_falcon_7b(method, expected):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("moment", [2, 8])
 @pytest.mark.parametrize("method", ["adapter", "adapter_v2", "full"])
 def test_finetune_resume_and_generate(cli, flags, llama, method, moment):

@@ -144,6 +144,7 @@ def test_names_in_the_files_of_mixtral(tmp_path):
     } <= stored.keys()
 
 
+@pytest.mark.subprocess
 def test_two_ranks_share_the_experts(cli, llama, flags, tmp_path):
     """Five experts do not divide, and each rank's tokens go to others; FSDP trains as one process does."""
     base = tmp_path / "mixtral"

@@ -353,6 +353,7 @@ def test_a_stored_model_is_the_one_quantized_on_the_fly(cli, llama, tmp_path, na
     assert record["source"] == checkpoint.fingerprint(checkpoint.load_state(llama))
 
 
+@pytest.mark.subprocess
 def test_qlora_from_start_to_end(cli, flags, llama, stored, monkeypatch):
     """It learns; killed and resumed it ends with the same bits; on the stored checkpoint it gives the same; the file
     answers as trained, and merged it is the same function."""
@@ -467,6 +468,7 @@ def test_the_plan_knows_the_quantized_size(cli, stored):
     assert held < found["weights"] < held + 5 * 64 * 8  # the row's ids are counted, too
 
 
+@pytest.mark.subprocess
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
 def test_loading_needs_one_blocks_size_beside_the_result():
     """Of resident memory, pages of the mapped file included; 4 layers in bf16, quantized on the fly."""

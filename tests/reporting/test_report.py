@@ -193,6 +193,7 @@ def test_what_is_not_a_folder(report, tmp_path):
     assert code == 2 and "unknown flag --report_paths; did you mean --report_path?" in err
 
 
+@pytest.mark.subprocess
 def test_it_needs_no_torch(tmp_path):
     """So that it answers at once: neither to refuse nor to write a page."""
     run, page = make_run(tmp_path / "a"), tmp_path / "report.html"

@@ -26,6 +26,7 @@ def measure(out_dir, **flags) -> tuple[dict, str, subprocess.CompletedProcess]:
     return result, (out_dir / "train_speed_cpu.md").read_text(), process
 
 
+@pytest.mark.subprocess
 def test_contestants_do_the_same_work(tmp_path):
     fields = dict(TINY, intermediate_size=112, num_key_value_heads=2)
     result, table, process = measure(
@@ -44,6 +45,7 @@ def test_contestants_do_the_same_work(tmp_path):
     assert (tmp_path / "train_speed_cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.subprocess
 def test_fused_projections(tmp_path):
     """Falcon on q and v: PEFT adapts the fused projection whole, so only the first step, where B is 0, is the same."""
     result, _, _ = measure(
@@ -107,6 +109,7 @@ def test_refuses_what_it_cannot_use(cli, tmp_path):
     cli(SCRIPT, model="falcon-7b", micro_batch=3).refused("--micro_batch", "divisor", code=2)
 
 
+@pytest.mark.subprocess
 def test_the_four_methods(tmp_path, monkeypatch):
     """Table and pictures, from real runs of the scripts."""
     from helpers.rows import write_rows

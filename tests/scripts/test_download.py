@@ -20,6 +20,8 @@ import pytest
 from helpers.hub import Hub
 from helpers.paths import ROOT
 
+pytestmark = pytest.mark.subprocess
+
 SCRIPT = ROOT / "scripts" / "download.py"
 TOKEN = "hf_loopbackSecretOfNobody"
 SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]

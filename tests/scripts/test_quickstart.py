@@ -58,6 +58,7 @@ def spoken_times(time: str) -> list[str]:
     return ways
 
 
+@pytest.mark.subprocess
 def test_generator_reproduces_bundled_files(tmp_path):
     command = [sys.executable, ROOT / "data/make_bookings.py", "--out_dir", tmp_path]
     subprocess.run(command, check=True, capture_output=True)
@@ -119,6 +120,7 @@ def test_screen_shows_what_was_wanted_where_the_answer_is_wrong(capsys):
     assert capsys.readouterr().out.count("wanted") == 1
 
 
+@pytest.mark.subprocess
 def test_command_is_printed_so_that_a_shell_runs_it(capfd, tmp_path):
     (tmp_path / "show.py").write_text("import sys\nprint(sys.argv[1:])\n")
     flags = {"prompt": 'say "it\'s" ' + "long " * 30, "number": 1e-3}
@@ -151,6 +153,7 @@ def test_outside_the_repository_it_says_so(tmp_path, monkeypatch):
         quickstart.main(SimpleNamespace(checkpoint_dir=tmp_path, out_dir=tmp_path))
 
 
+@pytest.mark.subprocess
 def test_help():
     command = [sys.executable, ROOT / "scripts/quickstart.py", "--help"]
     assert "--out_dir" in subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -30,6 +30,7 @@ SCRIPTS = sorted(
 CONVERT = "scripts/convert_hf_checkpoint.py"
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_lists_every_flag_without_importing_torch(script):
     code = (
@@ -289,6 +290,7 @@ def test_a_folder_in_place_of_a_file(cli, llama, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("script", ["scripts/merge_lora.py", "scripts/quantize.py"])
 def test_a_full_disk(llama, tmp_path, script):
     """Which ends torch's writing with an error of its own. Nothing is left of what was written."""

@@ -462,6 +462,7 @@ def launched_from_here(launcher: str, argv: list[str]) -> int:
         logging.captureWarnings(False)
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_page_does_what_it_says(page, place, llama, capfd):
     """Its commands run, its mistakes are refused, and the lines that it shows were seen, numbers apart."""

@@ -237,7 +237,7 @@ def test_styles_go_along_to_transformers(tokens, tmp_path, name, bos):
         assert style.encode_prompt(messages, ours) == expected and (expected[0] == ours.bos_id) == bos
 
 
-def test_export_carries_the_style_that_wquantized_as(cli, llama, tmp_path):
+def test_export_carries_the_style_that_was_trained(cli, llama, tmp_path):
     """transformers' tokenizer of the exported folder makes our tokens, and its generation ends where ours does."""
     folder, out = tmp_path / "tuned", tmp_path / "hf"
     shutil.copytree(llama, folder)

@@ -106,6 +106,7 @@ def test_between_logs_nothing_is_read_from_the_device(cli, flags, script, monkey
     assert [int(row["step"]) for row in metrics(flags["out_dir"]) if row["loss"]] == [4, 5, 6]
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("moment", [1, 4, 9])
 def test_killed_and_resumed_ends_with_the_same_bits(cli, flags, moment):
     """SIGKILL after some steps, wherever it strikes; metrics go on without a seam."""
@@ -142,6 +143,7 @@ def test_a_truncated_state_is_never_taken_for_whole(cli, flags):
     assert (flags["out_dir"] / "metrics.csv").read_bytes() == before_metrics
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop_it_saves_and_says_how_to_go_on(cli, flags, number):
     cli(SCRIPT, **flags)
@@ -239,7 +241,7 @@ def test_schedule():
     assert Schedule(steps=1, samples=1, warmup=0, peak=1.0).learning_rate(0) == 1.0
 
 
-def test_generate_and_merge_what_wquantized_as(cli, flags, llama, tmp_path):
+def test_generate_and_merge_what_was_trained(cli, flags, llama, tmp_path):
     """Merged on load, kept apart, and merged to a folder: the same greedy answer, in the finetune's prompt style."""
     assert cli(SCRIPT, **flags).code == 0
     path = flags["out_dir"] / "lit_model_lora_finetuned.pth"
@@ -304,6 +306,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("method", ["lora", "adapter", "adapter_v2", "full"])
 def test_killed_inside_a_save(cli, flags, method):
     """What is half-written is never taken for a state, and the end is bit-identical."""
