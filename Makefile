@@ -2,7 +2,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test test-all lint
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	python3 -m venv $(VENV)
@@ -14,6 +14,9 @@ quickstart: $(VENV)/installed
 	$(PYTHON) scripts/quickstart.py
 
 test: $(VENV)/installed
+	$(PYTHON) -m pytest -m "not slow"
+
+test-all: $(VENV)/installed
 	$(PYTHON) -m pytest
 
 lint: $(VENV)/installed

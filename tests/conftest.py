@@ -1,48 +1,29 @@
-"""Small models made on the spot, and ways to run the scripts."""
+"""Fixtures that several packages' tests use: tiny models, prepared data, and ways to run the scripts."""
 
 import os
 import runpy
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from helpers.cli import Result
+from helpers.paths import ROOT
+from helpers.rows import write_rows
+from helpers.runs import STEPS
+from helpers.tiny_models import LAYOUTS, Tiny, make_base, tiny_hf_model
+from helpers.tokenizers import sentencepiece_model
 from lit_gpt.conversion import hf as hf_files
 from lit_gpt.conversion import hf_shards
-from lit_gpt.families.registry import families
+from lit_gpt.data.prepare import prepare
 
-ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
-LAYOUTS = [(family.__name__.rpartition(".")[2], name) for family in families() for name in family.tiny_hf()]
 torch.set_num_threads(1)  # two test processes on two cores
 # A shell's background job ignores SIGINT, and so would what the tests start from there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def tiny_hf_model(family: str, layout: str, **fields) -> torch.nn.Module:
-    """A small transformers model with random weights of all kinds, norms and biases included."""
-    module = next(f for f in families() if f.__name__.endswith("." + family))
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(module.tiny_hf(**fields)[layout]).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            center = parameter.mean() if parameter.ndim == 1 else 0.0  # 1 of a norm's weight, or 0 if 1 is added to it
-            parameter.normal_(std=0.15).add_(center)
-    return model
-
-
-@dataclass
-class Tiny:
-    """A converted checkpoint folder and the transformers model that it came from."""
-
-    folder: Path
-    hf: torch.nn.Module
 
 
 @pytest.fixture(params=LAYOUTS, ids="-".join)
@@ -55,41 +36,45 @@ def tiny(request, tmp_path: Path) -> Tiny:
     return Tiny(folder, model)
 
 
-def bpe_tokenizer(folder: Path) -> None:
-    """A byte-level BPE tokenizer of 300 tokens with an end token and no chat template."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=["<|end|>"])
-    tokenizer.train_from_iterator(["the cat and the dog", "Below is an instruction that describes a task"] * 9, trainer)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
-
-
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory) -> Path:
     """A converted tiny Llama with a tokenizer. Not to be written to."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-llama"
-    tiny_hf_model("llama", "llama3", vocab_size=320, max_position_embeddings=256).save_pretrained(folder)
-    bpe_tokenizer(folder)
-    hf_files.convert(folder, hf_shards.StoredWeights(folder))
-    return folder
+    return make_base(tmp_path_factory.mktemp("checkpoints") / "tiny-llama")
 
 
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
+@pytest.fixture(scope="session")
+def data_dir(llama: Path, tmp_path_factory) -> Path:
+    """Data prepared for the tiny Llama. Not to be written to."""
+    folder = tmp_path_factory.mktemp("data")
+    hp = SimpleNamespace(
+        checkpoint_dir=llama, destination_path=folder / "d", prompt_style="alpaca", max_seq_length=None,
+        mask_inputs=True, allow_unsupervised=False, validation_fraction=0.2, seed=1, messages_column="messages",
+        instruction_column="instruction", input_column="input", output_column="output", skip_bad_rows=False,
+        deduplicate=False,
+    )  # fmt: skip
+    prepare(hp, str(write_rows(folder / "r.jsonl")))
+    return folder / "d"
 
-    def refused(self, *words: str, code: int = 1) -> str:
-        """Assert that the script ended with one clear line on stderr, holding these words."""
-        errors = [line for line in self.err.splitlines() if line.startswith("error: ")]
-        assert self.code == code and len(errors) == 1 and "Traceback" not in self.err, (self.code, self.err)
-        assert all(word in errors[0] for word in words), errors[0]
-        return errors[0]
+
+@pytest.fixture
+def flags(llama: Path, data_dir: Path, tmp_path: Path) -> dict:
+    """The flags of a short LoRA run on the tiny Llama."""
+    return dict(
+        checkpoint_dir=llama, data_dir=data_dir, out_dir=tmp_path / "out", precision="fp32", max_steps=STEPS,
+        batch_size=6, micro_batch_size=3, warmup_steps=2, learning_rate=0.02, lora_dropout=0.1, lora_mlp="true",
+        eval_interval=5, save_interval=1, sample_tokens=5,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def spm_model() -> bytes:
+    """The contents of a tiny tokenizer.model."""
+    return sentencepiece_model()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
 
 
 @pytest.fixture(autouse=True)
@@ -116,10 +101,3 @@ def cli(capfd, monkeypatch) -> Callable[..., Result]:
         return Result(code, *capfd.readouterr())
 
     return run
-
-
-def spawn(script: str, **flags) -> subprocess.Popen:
-    """Start a script in a process of its own."""
-    argv = [sys.executable, str(ROOT / script), *(f"--{k}={v}" for k, v in flags.items())]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)

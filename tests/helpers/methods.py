@@ -1,0 +1,57 @@
+"""Attach finetuning methods to models as if they had been trained."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lit_gpt import GPT
+from lit_gpt.checkpoints.base_model import BaseCheckpoint
+from lit_gpt.methods import adapter, adapter_v2, finetuned_file, lora
+
+EVERYTHING = lora.LoRAConfig(
+    r=4, alpha=8, dropout=0.0, query=True, key=True, value=True, projection=True, mlp=True, head=True
+)
+SWITCHES = ("query", "key", "value", "projection", "mlp", "head")
+ONE_EACH = [replace(EVERYTHING, **{name: name == only for name in SWITCHES}) for only in SWITCHES]
+STYLE = {"name": "plain", "template": "", "own_bos": False, "stop_ids": []}
+LORAS = [  # of different ranks, scales and projections
+    lora.LoRAConfig(r=2, alpha=4),
+    lora.LoRAConfig(r=4, alpha=4, query=False, key=True, projection=True),
+    lora.LoRAConfig(r=3, alpha=12, mlp=True, head=True),
+    lora.LoRAConfig(r=5, query=False, value=False, head=True),
+]
+
+
+def lora_files(
+    folder: Path, configs: list[lora.LoRAConfig], quantize: str | None = None, style: dict = STYLE
+) -> list[Path]:
+    """Write LoRA files as if trained on the checkpoint in `folder`, one for each configuration."""
+    base, paths = BaseCheckpoint.of(folder, quantize), []
+    for i, config in enumerate(configs):
+        torch.manual_seed(i)
+        state = finetuned_file.trained_state(lora.attach(base.build(), config))
+        state = {name: 0.3 * torch.randn_like(tensor) for name, tensor in state.items()}
+        paths.append(folder / f"{i}.pth")
+        record = {"hyperparameters": vars(config), "prompt_style": style, "quantize": quantize}
+        finetuned_file.save_file(paths[-1], lora.METHOD, base.fingerprint, state, **record)
+    return paths
+
+
+def with_lora_and_adapter(model: GPT) -> GPT:
+    """Attach LoRA and an adapter: one layer has a prompt, the other none."""
+    return adapter.attach(lora.attach(model, lora.LoRAConfig(r=4)), adapter.AdapterConfig(start_layer=1))
+
+
+def with_adapter_v2(model: GPT) -> GPT:
+    """Attach an adapter v2 to every layer."""
+    return adapter_v2.attach(model, adapter_v2.CONFIG(start_layer=0))
+
+
+def as_if_trained(model: GPT) -> GPT:
+    """Move all trainable parameters a little, so that methods that start at zero have an effect."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()

@@ -1,0 +1,525 @@
+"""The operations with gradients of their own against plain formulas: results, gradients, what is kept."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd import gradcheck
+
+from helpers.compare import off
+from helpers.steps import random_row, step
+from helpers.tiny_models import Tiny
+from lit_gpt import GPT, hardware
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.families.registry import config_from_name
+from lit_gpt.kernels import attention, fused, ops
+from lit_gpt.kernels.attention import ScoreParams
+from lit_gpt.methods import adapter_v2, lora
+from lit_gpt.methods.adapter import AdapterConfig
+from lit_gpt.model import inputs as inputs_module
+from lit_gpt.model.inputs import Targets
+from lit_gpt.model.loss import summed_cross_entropy
+from lit_gpt.training import activation_checkpointing
+from lit_gpt.training.activation_checkpointing import KINDS, apply_activation_checkpointing
+
+NARROW, WIDE = torch.bfloat16, torch.float64
+PARTS = [(0, 5), (9, 16)]
+ALL = lora.LoRAConfig(r=4, dropout=0.1, key=True, projection=True, mlp=True, head=True)
+
+
+@pytest.fixture(params=[True, False], ids=["kernels", "formulas"])
+def with_kernels(request, monkeypatch) -> bool:
+    """All holds with the C++ kernels and without; where there is no compiler, without alone."""
+    if request.param and not ops.available():
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(ops, "available", lambda: request.param)
+    return request.param
+
+
+def results(f: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The result, and the gradients of the inputs that want one; `inputs` of float32 and float64 keep their dtype."""
+    given = [x.detach().to(dtype if x.dtype == NARROW else x.dtype).requires_grad_(x.requires_grad) for x in inputs]
+    y = f(*given)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=WIDE).to(NARROW).to(y.dtype))
+    return [y.detach(), *(x.grad for x in given if x.requires_grad)]
+
+
+def holds(ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+    """In float32 the same; in bfloat16 no farther from the truth than the plain formula. `inputs`: bfloat16."""
+    exact = results(plain, [x.detach().to(WIDE).requires_grad_(x.requires_grad) for x in inputs], WIDE)
+    for found, expected in zip(results(ours, inputs, torch.float32), exact, strict=True):
+        assert off(found, expected) < 1e-5
+    for found, rival, expected in zip(
+        results(ours, inputs, NARROW), results(plain, inputs, NARROW), exact, strict=True
+    ):
+        assert found.dtype == rival.dtype and off(found.double(), expected) <= 1.2 * off(rival.double(), expected)
+
+
+def inputs(*shapes: tuple[int, ...], frozen: tuple[int, ...] = ()) -> list[Tensor]:
+    torch.manual_seed(3)
+    return [torch.randn(shape).to(NARROW).requires_grad_(i not in frozen) for i, shape in enumerate(shapes)]
+
+
+# LoRA's update
+
+
+def mask_of(x: Tensor, dropout: float) -> Tensor:
+    """What the update multiplies x with if it is called with this seed, float64. It depends on the dtype's size."""
+    torch.manual_seed(5)
+    kept = 1024 - round(dropout * 1024)
+    bits = fused.random_bits(x.numel(), kept, x.device)
+    return (fused._dropped(torch.ones_like(x), bits).double() if dropout else torch.ones_like(x, dtype=WIDE)) * (
+        1024 / kept
+    )
+
+
+def plain_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor) -> Tensor:
+    low = F.linear((x * mask).to(x.dtype), A.to(x.dtype))
+    first, second = (F.linear(a, b.to(x.dtype)) * 2.0 for a, b in zip(low.split(4, -1), B.split([5, 7]), strict=True))
+    return y + torch.cat([first, y.new_zeros(*y.shape[:-1], 4), second, y.new_zeros(*y.shape[:-1], 1)], dim=-1)
+
+
+def our_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
+    torch.manual_seed(5)
+    return fused.low_rank_update(y.clone(), x, A, B, PARTS, 2.0, dropout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, NARROW])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("frozen", [(), (0, 1)], ids=["inner", "first"])  # the first layer's input wants no gradient
+def test_low_rank_update(dtype, dropout, frozen):
+    given = inputs((122, 17), (122, 24), (8, 24), (12, 4), frozen=frozen)
+    given = [
+        w.detach().to(dtype if i < 2 else torch.float32).requires_grad_(i not in frozen) for i, w in enumerate(given)
+    ]
+    mask = mask_of(given[1], dropout)
+    exact = results(
+        lambda *a: plain_update(*a, mask), [x.detach().double().requires_grad_(x.requires_grad) for x in given], WIDE
+    )
+    ours = results(lambda *a: our_update(*a, dropout), given, dtype)
+    plain = results(lambda *a: plain_update(*a, mask), given, dtype)
+    for found, rival, expected in zip(ours, plain, exact, strict=True):
+        assert found.dtype == rival.dtype
+        assert off(found.double(), expected) <= (1e-5 if dtype != NARROW else 1.2 * off(rival.double(), expected))
+
+
+def kernel_mask(rows: int, size: int, threshold: int, seed: int = 5) -> Tensor:
+    """What the kernel keeps of x (rows, size), 1 or 0: the low-rank product with the identity of ones."""
+    torch.manual_seed(seed)
+    seed, ones, zeros = torch.randint(2**63 - 1, (1,)), torch.ones(rows, size), torch.zeros(rows, 8)
+    return ops.lora_(zeros, ones, torch.eye(size), torch.zeros(8, size), seed, threshold, [0], [8], 1.0)
+
+
+@pytest.mark.skipif(not ops.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, NARROW])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("rank", [4, 8, 16])
+@pytest.mark.parametrize("size", [24, 64])
+def test_low_rank_update_kernel(dtype, dropout, rank, size):
+    parts = [(0, 16), (24, 320)]
+    y, x, A, B = inputs((122, 328), (122, size), (2 * rank, size), (312, rank))
+    given = [y.detach().to(dtype).requires_grad_(), x.detach().to(dtype).requires_grad_()]
+    given += [w.detach().float().requires_grad_() for w in (A, B)]
+    kept = 1024 - round(dropout * 1024)
+    mask = kernel_mask(122, size, kept * 2**6).double() * 1024 / kept
+
+    def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        low = F.linear((x * mask).to(x.dtype), A.to(x.dtype)).split(rank, -1)
+        first, second = (F.linear(a, b.to(x.dtype)) * 2.0 for a, b in zip(low, B.split([16, 296]), strict=True))
+        return y + torch.cat([first, y.new_zeros(122, 8), second, y.new_zeros(122, 8)], dim=-1)
+
+    def ours(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return fused.low_rank_update(y.clone(), x, A, B, parts, 2.0, dropout)
+
+    assert ops.supports_lora(*given[:2], parts)
+    exact = results(plain, [t.detach().double().requires_grad_() for t in given], WIDE)
+    for found, rival, expected in zip(results(ours, given, dtype), results(plain, given, dtype), exact, strict=True):
+        assert found.dtype == rival.dtype
+        assert off(found.double(), expected) <= (1e-5 if dtype != NARROW else 1.2 * off(rival.double(), expected))
+
+
+@pytest.mark.skipif(not ops.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("kept", [0, 1, 512, 973, 1024])
+def test_dropout_of_the_kernel_strikes_each_element_alike(kept):
+    rows, size, p = 2**13, 128, kept / 1024
+    mask = kernel_mask(rows, size, kept * 2**6).flatten().double()
+    n = len(mask)
+    assert set(mask.unique().tolist()) <= {0.0, 1.0} and abs(mask.mean() - p) <= 5 * (p * (1 - p) / n) ** 0.5
+    for lag in (1, 2, 3, 4, 8, 16, 64, size, size + 1, n // 2):
+        together = (mask[lag:] * mask[:-lag]).mean()
+        assert abs(together - p * p) <= 6 * p * (1 - p**2) ** 0.5 / (n - lag) ** 0.5
+    other = kernel_mask(rows, size, kept * 2**6, seed=6).flatten().double()
+    assert abs((mask * other).mean() - p * p) <= 6 * p * (1 - p**2) ** 0.5 / n**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, NARROW])
+def test_scaled(dtype):
+    y, scale, shift = inputs((2, 60, 17), (17,), (17,))
+    given = [y.detach().to(dtype).requires_grad_(), *(x.detach().float().requires_grad_() for x in (scale, shift))]
+
+    def plain(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return (y + shift.to(y.dtype)) * scale.to(y.dtype)
+
+    exact = results(plain, [x.detach().double().requires_grad_() for x in given], WIDE)
+    for found, rival, expected in zip(results(fused.scaled, given, dtype), results(plain, given, dtype), exact,
+                                      strict=True):  # fmt: skip
+        assert found.dtype == rival.dtype
+        assert off(found.double(), expected) <= (1e-5 if dtype != NARROW else 1.2 * off(rival.double(), expected))
+
+
+def test_low_rank_update_gradcheck():
+    args = [x.detach().double().requires_grad_() for x in inputs((3, 17), (3, 24), (8, 24), (12, 4))]
+    assert gradcheck(lambda *a: our_update(*a, 0.3), args)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_dropout_strikes_each_element_alike(dtype):
+    """The rate of a million elements within five standard deviations, and no element bound to another."""
+    torch.manual_seed(0)
+    n, kept = 2**20 + 7, 1024 - 51
+    ones = torch.ones(n, dtype=dtype)
+    mask = fused._dropped(ones, fused.random_bits(n, kept, ones.device))
+    assert set(mask.unique().tolist()) == {0.0, 1.0} and mask.shape == ones.shape
+    dropped, p = 1 - mask.double(), 51 / 1024
+    sigma = (p * (1 - p) / n) ** 0.5
+    assert abs(dropped.mean() - p) < 5 * sigma
+    for lag in (1, 2, 3, 4, 8, 16, 64, n // 64, n // 64 + 1, n // 16, n // 16 + 1):
+        together = (dropped[lag:] * dropped[:-lag]).mean()
+        assert abs(together - p * p) < 6 * p * (1 - p) / (n - lag) ** 0.5
+    again = fused._dropped(ones, fused.random_bits(n, kept, ones.device))
+    assert not torch.equal(mask, again)
+    torch.manual_seed(0)
+    assert torch.equal(mask, fused._dropped(ones, fused.random_bits(n, kept, ones.device)))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 512, 625, 1023])
+def test_probability_of_random_bits(kept):
+    torch.manual_seed(0)
+    n, p = 2**21, kept / 1024
+    mask = fused._dropped(torch.ones(n), fused.random_bits(n, kept, torch.device("cpu"))).double()
+    assert abs(mask.mean() - p) <= 5 * (p * (1 - p) / n) ** 0.5
+
+
+def test_packed_bools_are_all_there():
+    """Each bool has a bit of its own, whatever the others are."""
+    one_each = torch.eye(64, dtype=torch.bool)
+    places = [fused._packed(row).item() for row in one_each]
+    assert len(set(places)) == 64 and sum(places) == -1
+    bools = torch.rand(64) < 0.5
+    assert fused._packed(bools).item() == sum(place for place, b in zip(places, bools, strict=True) if b)
+
+
+def test_dropout_drops_what_is_not_finite():
+    x = torch.full((64,), torch.nan)
+    kept = fused._dropped(x, torch.zeros(1, dtype=torch.int64))
+    assert torch.equal(kept, torch.zeros(64))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_lora_layer_drops_only_when_it_trains(training):
+    torch.manual_seed(0)
+    layer = lora.LoRALinear(torch.nn.Linear(24, 16), [(0, 16)], lora.LoRAConfig(r=4, dropout=0.5)).train(training)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(2, 7, 24)
+    with torch.no_grad():
+        plain = layer.linear(x) + 4 * x @ layer.lora_A.T @ layer.lora_B.T
+        assert (off(layer(x), plain) < 1e-6) != training
+
+
+# attention
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, lengths: tuple[int, ...]) -> Tensor:
+    found = []
+    for part in zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True):
+        q, k, v = part
+        seen = torch.ones(q.size(2), q.size(2), dtype=torch.bool).tril()
+        seen = seen if scores.window is None else seen.triu(1 - scores.window)
+        if scores.softcap is None:
+            found.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scores.scale, enable_gqa=True))
+            continue
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        s = scores.softcap * torch.tanh(q @ k.mT * scores.scale / scores.softcap)
+        found.append(s.masked_fill(~seen, -torch.inf).softmax(-1) @ v)
+    return torch.cat(found, dim=2)
+
+
+@pytest.mark.parametrize("groups", [6, 2, 1])
+@pytest.mark.parametrize("scores", [ScoreParams(0.25), ScoreParams(0.25, 1), ScoreParams(0.4, 50),
+                                    ScoreParams(0.4, 50, softcap=1.5)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("lengths", [(1, 130, 2, 300, 17), (45,), (256, 128)], ids=str)
+def test_attention(groups, scores, lengths, with_kernels):
+    T, batch = sum(lengths), 2 if len(lengths) == 1 else 1
+    packed = inputs((batch, T, (6 + 2 * groups) * 16))[0]
+
+    def from_packed(f: Callable) -> Callable[[Tensor], Tensor]:
+        """Heads as views of one projection, as in the model."""
+
+        def run(x: Tensor) -> Tensor:
+            q, k, v = x.view(batch, T, -1, 16).split([6, groups, groups], dim=2)
+            return f(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scores, lengths)
+
+        return run
+
+    holds(from_packed(attention.attention), from_packed(plain_attention), [packed])
+
+
+def test_attention_gradcheck(monkeypatch):
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 3)
+    args = [x.detach().double().requires_grad_() for x in inputs((2, 4, 9, 3), (2, 2, 9, 3), (2, 2, 9, 3))]
+    for scores in (
+        ScoreParams(0.5),
+        ScoreParams(0.5, window=4),
+        ScoreParams(0.5, 4, softcap=0.8),
+    ):
+        assert gradcheck(lambda q, k, v, scores=scores: attention.attention(q, k, v, scores, (2, 7)), args)
+
+
+def test_training_attends_as_evaluation(tiny: Tiny):
+    """The model's own choice between the two, on rows of one and of several samples."""
+    gpt, idx = load_model(tiny.folder).requires_grad_(True), torch.randint(96, (1, 40))
+    for segments in (None, inputs_module.Segments.of([13, 27])):
+        with torch.no_grad():
+            expected = gpt(idx, segments=segments)
+        assert off(gpt(idx, segments=segments).detach(), expected) < 1e-6
+
+
+@torch.no_grad()
+def test_attention_is_in_the_precision_of_the_arithmetic(tiny: Tiny):
+    """bfloat16 over float32 weights, as full finetuning has it; norms give float32 there."""
+    gpt = load_model(tiny.folder)
+    rotation = gpt.rotations(torch.arange(9), (9,), torch.float32)[0]
+    with torch.autocast("cpu", NARROW):
+        heads = gpt.h[0].attn.project_qkv(torch.randn(1, 9, gpt.config.n_embd), rotation)
+    assert {x.dtype for x in heads} == {NARROW}
+
+
+# norm, gated activation, rotation
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("frozen", [(), (1,), (0,)], ids=["both", "frozen weight", "weight alone"])
+def test_rms_norm(frozen, offset, with_kernels):
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)
+        return (wide * (offset + weight.to(wide.dtype))).to(x.dtype) if offset else weight * wide.to(x.dtype)
+
+    given = inputs((2, 33, 48), (48,), frozen=frozen)
+    holds(lambda *a: fused.rms_norm(*a, 1e-5, offset), plain, given)
+    for x, weight in (given, [x.float() for x in given], [given[0], given[1].float()]) if not with_kernels else ():
+        assert torch.equal(fused.rms_norm(x, weight, 1e-5, offset), plain(x, weight))
+
+
+@pytest.mark.parametrize("f", fused.ACTIVATIONS.values(), ids=fused.ACTIVATIONS)
+@pytest.mark.parametrize("size", [48, 50])
+def test_gated(f, size, with_kernels):
+
+    def plain(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return f(gate) * up
+
+    (x,) = inputs((2, 33, size))
+    holds(lambda x: fused.gated(x, f), plain, [x])
+    assert with_kernels or torch.equal(fused.gated(x, f), plain(x))
+    assert gradcheck(lambda x: fused.gated(x, f), [x[:, :3].detach().double().requires_grad_()])
+    extreme = torch.tensor([[-1e10, -200.0, 200.0, 1e10, -1.0, 1.0, 1.0, 1.0]], requires_grad=True)
+    for found, expected in zip(results(lambda x: fused.gated(x, f), [extreme], torch.float32),
+                               results(plain, [extreme], torch.float32), strict=True):  # fmt: skip
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def plain_rotation(x: Tensor, cos: Tensor, sin: Tensor, heads: int, size: int) -> Tensor:
+    x = x.view(*x.shape[:2], -1, size)
+    turned, rest = x[:, :, :heads, : cos.size(-1)], x[:, :, :heads, cos.size(-1) :]
+    low, high = turned.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+    turned = (turned * cos + torch.cat((-high, low), dim=-1) * sin).to(x.dtype)
+    return torch.cat([torch.cat([turned, rest], dim=-1), x[:, :, heads:]], dim=2).flatten(2)
+
+
+@pytest.mark.parametrize("elements", [16, 8])  # of each head that rotate
+@pytest.mark.parametrize("shape", [(9,), (2, 9)], ids=str)
+def test_rotation(elements, shape, with_kernels):
+    angles = torch.randn(*shape, elements // 2).repeat(*[1] * len(shape), 2)
+    cos, sin = angles.cos().mul(1.1).to(NARROW), angles.sin().mul(1.1).to(NARROW)
+    (x,) = inputs((2, 9, 5 * 16))
+
+    def ours(x: Tensor) -> Tensor:
+        return fused.rotate(x, cos.to(x.dtype), sin.to(x.dtype), 3, 16)
+
+    def plain(x: Tensor) -> Tensor:
+        return plain_rotation(x, cos.to(x.dtype), sin.to(x.dtype), 3, 16)
+
+    holds(ours, plain, [x])
+    assert with_kernels or torch.equal(ours(x), plain(x))
+    wide = cos.float(), sin.float()  # as under autocast
+    assert torch.equal(fused.rotate(x, *wide, 3, 16), plain_rotation(x, *wide, 3, 16))
+    assert gradcheck(ours, [x.detach().double().requires_grad_()])
+
+
+# the loss
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("chunk", [7, 10**6])
+def test_loss(monkeypatch, chunk, cap):
+    monkeypatch.setattr("lit_gpt.model.loss.MAX_LOGITS", chunk * 50)
+    hidden, weight = inputs((23, 16), (50, 16), frozen=(1,))
+    labels = torch.randint(50, (23,))
+
+    class Head(torch.nn.Module):
+        out_features = 50
+
+        def __init__(self, weight: Tensor) -> None:
+            super().__init__()
+            self.register_buffer("weight", weight * 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight)
+
+    def finish(logits: Tensor) -> Tensor:
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        logits = finish(Head(weight)(x))
+        return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
+
+    holds(lambda x, weight: summed_cross_entropy(Head(weight), x, labels, finish), plain, [hidden, weight])
+
+
+def test_loss_of_a_certain_and_of_an_impossible_token():
+    head = torch.nn.Identity()
+    head.out_features = 3
+    logits = torch.tensor([[90.0, -100.0, 0.0], [90.0, -100.0, 0.0]], requires_grad=True)
+    loss = summed_cross_entropy(head, logits, torch.tensor([0, 1]))
+    loss.backward()
+    assert loss.item() == 190
+    assert torch.allclose(logits.grad, torch.tensor([[0.0, 0, 0], [1, -1, 0]]), atol=1e-30)
+
+
+# in a model
+
+
+def test_steps_are_deterministic_and_keeping_less_changes_nothing(tiny: Tiny):
+    torch.manual_seed(0)
+    gpt, row = lora.attach(load_model(tiny.folder), ALL), random_row()
+    for layer in lora.lora_layers(gpt).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    first = step(gpt, row)
+    assert all(torch.equal(a, b) for a, b in zip(first, step(gpt, row), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, step(gpt, row, seed=1), strict=True))
+    plain = [block.forward for block in gpt.h]
+    for kind in KINDS:
+        apply_activation_checkpointing(gpt, kind)
+        assert all(torch.equal(a, b) for a, b in zip(first, step(gpt, row), strict=True)), kind
+        if kind != "selective":  # that stays, for its parts are of other modules
+            for block, forward in zip(gpt.h, plain, strict=True):
+                block.forward = forward
+
+
+@pytest.mark.parametrize("method", ["adapter_v2", "full"])
+def test_keeping_less_changes_nothing_for_other_methods(tiny: Tiny, method):
+    """In bfloat16 over float32 weights too."""
+    row = random_row()
+    for kind in KINDS[1:]:
+        torch.manual_seed(0)
+        gpt = load_model(tiny.folder)
+        gpt = adapter_v2.attach(gpt, AdapterConfig(start_layer=1)) if method == "adapter_v2" else gpt.requires_grad_()
+        for arithmetic in (nullcontext(), torch.autocast("cpu", NARROW, cache_enabled=False)):
+            with arithmetic:
+                first = step(gpt, row)
+        apply_activation_checkpointing(gpt, kind)
+        with arithmetic:
+            assert all(torch.equal(a, b) for a, b in zip(first, step(gpt, row), strict=True)), kind
+
+
+def test_what_is_offloaded_is_the_blocks_inputs(tiny: Tiny, monkeypatch):
+    torch.manual_seed(0)
+    gpt, row, moved = lora.attach(load_model(tiny.folder), ALL), random_row(), []
+    to_host = activation_checkpointing.to_host
+    monkeypatch.setattr(hardware, "to_host", lambda x: moved.append(x.shape) or to_host(x))
+    apply_activation_checkpointing(gpt, "offload")
+    step(gpt, row)
+    assert moved == [(1, row.idx.numel(), gpt.config.n_embd)] * gpt.config.n_layer
+
+
+@pytest.mark.skipif(not ops.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("name", ["SmolLM2-135M", "gemma-2b", "Qwen3-0.6B"])
+def test_a_step_with_kernels_has_the_gradients_of_one_without(name, monkeypatch):
+    """In float32 the same; in bfloat16 as far from float32's as the plain path's at most."""
+    small = dict(n_layer=2, padded_vocab_size=96, n_embd=128, intermediate_size=192)
+    torch.manual_seed(0)
+    gpt = lora.attach(GPT(config_from_name(name, **small)), replace(ALL, dropout=0.0))
+    for layer in lora.lora_layers(gpt).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    row, ways = random_row((9, 131, 5)), {}
+    for dtype in (torch.float32, NARROW):
+        for parameter in gpt.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+        for there in (True, False):
+            monkeypatch.setattr(ops, "available", lambda there=there: there)
+            ways[dtype, there] = step(gpt, row)
+    exact = ways[torch.float32, False]
+    for found, expected in zip(ways[torch.float32, True], exact, strict=True):
+        assert off(found, expected) < 1e-5
+    ours, plain = ([off(*pair) for pair in zip(ways[NARROW, there], exact, strict=True)] for there in (True, False))
+    assert sum(ours) <= 1.1 * sum(plain) and max(ours) <= 1.2 * max(plain)
+
+
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+def test_a_step_without_contents(kind, with_kernels):
+    """As when memory is predicted."""
+    mode = FakeTensorMode() if kind == "fake" else torch.device("meta")
+    row = random_row()
+    with mode:
+        gpt = lora.attach(GPT(config_from_name("SmolLM2-135M", n_layer=2)), ALL)
+        idx, at, labels, offsets, positions = (
+            torch.empty(x.shape, dtype=x.dtype)
+            for x in (row.idx, row.targets.positions, row.targets.labels, row.segments.offsets, row.segments.positions)
+        )
+        segments = inputs_module.Segments(row.segments.lengths, offsets, positions)
+        gpt.train()(idx, segments=segments, targets=Targets(at, labels)).backward()
+    assert all(p.grad.shape == p.shape for p in gpt.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("spare", ["none", "selective"])
+def test_a_block_keeps_what_it_must(with_kernels, spare, monkeypatch):
+    """Bytes per token that a block of Llama's kind with LoRA keeps for the backward pass, as counted by hand."""
+    config = config_from_name("SmolLM2-135M", n_layer=2)
+    gpt, row = lora.attach(GPT(config).bfloat16(), lora.LoRAConfig(key=True, projection=True, mlp=True)), random_row()
+    kept: dict[int, int] = {}
+
+    def note(saved: Tensor | activation_checkpointing.Recompute) -> Tensor | activation_checkpointing.Recompute:
+        storage = (saved.x if isinstance(saved, activation_checkpointing.Recompute) else saved).untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    pack = activation_checkpointing.RecomputedOutputs.pack
+    monkeypatch.setattr(
+        activation_checkpointing.RecomputedOutputs, "pack", lambda self, tensor: note(pack(self, tensor))
+    )
+    apply_activation_checkpointing(gpt, spare)
+    x = torch.randn(1, row.idx.size(1), config.n_embd).bfloat16().requires_grad_()
+    rotation = gpt.rope(row.segments.positions, row.segments.lengths, x.dtype)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        gpt.train().h[0](x, rotation, row.segments, None)
+    weights = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
+    found = sum(size for pointer, size in kept.items() if pointer not in weights) / row.idx.numel()
+    n, inner, qkv, r = config.n_embd, config.intermediate_size, sum(config.qkv_sizes), 8
+    elements = 2 * n + 2 * n + qkv + n + 3 * inner  # norms, what they give, q k v, what is found, gate up and product
+    elements -= 2 * n + inner if spare == "selective" else 0
+    masks, low, rest = (3 * n + inner) / 8, 7 * r * 2, 2 * 4 + 4 * config.head_size
+    if with_kernels:  # a seed for a mask, and of the probabilities each query's sum
+        masks, low, rest = 0, 7 * r * 4, rest + 4 * config.n_head
+    blocks = attention._blocks(row.segments.lengths, ScoreParams(1.0))
+    probabilities = 2 * config.n_head * sum((b.end - b.begin) * (b.end - b.first) for b in blocks) / row.idx.numel()
+    probabilities = 0 if with_kernels else probabilities
+    assert found < 1.01 * (2 * elements + masks + low + rest + probabilities)

@@ -1,0 +1,161 @@
+"""Routed experts against the plain formula, token by token."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.autograd import gradcheck
+
+from helpers.cli import spawn
+from helpers.compare import off
+from helpers.runs import flags_of, of_method, same_run
+from helpers.tiny_models import tiny_hf_model
+from lit_gpt import GPT, Config
+from lit_gpt.conversion import hf, hf_shards
+from lit_gpt.methods import adapter_v2, lora
+from lit_gpt.model import moe
+from lit_gpt.model.inputs import Segments, Targets
+from lit_gpt.model.mlp import MoE
+from lit_gpt.training.memory_plan import simulate
+from lit_gpt.training.memory_tracker import MemoryTracker
+
+CONFIG = Config(
+    "tiny", "mixtral", n_layer=2, n_head=4, n_embd=16, vocab_size=96, block_size=64, norm_class="RMSNorm",
+    mlp_class="MoE", activation="silu", intermediate_size=12, n_expert=7, n_expert_per_token=3,
+)  # fmt: skip
+EXPERTS = lora.LoRAConfig(r=2, alpha=6, dropout=0.0, query=False, value=False, mlp=True)
+
+
+def random_moe(config: Config) -> MoE:
+    torch.manual_seed(0)
+    layer = MoE(config)
+    torch.nn.init.normal_(layer.router.weight)
+    layer.router.weight.data[2] = -layer.router.weight.data[3] * 50  # few tokens go to this expert
+    return layer
+
+
+def by_token(layer: MoE, x: torch.Tensor, k: int, norm_weights: bool) -> torch.Tensor:
+    """Each token through its experts, one after the other."""
+    found = []
+    for token in x:
+        probabilities = F.softmax(layer.router.weight @ token, dim=0)
+        chosen = probabilities.argsort(descending=True)[:k]
+        total = probabilities[chosen].sum() if norm_weights else 1.0
+        y = 0
+        for e in chosen:
+            gate, up = (layer.gate_up.weight[e] @ token).chunk(2)
+            y = y + probabilities[e] / total * (layer.proj.weight[e] @ (F.silu(gate) * up))
+        found.append(y)
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("norm_weights", [True, False])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_equals_the_plain_formula(tokens, norm_weights):
+    """Outputs and all gradients; with one token most experts have none."""
+    layer = random_moe(replace(CONFIG, norm_expert_weights=norm_weights))
+    x, direction = torch.randn(2, tokens, 16)
+    results = []
+    for f in (lambda x: layer(x[None])[0], lambda x: by_token(layer, x, 3, norm_weights)):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        y = f(leaf)
+        y.backward(direction)
+        results.append([y.detach(), leaf.grad, *(p.grad for p in layer.parameters())])
+    assert all(off(found, expected) < 1e-5 for found, expected in zip(*results, strict=True))
+
+
+def test_gradients_of_the_product():
+    x, weight = torch.randn(5, 3).double().requires_grad_(), torch.randn(4, 2, 3).double().requires_grad_()
+    assert gradcheck(lambda x, weight: moe.grouped_product(x, weight, [0, 3, 0, 2]), (x, weight))
+
+
+def test_each_expert_has_an_update_of_its_own():
+    """With LoRA the layer is that of weights to which each expert's own B A is added; the router keeps its choice."""
+    gpt = GPT(CONFIG)
+    gpt.h[0].mlp = random_moe(CONFIG)
+    x = torch.randn(1, 9, 16)
+    plain = gpt.h[0].mlp(x)
+    layer = lora.attach(gpt, EXPERTS).eval().h[0].mlp
+    assert torch.equal(layer(x), plain)
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {
+        f"{name}.lora_{x}" for name in ("gate_up", "proj") for x in "AB"
+    }
+    changed = random_moe(CONFIG)
+    for name in ("gate_up", "proj"):
+        update = getattr(layer, name)
+        torch.nn.init.normal_(update.lora_B)
+        weight = getattr(changed, name).weight.data
+        for e in range(7):
+            A = update.lora_A[e].split(2)
+            B = update.lora_B[e].chunk(len(A))
+            weight[e] += 3.0 * torch.cat([b @ a for a, b in zip(A, B, strict=True)])
+    assert off(layer(x), plain) > 0.1 and off(layer(x), changed(x)) < 1e-5
+    assert all((a.std(dim=(-2, -1)) > 0.05).all() for a in (layer.gate_up.lora_A, layer.proj.lora_A))
+
+
+def test_each_expert_has_a_scale_of_its_own():
+    gpt = GPT(CONFIG)
+    gpt.h[0].mlp = random_moe(CONFIG)
+    layer = adapter_v2.attach(gpt, adapter_v2.AdapterConfig(start_layer=1)).h[0].mlp
+    torch.nn.init.normal_(layer.proj.scale)
+    torch.nn.init.normal_(layer.proj.shift)
+    x, counts = torch.randn(6, 12), [1, 0, 2, 0, 0, 3, 0]
+    expert = torch.tensor([0, 2, 2, 5, 5, 5])
+    plain = torch.stack([layer.proj.linear.weight[e] @ row for e, row in zip(expert, x, strict=True)])
+    routes = moe.Routing(expert, expert, counts)
+    assert off(layer.proj(x, routes), layer.proj.scale[expert] * (plain + layer.proj.shift[expert])) < 1e-6
+    assert isinstance(layer.router, moe.Router)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_plan_counts_what_a_step_holds(method):
+    """Whatever the router chooses: rows are as many."""
+    config = replace(CONFIG, n_embd=64, intermediate_size=128, vocab_size=300, padded_vocab_size=300, head_size=16)
+    experts = {"lora_mlp": "true"} if method == "lora" else {}
+    method, hp = flags_of(method, precision="bf16", **experts)
+    row = [40, 30, 20]
+    found = simulate(config, method, hp, row, 50, cuda=False)
+    segments, idx = Segments.of(row), torch.randint(300, (1, sum(row)))
+    targets = Targets(torch.arange(50), torch.randint(300, (50,)))
+    with MemoryTracker() as live:
+        model = GPT(config)
+        model = method.attach(model.to(method.weight_dtype(hp))).train()
+        held = live.now
+        live.peak = live.now
+        with method.autocast(hp, "cpu"):
+            loss = model(idx, segments=segments, targets=targets)
+        loss.backward()
+    step = max(found.forward, found.backward_begins, found.backward_ends) - found.weights - found.optimizer
+    assert live.peak - held == pytest.approx(step, rel=0.02)
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def test_names_in_the_files_of_mixtral(tmp_path):
+    """As on the hub, a tensor for each projection of each expert."""
+    tiny_hf_model("mixtral", "mixtral").save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    prefix = "model.layers.1.block_sparse_moe."
+    assert {f"{prefix}experts.4.{name}.weight" for name in ("w1", "w2", "w3")} | {
+        f"{prefix}gate.weight"
+    } <= stored.keys()
+
+
+@pytest.mark.subprocess
+def test_two_ranks_share_the_experts(cli, llama, flags, tmp_path):
+    """Five experts do not divide, and each rank's tokens go to others; FSDP trains as one process does."""
+    base = tmp_path / "mixtral"
+    tiny_hf_model("mixtral", "mixtral", vocab_size=320, max_position_embeddings=256).save_pretrained(base)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copyfile(llama / name, base / name)
+    hf.convert(base, hf_shards.StoredWeights(base))
+    flags = of_method(flags, "lora") | {"checkpoint_dir": base}
+    flags |= {"max_steps": 3, "batch_size": 10, "micro_batch_size": 5, "save_interval": 100, "lora_dropout": 0.0}
+    assert cli("finetune/lora.py", **flags).code == 0
+    two = flags | {"out_dir": tmp_path / "two", "devices": 2, "strategy": "fsdp"}
+    out, err = (process := spawn("finetune/lora.py", **two)).communicate(timeout=120)
+    assert process.returncode == 0, (out, err)
+    same_run(flags["out_dir"], two["out_dir"], "lora")

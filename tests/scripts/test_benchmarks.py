@@ -1,0 +1,145 @@
+"""benchmarks/train_speed.py on a tiny model: what it writes, and that all contestants do the same work. No speed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from helpers.paths import ROOT
+from lit_gpt.families.registry import config_from_name
+
+SCRIPT = "benchmarks/train_speed.py"
+TINY = dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=96)
+
+
+def measure(out_dir, **flags) -> tuple[dict, str, subprocess.CompletedProcess]:
+    """Two steps in float32 without dropout, in which losses must agree; returns JSON, table and process."""
+    flags = dict(
+        model_fields=json.dumps(flags.pop("fields")), out_dir=out_dir, precision="fp32", lora_dropout=0, steps=2,
+        warmup=0, learning_rate=0.02, **flags,
+    )  # fmt: skip
+    argv = [sys.executable, str(ROOT / SCRIPT), *(f"--{k}={v}" for k, v in flags.items())]
+    process = subprocess.run(argv, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    result = json.loads((out_dir / "train_speed_cpu.json").read_text())
+    return result, (out_dir / "train_speed_cpu.md").read_text(), process
+
+
+@pytest.mark.subprocess
+def test_contestants_do_the_same_work(tmp_path):
+    fields = dict(TINY, intermediate_size=112, num_key_value_heads=2)
+    result, table, process = measure(
+        tmp_path, model="SmolLM2-135M", fields=fields, contestants="ours,peft,peft_tuned,litgpt", starts=0
+    )
+    ours, peft, tuned = (result["contestants"][name] for name in ("ours", "peft", "peft_tuned"))
+    assert ours["losses"][0] != ours["losses"][1]
+    for peer in (peft, tuned):
+        assert peer["losses"] == pytest.approx(ours["losses"], abs=2e-5)
+        assert peer["tokens"] == ours["tokens"]
+        assert peer["trainable_parameters"] == ours["trainable_parameters"]
+    assert all(0 < c["peak_over_model_bytes"] < c["peak_bytes"] for c in (ours, peft, tuned))
+    assert ours["time_over_ours"] == 1
+    assert process.stderr.count("left out: litgpt: ") == 1 and "Left out: LitGPT (" in table
+    assert "| PEFT, tuned |" in table and str(tmp_path) not in table + json.dumps(result)
+    assert (tmp_path / "train_speed_cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.subprocess
+def test_fused_projections(tmp_path):
+    """Falcon on q and v: PEFT adapts the fused projection whole, so only the first step, where B is 0, is the same."""
+    result, _, _ = measure(
+        tmp_path, model="falcon-7b", fields=TINY, lora_layers="qv", contestants="ours,peft_tuned", starts=1
+    )
+    ours, tuned = (result["contestants"][name] for name in ("ours", "peft_tuned"))
+    assert tuned["losses"][0] == pytest.approx(ours["losses"][0], abs=2e-5)
+    assert tuned["tokens"] == ours["tokens"]
+    assert len(ours["start_seconds"]) == len(tuned["start_seconds"]) == 1
+
+
+def test_flops_are_those_that_torch_counts(monkeypatch):
+    """The products of a real step, by torch's count of each."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry
+
+    from lit_gpt import GPT
+    from lit_gpt.data import dataset, packing
+    from lit_gpt.kernels import ops
+    from lit_gpt.methods import lora
+
+    monkeypatch.setattr(ops, "available", lambda: False)  # torch does not look into them
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from peers.flops import StepFlops
+
+    config = config_from_name("SmolLM2-135M", n_layer=2, n_embd=64, n_head=4, n_query_groups=2, head_size=16,
+                              intermediate_size=112, padded_vocab_size=96, vocab_size=96)  # fmt: skip
+    adapted = lora.LoRAConfig(r=4, dropout=0.0, key=True, projection=True, mlp=True)
+    model = lora.attach(GPT(config), adapted).train()
+    samples = [dataset.Sample(torch.arange(n, dtype=torch.int32), torch.ones(n, dtype=torch.uint8)) for n in (20, 31)]
+    row = packing.pack(samples)
+    products = 0
+
+    class Count(TorchDispatchMode):  # torch's FlopCounterMode cannot look into a gradient taken in a forward pass
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            nonlocal products
+            result = op(*args, **(kwargs or {}))
+            if op.overloadpacket is torch.ops.aten.mm:
+                products += flop_registry[op.overloadpacket](*args, out_val=result)
+            if op.overloadpacket is torch.ops.aten.addmm_:  # in place, which torch has no count of
+                products += flop_registry[torch.ops.aten.addmm](*args, out_val=result)
+            return result
+
+    with Count():
+        model(row.idx, segments=row.segments, targets=row.targets).backward()
+    parts = StepFlops(config, adapted).parts([19, 30], 49)
+    attention = parts.pop("attention, forward and backward")
+    # nothing trains below the first layer's updates either: the gradients of their inputs are not computed
+    spared = 2 * 49 * 3 * 4 * 64
+    assert products == sum(parts.values()) - spared
+    assert attention == 12 * 2 * 4 * 16 * (19 * 20 // 2 + 30 * 31 // 2)
+
+
+def test_refuses_what_it_cannot_use(cli, tmp_path):
+    cli(SCRIPT).refused("--checkpoint_dir", "--model", code=2)
+    cli(SCRIPT, model="falcon-7").refused("falcon-7b")
+    cli(SCRIPT, model="falcon-7b", data_dir=tmp_path).refused("--model", code=2)
+    cli(SCRIPT, model="falcon-7b", model_fields="{").refused("--model_fields", code=2)
+    cli(SCRIPT, model="falcon-7b", contestants="peft").refused("--contestants", "ours", code=2)
+    cli(SCRIPT, model="falcon-7b", micro_batch=3).refused("--micro_batch", "divisor", code=2)
+
+
+@pytest.mark.subprocess
+def test_the_four_methods(tmp_path, monkeypatch):
+    """Table and pictures, from real runs of the scripts."""
+    from helpers.rows import write_rows
+    from helpers.tiny_models import tiny_hf_model
+    from helpers.tokenizers import bpe_tokenizer
+    from lit_gpt.conversion import hf, hf_shards
+
+    folder = tmp_path / "tiny"
+    fields = dict(vocab_size=320, max_position_embeddings=256, num_hidden_layers=4)
+    tiny_hf_model("llama", "llama3", **fields).save_pretrained(folder)
+    bpe_tokenizer(folder)
+    hf.convert(folder, hf_shards.StoredWeights(folder))
+    flags = dict(
+        checkpoint_dir=folder, json_path=write_rows(tmp_path / "r.jsonl"), destination_path=tmp_path / "d",
+        prompt_style="alpaca", validation_fraction=0.2,
+    )  # fmt: skip
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for script, given in (
+        ("scripts/prepare_json.py", flags),
+        ("benchmarks/methods.py", dict(
+            checkpoint_dir=folder, data_dir=tmp_path / "d", out_dir=tmp_path / "r", steps=2, batch_size=4,
+            max_new_tokens=4,
+        )),
+    ):  # fmt: skip
+        argv = [sys.executable, str(ROOT / script), *(f"--{k}={v}" for k, v in given.items())]
+        process = subprocess.run(argv, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+    found = json.loads((tmp_path / "r" / "methods_cpu.json").read_text())["methods"]
+    assert list(found) == ["adapter", "adapter_v2", "lora", "full"]
+    table = (tmp_path / "r" / "methods_cpu.md").read_text()
+    assert all(f"{f['trainable_parameters']:,}" in table for f in found.values()) and str(tmp_path) not in table
+    for name in ("time", "memory"):
+        assert (tmp_path / "r" / f"methods_cpu_{name}.png").read_bytes().startswith(b"\x89PNG")
