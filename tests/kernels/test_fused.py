@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from lit_gpt.training.activation_checkpointing import KINDS, apply_activation_checkpointing
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
@@ -25,7 +26,6 @@ from lit_gpt.model import inputs as inputs_module
 from lit_gpt.model.inputs import Targets
 from lit_gpt.model.loss import summed_cross_entropy
 from lit_gpt.training import activation_checkpointing
-from lit_gpt.training.activation_checkpointing import KINDS, apply_activation_checkpointing
 
 NARROW, WIDE = torch.bfloat16, torch.float64
 PARTS = [(0, 5), (9, 16)]
