@@ -26,7 +26,7 @@ FLAGS = [
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
-    """Return the library of `name`.cpp, its calls checked; None where it cannot be had, which is told once on stderr."""
+    """Return the library of `name`.cpp, or None where it cannot be had, which is told once on stderr."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++"))), None)
     if compiler is None:
         print("no C++ compiler found (g++): the CPU goes without the faster kernels", file=sys.stderr)
