@@ -350,7 +350,7 @@ def test_a_wrong_export_is_refused(cli, bases, tmp_path, monkeypatch, kind, how)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_where_no_other_reader_is_installed(cli, bases, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(parity, "missing", lambda *packages: list(packages))
+    monkeypatch.setattr(readers, "missing", lambda *packages: list(packages))
     flags = {"checkpoint_dir": finetuned(bases["llama"], tmp_path), "out_dir": tmp_path / "out"}
     if kind in ("peft", "merged"):
         flags |= {"lora_path": lora_file(bases["llama"], tmp_path / "run"), "checkpoint_dir": bases["llama"]}
@@ -370,7 +370,8 @@ def test_killed_before_it_is_put_in_place(cli, bases, tmp_path):
     """SIGKILL when all is written and compared: no folder, and the same command then starts over."""
     flags = {"checkpoint_dir": bases["llama"], "out_dir": tmp_path / "out"}
     code = (
-        "import os, runpy, sys\nfrom lit_gpt import card\ncard.write = lambda *a, **k: os.kill(os.getpid(), 9)\n"
+        "import os, runpy, sys\nfrom lit_gpt.conversion import model_card\n"
+        "model_card.write = lambda *a, **k: os.kill(os.getpid(), 9)\n"
         "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     )
     argv = [sys.executable, "-c", code, ROOT / EXPORT, *(f"--{name}={value}" for name, value in flags.items())]

@@ -63,7 +63,7 @@ def test_long_prompts(family, layout, tmp_path, monkeypatch):
     expected, step = [uncached(model, prompt, 12) for prompt in prompts], FastStep(model)
     assert together(model, prompts, new, places=5, step=step) == together(model, prompts, new, 1, step) == expected
     assert alone(model, prompts, new) == together(model, prompts, new, places=3) == expected
-    monkeypatch.setattr(engine, "PIECE", 64)
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", 64)
     assert alone(model, prompts, new) == together(model, prompts, new, places=8) == expected
 
 

@@ -278,7 +278,7 @@ def test_memory_runs_out_before_the_first_step(cli, flags, monkeypatch, data_dir
         packed.append(sum(len(sample.tokens) for sample in samples))
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
-    monkeypatch.setattr(dataset, "pack", pack)
+    monkeypatch.setattr(packing, "pack", pack)
     cli(SCRIPT, **flags).refused("out of memory", "--micro_batch_tokens")
     monkeypatch.undo()
     rows = [
