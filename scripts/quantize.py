@@ -18,9 +18,7 @@ from lit_gpt.errors import UsageError
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Quantize this converted folder.
 out_dir: Path | None = None  # Write to this folder, which must not hold anything yet.
-quantize: Quantizer = (
-    "nf4"  # Scale each output channel (int8), or 64 weights each; nf4-dq keeps these scales in 8 bits.
-)
+quantize: Quantizer = "nf4"  # Scale each output channel (int8) or 64 weights (others; nf4-dq in 8 bits).
 
 rounding: Literal["calibrated", "nearest"] | None = None  # Round so (null: calibrated, but int8 to the nearest).
 calibration_path: Path | None = None  # Calibrate on this text, rows or prepared folder (null: on the model's own text).
@@ -41,9 +39,8 @@ def main() -> None:
     from lit_gpt.text.prompt_style import FILE
 
     base, calibrated = BaseCheckpoint.of(checkpoint_dir, quantize), chosen == "calibrated"
-    text = (
-        calibration.given_text(calibration_path, calibration_tokens, base) if calibrated else None
-    )  # before there is a file
+    # before there is a file
+    text = calibration.given_text(calibration_path, calibration_tokens, base) if calibrated else None
     with files.new_folder(out_dir) as folder:
         tensors = calibrated_tensors(base, text) if calibrated else base.quantized(base.dtype)
         base.write_quantized(folder, tensors, calibrated)

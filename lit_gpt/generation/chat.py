@@ -45,8 +45,8 @@ class Chat:
         self.context, self.max_new_tokens = min(context, model.config.block_size), sampling.max_new_tokens
         if self.max_new_tokens >= self.context:
             raise UsageError(
-                f"--max_new_tokens {self.max_new_tokens}: leaves a message no room in the context of {self.context}; ask "
-                "for fewer, or raise --context"
+                f"--max_new_tokens {self.max_new_tokens}: leaves a message no room in the context of {self.context}; "
+                "ask for fewer, or raise --context"
             )
         self.messages: list[Message] = []
         self.cache = model.kv_cache(1, self.context)
