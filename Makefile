@@ -22,3 +22,5 @@ test-all: $(VENV)/installed
 lint: $(VENV)/installed
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(VENV)/bin/lint-imports --no-logo --no-cache
+	$(PYTHON) -m mypy

@@ -166,6 +166,7 @@ class Work:
         paths = {"checkpoint_dir": checkpoint_dir, "data_dir": data_dir, "batches": folder / "batches.json"}
         self.job: dict[str, Any] = {
             **settings(),
+            "row_tokens": self.row_tokens,
             **{name: str(Path(path).absolute()) for name, path in paths.items()},
             **{name: str(value) for name, value in settings().items() if name in ("out_dir", "peers_dir")},
             "device": self.device,

@@ -10,11 +10,11 @@ from lit_gpt.model.config import Config
 MODEL_TYPES = ("falcon",)
 DERIVED = ("*.self_attention.rotary_emb.inv_freq",)
 
-_7B = dict(
+_7B: dict[str, Any] = dict(
     model_type="falcon", vocab_size=65024, hidden_size=4544, num_hidden_layers=32, num_attention_heads=71,
     multi_query=True, parallel_attn=True, new_decoder_architecture=False, tie_word_embeddings=False,
 )  # fmt: skip
-_40B = dict(_7B, hidden_size=8192, num_hidden_layers=60, num_attention_heads=128, num_kv_heads=8,
+_40B: dict[str, Any] = dict(_7B, hidden_size=8192, num_hidden_layers=60, num_attention_heads=128, num_kv_heads=8,
             new_decoder_architecture=True)  # fmt: skip
 # The published files store the head beside the embedding, hence tie_word_embeddings=False.
 PRESETS = {
@@ -84,8 +84,8 @@ def gguf(config: Config) -> Layout:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import FalconConfig
 
-    size = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4) | fields
-    grouped = dict(size, new_decoder_architecture=True, num_kv_heads=2)
+    size: dict[str, Any] = dict(vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=4) | fields
+    grouped: dict[str, Any] = dict(size, new_decoder_architecture=True, num_kv_heads=2)
     return {
         "7b": FalconConfig(**size, multi_query=True),
         "40b": FalconConfig(**grouped),

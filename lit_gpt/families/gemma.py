@@ -18,14 +18,15 @@ DERIVED = llama.DERIVED
 
 
 def _preset(*sizes: int, **fields: Any) -> dict[str, Any]:
-    own = dict(vocab=256000, max_position_embeddings=8192, head_dim=256, tie_word_embeddings=True)
+    own: dict[str, Any] = dict(vocab=256000, max_position_embeddings=8192, head_dim=256, tie_word_embeddings=True)
     return llama.preset(*sizes, **own | fields)
 
 
-_CAPS = dict(final_logit_softcapping=30.0, attn_logit_softcapping=50.0)
-_GEMMA_2 = dict(_CAPS, model_type="gemma2", query_pre_attn_scalar=256, sliding_window=4096)
-_GEMMA_3 = dict(model_type="gemma3_text", vocab=262144, max_position_embeddings=32768, query_pre_attn_scalar=256,
-                sliding_window=512)  # fmt: skip
+_CAPS: dict[str, Any] = dict(final_logit_softcapping=30.0, attn_logit_softcapping=50.0)
+_GEMMA_2: dict[str, Any] = dict(_CAPS, model_type="gemma2", query_pre_attn_scalar=256, sliding_window=4096)
+_GEMMA_3: dict[str, Any] = dict(
+    model_type="gemma3_text", vocab=262144, max_position_embeddings=32768, query_pre_attn_scalar=256, sliding_window=512
+)
 PRESETS = {
     "gemma-2b": _preset(18, 8, 1, 2048, 16384, model_type="gemma"),
     "gemma-7b": _preset(28, 16, 16, 3072, 24576, model_type="gemma"),
@@ -111,14 +112,14 @@ def gguf(config: Config) -> Layout:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig
 
-    size = dict(
+    size: dict[str, Any] = dict(
         vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, head_dim=24,
         max_position_embeddings=64, pad_token_id=None,
     ) | fields  # fmt: skip
-    caps = dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
+    caps: dict[str, Any] = dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
     linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}
     ropes = {"full_attention": linear, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
-    window = dict(num_key_value_heads=2, sliding_window=5, query_pre_attn_scalar=20)
+    window: dict[str, Any] = dict(num_key_value_heads=2, sliding_window=5, query_pre_attn_scalar=20)
     return {
         "gemma": GemmaConfig(**size, num_key_value_heads=1),
         "gemma2": Gemma2Config(**size, **window, **caps),

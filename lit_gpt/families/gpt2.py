@@ -17,7 +17,7 @@ def _preset(layers: int, heads: int, hidden: int, **fields: Any) -> dict[str, An
     )
 
 
-_CEREBRAS = dict(n_positions=2048, activation_function="gelu")
+_CEREBRAS: dict[str, Any] = dict(n_positions=2048, activation_function="gelu")
 PRESETS = {
     "distilgpt2": _preset(6, 12, 768),
     "gpt2": _preset(12, 12, 768),
@@ -73,7 +73,7 @@ def weights(config: Config) -> Table:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import GPT2Config
 
-    size = dict(
+    size: dict[str, Any] = dict(
         vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_inner=112, n_positions=64, bos_token_id=1, eos_token_id=2
     ) | fields  # fmt: skip
     return {"gpt2": GPT2Config(**size)}

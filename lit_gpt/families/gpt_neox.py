@@ -20,7 +20,7 @@ def _preset(layers: int, heads: int, hidden: int, vocab: int = 50304, **fields: 
     ) | fields  # fmt: skip
 
 
-_RED_PAJAMA = dict(rotary_pct=1.0, use_parallel_residual=False)
+_RED_PAJAMA: dict[str, Any] = dict(rotary_pct=1.0, use_parallel_residual=False)
 PRESETS = {
     "pythia-14m": _preset(6, 4, 128),
     "pythia-31m": _preset(6, 8, 256),

@@ -9,13 +9,15 @@ from lit_gpt.model.config import Config
 MODEL_TYPES = ("granite",)
 DERIVED = llama.DERIVED
 
-_OWN = dict(model_type="granite", rms_norm_eps=1e-5, tie_word_embeddings=True, embedding_multiplier=12.0,
-            residual_multiplier=0.22)  # fmt: skip
-_2B = dict(_OWN, attention_multiplier=0.015625, logits_scaling=8.0)
-_8B = dict(_OWN, attention_multiplier=0.0078125, logits_scaling=16.0)
-_3_0 = dict(vocab=49155, max_position_embeddings=4096)
-_3_1 = dict(vocab=49155, max_position_embeddings=131072, rope_theta=5e6)
-_3_3 = dict(vocab=49159, max_position_embeddings=131072, rope_theta=1e7)
+_OWN: dict[str, Any] = dict(
+    model_type="granite", rms_norm_eps=1e-5, tie_word_embeddings=True, embedding_multiplier=12.0,
+    residual_multiplier=0.22,
+)  # fmt: skip
+_2B: dict[str, Any] = dict(_OWN, attention_multiplier=0.015625, logits_scaling=8.0)
+_8B: dict[str, Any] = dict(_OWN, attention_multiplier=0.0078125, logits_scaling=16.0)
+_3_0: dict[str, Any] = dict(vocab=49155, max_position_embeddings=4096)
+_3_1: dict[str, Any] = dict(vocab=49155, max_position_embeddings=131072, rope_theta=5e6)
+_3_3: dict[str, Any] = dict(vocab=49159, max_position_embeddings=131072, rope_theta=1e7)
 PRESETS = {
     "granite-3.0-2b-instruct": llama.preset(40, 32, 8, 2048, 8192, **_2B, **_3_0),
     "granite-3.0-8b-instruct": llama.preset(40, 32, 8, 4096, 12800, **_8B, **_3_0),
@@ -51,9 +53,11 @@ def gguf(config: Config) -> Layout:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import GraniteConfig
 
-    size = dict(
+    size: dict[str, Any] = dict(
         vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64,
     ) | fields  # fmt: skip
-    factors = dict(embedding_multiplier=3.0, attention_multiplier=0.125, residual_multiplier=0.4, logits_scaling=2.0)
+    factors: dict[str, Any] = dict(
+        embedding_multiplier=3.0, attention_multiplier=0.125, residual_multiplier=0.4, logits_scaling=2.0
+    )
     return {"granite": GraniteConfig(**size, **factors, tie_word_embeddings=True)}

@@ -21,15 +21,15 @@ def preset(
     ) | fields  # fmt: skip
 
 
-_LLAMA_2 = dict(max_position_embeddings=4096, rms_norm_eps=1e-5)
-_LLAMA_3 = dict(vocab=128256, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=500000.0)
-_SCALING = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+_LLAMA_2: dict[str, Any] = dict(max_position_embeddings=4096, rms_norm_eps=1e-5)
+_LLAMA_3: dict[str, Any] = dict(vocab=128256, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=500000.0)
+_SCALING: dict[str, Any] = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                 original_max_position_embeddings=8192)  # fmt: skip
-_LLAMA_3_1 = dict(_LLAMA_3, max_position_embeddings=131072, rope_scaling=_SCALING)
-_LLAMA_3_2 = dict(_LLAMA_3_1, rope_scaling=dict(_SCALING, factor=32.0), tie_word_embeddings=True)
-_CODE = dict(max_position_embeddings=16384, rms_norm_eps=1e-5, rope_theta=1e6)
-_MISTRAL = dict(model_type="mistral", max_position_embeddings=32768, rms_norm_eps=1e-5)
-_SMOL = dict(vocab=49152, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=100000.0,
+_LLAMA_3_1: dict[str, Any] = dict(_LLAMA_3, max_position_embeddings=131072, rope_scaling=_SCALING)
+_LLAMA_3_2: dict[str, Any] = dict(_LLAMA_3_1, rope_scaling=dict(_SCALING, factor=32.0), tie_word_embeddings=True)
+_CODE: dict[str, Any] = dict(max_position_embeddings=16384, rms_norm_eps=1e-5, rope_theta=1e6)
+_MISTRAL: dict[str, Any] = dict(model_type="mistral", max_position_embeddings=32768, rms_norm_eps=1e-5)
+_SMOL: dict[str, Any] = dict(vocab=49152, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=100000.0,
              tie_word_embeddings=True)  # fmt: skip
 PRESETS = {
     "llama-7b": preset(32, 32, 32, 4096, 11008),
@@ -114,7 +114,7 @@ def gguf(config: Config) -> Layout:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import LlamaConfig, MistralConfig
 
-    size = dict(
+    size: dict[str, Any] = dict(
         vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64,
     ) | fields  # fmt: skip

@@ -9,13 +9,15 @@ from lit_gpt.model.config import Config
 MODEL_TYPES = ("mixtral",)
 DERIVED = llama.DERIVED
 
-_8X7B = dict(
+_8X7B: dict[str, Any] = dict(
     model_type="mixtral", num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, hidden_size=4096,
     intermediate_size=14336, vocab_size=32000, max_position_embeddings=32768, rms_norm_eps=1e-5, rope_theta=1e6,
     num_local_experts=8, num_experts_per_tok=2,
 )  # fmt: skip
-_8X22B = dict(_8X7B, num_hidden_layers=56, num_attention_heads=48, hidden_size=6144, intermediate_size=16384,
-              max_position_embeddings=65536)  # fmt: skip
+_8X22B: dict[str, Any] = dict(
+    _8X7B, num_hidden_layers=56, num_attention_heads=48, hidden_size=6144, intermediate_size=16384,
+    max_position_embeddings=65536,
+)  # fmt: skip
 PRESETS = {
     "Mixtral-8x7B-v0.1": _8X7B,
     "Mixtral-8x7B-Instruct-v0.1": _8X7B,
@@ -51,7 +53,7 @@ def experts(config: Config, mlp: str, gate: str, up: str, proj: str) -> Table:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import MixtralConfig
 
-    size = dict(
+    size: dict[str, Any] = dict(
         vocab_size=96, hidden_size=64, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, num_local_experts=5, num_experts_per_tok=2,
     ) | fields  # fmt: skip

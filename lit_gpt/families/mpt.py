@@ -9,8 +9,8 @@ from lit_gpt.model.config import Config
 MODEL_TYPES = ("mpt",)
 DERIVED = ()
 
-_7B = dict(model_type="mpt", n_layers=32, n_heads=32, d_model=4096, vocab_size=50432, max_seq_len=2048)
-_30B = dict(_7B, n_layers=48, n_heads=64, d_model=7168, max_seq_len=8192)
+_7B: dict[str, Any] = dict(model_type="mpt", n_layers=32, n_heads=32, d_model=4096, vocab_size=50432, max_seq_len=2048)
+_30B: dict[str, Any] = dict(_7B, n_layers=48, n_heads=64, d_model=7168, max_seq_len=8192)
 PRESETS = {
     "mpt-7b": _7B,
     "mpt-7b-instruct": _7B,
@@ -24,7 +24,9 @@ PRESETS = {
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
     refuse(hf, no_bias=True, logit_scale=None)
-    attention = dict(attn_type="multihead_attention", alibi=True, alibi_bias_max=8, clip_qkv=None, qk_ln=False)
+    attention: dict[str, Any] = dict(
+        attn_type="multihead_attention", alibi=True, alibi_bias_max=8, clip_qkv=None, qk_ln=False
+    )
     refuse(hf.get("attn_config") or {}, **attention, softmax_scale=None, prefix_lm=False)
     return {
         "n_layer": hf["n_layers"],
@@ -59,5 +61,5 @@ def weights(config: Config) -> Table:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import MptConfig
 
-    size = dict(vocab_size=96, d_model=96, n_layers=2, n_heads=6, max_seq_len=256) | fields
+    size: dict[str, Any] = dict(vocab_size=96, d_model=96, n_layers=2, n_heads=6, max_seq_len=256) | fields
     return {"mpt": MptConfig(**size)}

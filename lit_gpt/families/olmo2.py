@@ -9,7 +9,7 @@ from lit_gpt.model.config import Config
 MODEL_TYPES = ("olmo2",)
 DERIVED = llama.DERIVED
 
-_OWN = dict(model_type="olmo2", vocab=100352, max_position_embeddings=4096, rope_theta=500000.0)
+_OWN: dict[str, Any] = dict(model_type="olmo2", vocab=100352, max_position_embeddings=4096, rope_theta=500000.0)
 PRESETS = {
     "OLMo-2-0425-1B": llama.preset(16, 16, 16, 2048, 8192, **_OWN),
     "OLMo-2-1124-7B": llama.preset(32, 32, 32, 4096, 11008, **_OWN),
@@ -41,7 +41,7 @@ def gguf(config: Config) -> Layout:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import Olmo2Config
 
-    size = dict(
+    size: dict[str, Any] = dict(
         vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, pad_token_id=None,
     ) | fields  # fmt: skip

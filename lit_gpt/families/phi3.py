@@ -29,7 +29,7 @@ _LONG_4 = [
 
 
 def _preset(*sizes: int, **fields: Any) -> dict[str, Any]:
-    own = dict(model_type="phi3", vocab=32064, max_position_embeddings=4096, rms_norm_eps=1e-5)
+    own: dict[str, Any] = dict(model_type="phi3", vocab=32064, max_position_embeddings=4096, rms_norm_eps=1e-5)
     return llama.preset(*sizes, **own | fields)
 
 
@@ -74,14 +74,14 @@ def gguf(config: Config) -> Layout:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import Phi3Config
 
-    size = dict(
+    size: dict[str, Any] = dict(
         vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, pad_token_id=None, bos_token_id=1, eos_token_id=2,
     ) | fields  # fmt: skip
     divisors = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0]}
     # a part of each head rotated, as in Phi-4-mini
     scaling = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, **divisors}
-    long = dict(original_max_position_embeddings=32, num_key_value_heads=2, rope_parameters=scaling)
+    long: dict[str, Any] = dict(original_max_position_embeddings=32, num_key_value_heads=2, rope_parameters=scaling)
     return {
         "phi3": Phi3Config(**size, sliding_window=5),
         "longrope": Phi3Config(**size, **long, tie_word_embeddings=True),

@@ -11,12 +11,12 @@ from lit_gpt.model.config import Config
 MODEL_TYPES = ("qwen2", "qwen3")
 DERIVED = llama.DERIVED
 
-_SMALL = dict(model_type="qwen2", vocab=151936, rope_theta=1e6, max_position_embeddings=131072)
-_SHORT = dict(_SMALL, max_position_embeddings=32768)
-_LARGE = dict(_SMALL, vocab=152064)
-_QWEN_2_5 = dict(_LARGE, rms_norm_eps=1e-5)
-_QWEN_3 = dict(_SMALL, model_type="qwen3", max_position_embeddings=40960, head_dim=128)
-_TIED = dict(tie_word_embeddings=True)
+_SMALL: dict[str, Any] = dict(model_type="qwen2", vocab=151936, rope_theta=1e6, max_position_embeddings=131072)
+_SHORT: dict[str, Any] = dict(_SMALL, max_position_embeddings=32768)
+_LARGE: dict[str, Any] = dict(_SMALL, vocab=152064)
+_QWEN_2_5: dict[str, Any] = dict(_LARGE, rms_norm_eps=1e-5)
+_QWEN_3: dict[str, Any] = dict(_SMALL, model_type="qwen3", max_position_embeddings=40960, head_dim=128)
+_TIED: dict[str, Any] = dict(tie_word_embeddings=True)
 PRESETS = {
     "Qwen2-0.5B": llama.preset(24, 14, 2, 896, 4864, **_SMALL, **_TIED),
     "Qwen2-1.5B": llama.preset(28, 12, 2, 1536, 8960, **_SMALL, **_TIED),
@@ -62,11 +62,11 @@ def gguf(config: Config) -> Layout:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import Qwen2Config, Qwen3Config
 
-    size = dict(
+    size: dict[str, Any] = dict(
         vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64,
     ) | fields  # fmt: skip
-    window = dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    window: dict[str, Any] = dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)
     return {
         "qwen2": Qwen2Config(**size, **window),
         "qwen3": Qwen3Config(**size, head_dim=24, tie_word_embeddings=True),

@@ -14,7 +14,7 @@ _30B = llama.preset(
     48, 32, 4, 2048, 6144, 151936, model_type="qwen3_moe", head_dim=128, max_position_embeddings=40960, rope_theta=1e6,
     num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True,
 )  # fmt: skip
-_LATER = dict(_30B, max_position_embeddings=262144, rope_theta=1e7)
+_LATER: dict[str, Any] = dict(_30B, max_position_embeddings=262144, rope_theta=1e7)
 PRESETS = {
     "Qwen3-30B-A3B": _30B,
     "Qwen3-30B-A3B-Instruct-2507": _LATER,
@@ -52,7 +52,7 @@ def weights(config: Config) -> Table:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import Qwen3MoeConfig
 
-    size = dict(
+    size: dict[str, Any] = dict(
         vocab_size=96, hidden_size=64, moe_intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=24, max_position_embeddings=64, num_experts=6, num_experts_per_tok=3,
     ) | fields  # fmt: skip

@@ -43,7 +43,7 @@ def gguf(config: Config) -> Layout:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import SmolLM3Config
 
-    size = dict(
+    size: dict[str, Any] = dict(
         vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, pad_token_id=None, bos_token_id=1, eos_token_id=2,
     ) | fields  # fmt: skip

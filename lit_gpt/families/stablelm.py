@@ -13,7 +13,7 @@ DERIVED = llama.DERIVED
 
 
 def _preset(*sizes: int, **fields: Any) -> dict[str, Any]:
-    own = dict(model_type="stablelm", vocab=100352, max_position_embeddings=4096, layer_norm_eps=1e-5,
+    own: dict[str, Any] = dict(model_type="stablelm", vocab=100352, max_position_embeddings=4096, layer_norm_eps=1e-5,
                partial_rotary_factor=0.25)  # fmt: skip
     return llama.preset(*sizes, **own | fields)
 
@@ -53,7 +53,7 @@ def weights(config: Config) -> Table:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import StableLmConfig
 
-    size = dict(
+    size: dict[str, Any] = dict(
         vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64,
     ) | fields  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.errors import UserError
 from lit_gpt.methods import finetuned_file, lora
+from lit_gpt.methods.finetuned_model import method_of
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.moe import Routing, grouped_product, rows_per_expert
 from lit_gpt.text.prompt_style import PromptStyle
@@ -155,7 +156,7 @@ class LoRAPool:
         if self.base.quantized_as(trained_on := record.get("quantize"), path).quantize != self.base.quantize:
             raise UserError(f"{path}: trained on a base in {trained_on}; start with --quantize {trained_on}")
         place = {"dtype": model.dtype, "device": self.choice.rows.device}
-        config, added = finetuned_file.hyperparameters(record, path), set()
+        config, added = method_of(record, path).config, set[str]()
         for name, A, B in lora.updates(model, config, record["state"], path):
             self.layer(name).add(A.to(**place), B.to(**place))
             added.add(name)
