@@ -38,7 +38,7 @@ def main(hp: SimpleNamespace) -> None:
     from lit_gpt.generation.engine import dtype_of, sampling_options
     from lit_gpt.generation.steps import new_step
     from lit_gpt.hardware import default_device
-    from lit_gpt.methods import finetuned_file, lora
+    from lit_gpt.methods import finetuned_model, lora
     from lit_gpt.methods.multi_lora import LoRAPool
     from lit_gpt.quantization.modules import is_quantized
     from lit_gpt.text.prompt_style import PromptStyle
@@ -48,9 +48,9 @@ def main(hp: SimpleNamespace) -> None:
     tokenizer = Tokenizer(hp.checkpoint_dir)
     named = hp.prompt_style and PromptStyle.from_name(hp.prompt_style, tokenizer)
     own = style = named or PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer)
-    method = lora.METHOD
+    method = lora.NAME
     if hp.finetuned_path:
-        model, record = finetuned_file.load_finetuned(
+        model, record = finetuned_model.load_finetuned(
             hp.checkpoint_dir, hp.finetuned_path, None, **place, quantize=hp.quantize
         )
         base, method = base.quantized_as(record.get("quantize"), hp.finetuned_path), record["method"]
@@ -64,7 +64,7 @@ def main(hp: SimpleNamespace) -> None:
         return LoRAPool(base.build(**place) if hp.finetuned_path else model, base, own, fixed=bool(named))
 
     options = sampling_options(hp, model) | {"new_step": partial(new_step, hp)}
-    options["open_loras"] = open_loras if method == lora.METHOD else None
+    options["open_loras"] = open_loras if method == lora.NAME else None
     chat = Chat(model, tokenizer, style, hp.context, hp.max_new_tokens, **options)
     if hp.system:
         chat.messages.append({"role": "system", "content": hp.system})

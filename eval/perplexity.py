@@ -34,13 +34,13 @@ def main(hp: SimpleNamespace) -> None:
     from lit_gpt.checkpoints.base_model import load_model
     from lit_gpt.generation.engine import dtype_of
     from lit_gpt.hardware import default_device
-    from lit_gpt.methods import finetuned_file
+    from lit_gpt.methods import finetuned_model
     from lit_gpt.text.tokenizer import Tokenizer
 
     place = {"dtype": dtype_of(hp), "device": default_device(), "quantize": hp.quantize}
     source = read(hp, Tokenizer(hp.checkpoint_dir))
     if hp.finetuned_path:
-        model, _ = finetuned_file.load_finetuned(hp.checkpoint_dir, hp.finetuned_path, None, **place)
+        model, _ = finetuned_model.load_finetuned(hp.checkpoint_dir, hp.finetuned_path, None, **place)
     else:
         model = load_model(hp.checkpoint_dir, **place)
     found = score(hp, model, source)

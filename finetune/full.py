@@ -4,66 +4,32 @@
         --out_dir out/full/alpaca
 
 Writes a checkpoint folder like the base's, and into it metrics.csv, summary.json, hyperparameters.json and loss.png.
+The flags of lit_gpt/training/args.py are taken besides those below; --help explains all of them.
 """
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
 
-from lit_gpt.cli import Checkpointing, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Quantizer, run
+from lit_gpt.cli import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, run
+from lit_gpt.methods.hyperparameters import FullConfig
+from lit_gpt.training.args import TrainArgs
 
-checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder of the base
-data_dir: Path = Path("data/alpaca")  # prepared data, from one of the prepare scripts
-out_dir: Path = Path("out/full/alpaca")  # folder to write
-resume: Literal["no", "auto"] = "no"  # auto: go on from the newest state in out_dir, if there is one
+checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")
+data_dir: Path = Path("data/alpaca")
+out_dir: Path = Path("out/full/alpaca")
 # optimization
-learning_rate: PositiveFloat = 2e-5  # peak learning rate, reached after warmup_steps
-weight_decay: NonNegativeFloat = 0.01  # decoupled
-warmup_steps: NonNegativeInt = 100  # steps in which the learning rate rises linearly
-optimizer: str = "adamw"  # adamw, sgd, adamw8bit, paged_adamw8bit, or another's full name: package.Class
-optimizer_args: dict[str, Any] = {}  # its further arguments, as JSON: '{"betas": [0.9, 0.95]}'
-schedule: Literal["cosine", "constant"] = "cosine"  # the learning rate after the warmup
-optimizer_in_backward: bool = False  # step as gradients come, holding one at a time; needs one packed row per step
-epochs: PositiveInt = 1  # times through the data
-max_steps: PositiveInt | None = None  # stop after this many optimizer steps instead of epochs
-batch_size: PositiveInt = 128  # samples per optimizer step, over all devices
-micro_batch_size: PositiveInt | None = None  # samples per packed row (null: as many as micro_batch_tokens hold)
-micro_batch_tokens: PositiveInt | None = None  # tokens per packed row (null: 2048 on a CPU, what fits on a GPU)
-max_seq_length: PositiveInt | None = None  # refuse data with longer samples (null: what the model takes)
-seed: NonNegativeInt = 1337  # of data order
-# devices
-precision: Literal["bf16", "fp32"] = "bf16"  # of the arithmetic
-master_weights: bool = True  # the weights are fp32 while they train; false: of `precision`, and small steps are lost
-quantize: Quantizer | None = None  # refused: weights that train cannot be quantized
-devices: PositiveInt = 1  # on each node
-num_nodes: PositiveInt = 1  # machines
-strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"  # how devices share the work
-zero_stage: Literal[2, 3] = 2  # deepspeed: 2 shares out gradients and optimizer state, 3 weights too
-zero_offload: bool = False  # deepspeed: keep that in host memory
-activation_checkpointing: Checkpointing = "auto"  # what is computed twice to save memory (auto: what has to be)
-compile: bool | Literal["auto"] = "auto"  # faster kernels: in C++ on a CPU (auto too), by torch.compile on a GPU
-# watching
-logger: Literal["csv", "tensorboard", "wandb", "mlflow"] = "csv"  # where the run is followed besides metrics.csv
-probe_path: Path | None = None  # .jsonl of texts or messages: their loss is told before and after (null: none)
-log_interval: PositiveInt = 1  # steps between rows of metrics.csv
-eval_interval: PositiveInt = 100  # steps between validations
-eval_samples: PositiveInt | None = 200  # validate on this many samples (null: all)
-sample_tokens: NonNegativeInt = 50  # length of the answer shown at each validation
-save_interval: PositiveInt = 100  # steps between resume states
-keep: PositiveInt = 2  # newest resume states kept, besides the one with the best validation loss
+learning_rate: PositiveFloat = 2e-5
+weight_decay: NonNegativeFloat = 0.01
+warmup_steps: NonNegativeInt = 100
+epochs: PositiveInt = 1
+batch_size: PositiveInt = 128
 
 
-def method(hp: SimpleNamespace) -> Any:
-    from lit_gpt.methods.method import Method
-
-    return Method("full", attach=lambda model: model.requires_grad_(True), whole_model=True)
-
-
-def main(hp: SimpleNamespace) -> None:
+def main(config: FullConfig, args: TrainArgs) -> None:
+    from lit_gpt.methods.full import Full
     from lit_gpt.training.setup import finetune
 
-    finetune(hp, method(hp))
+    finetune(args, Full(config))
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, aliases={"lora_path": "finetuned_path", "keep": "keep_states"})

@@ -34,13 +34,13 @@ def main(hp: SimpleNamespace) -> None:
     from lit_gpt.generation.answer import answer, read_prompt
     from lit_gpt.generation.engine import dtype_of
     from lit_gpt.hardware import default_device
-    from lit_gpt.methods import adapter, finetuned_file
+    from lit_gpt.methods import finetuned_model
     from lit_gpt.text.prompt_style import PromptStyle
     from lit_gpt.text.tokenizer import Tokenizer
 
     prompt = read_prompt(hp)
     place = {"dtype": dtype_of(hp), "device": default_device(), "quantize": hp.quantize}
-    model, record = finetuned_file.load_finetuned(hp.checkpoint_dir, hp.adapter_path, adapter.METHOD, **place)
+    model, record = finetuned_model.load_finetuned(hp.checkpoint_dir, hp.adapter_path, "adapter", **place)
     answer(hp, prompt, model, Tokenizer(hp.checkpoint_dir), PromptStyle.from_dict(record["prompt_style"]))
 
 

@@ -38,7 +38,7 @@ def main(hp: SimpleNamespace) -> None:
     from lit_gpt.generation.answer import answer, lora_paths, read_prompt
     from lit_gpt.generation.engine import dtype_of
     from lit_gpt.hardware import default_device
-    from lit_gpt.methods import finetuned_file, lora
+    from lit_gpt.methods import finetuned_model, lora
     from lit_gpt.methods.multi_lora import LoRAPool
     from lit_gpt.quantization.modules import is_quantized
     from lit_gpt.text.prompt_style import PromptStyle
@@ -55,8 +55,8 @@ def main(hp: SimpleNamespace) -> None:
         )
         loras = LoRAPool.beside(base, [path or hp.lora_path for path in paths], style, **place)
         return answer(hp, prompt, loras.model, tokenizer, style, loras)
-    model, record = finetuned_file.load_finetuned(
-        hp.checkpoint_dir, hp.lora_path, lora.METHOD, **place, quantize=hp.quantize
+    model, record = finetuned_model.load_finetuned(
+        hp.checkpoint_dir, hp.lora_path, lora.NAME, **place, quantize=hp.quantize
     )
     if hp.merge or hp.merge is None and not is_quantized(model):
         lora.merge(model)

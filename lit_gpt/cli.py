@@ -72,12 +72,16 @@ def tune_torch() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "160")
 
 
-def run(main: Callable[..., None], *groups: type, aliases: dict[str, str] | None = None) -> None:
+def run(
+    main: Callable[..., None],
+    groups: Callable[[], tuple[type, ...]] | None = None,
+    aliases: dict[str, str] | None = None,
+) -> None:
     """Parse the command line and call `main` with its groups of arguments.
 
     Args:
         main: the script's main function; the script's annotated constants take the values of their flags.
-        groups: dataclasses for the parameters of `main`, in their order. None: as `main` annotates them.
+        groups: gives the dataclasses for the parameters of `main`, in their order. None: those that `main` annotates.
         aliases: {old spelling of a flag: the flag}; old spellings are taken and not listed.
 
     Exits with 0 when done, 2 on wrong usage and 1 on failure, the last two with one line on stderr.
@@ -86,13 +90,13 @@ def run(main: Callable[..., None], *groups: type, aliases: dict[str, str] | None
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
     values: dict[str, Any] = {}
     try:
-        groups = groups or tuple(get_type_hints(main)[name] for name in inspect.signature(main).parameters)
-        legacy = groups == (SimpleNamespace,)  # TRANSITION: scripts not yet converted
-        values = parse(main.__globals__, sys.argv[1:], () if legacy else groups, aliases)
+        types = groups() if groups else tuple(get_type_hints(main)[name] for name in inspect.signature(main).parameters)
+        legacy = types == (SimpleNamespace,)  # TRANSITION: scripts not yet converted
+        values = parse(main.__globals__, sys.argv[1:], () if legacy else types, aliases)
         if legacy:
             return main(SimpleNamespace(**values))
         main.__globals__.update({name: values[name] for name in own_constants(main.__globals__)})
-        main(*(build(group, values) for group in groups))
+        main(*(build(group, values) for group in types))
     except UserError as error:
         fail(str(error), error.exit_code)
     except MemoryError as error:
@@ -113,6 +117,13 @@ def run(main: Callable[..., None], *groups: type, aliases: dict[str, str] | None
         fail(f"{path}: {error.strerror}" if path else error.strerror, 1)
     except KeyboardInterrupt:
         fail("interrupted", 128 + signal.SIGINT)
+
+
+def peek(name: str, default: str) -> str:
+    """Return the value of a flag that decides which other flags there are, before the command line is parsed."""
+    given = [b for a, b in zip(sys.argv, sys.argv[1:], strict=False) if a == f"--{name}"]
+    given += [a.partition("=")[2] for a in sys.argv if a.startswith(f"--{name}=")]
+    return given[-1] if given else default
 
 
 def out_of_memory(what: str, flags: dict[str, Any]) -> str:

@@ -25,10 +25,10 @@ _before = 0  # the peak up to the last `restart`
 
 def peak_memory_bytes() -> int:
     """The most memory held at once so far: allocated on the GPU if there is one, else resident."""
-    return max(_before, peak_since_restart())
+    return max(_before, peak_since_reset())
 
 
-def peak_since_restart() -> int:
+def peak_since_reset() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if STATUS.exists():  # Linux
@@ -55,7 +55,7 @@ def reset_peak(model: nn.Module) -> int:
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     if not STATUS.exists():
-        return peak_since_restart()
+        return peak_since_reset()
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # what was freed but not given back is not held
     CLEAR.write_text("5")

@@ -7,85 +7,78 @@ those of this code; a GPU holds about half a gigabyte besides, and its allocator
 """
 
 import json as json_format
-import runpy
-import sys
-from pathlib import Path
-from types import SimpleNamespace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
-from lit_gpt.cli import PositiveFloat, run
+from lit_gpt.cli import PositiveFloat, peek, run
+from lit_gpt.methods.registry import config_class
+from lit_gpt.training.args import TrainArgs
 
-model: str | None = None  # preset, such as falcon-7b (null: the model of checkpoint_dir)
-method: Literal["lora", "adapter", "adapter_v2", "full"] = "lora"  # whose flags are taken besides these
-device: Literal["cpu", "cuda"] = "cuda"  # what to plan for; it need not be here
-memory_gb: PositiveFloat | None = None  # of each device, in 1e9 bytes: also tell which settings fit
-json: bool = False  # print figures as JSON, in bytes
+model: str | None = None  # Plan for this preset, such as falcon-7b (null: for the model of checkpoint_dir).
+method: str = "lora"  # Plan for this method (lora, adapter, adapter_v2, full), whose flags are taken too.
+device: Literal["cpu", "cuda"] = "cuda"  # Plan for this device; it need not be here.
+memory_gb: PositiveFloat | None = None  # Tell which settings fit into this much, too; in 1e9 bytes on each device.
+json: bool = False  # Print the figures as JSON, in bytes.
 
 
-def main(hp: SimpleNamespace) -> None:
-    from dataclasses import asdict, replace
-
-    from lit_gpt.checkpoints import folder
-    from lit_gpt.families.registry import config_from_name
-    from lit_gpt.model.config import Config
-    from lit_gpt.training.checks import check_quantized
-    from lit_gpt.training.memory_plan import plan_flags
-
-    config = config_from_name(hp.model) if hp.model else Config.from_checkpoint(hp.checkpoint_dir)
-    stored = None if hp.model else folder.quantization(hp.checkpoint_dir)
-    quantize = stored["quantize"] if stored else hp.quantize
-    finetune_method = replace(METHOD["method"](hp), quantize=quantize)
-    check_quantized(hp, finetune_method, quantize)
-    found, lengths, kind = plan_flags(config, finetune_method, hp)
-    if hp.json:
-        print(
-            json_format.dumps(
-                asdict(found) | {"train": found.train, "tokens": sum(lengths), "activation_checkpointing": kind},
-                indent=2,
-            )
-        )
+def main(config: Any, args: TrainArgs) -> None:
+    planner = make_planner(config, args)
+    kind, (lengths, _), plan = planner.choose_settings([planner.worst_row()])
+    if json:
+        figures = {"train": plan.train, "tokens": sum(lengths), "activation_checkpointing": kind}
+        print(json_format.dumps(asdict(plan) | figures, indent=2))
         return
-    print(f"{hp.method} on {hp.model or hp.checkpoint_dir}, one of {hp.devices * hp.num_nodes} {hp.device} devices")
-    print(f"parameters {found.parameters:,}, of which {found.trainable:,} train")
+    print(f"{method} on {model or args.paths.checkpoint_dir}, one of {args.devices.ranks} {device} devices")
+    print(f"parameters {plan.parameters:,}, of which {plan.trainable:,} train")
     print(f"a packed row of {len(lengths)} x {lengths[0]} tokens, every token supervised")
     print(f"activation checkpointing: {kind}")
-    for name, value in table(found):
+    for name, value in table(plan):
         print(f"  {name:<42}{value / 1e9:9.3f} GB")
-    if hp.memory_gb:
-        fits(config, finetune_method, hp)
+    if memory_gb:
+        print_fitting_settings(planner, memory_gb)
 
 
-def table(found: Any) -> list[tuple[str, int]]:
-    rows = [(name, getattr(found, name)) for name in ("weights", "gradients", "optimizer", "activations")]
-    rows += [(f"peak of {name}", getattr(found, name)) for name in ("train", "evaluate", "save")]
-    return rows + ([("peak of merge_lora (host, beside the file)", found.merge)] if found.merge else [])
+def make_planner(config: Any, args: TrainArgs) -> Any:
+    from lit_gpt.checkpoints.folder import quantization
+    from lit_gpt.families.registry import config_from_name
+    from lit_gpt.methods.registry import make_method
+    from lit_gpt.model.config import Config
+    from lit_gpt.training.checks import check_quantized
+    from lit_gpt.training.memory.plan import MemoryPlanner
+    from lit_gpt.training.objectives import make_objective
+
+    folder = args.paths.checkpoint_dir
+    model_config = config_from_name(model) if model else Config.from_checkpoint(folder)
+    stored = None if model else quantization(folder)
+    quantize = stored["quantize"] if stored else args.memory.quantize
+    finetune_method, memory = make_method(method, config), int((memory_gb or 80) * 1e9)
+    check_quantized(args, finetune_method, quantize)
+    objective = make_objective(args.optimization.objective)
+    return MemoryPlanner(model_config, finetune_method, objective, args, quantize, device == "cuda", memory)
 
 
-def fits(config: Any, finetune_method: Any, hp: SimpleNamespace) -> None:
-    """What larger and smaller rows would need, with each kind of activation checkpointing."""
-    from lit_gpt.training.activation_checkpointing import KINDS
-    from lit_gpt.training.memory_plan import plan_flags
+def table(plan: Any) -> list[tuple[str, int]]:
+    rows = [(name, getattr(plan, name)) for name in ("weights", "gradients", "optimizer", "activations")]
+    rows += [(f"peak of {name}", getattr(plan, name)) for name in ("train", "evaluate", "save")]
+    return rows + ([("peak of merge_lora (host, beside the file)", plan.merge)] if plan.merge else [])
 
-    print(f"\nsettings and whether their peak stays within {hp.memory_gb:g} GB")
-    for kind in KINDS if hp.device == "cuda" else KINDS[:-1]:
+
+def print_fitting_settings(planner: Any, gigabytes: float) -> None:
+    """Print what larger and smaller rows would need, with each kind of activation checkpointing."""
+    from lit_gpt.training.memory.checkpointing import KINDS
+
+    print(f"\nsettings and whether their peak stays within {gigabytes:g} GB")
+    for kind in KINDS if device == "cuda" else KINDS[:-1]:
         for tokens in (16384, 8192, 4096, 2048, 1024, 512):
-            change = {"activation_checkpointing": kind, "micro_batch_tokens": tokens, "micro_batch_size": None}
-            found, lengths, _ = plan_flags(config, finetune_method, SimpleNamespace(**vars(hp) | change))
-            if tokens < lengths[0]:
+            batch = replace(planner.args.batch, micro_batch_tokens=tokens, micro_batch_size=None)
+            row = replace(planner, args=replace(planner.args, batch=batch)).worst_row()
+            if tokens < row[0][0]:
                 continue  # the same row as for more tokens
-            verdict = "fits" if found.peak <= hp.memory_gb * 1e9 else "does not fit"
+            plan = planner.plan(row, kind)
+            verdict = "fits" if plan.peak <= gigabytes * 1e9 else "does not fit"
             flags = f"--micro_batch_tokens {tokens} --activation_checkpointing {kind}"
-            print(f"  {flags:<69}{found.peak / 1e9:9.3f} GB  {verdict}")
-
-
-def method_script(argv: list[str]) -> dict[str, Any]:
-    """The globals of finetune/METHOD.py for the `--method` of the command line."""
-    given = [b for a, b in zip(argv, argv[1:], strict=False) if a == "--method"]
-    given += [a.partition("=")[2] for a in argv if a.startswith("--method=")]
-    path = Path(__file__).parent.parent / "finetune" / f"{(given or [method])[-1]}.py"
-    return runpy.run_path(str(path)) if path.exists() else {}
+            print(f"  {flags:<69}{plan.peak / 1e9:9.3f} GB  {verdict}")
 
 
 if __name__ == "__main__":
-    METHOD = method_script(sys.argv[1:])
-    run(main, METHOD)
+    run(main, lambda: (config_class(peek("method", method)), TrainArgs), aliases={"lora_path": "finetuned_path"})

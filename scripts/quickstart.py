@@ -141,7 +141,7 @@ def answers(rows: list[Row], path: Path, checkpoint_dir: Path, lora_path: Path |
     from lit_gpt.checkpoints.base_model import load_model
     from lit_gpt.generation.engine import generate
     from lit_gpt.hardware import default_device
-    from lit_gpt.methods import finetuned_file, lora
+    from lit_gpt.methods import finetuned_model, lora
     from lit_gpt.text.messages import instruction_messages
     from lit_gpt.text.prompt_style import PromptStyle
     from lit_gpt.text.tokenizer import Tokenizer
@@ -150,7 +150,7 @@ def answers(rows: list[Row], path: Path, checkpoint_dir: Path, lora_path: Path |
     tokenizer = Tokenizer(checkpoint_dir)
     style = PromptStyle.from_checkpoint(checkpoint_dir, tokenizer)  # the same for both: its own chat template
     if lora_path:
-        model = lora.merge(finetuned_file.load_finetuned(checkpoint_dir, lora_path, lora.METHOD, **place)[0])
+        model = lora.merge(finetuned_model.load_finetuned(checkpoint_dir, lora_path, lora.NAME, **place)[0])
     else:
         model = load_model(checkpoint_dir, **place)
     saved = {}

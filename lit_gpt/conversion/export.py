@@ -1,7 +1,7 @@
 """What leaves the toolkit: a folder for transformers, a PEFT adapter, a GGUF file, a merged checkpoint.
 
-Each is written into a temporary folder, read back, compared with its source on the golden prompts (lit_gpt.conversion.parity) and
-put in place with the figures (export.json) and a card, or refused and not put in place.
+Each is written into a temporary folder, read back, compared with its source on reference prompts (parity.py) and put in
+place with the figures (export.json) and a card, or refused and not put in place.
 
 Memory: weights stay mapped from their files, on both sides, and are widened layer by layer. A comparison holds the
 largest layer in float32 and the golden logits twice; a shard is written from the mapped file, but for layers that
@@ -20,7 +20,7 @@ from lit_gpt.checkpoints import base_model
 from lit_gpt.checkpoints import folder as checkpoint
 from lit_gpt.checkpoints.base_model import BaseCheckpoint, load_model
 from lit_gpt.conversion import hf, logits, model_card, parity, peft, readers
-from lit_gpt.methods import finetuned_file, lora
+from lit_gpt.methods import finetuned_file, finetuned_model, lora
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT
 from lit_gpt.text.prompt_style import PromptStyle
@@ -47,12 +47,12 @@ class Source:
             checkpoint.load_state(checkpoint_dir)  # refuses a quantized one
         source, record, style = BaseCheckpoint.of(checkpoint_dir), None, None
         if adapter:
-            record = finetuned_file.read_file(adapter, lora.METHOD, source.fingerprint)
+            record = finetuned_file.read_file(adapter, lora.NAME, source.fingerprint)
             style = PromptStyle.from_dict(record["prompt_style"])
             source = source.quantized_as(record.get("quantize"), adapter) if quantized else source
         model, state, base = source.build(), dict(source.state), source.fingerprint
         if adapter:
-            finetuned_file.attach_record(model, adapter, record)
+            finetuned_model.attach_record(model, adapter, record)
             model.eval()
         own = readers.LitReader.of(checkpoint_dir, model, style)
         if own.tokenizer is None:
@@ -230,9 +230,9 @@ def from_peft(peft_dir: Path, checkpoint_dir: Path, out_dir: Path) -> lora.LoRAC
         templates = own and Tokenizer(peft_dir).chat_template is not None
         speaks = peft_dir if templates else checkpoint_dir
         style = PromptStyle.from_checkpoint(speaks, Tokenizer(speaks))
-        path = folder / f"lit_model_{lora.METHOD}_finetuned.pth"
+        path = folder / f"lit_model_{lora.NAME}_finetuned.pth"
         record = {"hyperparameters": asdict(settings), "prompt_style": style.to_dict()}
-        finetuned_file.save_file(path, lora.METHOD, checkpoint.fingerprint(base), state, **record)
+        finetuned_file.save_file(path, lora.NAME, checkpoint.fingerprint(base), state, **record)
         source = Source.of(checkpoint_dir, path)
         golden = source.golden if own else replace(source.golden, ids=[None] * len(source.golden.ids))
         golden = golden if templates else replace(golden, prompts=[None] * len(golden.prompts))

@@ -19,6 +19,20 @@ class PackedRow:
     segments: Segments
     targets: Targets
 
+    @classmethod
+    def without_contents(cls, lengths: Sequence[int], supervised: int) -> "PackedRow":
+        """Return a row of samples of these lengths, of which `supervised` tokens are, as far as its shapes go."""
+        n = sum(lengths)
+        offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        idx, positions = (torch.zeros(n, dtype=torch.int64) for _ in range(2))
+        targets = Targets(*(torch.zeros(supervised, dtype=torch.int64) for _ in range(2)))
+        return cls(idx.unsqueeze(0), Segments(tuple(lengths), offsets, positions), targets)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the row feeds to the model."""
+        return self.idx.numel()
+
     def to(self, device: torch.device) -> "PackedRow":
         if device.type == "cpu":
             return self

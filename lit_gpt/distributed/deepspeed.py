@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 
-def config(stage: int, offload: bool) -> dict[str, Any]:
-    """DeepSpeed's settings (its page "DeepSpeed Configuration JSON" explains each).
+def config(stage: int, offload: bool, max_grad_norm: float | None = None) -> dict[str, Any]:
+    """Return DeepSpeed's settings (its page "DeepSpeed Configuration JSON" explains each).
 
     No precision is set: weights keep the dtypes that the methods give them, so that what trains stays float32.
 
     Args:
         stage: 2 or 3.
         offload: keep in host memory what is shared out, and take the optimizer's steps there.
+        max_grad_norm: clip the gradient of all that trains to this norm; None: never.
     """
     place = {"device": "cpu", "pin_memory": True} if offload else {"device": "none"}
     zero = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True, "offload_optimizer": place}
@@ -25,6 +26,7 @@ def config(stage: int, offload: bool) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": 1,  # one packed row; after how many the optimizer steps is said each time
         "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm or 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # any of --optimizer
         "zero_force_ds_cpu_optimizer": False,  # PyTorch's own; DeepSpeed's for the CPU wants a compiler
@@ -95,3 +97,9 @@ def unwrap(optimizer: Any) -> torch.optim.Optimizer:
     while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def gradient_norm(engine: Any, device: torch.device) -> Tensor | None:
+    """Return the norm of the last step's gradient, a float32 scalar on `device`; None if DeepSpeed took none."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else torch.as_tensor(norm, dtype=torch.float32, device=device)

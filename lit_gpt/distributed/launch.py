@@ -1,13 +1,14 @@
 """How a run spreads over devices, through Lightning Fabric: one, DDP, FSDP2, or DeepSpeed's ZeRO.
 
-The rest of the project sees whole tensors: what is shared out among ranks is gathered and shared out again here and in
-zero.py, so that a resume state does not depend on the strategy nor on the number of ranks.
+The rest of the project sees whole tensors: what is shared out among ranks is gathered and sharded again by sharding.py
+and deepspeed.py, so that a resume state does not depend on the strategy nor on the number of ranks.
 """
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -16,68 +17,82 @@ from lightning.fabric.strategies import DeepSpeedStrategy, ModelParallelStrategy
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lit_gpt.distributed import deepspeed
+from lit_gpt.distributed.args import DeviceArgs
 from lit_gpt.distributed.sharding import shard
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.hardware import default_device
 
 
-def launch(hp: SimpleNamespace, trained: torch.dtype, frozen: torch.dtype) -> Fabric:
-    """Fabric for `--devices`, `--num_nodes` and `--strategy`, its processes started.
+def launch(args: DeviceArgs, trained: torch.dtype, frozen: torch.dtype, max_grad_norm: float | None = None) -> Fabric:
+    """Return Fabric for `--devices`, `--num_nodes` and `--strategy`, its processes started.
 
     Args:
         trained, frozen: the dtypes of weights that train and that do not, to which FSDP brings each rank's share.
+        max_grad_norm: to which DeepSpeed, which does so itself, clips the gradient.
 
     Raises:
         UsageError: a strategy or a number of devices that this machine cannot give, or that torchrun, `fabric run` or
             srun, if it has started this process, was not asked for.
     """
-    launched = by_fabric_run(hp)
-    check_launcher(hp)
-    kind, strategy = default_device().type, hp.strategy
+    check_launcher(args)
+    kind, strategy = default_device().type, args.strategy
     if strategy == "fsdp":
-        sizes = {"data_parallel_size": hp.devices * hp.num_nodes, "tensor_parallel_size": 1}
+        sizes = {"data_parallel_size": args.ranks, "tensor_parallel_size": 1}
         strategy = ModelParallelStrategy(partial(shard, trained=trained, frozen=frozen), **sizes)
     elif strategy == "deepspeed":
         if kind != "cuda":
             raise UsageError("--strategy deepspeed: DeepSpeed needs CUDA devices and this machine has none; try fsdp")
-        strategy = DeepSpeedStrategy(config=deepspeed.config(hp.zero_stage, hp.zero_offload))
+        strategy = DeepSpeedStrategy(config=deepspeed.config(args.zero_stage, args.zero_offload, max_grad_norm))
     try:
-        fabric = Fabric(accelerator=kind, devices=hp.devices, num_nodes=hp.num_nodes, strategy=strategy)
+        fabric = Fabric(accelerator=kind, devices=args.devices, num_nodes=args.num_nodes, strategy=strategy)
     except (MisconfigurationException, ValueError) as error:
-        raise UsageError(f"--devices {hp.devices} --strategy {hp.strategy}: {error}") from None
-    if not launched:
+        raise UsageError(f"--devices {args.devices} --strategy {args.strategy}: {error}") from None
+    if not started_by_fabric_run():
         fabric.launch()
     return fabric
 
 
-def by_fabric_run(hp: SimpleNamespace) -> bool:
-    """Whether `fabric run` has started this process. What it was told then stands for the script's flags, which it
-    would compare with what Fabric is given, and cannot with a strategy that is no name."""
-    if os.environ.get("LT_CLI_USED") != "1":
-        return False
+def started_by_fabric_run() -> bool:
+    return os.environ.get("LT_CLI_USED") == "1"
+
+
+def told_by_fabric_run(args: DeviceArgs) -> DeviceArgs:
+    """Return the arguments with what `fabric run` was told, if it has started this process.
+
+    Its own variables are taken away: Fabric would compare them with what it is given, and cannot with a strategy that
+    is no name.
+
+    Raises:
+        UsageError: the script's flags say otherwise.
+    """
+    if not started_by_fabric_run():
+        return args
     if "LT_PRECISION" in os.environ:
         raise UsageError("--precision: `fabric run` took it for its own flag; write -- before the script's flags")
+    changes: dict[str, Any] = {}
     for name, default in {"devices": 1, "num_nodes": 1, "strategy": "auto"}.items():
-        told, own = os.environ.pop(f"LT_{name.upper()}", str(default)), getattr(hp, name)
+        told, own = os.environ.pop(f"LT_{name.upper()}", str(default)), getattr(args, name)
         if told not in (str(own), "auto"):
             known = told in ("ddp", "fsdp", "deepspeed") if name == "strategy" else told.isdecimal()
             if own != default or not known:
                 raise UsageError(f"--{name} {own}: `fabric run` was told --{name} {told}; give both the same")
-            setattr(hp, name, type(own)(told))
-    return True
+            changes[name] = type(own)(told)
+    return replace(args, **changes)
 
 
-def check_launcher(hp: SimpleNamespace) -> None:
-    """Refuse to start if a launcher has started another number of processes: they would wait for one another without
-    end, or each train alone and write over the others' files."""
+def check_launcher(args: DeviceArgs) -> None:
+    """Refuse to start if a launcher has started another number of processes.
+
+    They would wait for one another without end, or each train alone and write over the others' files.
+    """
     for name, environment in {"torchrun": TorchElasticEnvironment, "SLURM": SLURMEnvironment}.items():
         if environment.detect():
             try:
                 size = environment().world_size()
             except RuntimeError as error:
                 raise UsageError(f"{name}: {error}") from None
-            if size != hp.devices * hp.num_nodes:
-                wanted = f"--devices {hp.devices} --num_nodes {hp.num_nodes}"
+            if size != args.ranks:
+                wanted = f"--devices {args.devices} --num_nodes {args.num_nodes}"
                 raise UsageError(f"{wanted}: {name} has started {size} processes; give it and the script the same")
             return
 

@@ -1,7 +1,5 @@
 """FSDP2: shards a model over ranks, and gathers whole tensors from the shards."""
 
-from types import SimpleNamespace
-
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor
@@ -27,20 +25,20 @@ def shard(model: GPT, mesh: DeviceMesh, trained: torch.dtype, frozen: torch.dtyp
     return model
 
 
-def place_to_build(hp: SimpleNamespace, fabric: Fabric) -> torch.device:
-    """Where to build the model: to be shared out on the CPU, mapped from the file, else where it runs."""
-    return torch.device("cpu") if hp.strategy in ("fsdp", "deepspeed") else fabric.device
+def build_device(strategy: str, fabric: Fabric) -> torch.device:
+    """Return where to build the model: to be sharded on the CPU, mapped from the file, else where it runs."""
+    return torch.device("cpu") if strategy in ("fsdp", "deepspeed") else fabric.device
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """The tensor of which each rank holds a share, if it is one. All ranks must ask together."""
+    """Return the whole of a tensor that is sharded over ranks, or the tensor. All ranks must ask together."""
     if deepspeed.is_partitioned(tensor):
         return deepspeed.get_full(tensor)
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def shard_like(parameter: Tensor, contents: Tensor) -> Tensor:
-    """This rank's share of a whole tensor, if the parameter is shared among ranks; else the tensor."""
+    """Return this rank's shard of a whole tensor, if the parameter is sharded over ranks; else the tensor."""
     if not hasattr(parameter, "full_tensor"):
         return contents
     from torch.distributed.tensor import distribute_tensor

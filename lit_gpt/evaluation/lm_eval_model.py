@@ -29,7 +29,7 @@ from lit_gpt.generation.engine import decode, dtype_of
 from lit_gpt.generation.sequence import Row
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.hardware import default_device
-from lit_gpt.methods import finetuned_file
+from lit_gpt.methods import finetuned_model
 from lit_gpt.model.gpt import GPT
 from lit_gpt.text.messages import Message
 from lit_gpt.text.prompt_style import PromptStyle, as_list, generation_stop_ids
@@ -68,7 +68,7 @@ def evaluate(hp: SimpleNamespace) -> None:
 def load_harness(hp: SimpleNamespace) -> "Harness":
     place, tokenizer = {"dtype": dtype_of(hp), "device": default_device()}, Tokenizer(hp.checkpoint_dir)
     if hp.finetuned_path:
-        model, record = finetuned_file.load_finetuned(hp.checkpoint_dir, hp.finetuned_path, None, **place)
+        model, record = finetuned_model.load_finetuned(hp.checkpoint_dir, hp.finetuned_path, None, **place)
         style = PromptStyle.from_dict(record["prompt_style"])
     else:
         model = load_model(hp.checkpoint_dir, **place)

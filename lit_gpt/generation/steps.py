@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class FastStep:
     """A Step.
 
-    On a CPU by lit_gpt.generation.native_step, if it knows all that the model is made of: it is ready at once, so that no answer
-    is too short for it. Else, only if it is asked for, by a compiled step, which takes seconds before it is ready.
+    On a CPU by native_step.py, if it knows all that the model is made of: it is ready at once, so that no answer is too
+    short for it. Else, only if it is asked for, by a compiled step, which takes seconds before it is ready.
 
     Raises:
         UsageError: as CompiledStep, if it is asked for.

@@ -2,17 +2,15 @@
 
 import ctypes
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_gpt.kernels.fused import ACTIVATIONS
 from lit_gpt.kernels.ops import quantized_format
-from lit_gpt.methods.adapter import AdapterPrompt
-from lit_gpt.methods.adapter_v2 import ScaledLinear, TrainedNorm
-from lit_gpt.methods.lora import LoRALinear
-from lit_gpt.methods.multi_lora import MultiLoRALinear, RowAdapters
+from lit_gpt.methods.multi_lora import RowAdapters
 from lit_gpt.model.alibi import alibi_slopes
 from lit_gpt.model.attention import CausalSelfAttention
 from lit_gpt.model.gpt import GPT, Block
@@ -21,10 +19,6 @@ from lit_gpt.model.mlp import GptNeoxMLP, SwiGLU
 from lit_gpt.model.norms import LayerNorms, QKNorm, RMSNorm, UnitOffsetRMSNorm
 from lit_gpt.quantization.formats import FORMATS
 from lit_gpt.quantization.modules import QuantizedEmbedding, QuantizedLinear, unpacked
-
-if TYPE_CHECKING:
-    pass
-
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of products.h's Format
 KINDS = list(ACTIVATIONS)  # of decode.cpp's Activation
@@ -45,7 +39,7 @@ class Tape:
         self.handle = ctypes.c_void_p(library.tape_new())
         weakref.finalize(self, library.tape_free, self.handle)
         with torch.no_grad():
-            self.logits = self.whole()
+            self.logits = self.record_model()
 
     def use(self, cache: KVCache) -> None:
         """Add to this cache, to its first places, from now on."""
@@ -94,7 +88,7 @@ class Tape:
 
     # the parts of a model
 
-    def whole(self) -> Tensor:
+    def record_model(self) -> Tensor:
         model, config = self.model, self.model.config
         expect(model, GPT)
         x = self.buffer("x", config.n_embd)
@@ -160,9 +154,7 @@ class Tape:
         y, how = self.buffer("heads", heads * size), (float(scores.scale), float(scores.softcap or 0))
         self.add("attend", y, qkv, *sizes, layer, kind, *how, slopes, scores.window or 0)
         if attn.prefix is not None:
-            expect(attn.prefix, AdapterPrompt)
-            _, k, v = attn.project_qkv(attn.prefix.prompt.to(self.dtype).unsqueeze(0), rotation=None)
-            k, v, gate = (tensor.float().contiguous() for tensor in (k, v, attn.prefix.gate.to(self.dtype)))
+            k, v, gate = recorder(attn.prefix)(attn, self.dtype)
             self.add("attend_prefix", y, qkv, *sizes, k, v, k.size(2), *how, gate)
         return self.linear(attn.proj, y, "h")
 
@@ -187,7 +179,8 @@ class Tape:
         """The norm of x, of so many parts of it; in a buffer, or without a name in place."""
         if type(norm) is nn.Identity:
             return x
-        norm = norm.norm if type(norm) is TrainedNorm else norm
+        if record := recorder(norm, required=False):
+            return record(self, x, name, parts)
         expect(norm, nn.LayerNorm, LayerNorms, RMSNorm, UnitOffsetRMSNorm)
         y, size = x if name is None else self.buffer(name, x.size(1)), x.size(1) // parts
         weight, bias = (None if w is None else w.float() for w in (norm.weight, getattr(norm, "bias", None)))
@@ -199,32 +192,33 @@ class Tape:
 
     def linear(self, layer: nn.Module, x: Tensor, name: str) -> Tensor:
         """W x + bias, and what wraps the layer does to it, in a buffer."""
-        expect(layer, nn.Linear, QuantizedLinear, LoRALinear, MultiLoRALinear, ScaledLinear)
-        y, n, kind = self.buffer(name, layer.out_features), layer.out_features, TYPES[self.dtype]
-        if isinstance(layer, ScaledLinear):
-            self.linear(layer.linear, x, name)
-            self.add("scale", y, n, layer.scale, layer.shift)
-        elif isinstance(layer, LoRALinear):
-            low = self.lower(layer.lora_A.to(self.dtype), x, by_row=False)
-            self.linear(layer.linear, x, name)
-            for part, ((start, stop), B) in enumerate(zip(layer.parts, layer.split_B(), strict=True)):
-                B = (B * layer.scale).to(self.dtype).t().contiguous()
-                self.add("raise", y, n, low, low.size(1), part * layer.r, B, kind, layer.r, start, stop, False)
-        elif isinstance(layer, MultiLoRALinear):
-            low, B = self.lower(layer.A, x, by_row=True), layer.B.mT.contiguous()
-            self.linear(layer.linear, x, name)
-            self.add("raise", y, n, low, low.size(1), 0, B, kind, low.size(1), 0, n, True)
-            self.choice = layer.choice
-        else:
-            bias = None if layer.bias is None else layer.bias.float()
-            fast = self.dtype == torch.bfloat16  # whose rounding is mostly coarser than that of fast products
-            self.add("linear", y, x, n, layer.in_features, *self.weight(layer), bias, fast)
+        if record := recorder(layer, required=False):
+            return record(self, x, name)
+        expect(layer, nn.Linear, QuantizedLinear)
+        y, bias = self.buffer(name, layer.out_features), None if layer.bias is None else layer.bias.float()
+        fast = self.dtype == torch.bfloat16  # whose rounding is mostly coarser than that of fast products
+        self.add("linear", y, x, layer.out_features, layer.in_features, *self.weight(layer), bias, fast)
         return y
 
-    def lower(self, A: Tensor, x: Tensor, by_row: bool) -> Tensor:
+    # what methods record: low-rank updates, scales
+
+    def lora_down(self, A: Tensor, x: Tensor, by_row: bool) -> Tensor:
+        """Multiply x by A (ranks, in_features), or with `by_row` by each row's of (adapters, ranks, in_features)."""
         low = self.zeros(A.size(-2))
-        self.add("lower", low, x, *A.shape[-2:], A, TYPES[self.dtype], by_row)
+        self.add("lora_down", low, x, *A.shape[-2:], A, TYPES[self.dtype], by_row)
         return low
+
+    def lora_up(self, y: Tensor, low: Tensor, first: int, B: Tensor, rows: tuple[int, int], by_row: bool) -> None:
+        """Add to the rows (start, stop) of y what B makes of the ranks of `low` from `first` on.
+
+        Args:
+            B: (ranks, stop - start), transposed, in the model's dtype; with `by_row` one for each adapter.
+        """
+        self.add("lora_up", y, y.size(1), low, low.size(1), first, B, TYPES[self.dtype], B.size(-2), *rows, by_row)
+
+    def scale(self, y: Tensor, scale: Tensor, shift: Tensor) -> None:
+        """Replace y by scale * (y + shift)."""
+        self.add("scale", y, y.size(1), scale, shift)
 
     def weight(self, layer: nn.Linear | QuantizedLinear) -> tuple[int | Tensor | None, ...]:
         """Format, weight, and scale, zero and pairs of a quantized one."""
@@ -240,6 +234,22 @@ class Tape:
 
 
 def expect(module: nn.Module, *kinds: type) -> None:
-    """A class derived from one of these may do more than it, and so may a hook."""
+    """Refuse a module that is not exactly of one of these kinds: a derived class may do more, and so may a hook."""
     if type(module) not in kinds or module._forward_hooks or module._forward_pre_hooks:
         raise Unsupported(type(module).__name__)
+
+
+def recorder(module: nn.Module, required: bool = True) -> Callable[..., Any] | None:
+    """Return the `record` method by which a module that a method has attached adds its operations to a tape.
+
+    Only a method of the class itself counts: a derived class may do more.
+
+    Raises:
+        Unsupported: the module has none, though it is `required`; or it has a hook.
+    """
+    if "record" not in vars(type(module)):
+        if required:
+            raise Unsupported(type(module).__name__)
+        return None
+    expect(module, type(module))
+    return module.record

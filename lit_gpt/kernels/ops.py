@@ -5,8 +5,7 @@ lit_gpt.kernels.fused chooses between them and torch's formulas; `serves` says w
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_gpt.kernels import build
+from lit_gpt.kernels.policy import policy
 
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 ACTIVATIONS = ("silu", "gelu_tanh")  # as numbered in layers.cpp
@@ -35,22 +35,9 @@ def supports_on(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cpu" and dtype in SUFFIXES and not torch.compiler.is_compiling() and available()
 
 
-_off = False
-
-
-@contextmanager
-def off() -> Iterator[None]:
-    """Without them while the block runs."""
-    global _off
-    before, _off = _off, True
-    try:
-        yield
-    finally:
-        _off = before
-
-
 def available() -> bool:
-    return not _off and _compiled()
+    """Return whether the policy admits C++ kernels and they could be compiled."""
+    return policy().cpp and _compiled()
 
 
 @functools.cache

@@ -5,29 +5,31 @@ by a softmax of their own; what they find is added to the attention's output, mu
 at zero. A freshly attached model therefore gives exactly the base's logits.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
 from lit_gpt.errors import UsageError
-from lit_gpt.methods.method import train_only_what_is_attached
+from lit_gpt.methods.hyperparameters import AdapterConfig
+from lit_gpt.methods.method import Method, mark_trainable
 from lit_gpt.model.attention import CausalSelfAttention
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.sdpa import sdpa
 
-METHOD = "adapter"
 
+class Adapter(Method):
+    name = "adapter"
+    config: AdapterConfig
 
-@dataclass(frozen=True)
-class AdapterConfig:
-    """The field's names are the scripts' flags without `adapter_`."""
+    @property
+    def first_trained_layer(self) -> int:
+        return self.config.start_layer
 
-    prompt_length: int = 10
-    start_layer: int = 2
+    @property
+    def first_uniform_layer(self) -> int:
+        return self.config.start_layer
 
-
-CONFIG = AdapterConfig
+    def attach(self, model: GPT) -> GPT:
+        return attach(model, self.config)
 
 
 class AdapterPrompt(nn.Module):
@@ -49,6 +51,15 @@ class AdapterPrompt(nn.Module):
         k, v = (x.expand(q.size(0), -1, -1, -1) for x in (k, v))
         return sdpa(q, k, v, attention.scores) * self.gate.to(q.dtype).view(1, -1, 1, 1)
 
+    def record(self, attention: CausalSelfAttention, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the prompt's keys and values (1, n_query_groups, prompt_length, head_size) and the gates (n_head,).
+
+        All are float32, rounded to `dtype` as the model rounds them; a decoding tape attends to them.
+        """
+        _, k, v = attention.project_qkv(self.prompt.to(dtype).unsqueeze(0), rotation=None)
+        k, v, gate = (tensor.float().contiguous() for tensor in (k, v, self.gate.to(dtype)))
+        return k, v, gate
+
 
 def attach(model: GPT, config: AdapterConfig) -> GPT:
     """Give the layers from `start_layer` on their prompts, in place, and let only what is attached train."""
@@ -56,5 +67,5 @@ def attach(model: GPT, config: AdapterConfig) -> GPT:
         raise UsageError(f"--adapter_start_layer {config.start_layer}: the model has only {len(model.h)} layers")
     for block in model.h[config.start_layer :]:
         block.attn.prefix = AdapterPrompt(block.attn, config)
-    train_only_what_is_attached(model)
+    mark_trainable(model)
     return model

@@ -5,21 +5,32 @@ y = scale * (W x + bias), with scale 1 and bias 0 at first, so that a freshly at
 logits.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from lit_gpt.kernels import fused
 from lit_gpt.methods import adapter
-from lit_gpt.methods.adapter import AdapterConfig
-from lit_gpt.methods.method import train_only_what_is_attached
+from lit_gpt.methods.hyperparameters import AdapterConfig
+from lit_gpt.methods.method import Method, mark_trainable
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.moe import Experts, Routing
 from lit_gpt.model.norms import RMSNorm
 from lit_gpt.quantization.modules import QuantizedLinear
 
-METHOD = "adapter_v2"
-CONFIG = AdapterConfig
+
+class AdapterV2(Method):
+    name = "adapter_v2"
+    config: AdapterConfig
+
+    @property
+    def first_uniform_layer(self) -> int:
+        return self.config.start_layer
+
+    def attach(self, model: GPT) -> GPT:
+        return attach(model, self.config)
 
 
 class ScaledLinear(nn.Module):
@@ -40,6 +51,12 @@ class ScaledLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return fused.scaled(self.linear(x), self.scale, self.shift)
+
+    def record(self, tape: Any, x: Tensor, name: str) -> Tensor:
+        """Add the layer to a decoding tape (lit_gpt.generation.tape.Tape)."""
+        y = tape.linear(self.linear, x, name)
+        tape.scale(y, self.scale, self.shift)
+        return y
 
 
 class ScaledExperts(ScaledLinear):
@@ -65,6 +82,10 @@ class TrainedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return functional_call(self.norm, {name: p.to(x.dtype) for name, p in self.norm.named_parameters()}, x)
 
+    def record(self, tape: Any, x: Tensor, name: str | None, parts: int) -> Tensor:
+        """Add the norm to a decoding tape (lit_gpt.generation.tape.Tape)."""
+        return tape.norm(self.norm, x, name, parts)
+
 
 def attach(model: GPT, config: AdapterConfig) -> GPT:
     """Attach Adapter, wrap every linear layer and every norm, in place, and let only what is attached train."""
@@ -76,5 +97,5 @@ def attach(model: GPT, config: AdapterConfig) -> GPT:
             model.set_submodule(name, ScaledLinear(module))
         elif isinstance(module, Experts):
             model.set_submodule(name, ScaledExperts(module))
-    train_only_what_is_attached(model)
+    mark_trainable(model)
     return model

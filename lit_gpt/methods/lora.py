@@ -6,50 +6,43 @@ attached model gives exactly the base's logits.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt.checkpoints import io
-from lit_gpt.errors import UsageError, UserError
+from lit_gpt.errors import UserError
 from lit_gpt.hardware import on_meta
 from lit_gpt.kernels import fused
-from lit_gpt.methods.method import train_only_what_is_attached
+from lit_gpt.methods.hyperparameters import LoRAConfig
+from lit_gpt.methods.method import Method, mark_trainable
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.moe import Experts, Router, Routing, grouped_product
 from lit_gpt.quantization.modules import Quantized, QuantizedLinear, weight_of
 
-METHOD = "lora"
+NAME = "lora"
 
 
-@dataclass(frozen=True)
-class LoRAConfig:
-    """Rank, scale, and which projections are adapted; the field's names are the scripts' flags without `lora_`."""
+class LoRA(Method):
+    name = NAME
+    merges = True
+    free_settings = frozenset({"dropout"})
+    config: LoRAConfig
 
-    r: int = 8
-    alpha: float = 16
-    dropout: float = 0.05
-    query: bool = True
-    key: bool = False
-    value: bool = True
-    projection: bool = False  # the attention's output
-    mlp: bool = False
-    head: bool = False
+    def attach(self, model: GPT) -> GPT:
+        return attach(model, self.config)
 
-    @classmethod
-    def from_flags(cls, hp: SimpleNamespace) -> "LoRAConfig":
-        config = cls(**{name: getattr(hp, f"lora_{name}") for name in asdict(cls())})
-        if not any((config.query, config.key, config.value, config.projection, config.mlp, config.head)):
-            raise UsageError("--lora_query and the other projections are all false: nothing would be trained")
-        return config
+    def merge(self, model: GPT) -> GPT:
+        return merge(model)
 
-
-CONFIG = LoRAConfig
+    def hold_merge(self, model: GPT) -> None:
+        for layer in lora_layers(model).values():
+            layer.merged()
 
 
 class LoRALinear(nn.Module):
@@ -82,6 +75,14 @@ class LoRALinear(nn.Module):
         y = self.linear(rows)  # of rows it is no view even with a bias, and views are dear to change in place
         y = fused.low_rank_update(y, rows, self.lora_A, self.lora_B, self.parts, self.scale, dropout)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def record(self, tape: Any, x: Tensor, name: str) -> Tensor:
+        """Add the layer to a decoding tape (lit_gpt.generation.tape.Tape)."""
+        low = tape.lora_down(self.lora_A.to(tape.dtype), x, by_row=False)
+        y = tape.linear(self.linear, x, name)
+        for part, (rows, B) in enumerate(zip(self.parts, self.split_B(), strict=True)):
+            tape.lora_up(y, low, part * self.r, (B * self.scale).to(tape.dtype).t().contiguous(), rows, by_row=False)
+        return y
 
     def split_B(self) -> tuple[Tensor, ...]:
         return self.lora_B.split([stop - start for start, stop in self.parts], dim=-2)
@@ -119,7 +120,7 @@ def attach(model: GPT, config: LoRAConfig) -> GPT:
         layer = model.get_submodule(path)
         wrapper = LoRAExperts if hasattr(layer, "n_expert") else LoRALinear
         model.set_submodule(path, wrapper(layer, parts, config))
-    train_only_what_is_attached(model)
+    mark_trainable(model)
     return model
 
 

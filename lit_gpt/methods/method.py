@@ -1,55 +1,118 @@
-"""What the finetuning methods have in common."""
+"""The protocol of a finetuning method: how it changes a base model, what of it trains and is kept.
 
-import importlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from types import ModuleType, SimpleNamespace
-from typing import Any
+A method attaches to a base GPT in place, from outside: by wrapping linear layers and norms, or as an attention's
+prefix. Each module that it adds names its own parameters that train in `trained_parameters`, and may say how the fast
+decoding step computes it (`record`, see lit_gpt.generation.tape).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lit_gpt.errors import UsageError, UserError
 from lit_gpt.hardware import DTYPES
+from lit_gpt.methods import finetuned_file
 from lit_gpt.model.gpt import GPT
 
-METHODS = ("lora", "adapter", "adapter_v2")
 
+class Method(ABC):
+    """A finetuning method with its hyperparameters.
 
-@dataclass(frozen=True)
-class Method:
-    """How a finetune script trains: what it does to the base, and what of it is kept."""
+    Attributes:
+        name: by which files, flags and scripts know the method.
+        trains_base: whether the base's own weights train, so that the result is a whole checkpoint folder.
+        merges: whether what was trained can be folded into the base's weights.
+        free_settings: hyperparameters that may differ from those of the file that a run starts from.
+        config: the hyperparameters, a frozen dataclass of lit_gpt.methods.hyperparameters.
+    """
 
-    name: str
-    attach: Callable[[GPT], GPT]  # from the base to the model to train, in place
-    settings: dict[str, Any] = field(default_factory=dict)  # hyperparameters, from which it can be attached again
-    whole_model: bool = False  # the base's own weights train, and the result is a checkpoint folder
-    quantize: str | None = None  # how the base is quantized
+    name: ClassVar[str]
+    trains_base: ClassVar[bool] = False
+    merges: ClassVar[bool] = False
+    free_settings: ClassVar[frozenset[str]] = frozenset()
 
-    def weight_dtype(self, hp: SimpleNamespace) -> torch.dtype:
-        """The dtype in which the base's weights are kept: what trains in float32, unless asked for otherwise."""
-        return torch.float32 if self.whole_model and hp.master_weights else DTYPES[hp.precision]
+    def __init__(self, config: Any) -> None:
+        self.config = config
 
-    def autocast(self, hp: SimpleNamespace, device: str) -> torch.autocast:
-        """The context of a forward pass: arithmetic in the run's precision, if the weights are of another.
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The hyperparameters that a finetuned file records and that a resumed run must share."""
+        return asdict(self.config)
 
-        Without a cache of weights that were cast: each is used once, and together they would take half the weights'
-        room again.
+    @property
+    def first_trained_layer(self) -> int:
+        """The first block with parameters that train; no gradient goes further down."""
+        return 0
+
+    @property
+    def first_uniform_layer(self) -> int:
+        """The block from which on all are extended alike, so that two of them tell the memory plan about the rest."""
+        return 0
+
+    @abstractmethod
+    def attach(self, model: GPT) -> GPT:
+        """Extend a base in place, and let only what is attached train."""
+
+    def weight_dtype(self, precision: str) -> torch.dtype:
+        """Return the dtype in which the base's weights are kept, for a run's `--precision`."""
+        return DTYPES[precision]
+
+    def autocast(self, precision: str, device_type: str) -> torch.autocast:
+        """Return the context of a forward pass: arithmetic in `precision` if the weights have another dtype.
+
+        It keeps no cache of cast weights: each is used once, and together they would take half the weights' memory
+        again.
         """
-        dtype = DTYPES[hp.precision]
-        return torch.autocast(device, dtype, enabled=self.weight_dtype(hp) != dtype, cache_enabled=False)
+        enabled = self.weight_dtype(precision) != DTYPES[precision]
+        return torch.autocast(device_type, DTYPES[precision], enabled=enabled, cache_enabled=False)
 
-    @classmethod
-    def of(cls, module: ModuleType, config: Any) -> "Method":
-        return cls(module.METHOD, partial(module.attach, config=config), asdict(config))
+    def state(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return what trains, each tensor whole. All ranks must ask together."""
+        return finetuned_file.trained_state(model)
+
+    def load_state(self, model: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
+        """Copy tensors into the parameters that train. Raises UserError if names or shapes differ."""
+        finetuned_file.load_trained(model, state, source)
+
+    def warm_start(self, model: nn.Module, path: Path, base: str) -> None:
+        """Start from what an earlier run has trained.
+
+        Args:
+            path: a finetuned file of this method.
+            base: fingerprint of the base that `model` extends.
+
+        Raises:
+            UserError: the file is of another method or base.
+            UsageError: the flags say otherwise than its settings.
+        """
+        record, prefix = finetuned_file.read_file(path, self.name, base), getattr(self.config, "prefix", "")
+        for name, value in record["hyperparameters"].items():
+            if name not in self.free_settings and self.settings.get(name) != value:
+                raise UsageError(
+                    f"--{prefix}{name} {self.settings.get(name)}: {path} has {str(value).lower()}; give that"
+                )
+        self.load_state(model, record["state"], path)
+
+    def merge(self, model: GPT) -> GPT:
+        """Fold what was trained into the base's weights, in place.
+
+        Raises:
+            UserError: the method has no such form.
+        """
+        raise UserError(f"what {self.name} trains cannot be folded into the base's weights; use it beside its base")
+
+    def hold_merge(self, model: GPT) -> None:  # noqa: B027 (nothing to hold unless a method merges)
+        """Hold, one after another, the tensors that merging holds. The memory plan counts them."""
 
 
-def train_only_what_is_attached(model: nn.Module) -> None:
+def mark_trainable(model: nn.Module) -> None:
+    """Let only the parameters train that attached modules name in `trained_parameters`."""
     model.requires_grad_(False)
     for module in model.modules():
         for name in getattr(module, "trained_parameters", ()):
             module.get_parameter(name).requires_grad_(True)
-
-
-def method_module(method: str) -> ModuleType:
-    return importlib.import_module(f"lit_gpt.methods.{method}")

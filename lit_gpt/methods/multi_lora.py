@@ -46,7 +46,7 @@ class MultiLoRALinear(nn.Module):
         self.register_buffer("B", torch.zeros(n, *self.experts, linear.out_features, 0), persistent=False)
 
     def add(self, A: Tensor, B: Tensor) -> None:
-        """One more LoRA's, of the shapes that `lit_gpt.methods.lora.updates` gives, in the dtype and place of the model."""
+        """Add a LoRA's A and B, of the shapes that `lora.updates` gives, in the model's dtype and on its device."""
         missing = A.size(-2) - self.A.size(-2)
         more, less = max(missing, 0), max(-missing, 0)
         self.A = torch.cat((F.pad(self.A.to(A), (0, 0, 0, more)), F.pad(A, (0, 0, 0, less)).unsqueeze(0)))
@@ -54,6 +54,14 @@ class MultiLoRALinear(nn.Module):
 
     def add_none(self) -> None:
         self.add(self.A.new_zeros(self.A.shape[1:]), self.B.new_zeros(self.B.shape[1:]))
+
+    def record(self, tape: Any, x: Tensor, name: str) -> Tensor:
+        """Add the layer to a decoding tape (lit_gpt.generation.tape.Tape)."""
+        low = tape.lora_down(self.A, x, by_row=True)
+        y = tape.linear(self.linear, x, name)
+        tape.lora_up(y, low, 0, self.B.mT.contiguous(), (0, self.out_features), by_row=True)
+        tape.choice = self.choice
+        return y
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T, in_features)."""
@@ -171,4 +179,4 @@ class LoRAPool:
 
 
 def read(path: Path, base: BaseCheckpoint) -> dict[str, Any]:
-    return finetuned_file.read_file(path, lora.METHOD, base.fingerprint)
+    return finetuned_file.read_file(path, lora.NAME, base.fingerprint)

@@ -3,8 +3,10 @@
 Finetuning methods attach from outside: by wrapping linear layers and norms, or as an attention's `prefix`.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +155,11 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
+    """Attention and MLP around the residual stream.
+
+    How it runs is `execution`'s to say, the seam for activation checkpointing and compilation.
+    """
+
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.parallel, self.scale = config.parallel_residual, config.residual_scale
@@ -163,6 +170,7 @@ class Block(nn.Module):
         self.norm_2 = None if config.shared_attention_norm else pre()
         self.mlp = MLPS[config.mlp_class](config)
         self.post_norm_2 = post()
+        self.execution = BlockExecution()
 
     def forward(
         self,
@@ -171,22 +179,50 @@ class Block(nn.Module):
         segments: Segments | None,
         cache: LayerCache | DecodeCache | PackedPrefillCache | None,
     ) -> Tensor:
-        n_1, q, k, v = self.pre_attention(x, rotation)
+        return self.execution.run(self, x, rotation, segments, cache)
+
+    def compute(
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        segments: Segments | None,
+        cache: LayerCache | DecodeCache | PackedPrefillCache | None,
+    ) -> Tensor:
+        n_1, q, k, v = self.execution.pre_attention(self, x, rotation)
         y = self.attn.attend(q, k, v, segments, cache)
         del q, k, v  # not to be held where no backward pass follows
-        return self.post_attention(x, n_1, y)
+        return self.execution.post_attention(self, x, n_1, y)
 
     # what comes before attention and what after it are functions of tensors alone, fit to be compiled
 
     def pre_attention(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The normed x, and its queries, keys and values."""
-        n_1 = self.norm_1(x)
+        """Return the normed x, and its queries, keys and values."""
+        n_1 = self.execution.apply(self.norm_1, x)
         return n_1, *self.attn.project_qkv(n_1, rotation)
 
     def post_attention(self, x: Tensor, n_1: Tensor, y: Tensor) -> Tensor:
-        """What the block gives, from its input, that normed, and what the queries found."""
+        """Return the block's output, from its input, the normed input, and what attention gives."""
+        apply = self.execution.apply
         h = self.post_norm_1(self.attn.proj(y))
         if self.parallel:
-            return x + h + self.post_norm_2(self.mlp(n_1 if self.norm_2 is None else self.norm_2(x)))
+            return x + h + self.post_norm_2(self.mlp(n_1 if self.norm_2 is None else apply(self.norm_2, x), apply))
         x = torch.add(x, h, alpha=self.scale)
-        return torch.add(x, self.post_norm_2(self.mlp(self.norm_2(x))), alpha=self.scale)
+        return torch.add(x, self.post_norm_2(self.mlp(apply(self.norm_2, x), apply)), alpha=self.scale)
+
+
+class BlockExecution:
+    """How a block runs: as it is written. Derived classes checkpoint its activations or compile its parts."""
+
+    def run(self, block: Block, *inputs: Any) -> Tensor:
+        """Return the output of the block for the arguments of its `forward`."""
+        return block.compute(*inputs)
+
+    def pre_attention(self, block: Block, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
+        return block.pre_attention(x, rotation)
+
+    def post_attention(self, block: Block, x: Tensor, n_1: Tensor, y: Tensor) -> Tensor:
+        return block.post_attention(x, n_1, y)
+
+    def apply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Apply a norm or an activation, whose output is cheap to compute again."""
+        return function(x)

@@ -1,5 +1,7 @@
 """The feed-forward part of a block: plain, gated, or routed over experts."""
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from lit_gpt.errors import UserError
@@ -7,6 +9,12 @@ from lit_gpt.kernels import fused
 from lit_gpt.kernels.fused import ACTIVATIONS, Activation
 from lit_gpt.model.config import Config
 from lit_gpt.model.moe import Experts, Router
+
+Apply = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # applies a function whose output is cheap to recompute
+
+
+def plainly(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return function(x)
 
 
 def activation(config: Config) -> Activation:
@@ -23,8 +31,8 @@ class GptNeoxMLP(nn.Module):
         self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
         self.activation = activation(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.inner(self.fc(x)))
+    def forward(self, x: Tensor, apply: Apply = plainly) -> Tensor:
+        return self.proj(apply(self.inner, self.fc(x)))
 
     def inner(self, x: Tensor) -> Tensor:
         return self.activation(x)
@@ -39,8 +47,8 @@ class SwiGLU(nn.Module):
         self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
         self.activation = activation(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.inner(self.gate_up(x)))
+    def forward(self, x: Tensor, apply: Apply = plainly) -> Tensor:
+        return self.proj(apply(self.inner, self.gate_up(x)))
 
     def inner(self, gate_up: Tensor) -> Tensor:
         return fused.gated(gate_up, self.activation)
@@ -61,11 +69,11 @@ class MoE(nn.Module):
         self.proj = Experts(n, inner, config.n_embd)
         self.activation = activation(config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, apply: Apply = plainly) -> Tensor:
         tokens = x.flatten(0, 1)
         weights, routes = self.router(tokens)
         gate_up = self.gate_up(routes.dispatch(tokens), routes)
-        y = self.proj(self.inner(gate_up), routes)
+        y = self.proj(apply(self.inner, gate_up), routes)
         return routes.combine(y, weights).view_as(x)
 
     def inner(self, gate_up: Tensor) -> Tensor:

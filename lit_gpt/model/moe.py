@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lit_gpt.kernels.policy import policy
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -35,7 +37,14 @@ class Routing:
 
 
 def rows_per_expert(experts: Tensor, n_expert: int) -> list[int]:
-    """How often each expert is among `experts`. The only place where contents of a tensor decide on shapes."""
+    """Return how often each expert is among `experts`. The only place where contents of a tensor decide on shapes.
+
+    Without contents each expert gets as many rows as the others: what a step holds does not depend on that, for all
+    rows lie in one tensor, sorted by expert.
+    """
+    if not policy().contents:
+        rows = len(experts)
+        return [rows * (i + 1) // n_expert - rows * i // n_expert for i in range(n_expert)]
     return experts.bincount(minlength=n_expert).tolist()
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lit_gpt.kernels import attention
 from lit_gpt.kernels.attention import ScoreParams
+from lit_gpt.kernels.policy import policy
 from lit_gpt.model.inputs import Segments
 
 
@@ -100,6 +101,8 @@ def trains_on_cpu(q: Tensor) -> bool:
 
 def flash_supports(q: Tensor) -> bool:
     """Whether flash attention computes in this dtype, head size and on this device."""
+    if policy().simulate_cuda:
+        return q.size(-1) <= 256
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.size(-1) % 8 or q.size(-1) > 256:
         return False
     return torch.cuda.get_device_capability(q.device) >= (8, 0)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_gpt.kernels import ops
+from lit_gpt.kernels.policy import policy
 
 GROUP = 64  # weights of a row that share a scale, in the formats of 4 bits
 SCALES = 256  # scales that share a scale of their own, in double quantization
@@ -303,8 +304,9 @@ def unpack_nibbles(pairs: Tensor) -> Tensor:
 
 
 def row_chunks(rows: int, columns: int, device: torch.device, cut: int = 1) -> Iterator[slice]:
-    """Pieces of a weight, `cut` times smaller than may be."""
-    step = max(1, (CPU_PIECE if device.type == "cpu" else PIECE) // cut // columns)
+    """Yield the rows of a weight in chunks, `cut` times smaller than may be."""
+    on_cpu = device.type == "cpu" and (torch.compiler.is_compiling() or not policy().simulate_cuda)
+    step = max(1, (CPU_PIECE if on_cpu else PIECE) // cut // columns)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 

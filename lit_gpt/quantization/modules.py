@@ -73,8 +73,7 @@ def quantized_linear(x: Tensor, layer: QuantizedLinear) -> Tensor:
     """x W^T + bias of x (..., in_features), in x's dtype.
 
     Many rows, as in training and of a prompt, are worth a dequantization. A single one, as in decoding, is bound by
-    reading the weight, which the steps of lit_gpt.generation.compiled_step do without turning it back before: the native one, and in
-    int8 the compiled one.
+    reading the weight, which the native decoding step, and in int8 the compiled one, do without dequantizing it first.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         return _Product.apply(x, layer)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_gpt.cli import Checkpointing, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Quantizer
+from lit_gpt.distributed.args import DeviceArgs
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class PathArgs:
 class OptimizationArgs:
     """Optimization"""
 
+    objective: str = "sft"  # Train for this: sft is the cross-entropy of the supervised tokens.
     learning_rate: PositiveFloat = 3e-4  # Set the peak learning rate, reached after warmup_steps.
     min_lr: NonNegativeFloat = 0.0  # Let the cosine end at this learning rate.
     weight_decay: NonNegativeFloat = 0.01  # Decay what trains, decoupled from the gradient.
@@ -47,17 +49,6 @@ class BatchArgs:
     micro_batch_size: PositiveInt | None = None  # Pack this many samples into a row (null: by micro_batch_tokens).
     micro_batch_tokens: PositiveInt | None = None  # Fill rows up to these tokens (null: 2048 on a CPU, else what fits).
     max_seq_length: PositiveInt | None = None  # Refuse data with longer samples (null: longer than the model takes).
-
-
-@dataclass(frozen=True)
-class DeviceArgs:
-    """Devices"""
-
-    devices: PositiveInt = 1  # Use this many devices on each node.
-    num_nodes: PositiveInt = 1  # Use this many machines.
-    strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"  # Choose how devices share the work.
-    zero_stage: Literal[2, 3] = 2  # Shard gradients and optimizer state with deepspeed (2), and weights too (3).
-    zero_offload: bool = False  # Keep in host memory what deepspeed shards.
 
 
 @dataclass(frozen=True)

@@ -1,63 +1,78 @@
-"""Validation: the loss over all ranks, and a sample answer."""
+"""Validation: the loss over all ranks, an answer to show, and the loss on a probe."""
 
-from types import SimpleNamespace
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from torch import nn
 from tqdm import tqdm
 
-from lit_gpt.data import dataset as data
-from lit_gpt.data import packing
-from lit_gpt.evaluation.perplexity import score_rows
 from lit_gpt.generation.engine import generate
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.model.gpt import GPT
 from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
-from lit_gpt.training.probe import Probe
+from lit_gpt.training.batches import rank_rows
+from lit_gpt.training.objectives import Objective, SupervisedFinetuning
+from lit_gpt.training.probe import WINDOW, Probe
+from lit_gpt.training.strategy import Worker
+
+Size = tuple[int | None, int | None]  # of a row: samples, or if that is None tokens
 
 
-def rank_rows(
-    dataset: data.Dataset | Probe, indices: list[int], hp: SimpleNamespace, fabric: Fabric
-) -> list[list[data.Sample]]:
-    """The samples of each of this rank's packed rows.
+class Evaluator:
+    """Measures what a model has learned, and what it has forgotten.
 
-    Every rank gets as many rows, for they compute together; where one has none left, a row that teaches nothing.
+    Attributes:
+        losses: validation losses that this process has measured, by step.
     """
-    size = hp.micro_batch_size, hp.micro_batch_tokens
-    shares = [
-        list(packing.micro_batches(indices[rank :: fabric.world_size], dataset.lengths, *size))
-        for rank in range(fabric.world_size)
-    ]
-    rows = [[dataset[i] for i in part] for part in shares[fabric.global_rank]]
-    idle = data.Sample(dataset[0].tokens[:2], torch.zeros_like(dataset[0].supervised[:2]))
-    return rows + [[idle]] * (max(map(len, shares)) - len(rows))
+
+    def __init__(
+        self,
+        worker: Worker,
+        dataset: Any,
+        samples: int | None,
+        size: Size,
+        probe: Probe | None,
+        show: Callable[[], None],
+    ) -> None:
+        self.worker, self.dataset, self.samples, self.size = worker, dataset, samples, size
+        self.probe, self.show = probe, show
+        self.losses: dict[int, float] = {}
+
+    def validate(self, step: int) -> float:
+        """Return the validation loss after a step, and show an answer."""
+        indices = list(range(len(self.dataset)))[: self.samples]
+        self.losses[step] = self.loss(self.dataset, indices, self.size, self.worker.objective)
+        self.show()
+        return self.losses[step]
+
+    def probe_loss(self) -> float | None:
+        """Return the loss on the probe, if there is one."""
+        if self.probe is None:
+            return None
+        return self.loss(self.probe, list(range(len(self.probe))), (None, WINDOW), SupervisedFinetuning())
+
+    def loss(self, dataset: Any, indices: list[int], size: Size, objective: Objective) -> float:
+        """Return the mean loss over samples, over all ranks."""
+        fabric, model = self.worker.fabric, self.worker.wrapped
+        model.eval()
+        with self.worker.autocast():
+            total, weight = objective.score(model, rank_rows(dataset, indices, size, objective, fabric), fabric.device)
+        sums = torch.tensor([total, weight], device=fabric.device, dtype=torch.float64)
+        total, weight = fabric.all_reduce(sums, reduce_op="sum")
+        return (total / weight).item()
 
 
-def validate(
-    fabric: Fabric, model: nn.Module, dataset: data.Dataset | Probe, hp: SimpleNamespace, count: int | None = None
-) -> float:
-    """Mean cross-entropy in nats over all supervised tokens of the first `count` samples, over all ranks."""
-    model.eval()
-    indices = list(range(len(dataset)))[:count]
-    score = score_rows(model, rank_rows(dataset, indices, hp, fabric), fabric.device)
-    total = torch.tensor([score.nats, score.tokens], device=fabric.device, dtype=torch.float64)
-    nats, tokens = fabric.all_reduce(total, reduce_op="sum")
-    return (nats / tokens).item()
-
-
-def print_sample(
-    fabric: Fabric, model: GPT, tokenizer: Tokenizer, style: PromptStyle, sample: data.Sample, hp: SimpleNamespace
+def show_answer(
+    fabric: Fabric, model: GPT, tokenizer: Tokenizer, style: PromptStyle, prompt: list[int], tokens: int
 ) -> None:
-    """Show how the model answers a validation prompt now. All ranks take part, for each may hold a share of it."""
-    if not hp.sample_tokens:
+    """Show how the model answers a prompt now. All ranks take part, for each may hold a shard of the model."""
+    if not tokens or not prompt:
         return
-    start = int(sample.supervised.nonzero()[0]) or len(sample.tokens) // 2  # without a masked prompt: half of it
-    prompt = sample.tokens[:start].tolist()
-    room = min(hp.sample_tokens, model.config.block_size - len(prompt))
+    remaining = min(tokens, model.config.block_size - len(prompt))
     model.eval()
     step = FastStep(model) if fabric.world_size == 1 else None
-    ids = list(generate(model, prompt, room, temperature=0, stop_ids=style.stop_ids, step=step))
+    ids = list(generate(model, prompt, remaining, temperature=0, stop_ids=style.stop_ids, step=step))
     if fabric.global_rank == 0:
         tqdm.write(f"  {tokenizer.decode(prompt)[-60:]!r} -> {tokenizer.decode(ids)!r}")

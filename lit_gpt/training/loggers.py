@@ -8,7 +8,6 @@ import os
 import sys
 import uuid
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from tqdm import tqdm
@@ -23,36 +22,36 @@ PACKAGES = {  # module and what pip calls it
 }
 
 
-def check_installed(hp: SimpleNamespace) -> None:
-    if hp.logger != "csv":
-        require(*PACKAGES[hp.logger], f"--logger {hp.logger}")
+def check_installed(logger: str) -> None:
+    if logger != "csv":
+        require(*PACKAGES[logger], f"--logger {logger}")
 
 
-def _tensorboard(hp: SimpleNamespace, run: str | None, step: int) -> tuple[Any, str]:
+def _tensorboard(out_dir: Path, run: str | None, step: int) -> tuple[Any, str]:
     from lightning.fabric.loggers import TensorBoardLogger
 
     # what was written beyond `step` before a crash is hidden
-    logger = TensorBoardLogger(hp.out_dir, "tensorboard", "", default_hp_metric=False, purge_step=step + 1)
+    logger = TensorBoardLogger(out_dir, "tensorboard", "", default_hp_metric=False, purge_step=step + 1)
     logger.experiment.flush()  # opens the file
     return logger, "tensorboard"
 
 
-def _wandb(hp: SimpleNamespace, run: str | None, step: int) -> tuple[Any, str]:
+def _wandb(out_dir: Path, run: str | None, step: int) -> tuple[Any, str]:
     from lightning.pytorch.loggers import WandbLogger
 
     run = run or uuid.uuid4().hex[:8]
     project = os.environ.get("WANDB_PROJECT", "lit-gpt")
-    logger = WandbLogger(name=str(hp.out_dir), save_dir=hp.out_dir, id=run, project=project)
+    logger = WandbLogger(name=str(out_dir), save_dir=out_dir, id=run, project=project)
     _ = logger.experiment  # opens the run
     return logger, run
 
 
-def _mlflow(hp: SimpleNamespace, run: str | None, step: int) -> tuple[Any, str]:
+def _mlflow(out_dir: Path, run: str | None, step: int) -> tuple[Any, str]:
     from lightning.pytorch.loggers import MLFlowLogger
 
     experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", "lit-gpt")
     uri = os.environ.get("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")  # where `mlflow ui` looks, too
-    logger = MLFlowLogger(experiment, str(hp.out_dir), uri, run_id=run)
+    logger = MLFlowLogger(experiment, str(out_dir), uri, run_id=run)
     return logger, logger.run_id
 
 
@@ -70,19 +69,17 @@ class RunLogger:
         UserError: it cannot be opened.
     """
 
-    def __init__(self, hp: SimpleNamespace, step: int, hyperparameters: dict[str, Any]) -> None:
-        self.name, self.path = hp.logger, hp.out_dir / FILE
+    def __init__(self, name: str, out_dir: Path, step: int, hyperparameters: dict[str, Any]) -> None:
+        self.name, self.path = name, out_dir / FILE
         self.failed_at: int | None = None  # the first step that is missing there
         known = read(self.path)
-        run = known["run"] if known.get("logger") == hp.logger else None
+        run = known["run"] if known.get("logger") == name else None
         try:
-            self.logger, self.run = OPENERS[hp.logger](hp, run, step)
+            self.logger, self.run = OPENERS[name](out_dir, run, step)
             if run is None:
                 self.logger.log_hyperparams(hyperparameters)
         except Exception as error:  # whatever a service or its client does
-            raise UserError(
-                f"--logger {hp.logger}: cannot be opened: {reason(error)}; --logger csv needs nothing"
-            ) from None
+            raise UserError(f"--logger {name}: cannot be opened: {reason(error)}; --logger csv needs nothing") from None
 
     def record(self) -> dict[str, str]:
         """The contents of logger.json."""

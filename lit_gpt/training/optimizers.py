@@ -1,15 +1,14 @@
-"""What takes the steps: optimizers by name with their arguments checked, the learning rate of each step, and the step
-taken within the backward pass."""
+"""Optimizers by name with their arguments checked, and the step taken within the backward pass."""
 
 import importlib
 import inspect
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lit_gpt.errors import UsageError
+from lit_gpt.training.args import OptimizationArgs
 
 # Short names; any other optimizer that is installed goes by its own, package.module.Class.
 OPTIMIZERS = {
@@ -22,35 +21,34 @@ EIGHT_BIT = {"adamw8bit", "paged_adamw8bit"}
 DEFAULTS: dict[str, dict[str, Any]] = {"adamw": {"fused": True}}
 
 
-def make_optimizer(parameters: list[nn.Parameter], hp: SimpleNamespace) -> torch.optim.Optimizer:
-    """The optimizer `--optimizer` with `--optimizer_args`, `--learning_rate` and `--weight_decay`.
+def make_optimizer(parameters: list[nn.Parameter], args: OptimizationArgs) -> torch.optim.Optimizer:
+    """Return the optimizer `--optimizer` with `--optimizer_args`, `--learning_rate` and `--weight_decay`.
 
     Raises:
         UsageError: no such optimizer, or an argument that it does not take; none is ever dropped.
     """
-    optimizer = find_class(hp.optimizer)
-    given = {"lr": hp.learning_rate, **DEFAULTS.get(hp.optimizer, {}), **hp.optimizer_args}
+    optimizer = find_class(args.optimizer)
+    given = {"lr": args.learning_rate, **DEFAULTS.get(args.optimizer, {}), **args.optimizer_args}
     takes = inspect.signature(optimizer).parameters
     if "weight_decay" in takes:
-        given = {"weight_decay": hp.weight_decay} | given
-    elif hp.weight_decay:
-        raise UsageError(f"--optimizer {hp.optimizer}: takes no weight decay; pass --weight_decay 0")
+        given = {"weight_decay": args.weight_decay} | given
+    elif args.weight_decay:
+        raise UsageError(f"--optimizer {args.optimizer}: takes no weight decay; pass --weight_decay 0")
     for name in given:
         if name not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
             known = ", ".join(list(takes)[1:])
-            raise UsageError(f"--optimizer_args: {hp.optimizer} takes no '{name}'; it takes {known}")
-    if {"lr", "weight_decay"} & hp.optimizer_args.keys():
+            raise UsageError(f"--optimizer_args: {args.optimizer} takes no '{name}'; it takes {known}")
+    if {"lr", "weight_decay"} & args.optimizer_args.keys():
         raise UsageError("--optimizer_args: lr and weight_decay have flags of their own")
     try:
         return optimizer(parameters, **given)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"--optimizer {hp.optimizer} {hp.optimizer_args}: {error}") from None
+        raise UsageError(f"--optimizer {args.optimizer} {args.optimizer_args}: {error}") from None
 
 
-def optimizer_of(parameters: list[nn.Parameter], hp: SimpleNamespace) -> "torch.optim.Optimizer | InBackward":
-    """What takes the steps of a run: an optimizer, or with `--optimizer_in_backward` one for each parameter."""
-    in_backward = getattr(hp, "optimizer_in_backward", False)
-    return InBackward(parameters, hp) if in_backward else make_optimizer(parameters, hp)
+def optimizer_for(parameters: list[nn.Parameter], args: OptimizationArgs) -> "torch.optim.Optimizer | InBackward":
+    """Return the optimizer of a run, or with `--optimizer_in_backward` one for each parameter."""
+    return InBackward(parameters, args) if args.optimizer_in_backward else make_optimizer(parameters, args)
 
 
 def parts(optimizer: Any) -> list[torch.optim.Optimizer]:
@@ -94,8 +92,8 @@ class InBackward:
     Gradients never exist all at once, so a step must be one backward pass. Stands in for the optimizer in the loop.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], hp: SimpleNamespace) -> None:
-        self.optimizers = [make_optimizer([parameter], hp) for parameter in parameters]
+    def __init__(self, parameters: list[nn.Parameter], args: OptimizationArgs) -> None:
+        self.optimizers = [make_optimizer([parameter], args) for parameter in parameters]
         for parameter, optimizer in zip(parameters, self.optimizers, strict=True):
             parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: self.take(optimizer))
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from lightning.fabric import Fabric
 from torch import Tensor
 from tqdm import tqdm
 
-from lit_gpt.errors import UserError
 from lit_gpt.files import atomic
 from lit_gpt.hardware import peak_memory_bytes
 from lit_gpt.reporting.charts import smooth
@@ -25,49 +23,46 @@ from lit_gpt.training import loggers
 
 
 class Records:
-    """The records of one run. Only rank 0 writes and shows; all ranks take part in sums over ranks."""
+    """The records of one run. Only rank 0 writes and shows; all ranks take part in sums over ranks.
 
-    def __init__(self, hp: SimpleNamespace, fabric: Fabric) -> None:
-        self.hp, self.fabric, self.main = hp, fabric, fabric.global_rank == 0
-        self.path = hp.out_dir / "metrics.csv"
+    Args:
+        logger: name of a logger besides metrics.csv, or csv.
+        hyperparameters: what hyperparameters.json is to hold.
+    """
+
+    def __init__(self, fabric: Fabric, out_dir: Path, logger: str, hyperparameters: dict[str, Any]) -> None:
+        self.fabric, self.main = fabric, fabric.global_rank == 0
+        self.out_dir, self.path = out_dir, out_dir / "metrics.csv"
+        self.logger_name, self.hyperparameters = logger, hyperparameters
+        self.logger: loggers.RunLogger | None = None
         self.rows: list[dict[str, Any]] = []
         self.pending: list[tuple[int, Tensor]] = []  # losses still on the device
+        self.grad_norm: Tensor | None = None  # of the last step, still on the device
         self.tokens = self.new_tokens = 0
         self.seconds = 0.0  # of training, without validation and saving
-        self.set_aside = 0.0
+        self.paused = 0.0  # seconds since the last row that were not training
+        self.last_row_at = 0.0
         self.bar = tqdm(disable=True)
         self.memory: dict[str, int] = {}  # of a step beside the model, planned and measured
-        self.probed: list[float] = []  # losses on the probe, at the start and at the end
-        self.logger: loggers.RunLogger | None = None  # besides metrics.csv
-
-    def check_unused(self) -> None:
-        """Refuse an out_dir that holds a run which is not to be resumed, and a logger that is not installed."""
-        loggers.check_installed(self.hp)
-        if self.path.exists() and self.hp.resume == "no":
-            raise UserError(
-                f"--out_dir {self.hp.out_dir}: already holds a run; --resume auto continues it, or choose another"
-            )
+        self.probe_losses: list[float] = []  # at the start and at the end
 
     def start(self) -> None:
         """Begin: write what the run is made of, and the empty metrics."""
         if self.main:
             self.open_logger(0)
-            write_json(self.hp.out_dir / "hyperparameters.json", self.hyperparameters())
+            write_json(self.out_dir / "hyperparameters.json", self.hyperparameters)
             self.write_rows()
         self.fabric.barrier()
 
-    def hyperparameters(self) -> dict[str, Any]:
-        return {name: str(v) if isinstance(v, Path) else v for name, v in vars(self.hp).items()}
-
     def open_logger(self, step: int) -> None:
-        if self.hp.logger != "csv":
-            self.logger = loggers.RunLogger(self.hp, step, self.hyperparameters())
+        if self.logger_name != "csv":
+            self.logger = loggers.RunLogger(self.logger_name, self.out_dir, step, self.hyperparameters)
             write_json(self.logger.path, self.logger.record())
 
-    def go_on(self, step: int, progress: dict[str, Any]) -> None:
+    def resume(self, step: int, progress: dict[str, Any]) -> None:
         """Continue the records of a run that is resumed after `step`; what it wrote beyond that is dropped."""
         self.tokens, self.seconds = progress["tokens"], progress["seconds"]
-        self.probed = progress.get("probed", [])
+        self.probe_losses = progress.get("probed", [])
         with open(self.path, newline="", encoding="utf-8") as file:
             self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
         if self.main:
@@ -75,7 +70,8 @@ class Records:
             self.write_rows()
 
     def progress(self) -> dict[str, Any]:
-        return {"tokens": self.tokens, "seconds": self.seconds, "probed": self.probed}
+        """Return what `resume` needs."""
+        return {"tokens": self.tokens, "seconds": self.seconds, "probed": self.probe_losses}
 
     def write_rows(self) -> None:
         with atomic(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -84,10 +80,10 @@ class Records:
             writer.writerows(self.rows)
 
     @contextmanager
-    def watch(self, step: int, steps: int) -> Iterator[None]:
+    def show_progress(self, step: int, steps: int) -> Iterator[None]:
         """Show progress while the block runs."""
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=None if self.main else True)
-        self.last, self.set_aside, status = time.perf_counter(), 0.0, "failed"
+        self.last_row_at, self.paused, status = time.perf_counter(), 0.0, "failed"
         try:
             yield
             status = "success"
@@ -97,35 +93,38 @@ class Records:
                 self.logger.close(status)
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Time that is not training."""
+    def pause_timer(self) -> Iterator[None]:
+        """Leave the time of the block out of that of training."""
         start = time.perf_counter()
         yield
-        self.set_aside += time.perf_counter() - start
+        self.paused += time.perf_counter() - start
 
-    def count(self, step: int, loss: Tensor, tokens: int) -> None:
-        """Note a step. The loss stays on the device: reading it would make the host wait."""
+    def record_step(self, step: int, loss: Tensor, grad_norm: Tensor | None, tokens: int) -> None:
+        """Note a step. Loss and norm stay on the device: reading them would make the host wait."""
         self.pending.append((step, loss))
+        self.grad_norm = grad_norm
         self.new_tokens += tokens
         self.bar.update()
 
     def losses(self) -> list[tuple[int, float]]:
-        """(step, loss) of each step since the last `log`, summed over ranks. Waits for the device."""
+        """Return (step, loss) of each step since the last `log`, summed over ranks. Waits for the device."""
         losses = self.fabric.all_reduce(torch.stack([loss for _, loss in self.pending]), reduce_op="sum").tolist()
         return [(step, loss) for (step, _), loss in zip(self.pending, losses, strict=True)]
 
     def log(self, step: int, losses: list[tuple[int, float]], lr: float) -> dict[str, Any]:
         """Close the account of the steps since the last call; returns its row, to which a val_loss may be added."""
         now = time.perf_counter()
-        elapsed, self.last = now - self.last - self.set_aside, now
+        elapsed, self.last_row_at = now - self.last_row_at - self.paused, now
         tokens = self.new_tokens
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + elapsed
-        self.pending, self.new_tokens, self.set_aside = [], 0, 0.0
+        self.pending, self.new_tokens, self.paused = [], 0, 0.0
+        norm = {} if self.grad_norm is None else {"grad_norm": self.grad_norm.item()}
         return {
             "step": step,
             "tokens": self.tokens,
             "loss": sum(loss for _, loss in losses) / len(losses),
             "lr": lr,
+            **norm,
             "tokens_per_second": round(tokens / elapsed, 1),
             "peak_memory_bytes": peak_memory_bytes(),
         }
@@ -145,17 +144,18 @@ class Records:
         if self.bar.disable or "val_loss" in row:
             tqdm.write(f"step {row['step']}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
 
-    def probe(self, step: int, loss: float) -> None:
+    def record_probe(self, step: int, loss: float) -> None:
         """Note the loss on the probe."""
-        self.probed.append(loss)
+        self.probe_losses.append(loss)
         if self.logger:
             self.logger.log(step, {"probe_loss": loss})
 
-    def finish(self, method: str, trainable: int, quantization: str | None) -> None:
-        """Write summary.json and loss.png; `quantization`: of the base."""
+    def finish(self, method: str, objective: str, trainable: int, quantization: str | None) -> None:
+        """Write summary.json and loss.png. `quantization` is the base's."""
         validations = [float(row["val_loss"]) for row in self.rows if row["val_loss"] != ""]
         summary = {
             "method": method,
+            "objective": objective,
             "base_quantization": quantization,
             "trainable_parameters": trainable,
             "steps": int(self.rows[-1]["step"]),
@@ -169,13 +169,14 @@ class Records:
         }
         if self.logger and self.logger.failed_at is not None:
             summary["logger_failed_at_step"] = self.logger.failed_at
-        if self.probed:
-            first, last = self.probed[0], self.probed[-1]
+        if self.probe_losses:
+            first, last = self.probe_losses[0], self.probe_losses[-1]
             summary |= {"probe_loss_first": first, "probe_loss_last": last}
             before, after = (math.exp(loss) if loss < 700 else math.inf for loss in (first, last))
-            print(f"probe {self.hp.probe_path}: loss {first:.3f} -> {last:.3f}, perplexity {before:.2f} -> {after:.2f}")
-        write_json(self.hp.out_dir / "summary.json", summary)
-        plot(self.rows, self.hp.out_dir / "loss.png")
+            path = self.hyperparameters["probe_path"]
+            print(f"probe {path}: loss {first:.3f} -> {last:.3f}, perplexity {before:.2f} -> {after:.2f}")
+        write_json(self.out_dir / "summary.json", summary)
+        plot(self.rows, self.out_dir / "loss.png")
         print(
             f"trained {summary['steps']} steps, {self.tokens:,} tokens in {self.seconds:.0f} s "
             f"({summary['tokens_per_second']} tokens/s), peak memory {summary['peak_memory_bytes'] / 1e9:.2f} GB, "

@@ -1,78 +1,91 @@
 """Resume states: `state/step_00000100.pth` in out_dir, each a finetuned file with what resuming needs besides.
 
-A state is written whole or not at all. The newest `--keep` stay, and so does the best: that with the lowest validation
-loss, among those saved when one was measured.
+A state is written whole or not at all. The newest `--keep_states` stay, and so does the best: that
+with the lowest validation loss, among those saved when one was measured.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from lightning.fabric import Fabric
 
 from lit_gpt.checkpoints import io
-from lit_gpt.distributed import launch
+from lit_gpt.distributed.launch import on_main
 from lit_gpt.errors import UserError
-from lit_gpt.methods import finetuned_file
 
 # Flags that a resumed run may change: they bear on the weights that come out by no more than rounding, or, through the
 # cut into rows, by which inputs dropout strikes.
 FREE_TO_CHANGE = {
     "checkpoint_dir", "data_dir", "out_dir", "resume", "log_interval", "eval_interval", "eval_samples", "save_interval",
-    "sample_tokens", "keep", "activation_checkpointing", "compile", "micro_batch_size", "micro_batch_tokens", "devices",
-    "num_nodes", "strategy", "zero_stage", "zero_offload", "optimizer_in_backward", "lora_path", "logger",
-    "probe_path", "quantize",
+    "sample_tokens", "keep_states", "profile_steps", "activation_checkpointing", "compile", "micro_batch_size",
+    "micro_batch_tokens", "devices", "num_nodes", "strategy", "zero_stage", "zero_offload", "optimizer_in_backward",
+    "finetuned_path", "logger", "probe_path", "quantize",
 }  # fmt: skip
 
 
+FORMAT_VERSION = 2  # of the part of a state that resuming needs
+
+
 @dataclass
-class States:
+class ResumeStates:
     """The resume states of one run.
 
-    Args:
+    Attributes:
+        flags: the run's flags, of which those that bear on its weights are locked.
         identity: of what the run trains on: base, its quantization, data, the method's settings. Only the same may go
             on from a state.
+        keep: how many of the newest states stay.
+        best: step and validation loss of the best state.
     """
 
-    hp: SimpleNamespace
     fabric: Fabric
+    out_dir: Path
+    keep: int
+    flags: dict[str, Any]
     identity: dict[str, Any]
-    best: tuple[int, float] | None = None  # step and validation loss
+    best: tuple[int, float] | None = None
 
     def path(self, step: int) -> Path:
-        return self.hp.out_dir / "state" / f"step_{step:08d}.pth"
+        return self.out_dir / "state" / f"step_{step:08d}.pth"
 
     def paths(self) -> list[Path]:
-        """The newest first."""
-        return sorted((self.hp.out_dir / "state").glob("step_*.pth"), reverse=True)
+        """Return the states' files, the newest first."""
+        return sorted((self.out_dir / "state").glob("step_*.pth"), reverse=True)
 
-    def write(self, step: int, val_loss: float | None, contents: dict[str, Any]) -> None:
+    def write(self, step: int, val_loss: float | None, contents: dict[str, Any], resume: dict[str, Any]) -> None:
         """Write the state of `step`, and drop those that are neither among the newest nor the best.
 
         Args:
-            contents: of the finetuned file, with "resume" among them.
+            contents: of a finetuned file.
+            resume: what resuming needs besides.
         """
         if val_loss is not None and (self.best is None or val_loss < self.best[1]):
             self.best = step, val_loss
-        own = {"step": step, "best": self.best, "hyperparameters": locked_flags(self.hp), "identity": self.identity}
-        contents["resume"] |= own
+        own = {
+            "format_version": FORMAT_VERSION,
+            "step": step,
+            "best": self.best,
+            "hyperparameters": locked_flags(self.flags),
+            "identity": self.identity,
+        }
 
         def write() -> None:
-            io.save(self.path(step), contents)
+            io.save(self.path(step), contents | {"resume": resume | own})
             older = [path for path in self.paths() if path <= self.path(step)]
             best = self.path(self.best[0]) if self.best else None
-            for path in older[self.hp.keep :]:
+            for path in older[self.keep :]:
                 if path != best:
                     path.unlink()
 
-        launch.on_main(self.fabric, write)
+        on_main(self.fabric, write)
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest whole state if there is one, checked to be of this run.
+        """Read the newest whole state if there is one, checked to be of this run.
 
         Raises:
-            UserError: it is of a run with other hyperparameters, base or data; or there are states, none of them whole.
+            UserError: it is of a run with other hyperparameters, base or data, or of another format; or there are
+                states, none of them whole.
         """
         paths = self.fabric.broadcast(self.paths())
         for path in paths:
@@ -86,14 +99,17 @@ class States:
             self.best = best and (best[0], best[1])
             return path, contents
         if paths:
-            raise UserError(f"{self.hp.out_dir / 'state'}: none of its states is readable; choose another --out_dir")
+            raise UserError(f"{self.out_dir / 'state'}: none of its states is readable; choose another --out_dir")
         return None
 
     def refuse_other_run(self, path: Path, contents: dict[str, Any]) -> None:
-        if contents.get("format_version") != finetuned_file.FORMAT_VERSION or "resume" not in contents:
-            raise UserError(f"{path}: not a resume state of format version {finetuned_file.FORMAT_VERSION}")
-        before = contents["resume"]
-        for name, value in locked_flags(self.hp).items():
+        before = contents.get("resume", {})
+        if before.get("format_version") != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: not a resume state of format version {FORMAT_VERSION}, but of an earlier release; start anew "
+                "in another --out_dir"
+            )
+        for name, value in locked_flags(self.flags).items():
             if before["hyperparameters"].get(name) != value:
                 raise UserError(
                     f"--{name} {value}: the run in {path} has {before['hyperparameters'].get(name)}; resume it with "
@@ -103,6 +119,13 @@ class States:
             if before["identity"].get(name) != value:
                 raise UserError(f"{path}: that run has another {name}; choose another --out_dir")
 
+    def best_step_note(self, step: int) -> str:
+        """Return a remark if an earlier state than that of `step` had the lowest validation loss."""
+        if self.best is None or self.best[0] == step:
+            return ""
+        return f"; the lowest validation loss, {self.best[1]:.3f}, was that of {self.path(self.best[0])}"
 
-def locked_flags(hp: SimpleNamespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(hp).items() if name not in FREE_TO_CHANGE}
+
+def locked_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags that a resumed run must share."""
+    return {name: value for name, value in flags.items() if name not in FREE_TO_CHANGE}

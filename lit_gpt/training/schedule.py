@@ -2,34 +2,50 @@
 
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 from lit_gpt.errors import UsageError
+from lit_gpt.training.args import BatchArgs, OptimizationArgs
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How many steps, and the learning rate of each: linear warmup, then half a cosine down to zero, or constant."""
+    """Linear warmup, then half a cosine down to `floor`, or a constant.
+
+    Attributes:
+        steps: optimizer steps of the run.
+        samples: samples that they take together.
+    """
 
     steps: int
     samples: int
     warmup: int
     peak: float
+    floor: float = 0.0
     shape: str = "cosine"
 
     @classmethod
-    def of(cls, hp: SimpleNamespace, n: int) -> "Schedule":
-        samples = hp.max_steps * hp.batch_size if hp.max_steps else hp.epochs * n
-        steps = math.ceil(samples / hp.batch_size)
-        if hp.warmup_steps >= steps:
+    def from_args(cls, args: OptimizationArgs, batch: BatchArgs, n: int) -> "Schedule":
+        """Return the schedule of a run over n samples.
+
+        Raises:
+            UsageError: the warmup is no shorter than the run, or min_lr is above the peak.
+        """
+        samples = args.max_steps * batch.batch_size if args.max_steps else args.epochs * n
+        steps = math.ceil(samples / batch.batch_size)
+        if args.warmup_steps >= steps:
             raise UsageError(
-                f"--warmup_steps {hp.warmup_steps}: expected fewer than the run's {steps} steps, such as {steps // 10}"
+                f"--warmup_steps {args.warmup_steps}: expected fewer than the run's {steps} steps, such as "
+                f"{steps // 10}"
             )
-        return cls(steps, samples, hp.warmup_steps, hp.learning_rate, hp.schedule)
+        if args.min_lr > args.learning_rate:
+            raise UsageError(f"--min_lr {args.min_lr}: expected at most --learning_rate {args.learning_rate}")
+        return cls(steps, samples, args.warmup_steps, args.learning_rate, args.min_lr, args.schedule)
 
     def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
         if step < self.warmup:
             return self.peak * (step + 1) / self.warmup
         if self.shape == "constant":
             return self.peak
-        return self.peak * 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup)))
+        cosine = 0.5 * (1 + math.cos(math.pi * (step - self.warmup) / (self.steps - self.warmup)))
+        return self.floor + (self.peak - self.floor) * cosine

@@ -1,9 +1,9 @@
-"""Sets up a finetuning run: checks, data, model, strategy; and writes its result."""
+"""Sets up a finetuning run from its arguments, and writes its result."""
 
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import torch
 from lightning.fabric import Fabric
@@ -12,121 +12,152 @@ from torch import Tensor
 from lit_gpt import hardware
 from lit_gpt.checkpoints import io
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
-from lit_gpt.conversion import hf
-from lit_gpt.data import dataset as data
-from lit_gpt.distributed import heartbeat, launch, sharding
-from lit_gpt.errors import UsageError
-from lit_gpt.methods.finetuned_file import file_contents, trained_state
+from lit_gpt.cli import flag_values
+from lit_gpt.conversion.hf import copy_side_files
+from lit_gpt.data.dataset import read_meta
+from lit_gpt.distributed.heartbeat import peer_watchdog
+from lit_gpt.distributed.launch import launch, on_main, told_by_fabric_run
+from lit_gpt.distributed.sharding import build_device
+from lit_gpt.errors import UsageError, UserError
+from lit_gpt.kernels.policy import policy, use_policy
 from lit_gpt.methods.method import Method
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantization.modules import count_parameters
 from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
-from lit_gpt.training import compile, strategy
-from lit_gpt.training.checks import (
-    check_batch,
-    check_lengths,
-    check_offload,
-    check_quantized,
-    check_vocabulary,
-    length_limit,
-)
-from lit_gpt.training.evaluate import print_sample
+from lit_gpt.training import checks, loggers
+from lit_gpt.training.args import TrainArgs
+from lit_gpt.training.batches import Batches
+from lit_gpt.training.evaluate import Evaluator, show_answer
 from lit_gpt.training.loop import Trainer
-from lit_gpt.training.memory_plan import choose_settings, row_tokens
+from lit_gpt.training.memory.compiling import compiles_blocks
+from lit_gpt.training.memory.plan import MemoryPlanner
+from lit_gpt.training.memory.rehearsal import probe_longest_row
+from lit_gpt.training.objectives import make_objective
 from lit_gpt.training.probe import Probe
 from lit_gpt.training.records import Records
-from lit_gpt.training.resume import States
+from lit_gpt.training.resume import ResumeStates
 from lit_gpt.training.schedule import Schedule
+from lit_gpt.training.strategy import Worker
 
 
-def finetune(hp: SimpleNamespace, method: Method) -> None:
-    """Train what `method` leaves trainable in the model of `hp.checkpoint_dir`, and write `hp.out_dir`.
+def finetune(args: TrainArgs, method: Method) -> None:
+    """Train what `method` attaches to the model of `--checkpoint_dir`, and write `--out_dir`.
 
-    Args:
-        hp: the flags of finetune/lora.py. Weights that do not train are kept in `hp.precision`, those that do in
-            float32, while `hp.precision` is that of the arithmetic.
+    Weights that do not train are kept in `--precision`, those that do in float32, while `--precision` is that of the
+    arithmetic.
 
     Raises:
-        UsageError: flags that contradict each other.
+        UsageError: flags contradict each other.
         UserError: checkpoint, data or out_dir cannot be used, or another process of the run is lost.
     """
-    if hp.out_dir.resolve() == hp.checkpoint_dir.resolve():
-        raise UsageError(f"--out_dir {hp.out_dir}: is the base's own folder; choose another")
-    trained = method.weight_dtype(hp) if method.whole_model else torch.float32
-    fabric = launch.launch(hp, trained, frozen=hardware.DTYPES[hp.precision])
-    with heartbeat.peer_watchdog(fabric), compile.kernels_if(hp.compile):
-        train_method(hp, method, fabric)
+    paths = args.paths
+    if paths.out_dir.resolve() == paths.checkpoint_dir.resolve():
+        raise UsageError(f"--out_dir {paths.out_dir}: is the base's own folder; choose another")
+    args = replace(args, devices=told_by_fabric_run(args.devices))
+    precision = args.memory.precision
+    trained = method.weight_dtype(precision) if method.trains_base else torch.float32
+    frozen = hardware.DTYPES[precision]
+    fabric = launch(args.devices, trained, frozen, args.optimization.max_grad_norm)
+    with peer_watchdog(fabric), use_policy(cpp=policy().cpp and args.memory.compile is not False):
+        run(args, method, fabric)
 
 
-def train_method(hp: SimpleNamespace, method: Method, fabric: Fabric) -> None:
-    check_batch(hp, fabric.world_size)
-    base = BaseCheckpoint.of(hp.checkpoint_dir, hp.quantize)
-    check_quantized(hp, method, base.quantize)
-    method, config = replace(method, quantize=base.quantize), base.config
-    tokenizer = Tokenizer(hp.checkpoint_dir)
-    meta = data.read_meta(hp.data_dir, tokenizer)
-    train, validation = (data.Dataset(hp.data_dir, split) for split in data.SPLITS)
-    check_lengths(hp, train, validation)
-    style = PromptStyle.from_dict(meta["prompt_style"])
-    probe = hp.probe_path and Probe(hp.probe_path, tokenizer, style, length_limit(hp))
-    schedule = Schedule.of(hp, len(train))
-    records = Records(hp, fabric)
-    records.check_unused()
-    on_cuda, room = fabric.device.type == "cuda", hardware.device_memory(fabric.device)
-    check_offload(hp, on_cuda)
-    compiled = compile.wanted(hp, config, base.quantize, fabric.device.type)
+def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
+    """Set a run up on this rank, train, and write the result."""
+    checks.check_batch(args, fabric.world_size)
+    base = BaseCheckpoint.of(args.paths.checkpoint_dir, args.memory.quantize)
+    checks.check_quantized(args, method, base.quantize)
+    objective = make_objective(args.optimization.objective)
+    tokenizer = Tokenizer(args.paths.checkpoint_dir)
+    style = PromptStyle.from_dict(read_meta(args.paths.data_dir, tokenizer)["prompt_style"])
+    train, validation = objective.datasets(args.paths.data_dir)
+    limit = checks.length_limit(args, base.config)
+    checks.check_lengths(args, limit, train, validation)
+    probe = Probe(args.watch.probe_path, tokenizer, style, limit) if args.watch.probe_path else None
+    schedule = Schedule.from_args(args.optimization, args.batch, len(train))
+    check_unused(args)
+    on_cuda = fabric.device.type == "cuda"
+    checks.check_offload(args, on_cuda)
+    compiled = compiles_blocks(args, base.config, base.quantize, fabric.device.type)
+    checks.check_vocabulary(base.config, [split.tokens for split in (train, validation, probe) if split is not None])
 
-    if not hp.micro_batch_size and not hp.micro_batch_tokens:
-        hp.micro_batch_tokens = row_tokens(config, method, hp, room if on_cuda else None)
-    check_vocabulary(config, train, validation, *([probe] if probe else ()))
-    model = load_to_train(hp, method, fabric, base)
+    memory = hardware.device_memory(fabric.device)
+    planner = MemoryPlanner(base.config, method, objective, args, base.quantize, on_cuda, memory)
+    if not args.batch.micro_batch_size and not args.batch.micro_batch_tokens:
+        args = replace(args, batch=replace(args.batch, micro_batch_tokens=planner.row_tokens()))
+    model = build(args, method, fabric, base)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fabric.print(f"{method.name}: training {trainable:,} of {count_parameters(model):,} parameters")
-    wrapped, optimizer = strategy.setup(fabric, model, hp)
-
-    identity = {"base": base.fingerprint, "data": train.fingerprint, "settings": method.settings}
-    identity["quantization"] = base.quantization
-    identity["probe"] = probe and probe.fingerprint
     if probe:
-        fabric.print(f"probe {hp.probe_path}: {probe.describe()}")
-    run = Trainer(hp, fabric, wrapped, model, optimizer, train, validation, schedule, records, probe)
-    run.states = States(hp, fabric, identity)
-    record = {"hyperparameters": method.settings, "prompt_style": style.to_dict(), "quantize": base.quantization}
-    run.contents = partial(file_contents, method.name, base.fingerprint, **record)
-    run.arithmetic = partial(method.autocast, hp, fabric.device.type)
-    run.plan = partial(choose_settings, config, method, hp, cuda=on_cuda, memory=room)
-    run.compiled = compiled
-    run.sample = partial(print_sample, fabric, model, tokenizer, style, validation[0], hp)
-    if not run.fit():
-        return
-    trained = trained_state(model)
+        fabric.print(f"probe {args.watch.probe_path}: {probe.describe()}")
+    worker = Worker(fabric, model, method, objective, args.optimization, args.memory.precision)
+    flags = flag_values(method.config) | flag_values(args)
+    records = Records(fabric, args.paths.out_dir, args.watch.logger, flags)
+    batches = Batches(train, objective, args.batch, args.optimization.seed, schedule, fabric)
+    show = partial(
+        show_answer, fabric, model, tokenizer, style, objective.prompt(validation[0]), args.watch.sample_tokens
+    )
+    size = args.batch.micro_batch_size, args.batch.micro_batch_tokens
+    evaluator = Evaluator(worker, validation, args.watch.eval_samples, size, probe, show)
+    identity = {
+        "base": base.fingerprint,
+        "data": train.fingerprint,
+        "settings": method.settings,
+        "quantization": base.quantization,
+        "probe": probe and probe.fingerprint,
+    }
+    states = ResumeStates(fabric, args.paths.out_dir, args.watch.keep_states, flags, identity)
+    record = {
+        "hyperparameters": method.settings,
+        "prompt_style": style.to_dict(),
+        "quantize": base.quantization,
+    }
+    trainer = Trainer(args, worker, batches, schedule, evaluator, records, states, record)
+    records.memory = probe_longest_row(worker, batches, planner, compiled)
+    if trainer.fit():
+        write_result(trainer, base, style, trainable)
+
+
+def check_unused(args: TrainArgs) -> None:
+    """Refuse an out_dir that holds a run which is not to be resumed, and a logger that is not installed."""
+    loggers.check_installed(args.watch.logger)
+    if (args.paths.out_dir / "metrics.csv").exists() and args.paths.resume == "no":
+        raise UserError(
+            f"--out_dir {args.paths.out_dir}: already holds a run; --resume auto continues it, or choose another"
+        )
+
+
+def build(args: TrainArgs, method: Method, fabric: Fabric, base: BaseCheckpoint) -> GPT:
+    """Return the base with the method attached."""
+    torch.manual_seed(args.optimization.seed % 2**63)
+    # FSDP casts each rank's shard by itself: the whole stays mapped from its file
+    dtype = None if args.devices.strategy == "fsdp" else method.weight_dtype(args.memory.precision)
+    return method.attach(base.build(dtype, build_device(args.devices.strategy, fabric)))
+
+
+def write_result(trainer: Trainer, base: BaseCheckpoint, style: PromptStyle, trainable: int) -> None:
+    """Write what was trained, and the run's summary."""
+    worker, out_dir = trainer.worker, trainer.args.paths.out_dir
+    method, contents = worker.method, trainer.finetuned()
 
     def write() -> None:
-        if method.whole_model:
-            result = write_checkpoint(hp, trained, base, style)
+        if method.trains_base:
+            path = write_checkpoint(out_dir, contents["state"], base, style)
         else:
-            result = hp.out_dir / f"lit_model_{method.name}_finetuned.pth"
-            io.save(result, run.contents(trained))
-        records.finish(method.name, trainable, base.quantization)
-        print(f"wrote {result}{run.where_better()}")
+            path = out_dir / f"lit_model_{method.name}_finetuned.pth"
+            io.save(path, contents)
+        trainer.records.finish(method.name, worker.objective.name, trainable, base.quantization)
+        print(f"wrote {path}{trainer.states.best_step_note(trainer.step)}")
 
-    launch.on_main(fabric, write)
-
-
-def load_to_train(hp: SimpleNamespace, method: Method, fabric: Fabric, base: BaseCheckpoint) -> GPT:
-    torch.manual_seed(hp.seed % 2**63)
-    shared = sharding.place_to_build(hp, fabric)
-    # FSDP casts each rank's share by itself: the whole stays mapped from its file
-    kept = None if hp.strategy == "fsdp" else method.weight_dtype(hp)
-    return method.attach(base.build(kept, shared))
+    on_main(worker.fabric, write)
 
 
-def write_checkpoint(hp: SimpleNamespace, state: dict[str, Tensor], base: BaseCheckpoint, style: PromptStyle) -> Path:
+def write_checkpoint(out_dir: Path, state: dict[str, Tensor], base: BaseCheckpoint, style: PromptStyle) -> Path:
     """Make out_dir a checkpoint folder like the base's, in its dtypes."""
-    hf.copy_side_files(hp.checkpoint_dir, hp.out_dir)
-    style.save(hp.out_dir)
-    tensors = ((name, state[name]) for name in base.state)
-    io.write_streamed(hp.out_dir / "lit_model.pth", base.state, tensors)
-    (hp.out_dir / "lit_config.json").write_text(base.config.to_json())
-    return hp.out_dir
+    copy_side_files(base.checkpoint_dir, out_dir)
+    style.save(out_dir)
+    tensors: Any = ((name, state[name]) for name in base.state)
+    io.write_streamed(out_dir / "lit_model.pth", base.state, tensors)
+    (out_dir / "lit_config.json").write_text(base.config.to_json())
+    return out_dir

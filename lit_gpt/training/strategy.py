@@ -1,10 +1,8 @@
-"""Puts model and optimizer behind the strategy (one device, DDP, FSDP2, DeepSpeed)."""
+"""One rank's model behind its strategy (one device, DDP, FSDP2, DeepSpeed), and the optimizer of what trains."""
 
-from contextlib import nullcontext
-from types import SimpleNamespace
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
@@ -12,57 +10,115 @@ from torch.utils._pytree import tree_map
 
 from lit_gpt.distributed import deepspeed
 from lit_gpt.distributed.sharding import gather, shard_like
+from lit_gpt.methods.method import Method
+from lit_gpt.model.gpt import GPT
 from lit_gpt.training import optimizers
-from lit_gpt.training.optimizers import InBackward, make_optimizer, optimizer_of
+from lit_gpt.training.args import OptimizationArgs
+from lit_gpt.training.objectives import Objective
+from lit_gpt.training.optimizers import InBackward, make_optimizer, optimizer_for
 
 
-def setup(fabric: Fabric, model: nn.Module, hp: SimpleNamespace) -> tuple[nn.Module, Any]:
-    """The model behind the strategy, and the optimizer of its parameters that train."""
-    if isinstance(fabric.strategy, DeepSpeedStrategy):  # wants both together
-        return fabric.setup(model, make_optimizer(trained(model), hp))
-    wrapped = fabric.setup_module(model)
-    optimizer = optimizer_of(trained(model), hp)
-    return wrapped, optimizer if isinstance(optimizer, InBackward) else fabric.setup_optimizers(optimizer)
+class Worker:
+    """Runs forward, backward and optimizer steps of one rank.
+
+    Attributes:
+        model: the GPT itself; `wrapped` is the same behind Fabric's strategy.
+        parameters: those that train.
+    """
+
+    def __init__(
+        self, fabric: Fabric, model: GPT, method: Method, objective: Objective, args: OptimizationArgs, precision: str
+    ) -> None:
+        self.fabric, self.model, self.method, self.objective = fabric, model, method, objective
+        self.precision, self.max_grad_norm = precision, args.max_grad_norm
+        self.by_deepspeed = isinstance(fabric.strategy, DeepSpeedStrategy)
+        if self.by_deepspeed:  # which wants both together
+            self.wrapped, self.optimizer = fabric.setup(model, make_optimizer(trained(model), args))
+        else:
+            self.wrapped = fabric.setup_module(model)
+            optimizer = optimizer_for(trained(model), args)
+            self.optimizer = optimizer if isinstance(optimizer, InBackward) else fabric.setup_optimizers(optimizer)
+        self.parameters = trained(model)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of a forward pass."""
+        return self.method.autocast(self.precision, self.fabric.device.type)
+
+    def backward(self, row: Any, weight: float, more: bool) -> Tensor:
+        """Add a row's share to the gradients, and return its share of the loss, a float32 scalar on the device.
+
+        Args:
+            weight: of the global batch, by which the summed loss is divided.
+            more: whether other rows follow before the optimizer steps, so that ranks need not meet yet.
+        """
+        with self.maybe_no_sync(more):
+            with self.autocast():
+                loss = self.objective.loss(self.wrapped, row) / weight
+            # ranks' gradients are averaged, and their sum is wanted
+            self.fabric.backward(loss * self.fabric.world_size)
+        return loss.detach()
+
+    def maybe_no_sync(self, more: bool) -> AbstractContextManager[Any]:
+        """Return the context of a backward pass, in which ranks exchange gradients only if no more rows follow."""
+        if self.by_deepspeed:
+            self.fabric.strategy.model.set_gradient_accumulation_boundary(not more)
+            return nullcontext()
+        return self.fabric.no_backward_sync(self.wrapped, enabled=more)
+
+    def step(self, learning_rate: float) -> Tensor | None:
+        """Take the optimizer's step, with gradients clipped if asked for.
+
+        Returns:
+            the norm of the gradient of all that trains, before it was clipped, over all ranks: a float32 scalar on the
+            device; None where no rank ever holds all gradients.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self.clip_gradients()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.by_deepspeed:  # clips by itself, see lit_gpt.distributed.deepspeed.config
+            return deepspeed.gradient_norm(self.wrapped, self.fabric.device)
+        return norm
+
+    def clip_gradients(self) -> Tensor | None:
+        if self.by_deepspeed or isinstance(self.optimizer, InBackward):
+            return None
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = gather(nn.utils.get_total_norm(gradients, foreach=True))
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+        return norm
+
+    def dry_run_step(self, row: Any) -> None:
+        """Take a step on a row that changes nothing, so that what runs out of memory does so now."""
+        if not self.by_deepspeed:  # which has made the optimizer's state already
+            optimizers.allocate(self.optimizer)
+        self.wrapped.train()
+        with self.maybe_no_sync(more=False):
+            with self.autocast():
+                loss = self.objective.loss(self.wrapped, row)
+            self.fabric.backward(loss * 0.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        (deepspeed.clear_optimizer_state if self.by_deepspeed else optimizers.clear_state)(self.optimizer)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """Return the optimizer's state, whole, whatever the number of ranks. All ranks must ask together."""
+        if self.by_deepspeed:
+            return deepspeed.optimizer_state(self.parameters, self.optimizer)
+        return tree_map(lambda leaf: gather(leaf) if isinstance(leaf, Tensor) else leaf, self.optimizer.state_dict())
+
+    def load_optimizer_state(self, state: dict[str, Any]) -> None:
+        if self.by_deepspeed:
+            return deepspeed.load_optimizer_state(self.parameters, self.optimizer, state)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for i, entries in state["state"].items():
+            for name, entry in entries.items():
+                if isinstance(entry, Tensor) and entry.shape == parameters[i].shape:
+                    entries[name] = shard_like(parameters[i], entry)
+        return self.optimizer.load_state_dict(state)
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def maybe_no_sync(fabric: Fabric, wrapped: nn.Module, more: bool) -> Any:
-    """The context of a backward pass. `more`: others follow before the optimizer steps, so ranks need not meet yet."""
-    if isinstance(fabric.strategy, DeepSpeedStrategy):
-        fabric.strategy.model.set_gradient_accumulation_boundary(not more)
-        return nullcontext()
-    return fabric.no_backward_sync(wrapped, enabled=more)
-
-
-def optimizer_state(fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimizer's state, whole, so that it does not depend on the number of ranks. All ranks must ask together."""
-    if isinstance(fabric.strategy, DeepSpeedStrategy):
-        return deepspeed.optimizer_state(trained(model), optimizer)
-    return tree_map(lambda leaf: gather(leaf) if isinstance(leaf, Tensor) else leaf, optimizer.state_dict())
-
-
-def load_optimizer_state(
-    fabric: Fabric, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> None:
-    if isinstance(fabric.strategy, DeepSpeedStrategy):
-        return deepspeed.load_optimizer_state(trained(model), optimizer, state)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for i, entries in state["state"].items():
-        for name, entry in entries.items():
-            if isinstance(entry, Tensor) and entry.shape == parameters[i].shape:
-                entries[name] = shard_like(parameters[i], entry)
-    return optimizer.load_state_dict(state)
-
-
-def allocate(fabric: Fabric, optimizer: Any) -> None:
-    """Let the optimizer make its state, by a step that changes no weight."""
-    if not isinstance(fabric.strategy, DeepSpeedStrategy):  # which has made it already
-        optimizers.allocate(optimizer)
-
-
-def clear_optimizer_state(fabric: Fabric, optimizer: Any) -> None:
-    """Take the optimizer's state back to its beginning."""
-    (deepspeed if isinstance(fabric.strategy, DeepSpeedStrategy) else optimizers).forget(optimizer)

@@ -11,6 +11,7 @@ import torch
 from helpers.compare import off
 from helpers.rows import write_rows
 from helpers.tiny_models import tiny_hf_model
+from lit_gpt import files
 from lit_gpt.checkpoints import folder as checkpoint
 from lit_gpt.checkpoints import io
 from lit_gpt.checkpoints.base_model import BaseCheckpoint, load_model
@@ -140,7 +141,7 @@ def test_other_weights_in_a_calibrated_folder_are_noticed(cli, llama, path, tmp_
 
 def test_bad_input(cli, llama, path, tmp_path, monkeypatch):
     """One line each, and nothing is written, nor so much as laid out."""
-    monkeypatch.setattr(io, "new_folder", lambda path: pytest.fail("too late"))
+    monkeypatch.setattr(files, "new_folder", lambda path: pytest.fail("too late"))
     common = {"checkpoint_dir": llama, "out_dir": tmp_path / "x"}
     empty, short, rows = tmp_path / "e.txt", tmp_path / "s.txt", tmp_path / "r.jsonl"
     empty.write_text("")

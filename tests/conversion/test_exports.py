@@ -30,7 +30,7 @@ from lit_gpt.conversion import export, hf, hf_shards, parity, peft, readers
 from lit_gpt.conversion.gguf import layout as gguf_layout
 from lit_gpt.conversion.gguf import writer
 from lit_gpt.errors import UserError
-from lit_gpt.methods import finetuned_file, lora
+from lit_gpt.methods import finetuned_file, finetuned_model, lora
 from lit_gpt.text.prompt_style import PromptStyle
 
 MERGE, IMPORT = "scripts/merge_lora.py", "scripts/convert_peft_adapter.py"
@@ -155,7 +155,7 @@ def test_an_adapter_of_peft_computes_the_same_here(bases, tmp_path, case):
     base = bases[case if case in FUSED else "llama"]
     theirs = trained_adapter(base, tmp_path / "peft", **{**ADAPTERS, **FUSED}[case])
     settings = export.from_peft(tmp_path / "peft", base, tmp_path / "out")
-    ours, _ = finetuned_file.load_finetuned(base, tmp_path / "out" / LORA, "lora")
+    ours, _ = finetuned_model.load_finetuned(base, tmp_path / "out" / LORA, "lora")
     idx = tokens()
     assert off(ours(idx), theirs(idx).logits) < 1e-5
     assert off(ours(idx), load_model(base)(idx)) > 1e-3
@@ -167,7 +167,7 @@ def test_what_an_adapter_leaves_out_never_trains(bases, tmp_path):
     fields = {"target_modules": ["q_proj", "v_proj", "down_proj"], "rank_pattern": {"v_proj": 2}}
     trained_adapter(bases["llama"], tmp_path / "peft", layers_to_transform=[1], **fields)
     export.from_peft(tmp_path / "peft", bases["llama"], tmp_path / "out")
-    model, _ = finetuned_file.load_finetuned(bases["llama"], tmp_path / "out" / LORA, "lora")
+    model, _ = finetuned_model.load_finetuned(bases["llama"], tmp_path / "out" / LORA, "lora")
     before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):
@@ -350,7 +350,7 @@ def test_a_wrong_export_is_refused(cli, bases, tmp_path, monkeypatch, kind, how)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_where_no_other_reader_is_installed(cli, bases, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(parity, "missing", lambda *packages: list(packages))
+    monkeypatch.setattr(readers, "missing", lambda *packages: list(packages))
     flags = {"checkpoint_dir": finetuned(bases["llama"], tmp_path), "out_dir": tmp_path / "out"}
     if kind in ("peft", "merged"):
         flags |= {"lora_path": lora_file(bases["llama"], tmp_path / "run"), "checkpoint_dir": bases["llama"]}
@@ -370,7 +370,8 @@ def test_killed_before_it_is_put_in_place(cli, bases, tmp_path):
     """SIGKILL when all is written and compared: no folder, and the same command then starts over."""
     flags = {"checkpoint_dir": bases["llama"], "out_dir": tmp_path / "out"}
     code = (
-        "import os, runpy, sys\nfrom lit_gpt import card\ncard.write = lambda *a, **k: os.kill(os.getpid(), 9)\n"
+        "import os, runpy, sys\nfrom lit_gpt.conversion import model_card\n"
+        "model_card.write = lambda *a, **k: os.kill(os.getpid(), 9)\n"
         "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')"
     )
     argv = [sys.executable, "-c", code, ROOT / EXPORT, *(f"--{name}={value}" for name, value in flags.items())]

@@ -100,7 +100,7 @@ def test_the_file_holds_the_model(tmp_path, monkeypatch, family, layout):
     the logits of who reads the whole are those of the source."""
     folder = make(tmp_path / "base", family, layout)
     if layout == "phi3":  # its padding id is beyond so few rows
-        monkeypatch.setattr(parity, "missing", lambda *packages: list(packages))
+        monkeypatch.setattr(readers, "missing", lambda *packages: list(packages))
     found = export.to_gguf(folder, tmp_path / "out", "f32")
     assert found["reader"] == ("transformers" if layout in READ_BY_TRANSFORMERS else "Lit-GPT")
     path, idx = only_file(tmp_path / "out"), tokens(folder)
@@ -253,7 +253,7 @@ def test_other_metadata_is_refused(tmp_path, monkeypatch):
 
     real = writer.metadata
     monkeypatch.setattr(writer, "metadata", lambda *a: real(*a) | {"llama.rope.freq_base": 10001.0})
-    monkeypatch.setattr(parity, "missing", lambda *packages: list(packages))
+    monkeypatch.setattr(readers, "missing", lambda *packages: list(packages))
     with pytest.raises(UserError, match="says rope_base 10001.0 for 10000.0"):
         export.to_gguf(make_base(tmp_path / "base", "llama", "llama"), tmp_path / "out", None)
 
@@ -273,7 +273,7 @@ def test_llama_cpp_computes_the_same(tmp_path, monkeypatch, family, layout):
     """Its GELU is the approximation by tanh, in a table of float16."""
     llama_cpp = pytest.importorskip("llama_cpp")
     folder = finetuned(make(tmp_path / "base", family, layout), tmp_path)
-    monkeypatch.setattr(parity, "missing", lambda *packages: list(packages))  # phi3's padding id is beyond so few rows
+    monkeypatch.setattr(readers, "missing", lambda *packages: list(packages))  # phi3's padding id is beyond so few rows
     export.to_gguf(folder, tmp_path / "out", "f32")
     model = llama_cpp.Llama(str(only_file(tmp_path / "out")), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
     tokenizer, idx = Tokenizer(folder), tokens(folder)[0]

@@ -11,7 +11,7 @@ from helpers.compare import TOLERANCE, off, tokens
 from helpers.tiny_models import LAYOUTS, tiny_hf_model
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.conversion import hf, hf_shards
-from lit_gpt.methods import finetuned_file
+from lit_gpt.methods import finetuned_model
 
 
 def run(cli, script: str, **flags) -> None:
@@ -34,7 +34,7 @@ def test_finetune_merge_export(cli, llama, data_dir, tmp_path: Path, family: str
         sample_tokens=1, **flags, **every)  # fmt: skip
     run(cli, "scripts/merge_lora.py", checkpoint_dir=base, lora_path=path, out_dir=merged)
     run(cli, "scripts/convert_lit_checkpoint.py", checkpoint_dir=merged, out_dir=out)
-    theirs, (ours, _) = AutoModelForCausalLM.from_pretrained(out), finetuned_file.load_finetuned(base, path, "lora")
+    theirs, (ours, _) = AutoModelForCausalLM.from_pretrained(out), finetuned_model.load_finetuned(base, path, "lora")
     idx = tokens(theirs)
     with torch.no_grad():
         found, expected = theirs(idx).logits, ours(idx)

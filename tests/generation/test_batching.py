@@ -17,7 +17,7 @@ from lit_gpt.generation import engine
 from lit_gpt.generation.engine import decode, generate
 from lit_gpt.generation.sequence import Row, Step
 from lit_gpt.generation.steps import FastStep
-from lit_gpt.methods import finetuned_file, lora
+from lit_gpt.methods import finetuned_model, lora
 from lit_gpt.methods.multi_lora import LoRAPool
 from lit_gpt.text.prompt_style import PromptStyle
 
@@ -63,7 +63,7 @@ def test_long_prompts(family, layout, tmp_path, monkeypatch):
     expected, step = [uncached(model, prompt, 12) for prompt in prompts], FastStep(model)
     assert together(model, prompts, new, places=5, step=step) == together(model, prompts, new, 1, step) == expected
     assert alone(model, prompts, new) == together(model, prompts, new, places=3) == expected
-    monkeypatch.setattr(engine, "PIECE", 64)
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", 64)
     assert alone(model, prompts, new) == together(model, prompts, new, places=8) == expected
 
 
@@ -90,7 +90,7 @@ def mixed_equals_single(folder: Path, paths: list[Path]) -> None:
     loras = LoRAPool.beside(BaseCheckpoint.of(folder), paths, PromptStyle.from_dict(STYLE))
     prompts = prompts_of([3, 9, 1, 14, 20, 5, 12, 2], loras.model.config.vocab_size)
     numbers = [1, 2, 3, 4, 4, 0, 2, 1]
-    singles = [loras.base.build(), *(finetuned_file.load_finetuned(folder, path, lora.METHOD)[0] for path in paths)]
+    singles = [loras.base.build(), *(finetuned_model.load_finetuned(folder, path, lora.NAME)[0] for path in paths)]
     expected = [list(generate(singles[n], p, 10, temperature=0)) for n, p in zip(numbers, prompts, strict=True)]
     options = {"choose": lambda rows: loras.choose([row.lora for row in rows])}
     for step in (None, FastStep(loras.model)):

@@ -19,7 +19,7 @@ from lit_gpt.errors import UserError
 from lit_gpt.generation.chat import Chat, converse
 from lit_gpt.generation.engine import generate
 from lit_gpt.generation.steps import FastStep
-from lit_gpt.methods import finetuned_file
+from lit_gpt.methods import finetuned_model
 from lit_gpt.methods.multi_lora import LoRAPool
 from lit_gpt.text.prompt_style import PromptStyle
 
@@ -75,7 +75,7 @@ def test_switching_between_loras(parts, llama, tmp_path, monkeypatch, capsys):
     )
     singles = [(load_model(folder), style)]
     singles += [
-        (finetuned_file.load_finetuned(folder, path, "lora")[0], of) for path, of in zip(paths, styles, strict=True)
+        (finetuned_model.load_finetuned(folder, path, "lora")[0], of) for path, of in zip(paths, styles, strict=True)
     ]
     typed = ["the cat", f"/lora {paths[0]}", "the dog", f"/lora {tmp_path / 'none'}", "a", f"/lora {paths[1]}", "b"]
     typed += [f"/lora  {paths[0]} ", "c", "/lora", "the end"]

@@ -18,7 +18,7 @@ from lit_gpt import Tokenizer
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.conversion import hf, hf_shards
 from lit_gpt.generation.engine import generate
-from lit_gpt.methods import finetuned_file, lora
+from lit_gpt.methods import finetuned_model, lora
 from lit_gpt.text.prompt_style import PromptStyle
 
 SCRIPT = "generate/base.py"
@@ -245,7 +245,7 @@ def told(folder: Path, path: Path | None) -> str:
     tokenizer = Tokenizer(folder)
     model, style = load_model(folder), PromptStyle.from_checkpoint(folder, tokenizer)
     if path:
-        model, record = finetuned_file.load_finetuned(folder, path, lora.METHOD)
+        model, record = finetuned_model.load_finetuned(folder, path, lora.NAME)
         style = PromptStyle.from_dict(record["prompt_style"])
     ids = style.encode_prompt([{"role": "user", "content": "the cat"}], tokenizer)
     return tokenizer.decode(list(generate(model, ids, 30, temperature=0, stop_ids=style.stop_ids)))

@@ -34,7 +34,7 @@ def lora_files(
         state = {name: 0.3 * torch.randn_like(tensor) for name, tensor in state.items()}
         paths.append(folder / f"{i}.pth")
         record = {"hyperparameters": vars(config), "prompt_style": style, "quantize": quantize}
-        finetuned_file.save_file(paths[-1], lora.METHOD, base.fingerprint, state, **record)
+        finetuned_file.save_file(paths[-1], lora.NAME, base.fingerprint, state, **record)
     return paths
 
 

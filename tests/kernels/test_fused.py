@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 from helpers.compare import off
 from helpers.steps import random_row, step
 from helpers.tiny_models import Tiny
-from lit_gpt import GPT, hardware
+from lit_gpt import GPT
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.families.registry import config_from_name
 from lit_gpt.kernels import attention, fused, ops
@@ -444,7 +444,7 @@ def test_what_is_offloaded_is_the_blocks_inputs(tiny: Tiny, monkeypatch):
     torch.manual_seed(0)
     gpt, row, moved = lora.attach(load_model(tiny.folder), ALL), random_row(), []
     to_host = activation_checkpointing.to_host
-    monkeypatch.setattr(hardware, "to_host", lambda x: moved.append(x.shape) or to_host(x))
+    monkeypatch.setattr(activation_checkpointing, "to_host", lambda x: moved.append(x.shape) or to_host(x))
     apply_activation_checkpointing(gpt, "offload")
     step(gpt, row)
     assert moved == [(1, row.idx.numel(), gpt.config.n_embd)] * gpt.config.n_layer

@@ -17,7 +17,7 @@ from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.conversion import logits as verify
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.families.registry import config_from_name
-from lit_gpt.methods import finetuned_file, lora
+from lit_gpt.methods import finetuned_file, finetuned_model, lora
 from lit_gpt.model.inputs import Targets
 
 
@@ -90,12 +90,12 @@ def test_save_and_load(tiny: Tiny, tmp_path):
     trained = finetuned_file.trained_state(model)
     finetuned_file.save_file(path, "lora", base, trained, hyperparameters=vars(EVERYTHING), prompt_style=STYLE)
     again = load_model(tiny.folder)
-    finetuned_file.attach_file(again, path, "lora", base)
+    finetuned_model.attach_file(again, path, "lora", base)
     with torch.no_grad():
         assert torch.equal(again.eval()(idx), model(idx))
     assert set(torch.load(path)["state"]) == {name for name, _ in model.named_parameters() if "lora" in name}
     with pytest.raises(UserError, match="another base"):
-        finetuned_file.attach_file(again, path, "lora", "0123")
+        finetuned_model.attach_file(again, path, "lora", "0123")
 
 
 def test_a_file_whose_tensors_are_of_another_rank(tiny: Tiny, tmp_path):
@@ -103,7 +103,7 @@ def test_a_file_whose_tensors_are_of_another_rank(tiny: Tiny, tmp_path):
     record = {"hyperparameters": vars(replace(EVERYTHING, r=8)), "prompt_style": STYLE}
     finetuned_file.save_file(tmp_path / "f.pth", "lora", "b", trained, **record)
     with pytest.raises(UserError, match="does not fit the model"):
-        finetuned_file.attach_file(load_model(tiny.folder), tmp_path / "f.pth", "lora", "b")
+        finetuned_model.attach_file(load_model(tiny.folder), tmp_path / "f.pth", "lora", "b")
 
 
 def test_fingerprints_tell_models_apart(tiny: Tiny):

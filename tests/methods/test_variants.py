@@ -17,7 +17,7 @@ from lit_gpt import GPT
 from lit_gpt.checkpoints import folder
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.families.registry import config_from_name
-from lit_gpt.methods import adapter, adapter_v2, finetuned_file, lora
+from lit_gpt.methods import adapter, adapter_v2, finetuned_file, finetuned_model, lora
 from lit_gpt.methods import method as variants
 from lit_gpt.model.alibi import alibi_slopes
 
@@ -76,7 +76,7 @@ def test_save_and_load(tiny: Tiny, tmp_path, method):
     base = folder.fingerprint(folder.load_state(tiny.folder))
     record = {"hyperparameters": vars(ADAPTER), "prompt_style": STYLE}
     finetuned_file.save_file(tmp_path / "f.pth", method, base, finetuned_file.trained_state(model), **record)
-    again, _ = finetuned_file.load_finetuned(tiny.folder, tmp_path / "f.pth", method)
+    again, _ = finetuned_model.load_finetuned(tiny.folder, tmp_path / "f.pth", method)
     with torch.no_grad():
         assert torch.equal(again(idx), model(idx))
     stored = torch.load(tmp_path / "f.pth")["state"]

@@ -29,7 +29,7 @@ from lit_gpt.errors import UsageError
 from lit_gpt.families.registry import config_from_name
 from lit_gpt.kernels import ops
 from lit_gpt.methods import adapter as adapter_module
-from lit_gpt.methods import adapter_v2, finetuned_file, lora
+from lit_gpt.methods import adapter_v2, finetuned_model, lora
 from lit_gpt.methods import method as variants
 from lit_gpt.model.inputs import Targets
 from lit_gpt.model.loss import summed_cross_entropy
@@ -380,7 +380,7 @@ def test_qlora_from_start_to_end(cli, flags, llama, stored, monkeypatch):
     result = cli("scripts/merge_lora.py", checkpoint_dir=stored, lora_path=path, out_dir=merged)
     assert result.code == 0, result.err
     assert not modules.is_quantized(load_model(merged)) and checkpoint.load_state(merged)
-    model, _ = finetuned_file.load_finetuned(llama, path, "lora")  # without being told how its base was quantized
+    model, _ = finetuned_model.load_finetuned(llama, path, "lora")  # without being told how its base was quantized
     with torch.no_grad():
         idx = torch.arange(5, 45).unsqueeze(0)
         assert modules.is_quantized(model) and off(load_model(merged)(idx), model(idx)) < 1e-5

@@ -19,7 +19,6 @@ from helpers.cli import Result
 from helpers.paths import ROOT
 from helpers.tiny_models import tiny_hf_model
 from lit_gpt.checkpoints import folder as checkpoint
-from lit_gpt.checkpoints import io
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.conversion import hf_shards
 from lit_gpt.methods import finetuned_file
@@ -257,7 +256,7 @@ def test_conversion_cut_short_leaves_the_folder_unconverted(cli, downloaded, mon
 def test_out_of_memory_on_a_cpu(cli, llama, tmp_path, monkeypatch, script, flags, advice):
     """One line, and nothing is advised that the script has no flag for."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(io, "load_state", lambda *_, **__: torch.empty(10**15, dtype=torch.uint8))
+    monkeypatch.setattr(checkpoint, "load_state", lambda *_, **__: torch.empty(10**15, dtype=torch.uint8))
     said = cli(script, checkpoint_dir=llama, **flags).refused("out of memory: tried to allocate 1,000,000,000 MB")
     assert said.partition("; try ")[2] == (advice or "") and not (tmp_path / "x").exists()
 

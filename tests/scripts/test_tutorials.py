@@ -17,7 +17,7 @@ import torch
 from helpers.pages import BASE, SLURM, blocks, commands, in_process, is_plan, run_page
 from helpers.paths import ROOT
 from lit_gpt.cli import parse
-from lit_gpt.data import dataset
+from lit_gpt.data import packing
 from lit_gpt.distributed import heartbeat
 from lit_gpt.errors import UserError
 from lit_gpt.text import prompt_style
@@ -52,7 +52,7 @@ def out_of_memory() -> None:
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dataset, "pack", pack)
+        patch.setattr(packing, "pack", pack)
         in_process((FINETUNE + "--out_dir out/oom").split()[1:])
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from helpers.runs import metrics
 from lit_gpt import Tokenizer
 from lit_gpt.data import dataset
-from lit_gpt.methods import finetuned_file
+from lit_gpt.methods import finetuned_model
 from lit_gpt.text.messages import instruction_messages
 from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.training import loggers
@@ -58,7 +58,7 @@ def test_probe_is_the_loss_on_its_rows_before_and_after(cli, flags, probe, llama
         return torch.cat(losses).mean().item()
 
     theirs = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    tuned, _ = finetuned_file.load_finetuned(llama, flags["out_dir"] / "lit_model_lora_finetuned.pth", "lora")
+    tuned, _ = finetuned_model.load_finetuned(llama, flags["out_dir"] / "lit_model_lora_finetuned.pth", "lora")
     found = summary(flags["out_dir"])
     assert found["probe_loss_first"] == pytest.approx(loss(lambda idx: theirs(idx).logits), rel=1e-5)
     assert found["probe_loss_last"] == pytest.approx(loss(tuned), rel=1e-5)

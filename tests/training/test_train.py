@@ -19,7 +19,7 @@ from helpers.runs import STEPS, final, metrics, wait_for_step
 from lit_gpt.checkpoints import folder as checkpoint
 from lit_gpt.checkpoints import io
 from lit_gpt.checkpoints.base_model import load_model
-from lit_gpt.methods import finetuned_file
+from lit_gpt.methods import finetuned_model
 from lit_gpt.training import loop
 from lit_gpt.training.schedule import Schedule
 
@@ -256,11 +256,11 @@ def test_generate_and_merge_what_was_trained(cli, flags, llama, tmp_path):
     cli("scripts/merge_lora.py", checkpoint_dir=llama, lora_path=path, out_dir=tmp_path / "merged").refused("already")
     model, state = load_model(tmp_path / "merged"), checkpoint.load_state(llama)
     with pytest.raises(Exception, match="another base"):
-        finetuned_file.attach_file(
+        finetuned_model.attach_file(
             model, path, "lora", checkpoint.fingerprint(checkpoint.load_state(tmp_path / "merged"))
         )
     assert (
-        finetuned_file.attach_file(load_model(llama), path, "lora", checkpoint.fingerprint(state))["method"] == "lora"
+        finetuned_model.attach_file(load_model(llama), path, "lora", checkpoint.fingerprint(state))["method"] == "lora"
     )
 
 
@@ -278,7 +278,7 @@ def test_memory_runs_out_before_the_first_step(cli, flags, monkeypatch, data_dir
         packed.append(sum(len(sample.tokens) for sample in samples))
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
-    monkeypatch.setattr(dataset, "pack", pack)
+    monkeypatch.setattr(packing, "pack", pack)
     cli(SCRIPT, **flags).refused("out of memory", "--micro_batch_tokens")
     monkeypatch.undo()
     rows = [

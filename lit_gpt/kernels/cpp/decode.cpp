@@ -217,7 +217,7 @@ void tape_linear(Tape *tape, float *y, const float *x, long rows, long columns, 
 }
 
 // low = A x; `by_row`: A is that of the row's LoRA, one of several
-void tape_lower(Tape *tape, float *low, const float *x, long ranks, long columns, const void *A, long type, long by_row) {
+void tape_lora_down(Tape *tape, float *low, const float *x, long ranks, long columns, const void *A, long type, long by_row) {
     auto add = [=](auto *a) {
         tape->elements_of_rows(ranks, false, [=](const Run &run, long row, Span span) {
             long lora = by_row ? run.rows[row].lora : 0;
@@ -229,7 +229,7 @@ void tape_lower(Tape *tape, float *low, const float *x, long ranks, long columns
 }
 
 // y[start:stop] += B^T low[from : from + rank], of y's n elements; B: (rank, stop - start), or with `by_row` several
-void tape_raise(Tape *tape, float *y, long n, const float *low, long ranks, long from, const void *B, long type, long rank, long start, long stop, long by_row) {
+void tape_lora_up(Tape *tape, float *y, long n, const float *low, long ranks, long from, const void *B, long type, long rank, long start, long stop, long by_row) {
     auto add = [=](auto *b) {
         tape->elements_of_rows(n, true, [=](const Run &run, long row, Span span) {
             long lora = by_row ? run.rows[row].lora : 0, size = stop - start;

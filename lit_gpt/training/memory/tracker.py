@@ -1,6 +1,7 @@
 """Counts the bytes of all living storages."""
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,8 +39,9 @@ class MemoryTracker(TorchDispatchMode):
         self.known.discard(key)
         self.now -= size
 
-    def during_passes(self, model: GPT, first: int, row: tuple[Any, ...], arithmetic: Any) -> tuple[int, int, int]:
-        """The peaks of the forward pass, then up to the end of the last block's backward, and from block `first`'s."""
+    def during_passes(self, model: GPT, first: int, loss: Callable[[], Tensor]) -> tuple[int, int, int]:
+        """Return the peaks of the forward pass, then up to the end of the last block's backward, and from block
+        `first`'s on."""
         peaks = []
 
         def mark(gradient: Tensor | None) -> None:
@@ -52,18 +54,16 @@ class MemoryTracker(TorchDispatchMode):
 
         handles = [model.h[layer].register_forward_hook(watch) for layer in (-2, first)]
         self.peak = self.now
-        idx, segments, targets = row
-        with arithmetic:
-            loss = model(idx, segments=segments, targets=targets)
+        total = loss()
         mark(None)
-        loss.backward()
+        total.backward()
         for handle in handles:
             handle.remove()
         forward, begins, *_ = (*peaks, self.peak)
         return forward, begins, self.peak
 
-    def during(self, action: Any) -> int:
-        """The peak while `action` runs."""
+    def during(self, action: Callable[[], Any]) -> int:
+        """Return the peak while `action` runs."""
         self.peak = self.now
         action()
         return self.peak

@@ -1,0 +1,22 @@
+"""How a run spreads over devices, as flags. Nothing here imports torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lit_gpt.cli import PositiveInt
+
+
+@dataclass(frozen=True)
+class DeviceArgs:
+    """Devices"""
+
+    devices: PositiveInt = 1  # Use this many devices on each node.
+    num_nodes: PositiveInt = 1  # Use this many machines.
+    strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"  # Choose how devices share the work.
+    zero_stage: Literal[2, 3] = 2  # Shard gradients and optimizer state with deepspeed (2), and weights too (3).
+    zero_offload: bool = False  # Keep in host memory what deepspeed shards.
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the run, over all nodes."""
+        return self.devices * self.num_nodes

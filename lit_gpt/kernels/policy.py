@@ -1,0 +1,41 @@
+"""Which kernels may serve: the choice is a context, read where kernels are chosen."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class KernelPolicy:
+    """What the choice of kernels may rely on.
+
+    Attributes:
+        cpp: whether the C++ kernels may serve; else torch's formulas do.
+        simulate_cuda: choose as on a CUDA device, for a plan on fake CPU tensors.
+        contents: whether tensors have contents. Without, what depends on contents takes its most even case, and copies
+            to host memory are left out.
+    """
+
+    cpp: bool = True
+    simulate_cuda: bool = False
+    contents: bool = True
+
+
+_current: ContextVar[KernelPolicy] = ContextVar("lit_gpt kernel policy", default=KernelPolicy())  # noqa: B039 (frozen)
+
+
+def policy() -> KernelPolicy:
+    """Return the policy that holds here."""
+    return _current.get()
+
+
+@contextmanager
+def use_policy(**changes: Any) -> Iterator[None]:
+    """Let a policy hold that differs by `changes`, while the block runs."""
+    token = _current.set(replace(policy(), **changes))
+    try:
+        yield
+    finally:
+        _current.reset(token)

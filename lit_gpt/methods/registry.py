@@ -1,0 +1,80 @@
+"""The finetuning methods by name. Nothing here imports torch until a method is loaded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lit_gpt.errors import UserError
+from lit_gpt.methods.hyperparameters import AdapterConfig, FullConfig, LoRAConfig
+
+if TYPE_CHECKING:
+    from lit_gpt.methods.method import Method
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered method.
+
+    Attributes:
+        config_class: the dataclass of its hyperparameters.
+        load: imports its class.
+        attaches: whether its finetuned file is attached to a base, not a model of its own.
+    """
+
+    config_class: type
+    load: Callable[[], "type[Method]"]
+    attaches: bool = True
+
+
+METHODS: dict[str, Entry] = {}
+
+
+def register(name: str, config_class: type, load: "Callable[[], type[Method]]", attaches: bool = True) -> None:
+    """Make a method known by its name to scripts, finetuned files and the memory plan."""
+    METHODS[name] = Entry(config_class, load, attaches)
+
+
+def config_class(name: str) -> type:
+    return entry(name).config_class
+
+
+def make_method(name: str, config: Any) -> "Method":
+    """Return the method with these hyperparameters."""
+    return entry(name).load()(config)
+
+
+def entry(name: str) -> Entry:
+    """Return what is registered under a name. Raises UserError if nothing is."""
+    if name not in METHODS:
+        raise UserError(f"the method '{name}' is not known; expected {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def _lora() -> "type[Method]":
+    from lit_gpt.methods.lora import LoRA
+
+    return LoRA
+
+
+def _adapter() -> "type[Method]":
+    from lit_gpt.methods.adapter import Adapter
+
+    return Adapter
+
+
+def _adapter_v2() -> "type[Method]":
+    from lit_gpt.methods.adapter_v2 import AdapterV2
+
+    return AdapterV2
+
+
+def _full() -> "type[Method]":
+    from lit_gpt.methods.full import Full
+
+    return Full
+
+
+register("lora", LoRAConfig, _lora)
+register("adapter", AdapterConfig, _adapter)
+register("adapter_v2", AdapterConfig, _adapter_v2)
+register("full", FullConfig, _full, attaches=False)

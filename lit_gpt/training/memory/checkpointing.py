@@ -1,0 +1,117 @@
+"""Activation checkpointing: what a block keeps for the backward pass, from all to nothing on the device.
+
+All kinds give the same gradients.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lit_gpt.kernels.policy import policy
+from lit_gpt.model.gpt import GPT, Block, BlockExecution
+
+KINDS = ("none", "selective", "full", "offload")
+# The device that a tensor came from, and its copy, or without contents only its shape and dtype.
+HostCopy = tuple[torch.device, Tensor | tuple[torch.Size, torch.dtype]]
+
+
+def apply_activation_checkpointing(model: GPT, kind: str) -> None:
+    """Let the blocks keep less, as `--activation_checkpointing` says.
+
+    selective: the outputs of norms and activations are computed again in the backward pass, from their inputs, which
+    are kept anyway.
+    full: a block keeps its input alone and runs again in the backward pass (Chen et al. 2016).
+    offload: as full, with the input in host memory until then.
+    """
+    executions = {"selective": RecomputedOutputs, "full": FullCheckpointing, "offload": Offloading}
+    for block in model.h:
+        block.execution = executions.get(kind, BlockExecution)()
+
+
+class FullCheckpointing(BlockExecution):
+    """Keeps the block's input."""
+
+    def run(self, block: Block, *inputs: Any) -> Tensor:
+        return checkpoint(block.compute, *inputs, use_reentrant=False)
+
+
+class Offloading(BlockExecution):
+    """Keeps the block's input in host memory."""
+
+    def run(self, block: Block, *inputs: Any) -> Tensor:
+        x, *shared = inputs  # by all blocks: these stay
+        with torch.autograd.graph.saved_tensors_hooks(lambda kept: to_host(kept), lambda kept: from_host(kept)):
+            return checkpoint(lambda x: block.compute(x, *shared), x, use_reentrant=False)
+
+
+def to_host(x: Tensor) -> HostCopy:
+    """Copy a tensor to memory that the device reads by itself.
+
+    Nobody waits for the copy, which is in the device's order of work.
+    """
+    if not policy().contents:
+        return x.device, (x.shape, x.dtype)
+    kept = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
+    return x.device, kept.copy_(x, non_blocking=True)
+
+
+def from_host(kept: HostCopy) -> Tensor:
+    """Copy a tensor back to the device that it came from."""
+    device, x = kept
+    if isinstance(x, Tensor):
+        return x.to(device, non_blocking=True)
+    shape, dtype = x
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+class RecomputedOutputs(BlockExecution):
+    """Keeps, in place of the outputs of a block's norms and activations, how to compute them again."""
+
+    def __init__(self) -> None:
+        # while the block runs: {storage of an output: (function, its input, its output)}
+        self.outputs: dict[int, tuple[Callable[[Tensor], Tensor], Tensor, Tensor]] = {}
+
+    def run(self, block: Block, *inputs: Any) -> Tensor:
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack):
+                return block.compute(*inputs)
+        finally:
+            self.outputs.clear()
+
+    def apply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        y = function(x)
+        if torch.is_grad_enabled() and y is not x:
+            # y is held too, so that nothing else gets its storage
+            self.outputs[y.untyped_storage()._cdata] = function, x.detach(), y
+        return y
+
+    def pack(self, tensor: Tensor) -> "Tensor | Recompute":
+        output = self.outputs.get(tensor.untyped_storage()._cdata)
+        if output is None:
+            return tensor
+        view = tensor.size(), tensor.stride(), tensor.storage_offset()
+        return Recompute(output[0], output[1], view, torch.is_autocast_enabled(tensor.device.type))
+
+    @staticmethod
+    def unpack(kept: "Tensor | Recompute") -> Tensor:
+        return kept.tensor() if isinstance(kept, Recompute) else kept
+
+
+@dataclass(frozen=True)
+class Recompute:
+    """How to compute a saved tensor again."""
+
+    function: Callable[[Tensor], Tensor]
+    x: Tensor
+    view: tuple[Any, ...]  # size, stride and offset of the view that was saved
+    autocast: bool
+
+    @torch.no_grad()
+    def tensor(self) -> Tensor:
+        device = self.x.device.type
+        with torch.autocast(device, torch.get_autocast_dtype(device), enabled=self.autocast):
+            return self.function(self.x).as_strided(*self.view)
