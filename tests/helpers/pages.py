@@ -305,8 +305,8 @@ def run_page(name: str, wanted: list[str], place: Path, llama: Path, capfd) -> R
     if not any("download.py" in command for command in wanted):
         shutil.copytree(llama, BASE)
     made = any("prepare_alpaca.py" in command and "destination" not in command for command in wanted)
-    for name, seed in (("other", 1),) if made else (("alpaca", 0), ("other", 1)):
-        argv = ["--json_path", "alpaca.jsonl", "--destination_path", f"data/{name}", "--seed", str(seed)]
+    for folder, seed in (("other", 1),) if made else (("alpaca", 0), ("other", 1)):
+        argv = ["--json_path", "alpaca.jsonl", "--destination_path", f"data/{folder}", "--seed", str(seed)]
         assert in_process(["scripts/prepare_json.py", "--checkpoint_dir", str(llama), *argv]) == 0
     reader = Reader(name, place, llama, capfd)
     try:
