@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 from lit_gpt.cli import PositiveFloat, run
 
@@ -63,9 +62,9 @@ def make_checkpoint(folder: Path, size: float) -> int:
     return total
 
 
-def main(hp: SimpleNamespace) -> None:
+def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        size = make_checkpoint(Path(folder), hp.gigabytes * 1e9)
+        size = make_checkpoint(Path(folder), gigabytes * 1e9)
         argv = [sys.executable, "-c", WATCH, SCRIPT, "--checkpoint_dir", folder]
         process = subprocess.run(list(map(str, argv)), capture_output=True, text=True, check=True)
     print(json.dumps({"checkpoint_bytes": size, "peak_anonymous_bytes": int(process.stdout.split("PEAK")[1])}))

@@ -19,7 +19,6 @@ from contextlib import ExitStack
 from datetime import date
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 from typing import Any, Literal
 
 from lit_gpt.cli import PositiveInt, run
@@ -47,9 +46,10 @@ ALL = [name for name in TITLES if "compiled" not in name]
 FORMATS = ("int8", "int4", "nf4")
 
 
-def main(hp: SimpleNamespace) -> None:
-    names = ALL if hp.contestants == "all" else [name.strip() for name in hp.contestants.split(",")]
-    if bool(hp.model) == bool(hp.checkpoint_dir):
+def main() -> None:
+    global checkpoint_dir  # a random model takes its place
+    names = ALL if contestants == "all" else [name.strip() for name in contestants.split(",")]
+    if bool(model) == bool(checkpoint_dir):
         raise UsageError("--checkpoint_dir or --model: expected one of them")
     if unknown := set(names) - set(TITLES):
         raise UsageError(f"--contestants: expected any of {', '.join(TITLES)}, got '{', '.join(sorted(unknown))}'")
@@ -58,62 +58,62 @@ def main(hp: SimpleNamespace) -> None:
 
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
-        if hp.model:
-            hp.checkpoint_dir, _ = random_model(hp.model, {}, 8, 1337, folder)
-        job, pythons = prepare(hp, names, folder)
+        if model:
+            checkpoint_dir, _ = random_model(model, {}, 8, 1337, folder)
+        job, pythons = prepare(names, folder)
         running = []
         for name in ("memory", *pythons):
             print(f"loading {name}", file=sys.stderr)
             running.append(Contestant(name, job, folder, pythons.get(name, sys.executable), script="decode.py"))
             stack.callback(running[-1].stop)
             running[-1].ready()
-        memory, *contestants = running
-        for n in range(hp.rounds + 1):
-            for contestant in contestants:
+        memory, *answering = running
+        for n in range(rounds + 1):
+            for contestant in answering:
                 reads = memory.step(n)["bytes_per_second"]
                 contestant.step(n)["reads"] = reads
-            rates = (f"{c.name} {c.answers[-1]['tokens_per_second']:.1f}" for c in contestants)
-            print(f"round {n} of {hp.rounds}, tokens/s: {', '.join(rates)}", file=sys.stderr)
-        report(hp, job, contestants)
+            rates = (f"{c.name} {c.answers[-1]['tokens_per_second']:.1f}" for c in answering)
+            print(f"round {n} of {rounds}, tokens/s: {', '.join(rates)}", file=sys.stderr)
+        report(job, answering)
 
 
-def prepare(hp: SimpleNamespace, names: list[str], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def prepare(names: list[str], folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The job, and the interpreter of each contestant."""
     import torch
     from peers import environment
 
     from lit_gpt import Config
 
-    vocabulary = Config.from_checkpoint(hp.checkpoint_dir).vocab_size
-    shape, generator = (hp.batch_size, hp.prompt_tokens), torch.Generator().manual_seed(7)
+    vocabulary = Config.from_checkpoint(checkpoint_dir).vocab_size
+    shape, generator = (batch_size, prompt_tokens), torch.Generator().manual_seed(7)
     job = {
-        "checkpoint_dir": str(hp.checkpoint_dir.absolute()), "new_tokens": hp.new_tokens,
+        "checkpoint_dir": str(checkpoint_dir.absolute()), "new_tokens": new_tokens,
         "prompts": torch.randint(vocabulary, shape, generator=generator).tolist(),
-        "precision": hp.precision, "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "quantized": {f: quantized(hp, folder / f, f) for f in FORMATS if any(n.endswith(f) for n in names)},
+        "precision": precision, "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "quantized": {f: quantized(folder / f, f) for f in FORMATS if any(n.endswith(f) for n in names)},
     }  # fmt: skip
     pythons = dict.fromkeys(names, sys.executable)
-    if "litgpt" in pythons and (hp.batch_size > 1 or not hp.peers_dir):
+    if "litgpt" in pythons and (batch_size > 1 or not peers_dir):
         del pythons["litgpt"]
-        why = "it answers one prompt at a time" if hp.peers_dir else "--peers_dir names a folder to install it into"
+        why = "it answers one prompt at a time" if peers_dir else "--peers_dir names a folder to install it into"
         print(f"left out: litgpt: {why}", file=sys.stderr)
     if "litgpt" in pythons:
-        pythons["litgpt"] = environment.litgpt_python(hp.peers_dir, torch.__version__)
+        pythons["litgpt"] = environment.litgpt_python(peers_dir, torch.__version__)
         where = folder / "litgpt_checkpoint"
-        made = environment.litgpt_checkpoint(pythons["litgpt"], hp.checkpoint_dir, where, hp.litgpt_name)
+        made = environment.litgpt_checkpoint(pythons["litgpt"], checkpoint_dir, where, litgpt_name)
         job["litgpt_dir"] = str(made)
     return job, pythons
 
 
-def quantized(hp: SimpleNamespace, folder: Path, format: str) -> str:
+def quantized(folder: Path, format: str) -> str:
     """The checkpoint in fewer bits, as scripts/quantize.py keeps it."""
     script = Path(__file__).parent.parent / "scripts" / "quantize.py"
-    flags = ["--checkpoint_dir", hp.checkpoint_dir, "--quantize", format, "--rounding", "nearest", "--out_dir", folder]
+    flags = ["--checkpoint_dir", checkpoint_dir, "--quantize", format, "--rounding", "nearest", "--out_dir", folder]
     subprocess.run([sys.executable, script, *flags], check=True, stdout=sys.stderr)
     return str(folder)
 
 
-def report(hp: SimpleNamespace, job: dict[str, Any], contestants: list) -> None:
+def report(job: dict[str, Any], contestants: list) -> None:
     import torch
     from peers.report import command, machine
 
@@ -122,17 +122,17 @@ def report(hp: SimpleNamespace, job: dict[str, Any], contestants: list) -> None:
         "command": command("generate_speed"), "date": date.today().isoformat(), "torch": torch.__version__,
         "machine": machine(contestants[0].about["threads"]), "reference": reference.name,
         "reads_bytes_per_second": sorted(a["reads"] for c in contestants for a in c.answers[1:]),
-        "contestants": {c.name: figures(hp, c, reference) for c in contestants},
+        "contestants": {c.name: figures(c, reference) for c in contestants},
     }  # fmt: skip
-    several = f"_batch{hp.batch_size}" if hp.batch_size > 1 else ""
-    stem = hp.out_dir / f"generate_speed_{job['device']}{several}"
-    hp.out_dir.mkdir(parents=True, exist_ok=True)
+    several = f"_batch{batch_size}" if batch_size > 1 else ""
+    stem = out_dir / f"generate_speed_{job['device']}{several}"
+    out_dir.mkdir(parents=True, exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(contents, indent=2) + "\n")
-    stem.with_suffix(".md").write_text(table(hp, contents))
-    print(table(hp, contents))
+    stem.with_suffix(".md").write_text(table(contents))
+    print(table(contents))
 
 
-def figures(hp: SimpleNamespace, c: Any, reference: Any) -> dict[str, Any]:
+def figures(c: Any, reference: Any) -> dict[str, Any]:
     """Medians of a contestant's answers, each held against the reference's in the same round and against what memory
     allowed just before."""
     answers, weights = c.answers[1:], c.about["weight_bytes"]
@@ -142,16 +142,16 @@ def figures(hp: SimpleNamespace, c: Any, reference: Any) -> dict[str, Any]:
     return {
         "tokens_per_second": median(rates), "over_reference": median(pairs), "range": [pairs[0], pairs[-1]],
         "weight_bytes": weights,
-        "of_bound": median(rate / hp.batch_size * weights / a["reads"] for rate, a in zip(rates, answers, strict=True)),
+        "of_bound": median(rate / batch_size * weights / a["reads"] for rate, a in zip(rates, answers, strict=True)),
         "first_seconds": median(a["first_seconds"] for a in answers),
-        "prompt_tokens_per_second": median(hp.batch_size * hp.prompt_tokens / a["first_seconds"] for a in answers),
+        "prompt_tokens_per_second": median(batch_size * prompt_tokens / a["first_seconds"] for a in answers),
         "first_answer_seconds": c.answers[0]["first_seconds"]
-        + hp.batch_size * (hp.new_tokens - 1) / c.answers[0]["tokens_per_second"],
+        + batch_size * (new_tokens - 1) / c.answers[0]["tokens_per_second"],
         "peak_bytes": max(a["peak_bytes"] for a in answers), "same_tokens": sum(a == b for a, b in same),
     }  # fmt: skip
 
 
-def table(hp: SimpleNamespace, r: dict[str, Any]) -> str:
+def table(r: dict[str, Any]) -> str:
     from peers.report import fill
 
     machine, reads = r["machine"], r["reads_bytes_per_second"]
@@ -165,8 +165,8 @@ def table(hp: SimpleNamespace, r: dict[str, Any]) -> str:
     )
     sizes = sorted({round(c["weight_bytes"] / 1e6) for c in r["contestants"].values()}, reverse=True)
     notes = (
-        f"{hp.precision}, {hp.batch_size} prompts of {hp.prompt_tokens} random tokens, {hp.new_tokens} greedy tokens "
-        f"each, medians of {hp.rounds} rounds in which all take turns. Bound: the weights that a token of each prompt "
+        f"{precision}, {batch_size} prompts of {prompt_tokens} random tokens, {new_tokens} greedy tokens "
+        f"each, medians of {rounds} rounds in which all take turns. Bound: the weights that a token of each prompt "
         f"needs ({', '.join(map(str, sizes))} MB), read at the speed that the machine shows just before each answer, "
         f"the best of eight sums of half a gigabyte: {reads[0] / 1e9:.0f} to {reads[-1] / 1e9:.0f} GB/s. The prompts' "
         "speed is their tokens over the time to the first new ones. The first answer of a process, which is not among "
@@ -174,7 +174,7 @@ def table(hp: SimpleNamespace, r: dict[str, Any]) -> str:
         "of the answers' tokens are the reference's, in place; in bfloat16 a near tie ends the likeness."
     )
     head = f"tokens/s | over {TITLES[r['reference']]} (range) | of bound | prompt tokens/s | first token | first answer"
-    return f"""# Generating at batch {hp.batch_size}: {hp.model or hp.checkpoint_dir.name}
+    return f"""# Generating at batch {batch_size}: {model or checkpoint_dir.name}
 
 `{r["command"]}`
 

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from peers.environment import random_model
@@ -37,34 +36,35 @@ METHODS = {"adapter": "Adapter", "adapter_v2": "Adapter v2", "lora": "LoRA (q, v
 ON_GPU = {"full": ["--optimizer_in_backward=true", "--optimizer=adamw8bit", "--master_weights=false"]}
 
 
-def main(hp: SimpleNamespace) -> None:
+def main() -> None:
+    global checkpoint_dir, data_dir  # random ones may take their place
     import torch
 
-    if bool(hp.model) == bool(hp.checkpoint_dir and hp.data_dir):
+    if bool(model) == bool(checkpoint_dir and data_dir):
         raise UsageError("--model: expected either it, or --checkpoint_dir and --data_dir")
     with tempfile.TemporaryDirectory() as folder:
-        if hp.model:
-            rows = hp.steps * hp.batch_size
-            hp.checkpoint_dir, hp.data_dir = random_model(hp.model, {}, rows, 1337, Path(folder))
-        found = {method: measure(method, hp, Path(folder), torch.cuda.is_available()) for method in METHODS}
-    report(hp, found, "methods_cuda" if torch.cuda.is_available() else "methods_cpu")
+        if model:
+            rows = steps * batch_size
+            checkpoint_dir, data_dir = random_model(model, {}, rows, 1337, Path(folder))
+        found = {method: measure(method, Path(folder), torch.cuda.is_available()) for method in METHODS}
+    report(found, "methods_cuda" if torch.cuda.is_available() else "methods_cpu")
 
 
-def measure(method: str, hp: SimpleNamespace, folder: Path, cuda: bool) -> dict[str, Any]:
+def measure(method: str, folder: Path, cuda: bool) -> dict[str, Any]:
     """Finetune by the method and generate from the result: the run's summary, and the figures of the answer."""
     out, script = folder / method, f"{method}.py"
-    one_row = [f"--micro_batch_size={hp.batch_size}"] if cuda and method in ON_GPU else []
+    one_row = [f"--micro_batch_size={batch_size}"] if cuda and method in ON_GPU else []
     call([
-        ROOT / "finetune" / script, f"--checkpoint_dir={hp.checkpoint_dir}", f"--data_dir={hp.data_dir}",
-        f"--out_dir={out}", f"--max_steps={hp.steps}", f"--warmup_steps={hp.steps // 10}", "--save_interval=1000000",
-        f"--batch_size={hp.batch_size}", f"--eval_samples={hp.eval_samples}", "--sample_tokens=0", "--seed=1337",
+        ROOT / "finetune" / script, f"--checkpoint_dir={checkpoint_dir}", f"--data_dir={data_dir}",
+        f"--out_dir={out}", f"--max_steps={steps}", f"--warmup_steps={steps // 10}", "--save_interval=1000000",
+        f"--batch_size={batch_size}", f"--eval_samples={eval_samples}", "--sample_tokens=0", "--seed=1337",
         *(ON_GPU.get(method, []) if cuda else []), *one_row,
     ])  # fmt: skip
     file = out / f"lit_model_{method}_finetuned.pth"
     given = {"full": [], "lora": [f"--lora_path={file}"]}.get(method, [f"--adapter_path={file}"])
     said = call([
-        ROOT / "generate" / script, f"--checkpoint_dir={out if method == 'full' else hp.checkpoint_dir}", *given,
-        "--prompt=How many apples are left?", "--temperature=0", f"--max_new_tokens={hp.max_new_tokens}",
+        ROOT / "generate" / script, f"--checkpoint_dir={out if method == 'full' else checkpoint_dir}", *given,
+        "--prompt=How many apples are left?", "--temperature=0", f"--max_new_tokens={max_new_tokens}",
     ])  # fmt: skip
     speed, memory = re.search(r"([\d.]+) tokens/s; peak memory ([\d.]+) GB", said).groups()
     summary = json.loads((out / "summary.json").read_text())
@@ -84,7 +84,7 @@ def call(argv: list[Any]) -> str:
     return result.stderr
 
 
-def report(hp: SimpleNamespace, found: dict[str, dict[str, Any]], stem: str) -> None:
+def report(found: dict[str, dict[str, Any]], stem: str) -> None:
     from datetime import date
 
     import torch
@@ -92,23 +92,23 @@ def report(hp: SimpleNamespace, found: dict[str, dict[str, Any]], stem: str) -> 
 
     place = machine(torch.get_num_threads())
     contents = {"command": command("methods"), "machine": place, "torch": torch.__version__, "date": str(date.today())}
-    name = hp.model or Path(hp.checkpoint_dir).name
-    hp.out_dir.mkdir(parents=True, exist_ok=True)
-    (hp.out_dir / f"{stem}.json").write_text(json.dumps(contents | {"model": name, "methods": found}, indent=2) + "\n")
+    name = model or Path(checkpoint_dir).name
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / f"{stem}.json").write_text(json.dumps(contents | {"model": name, "methods": found}, indent=2) + "\n")
     device = place.get("gpu") or f"{place['cpu']}, {place['cores']} cores, {' '.join(place['extensions'])}"
     lines = [
         f"# The four methods: {name}",
         f"`{contents['command']}` on {device}; torch {torch.__version__}, Python {sys.version.split()[0]}; "
-        f"{contents['date']}. {hp.steps} steps of batch {hp.batch_size} with each script's own hyperparameters.",
+        f"{contents['date']}. {steps} steps of batch {batch_size} with each script's own hyperparameters.",
         "\n".join([*HEAD, *(row(METHODS[method], f) for method, f in found.items())]),
         f"![time]({stem}_time.png)\n![memory]({stem}_memory.png)",
         "A step's memory is the peak of a training step on the longest packed row, over the loaded model, as the run "
         "plans it (see `scripts/plan.py`) and then measures it before step 1: on a CPU the resident memory, on a GPU "
         "what is allocated. The peak is the whole process's, on a CPU with Python and the libraries.",
     ]
-    (hp.out_dir / f"{stem}.md").write_text("\n\n".join(lines) + "\n")
-    draw(hp.out_dir / stem, found)
-    print("\n".join(lines[2:3]) + f"\nwrote {hp.out_dir / stem}.md")
+    (out_dir / f"{stem}.md").write_text("\n\n".join(lines) + "\n")
+    draw(out_dir / stem, found)
+    print("\n".join(lines[2:3]) + f"\nwrote {out_dir / stem}.md")
 
 
 HEAD = (

@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 from lit_gpt.cli import PositiveFloat, PositiveInt, run
 
@@ -65,13 +64,13 @@ def make_checkpoint(folder: Path, generator: random.Random) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def main(hp: SimpleNamespace) -> None:
-    with tempfile.TemporaryDirectory(dir=hp.work_dir) as work:
+def main() -> None:
+    with tempfile.TemporaryDirectory(dir=work_dir) as work:
         folder, generator = Path(work), random.Random(0)
-        rows = make_rows(folder / "rows.jsonl", hp.gigabytes * 1e9, hp.row_length, generator)
-        if hp.checkpoint_dir is None:
+        rows = make_rows(folder / "rows.jsonl", gigabytes * 1e9, row_length, generator)
+        if checkpoint_dir is None:
             make_checkpoint(folder / "checkpoint", generator)
-        argv = [sys.executable, SCRIPT, "--checkpoint_dir", hp.checkpoint_dir or folder / "checkpoint"]
+        argv = [sys.executable, SCRIPT, "--checkpoint_dir", checkpoint_dir or folder / "checkpoint"]
         argv += ["--json_path", folder / "rows.jsonl", "--destination_path", folder / "data"]
         argv += ["--prompt_style", "chatml", "--deduplicate", "true"]
         start = time.perf_counter()

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 from lit_gpt.cli import PositiveInt, Quantizer, run
 
@@ -44,7 +43,7 @@ print(json.dumps({"weights": sum(p.nbytes for p in model.parameters()), "residen
 """
 
 
-def make_checkpoint(folder: Path, hp: SimpleNamespace) -> int:
+def make_checkpoint(folder: Path) -> int:
     """A random converted checkpoint; returns the bytes of a block."""
     import torch
 
@@ -52,8 +51,8 @@ def make_checkpoint(folder: Path, hp: SimpleNamespace) -> int:
     from lit_gpt.checkpoints import io
 
     config = Config(
-        name="random", family="llama", n_layer=hp.n_layer, n_embd=hp.n_embd, n_head=hp.n_embd // 64, n_query_groups=4,
-        head_size=64, vocab_size=hp.vocabulary, block_size=2048, intermediate_size=hp.n_embd * 11 // 4 // 64 * 64,
+        name="random", family="llama", n_layer=n_layer, n_embd=n_embd, n_head=n_embd // 64, n_query_groups=4,
+        head_size=64, vocab_size=vocabulary, block_size=2048, intermediate_size=n_embd * 11 // 4 // 64 * 64,
         norm_class="RMSNorm", mlp_class="SwiGLU", activation="silu",
     )  # fmt: skip
     with torch.device("meta"):
@@ -65,10 +64,10 @@ def make_checkpoint(folder: Path, hp: SimpleNamespace) -> int:
     return sum(tensor.nbytes for name, tensor in layout.items() if name.startswith("h.0."))
 
 
-def main(hp: SimpleNamespace) -> None:
+def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        found = {"block": make_checkpoint(Path(folder), hp)}
-        for kind in ("bf16", hp.quantize):
+        found = {"block": make_checkpoint(Path(folder))}
+        for kind in ("bf16", quantize):
             argv = [sys.executable, "-c", WATCH, folder, kind]
             process = subprocess.run(argv, capture_output=True, text=True, check=True)
             found[kind] = json.loads(process.stdout)

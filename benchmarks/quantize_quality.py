@@ -14,7 +14,6 @@ import sys
 import tempfile
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 
 from lit_gpt.cli import PositiveInt, run
 
@@ -34,17 +33,17 @@ def script(path: str, *flags: object) -> str:
     return subprocess.run(argv, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def perplexity(hp: SimpleNamespace, folder: Path, text: Path) -> float:
-    flags = "--checkpoint_dir", folder, "--text_path", text, "--window", hp.window, "--json", "true"
+def perplexity(folder: Path, text: Path) -> float:
+    flags = "--checkpoint_dir", folder, "--text_path", text, "--window", window, "--json", "true"
     return json.loads(script("eval/perplexity.py", *flags))["perplexity"]
 
 
-def main(hp: SimpleNamespace) -> None:
+def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        with open(hp.rows, encoding="utf-8") as lines:
+        with open(rows, encoding="utf-8") as lines:
             texts = ["\n".join(filter(None, json.loads(line).values())) for line in lines]
-        parts = {"scored": texts[: hp.scored], "calibration": texts[hp.skipped :]}
+        parts = {"scored": texts[:scored], "calibration": texts[skipped:]}
         for name, part in parts.items():
             (work / name).write_text("\n\n".join(part), encoding="utf-8")
         ways = {"int8, to the nearest": ("int8", *NEAREST)}
@@ -52,21 +51,19 @@ def main(hp: SimpleNamespace) -> None:
             ways[f"{format}, to the nearest"] = format, *NEAREST
             ways[f"{format}, calibrated on the model's own text"] = (format,)
             ways[f"{format}, calibrated on rows like those scored"] = format, "--calibration_path", work / "calibration"
-        full = perplexity(hp, hp.checkpoint_dir, work / "scored")
-        size = (hp.checkpoint_dir / "lit_model.pth").stat().st_size
+        full = perplexity(checkpoint_dir, work / "scored")
+        size = (checkpoint_dir / "lit_model.pth").stat().st_size
         found = [("bf16", full, size)]
         for n, (name, flags) in enumerate(ways.items()):
             folder = work / str(n)
-            script(
-                "scripts/quantize.py", "--checkpoint_dir", hp.checkpoint_dir, "--out_dir", folder, "--quantize", *flags
-            )
-            found.append((name, perplexity(hp, folder, work / "scored"), (folder / "lit_model.pth").stat().st_size))
+            script("scripts/quantize.py", "--checkpoint_dir", checkpoint_dir, "--out_dir", folder, "--quantize", *flags)
+            found.append((name, perplexity(folder, work / "scored"), (folder / "lit_model.pth").stat().st_size))
             print(*found[-1], file=sys.stderr)
-    hp.out_dir.mkdir(parents=True, exist_ok=True)
-    (hp.out_dir / "quantize_quality.md").write_text(table(hp, full, found))
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / "quantize_quality.md").write_text(table(full, found))
 
 
-def table(hp: SimpleNamespace, full: float, found: list[tuple[str, float, int]]) -> str:
+def table(full: float, found: list[tuple[str, float, int]]) -> str:
     import torch
     from peers.report import command, fill, machine
 
@@ -75,11 +72,11 @@ def table(hp: SimpleNamespace, full: float, found: list[tuple[str, float, int]])
         f"| {name} | {value:.3f} | {value / full - 1:+.1%} | {size / 1e6:.0f} MB |" for name, value, size in found
     )
     notes = (
-        f"The first {hp.scored} rows of {hp.rows.name}, in windows of {hp.window} tokens, each token scored once after "
-        f"at least half a window; bf16 arithmetic. Calibrated on 8,192 tokens, of rows {hp.skipped} and on or written "
+        f"The first {scored} rows of {rows.name}, in windows of {window} tokens, each token scored once after "
+        f"at least half a window; bf16 arithmetic. Calibrated on 8,192 tokens, of rows {skipped} and on or written "
         "by the model itself."
     )
-    return f"""# What quantization costs: {hp.checkpoint_dir.name}
+    return f"""# What quantization costs: {checkpoint_dir.name}
 
 `{command("quantize_quality")}`
 

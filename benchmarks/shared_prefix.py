@@ -8,7 +8,6 @@ by pairs of a query and a key.
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 
 from lit_gpt.cli import NonNegativeInt, PositiveInt, run
 
@@ -18,21 +17,21 @@ batch_size: PositiveInt = 128  # samples per optimizer step
 seed: NonNegativeInt = 1337  # of data order
 
 
-def main(hp: SimpleNamespace) -> None:
+def main() -> None:
     import torch
     from peers.synthetic import lengths_like_alpaca
 
     from lit_gpt.data import dataset as data
 
-    if hp.data_dir:
-        dataset = data.Dataset(hp.data_dir, "train")
+    if data_dir:
+        dataset = data.Dataset(data_dir, "train")
         lengths, shared = [n - 1 for n in dataset.lengths], shared_by_all(dataset)
     else:
-        lengths = lengths_like_alpaca(12800, 2048, torch.Generator().manual_seed(hp.seed))
-        shared, lengths = hp.prefix, [max(n, hp.prefix + 2) for n in lengths]
+        lengths = lengths_like_alpaca(12800, 2048, torch.Generator().manual_seed(seed))
+        shared, lengths = prefix, [max(n, prefix + 2) for n in lengths]
     print(f"{len(lengths):,} samples, {sum(lengths) / len(lengths):.0f} tokens in the mean, the first {shared} shared")
     for tokens in (1024, 2048, 4096, 16384):
-        products, pairs = saved(hp, lengths, shared, tokens)
+        products, pairs = saved(lengths, shared, tokens)
         what = f"{products:5.1%} of the blocks' products saved, {pairs:5.1%} of attention's pairs"
         print(f"  rows of {tokens:>5} tokens: {what}")
 
@@ -48,14 +47,12 @@ def shared_by_all(dataset) -> int:
     return shared
 
 
-def saved(hp: SimpleNamespace, lengths: list[int], shared: int, tokens: int) -> tuple[float, float]:
+def saved(lengths: list[int], shared: int, tokens: int) -> tuple[float, float]:
     """The shares of the blocks' products and of attention's pairs that are not computed."""
     from lit_gpt.data import packing
 
-    spared, steps = 0, len(lengths) // hp.batch_size
-    used = [
-        packing.step_samples(len(lengths), hp.batch_size, hp.seed, step, len(lengths)) for step in range(steps or 1)
-    ]
+    spared, steps = 0, len(lengths) // batch_size
+    used = [packing.step_samples(len(lengths), batch_size, seed, step, len(lengths)) for step in range(steps or 1)]
     for indices in used:
         spared += sum(len(row) - 1 for row in packing.micro_batches(indices, lengths, None, tokens))
     all_used = [lengths[i] for indices in used for i in indices]

@@ -22,7 +22,6 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 from lit_gpt.cli import Checkpointing, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, run
@@ -61,69 +60,75 @@ litgpt_name: str = "SmolLM2-135M-Instruct"  # what LitGPT calls the model
 KNOWN = ("ours", "peft", "peft_tuned", "litgpt")
 
 
-def main(hp: SimpleNamespace) -> None:
-    names = check(hp)
+def settings() -> dict[str, Any]:
+    """Return the values of all flags."""
+    return {name: globals()[name] for name in __annotations__}
+
+
+def main() -> None:
+    global checkpoint_dir, data_dir  # random ones may take their place
+    names = check()
     from peers import report
     from peers.environment import random_model
 
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
         folder = Path(temporary)
-        if hp.model:
-            rows = (hp.warmup + hp.steps) * hp.batch_size
-            made = random_model(hp.model, json.loads(hp.model_fields), rows, hp.seed, folder)
-            hp.checkpoint_dir, hp.data_dir = made
-        work = Work(hp, folder)
-        pythons, left_out = find_peers(hp, names, folder, work.job)
+        if model:
+            rows = (warmup + steps) * batch_size
+            made = random_model(model, json.loads(model_fields), rows, seed, folder)
+            checkpoint_dir, data_dir = made
+        work = Work(folder)
+        pythons, left_out = find_peers(names, folder, work.job)
         names = [name for name in names if name in pythons]
-        startups = {name: startup(hp, name, work, pythons[name]) for name in names}
+        startups = {name: startup(name, work, pythons[name]) for name in names}
         running = []
         for name in ("gemm", *names):
             running.append(work.start(name, pythons.get(name, sys.executable)))
             stack.callback(running[-1].stop)
         for contestant in running:
             contestant.ready()
-        idle = race(running, hp.warmup + hp.steps)
-        results = report.Results(vars(hp), work, running, startups, idle, left_out)
-    results.write(hp.out_dir)
+        idle = race(running, warmup + steps)
+        results = report.Results(settings(), work, running, startups, idle, left_out)
+    results.write(out_dir)
 
 
-def check(hp: SimpleNamespace) -> list[str]:
+def check() -> list[str]:
     """Refuse what contradicts itself; the contestants' names."""
-    names = list(dict.fromkeys(name.strip() for name in hp.contestants.split(",") if name.strip()))
+    names = list(dict.fromkeys(name.strip() for name in contestants.split(",") if name.strip()))
     unknown = [name for name in names if name not in KNOWN]
     if unknown or "ours" not in names:
-        got = f"got '{hp.contestants}'"
+        got = f"got '{contestants}'"
         raise UsageError(f"--contestants: expected ours and any of {', '.join(KNOWN[1:])}, {got}")
-    if hp.model and (hp.checkpoint_dir or hp.data_dir):
+    if model and (checkpoint_dir or data_dir):
         raise UsageError("--model: makes weights and rows; give it or --checkpoint_dir and --data_dir")
-    if not hp.model and not (hp.checkpoint_dir and hp.data_dir):
+    if not model and not (checkpoint_dir and data_dir):
         raise UsageError("--checkpoint_dir and --data_dir, or --model: expected what to train on what")
-    if hp.model:
-        check_model(hp)
+    if model:
+        check_model()
     for flag in ("micro_batch", "tuned_row", "litgpt_micro_batch"):
-        if hp.batch_size % getattr(hp, flag):
-            raise UsageError(f"--{flag} {getattr(hp, flag)}: expected a divisor of --batch_size {hp.batch_size}")
+        if batch_size % getattr(flag):
+            raise UsageError(f"--{flag} {getattr(flag)}: expected a divisor of --batch_size {batch_size}")
     if not Path("/proc/self/status").exists():
         raise UserError("memory is read from /proc, which only Linux has")
     return names
 
 
-def check_model(hp: SimpleNamespace) -> None:
+def check_model() -> None:
     from lit_gpt.families.registry import preset
 
-    preset(hp.model)  # which names the nearest if it is none
+    preset(model)  # which names the nearest if it is none
     try:
-        good = isinstance(json.loads(hp.model_fields), dict)
+        good = isinstance(json.loads(model_fields), dict)
     except ValueError:
         good = False
     if not good:
-        raise UsageError(f"--model_fields: expected JSON such as {{\"num_hidden_layers\": 2}}, got '{hp.model_fields}'")
+        raise UsageError(f"--model_fields: expected JSON such as {{\"num_hidden_layers\": 2}}, got '{model_fields}'")
 
 
 class Work:
     """What there is to do: the job that every contestant gets, and what it costs."""
 
-    def __init__(self, hp: SimpleNamespace, folder: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         import torch
         from peers.flops import StepFlops
 
@@ -133,18 +138,18 @@ class Work:
         from lit_gpt.data import dataset, packing
         from lit_gpt.methods import lora
         from lit_gpt.text.tokenizer import Tokenizer
-        from lit_gpt.training.memory_plan import CPU_ROW
+        from lit_gpt.training.memory.plan import CPU_ROW
 
-        check_checkpoint_dir(hp.checkpoint_dir)
-        hf_shards.shard_paths(hp.checkpoint_dir)  # the peers' files
-        dataset.read_meta(hp.data_dir, Tokenizer(hp.checkpoint_dir))
+        check_checkpoint_dir(checkpoint_dir)
+        hf_shards.shard_paths(checkpoint_dir)  # the peers' files
+        dataset.read_meta(data_dir, Tokenizer(checkpoint_dir))
         self.folder, self.started = folder, 0
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         # the plan would take the whole GPU, of which the others hold parts
-        hp.row_tokens = hp.row_tokens or (4096 if self.device == "cuda" else CPU_ROW)
-        train, rounds = dataset.Dataset(hp.data_dir, "train"), hp.warmup + hp.steps
+        self.row_tokens = row_tokens or (4096 if self.device == "cuda" else CPU_ROW)
+        train, rounds = dataset.Dataset(data_dir, "train"), warmup + steps
         # as train.Run.optimize takes them
-        order = [packing.step_samples(len(train), hp.batch_size, hp.seed, n, 10**9) for n in range(rounds)]
+        order = [packing.step_samples(len(train), batch_size, seed, n, 10**9) for n in range(rounds)]
         batches = [[train[i] for i in indices] for indices in order]
         contents = [
             [{"ids": s.tokens.tolist(), "supervised": s.supervised.tolist()} for s in batch] for batch in batches
@@ -152,17 +157,17 @@ class Work:
         (folder / "batches.json").write_text(json.dumps(contents), encoding="utf-8")
         self.lengths = [[len(s.tokens) - 1 for s in batch] for batch in batches]
         self.supervised = [packing.supervised_count(batch) for batch in batches]
-        every = hp.lora_layers == "all"
-        self.config = Config.from_checkpoint(hp.checkpoint_dir)
-        adapted = lora.LoRAConfig(hp.lora_r, hp.lora_alpha, key=every, projection=every, mlp=every)
+        every = lora_layers == "all"
+        self.config = Config.from_checkpoint(checkpoint_dir)
+        adapted = lora.LoRAConfig(lora_r, lora_alpha, key=every, projection=every, mlp=every)
         count = StepFlops(self.config, adapted)
         self.parts = [count.parts(*step) for step in zip(self.lengths, self.supervised, strict=True)]
         typical = sorted(range(rounds), key=lambda n: sum(self.lengths[n]))[rounds // 2]
-        paths = {"checkpoint_dir": hp.checkpoint_dir, "data_dir": hp.data_dir, "batches": folder / "batches.json"}
+        paths = {"checkpoint_dir": checkpoint_dir, "data_dir": data_dir, "batches": folder / "batches.json"}
         self.job: dict[str, Any] = {
-            **vars(hp),
+            **settings(),
             **{name: str(Path(path).absolute()) for name, path in paths.items()},
-            **{name: str(value) for name, value in vars(hp).items() if name in ("out_dir", "peers_dir")},
+            **{name: str(value) for name, value in settings().items() if name in ("out_dir", "peers_dir")},
             "device": self.device,
             "shapes": count.shapes(sum(self.lengths[typical]), self.supervised[typical]),
         }
@@ -179,9 +184,7 @@ class Work:
         return Contestant(name, self.job_of(name), self.folder, python)
 
 
-def find_peers(
-    hp: SimpleNamespace, names: list[str], folder: Path, job: dict[str, Any]
-) -> tuple[dict[str, Path | str], dict[str, str]]:
+def find_peers(names: list[str], folder: Path, job: dict[str, Any]) -> tuple[dict[str, Path | str], dict[str, str]]:
     """The interpreter of each contestant that can take part, and why the others cannot."""
     pythons: dict[str, Path | str] = {}
     left_out: dict[str, str] = {}
@@ -190,31 +193,31 @@ def find_peers(
         try:
             if missing:
                 raise UserError(f"{missing[0]} is not installed; `pip install {missing[0]}`")
-            pythons[name] = litgpt(hp, folder, job) if name == "litgpt" else sys.executable
+            pythons[name] = litgpt(folder, job) if name == "litgpt" else sys.executable
         except UserError as error:
             left_out[name] = str(error)
             print(f"left out: {name}: {error}", file=sys.stderr)
     return pythons, left_out
 
 
-def litgpt(hp: SimpleNamespace, folder: Path, job: dict[str, Any]) -> Path:
+def litgpt(folder: Path, job: dict[str, Any]) -> Path:
     import torch
     from peers import environment
 
-    if hp.peers_dir is None:
+    if peers_dir is None:
         raise UserError("not installed; --peers_dir names a folder to install it into")
-    python = environment.litgpt_python(hp.peers_dir, torch.__version__)
+    python = environment.litgpt_python(peers_dir, torch.__version__)
     where = folder / "litgpt_checkpoint"
-    job["litgpt_dir"] = str(environment.litgpt_checkpoint(python, hp.checkpoint_dir, where, hp.litgpt_name))
+    job["litgpt_dir"] = str(environment.litgpt_checkpoint(python, checkpoint_dir, where, litgpt_name))
     return python
 
 
-def startup(hp: SimpleNamespace, name: str, work: Work, python: Path | str) -> list[float]:
+def startup(name: str, work: Work, python: Path | str) -> list[float]:
     from peers.process import seconds_to_first_step
 
-    if hp.starts:
+    if starts:
         print(f"starting {name} alone", file=sys.stderr)
-    return [seconds_to_first_step(name, work.job_of(name), work.folder, python) for _ in range(hp.starts)]
+    return [seconds_to_first_step(name, work.job_of(name), work.folder, python) for _ in range(starts)]
 
 
 def race(running: list, rounds: int) -> list[float]:

@@ -8,66 +8,52 @@ Keeps the conversation as long as the context holds it. Ctrl-C stops an answer, 
 another LoRA of the same base, `/lora` with the base alone.
 """
 
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal
 
-from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, Quantizer, run
+from lit_gpt.cli import NonNegativeFloat, PositiveInt, run
+from lit_gpt.generation.args import ModelArgs, SamplingArgs
 
-checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder, or what finetune/full.py wrote
-finetuned_path: Path | None = None  # what finetune/lora.py, adapter.py or adapter_v2.py wrote
-prompt_style: str | None = (
-    None  # a style of lit_gpt/text/prompt_style.py or a Jinja file (null: the finetune's or checkpoint's)
-)
-system: str = ""  # what the conversation opens with, for styles that have a place for it
-max_new_tokens: PositiveInt = 512  # longest answer
-context: PositiveInt = 4096  # tokens of history and answer together, at most what the model takes
-temperature: NonNegativeFloat = 0.7  # divides the logits: higher is more varied, 0 takes the likeliest token
-top_k: PositiveInt | None = 200  # sample among this many likeliest tokens (null: all)
-top_p: ClosedUnitInterval = 1.0  # sample among the likeliest tokens of together this probability
-seed: NonNegativeInt = 1234  # of the sampling
-precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and arithmetic
-quantize: Quantizer | None = None  # keep the weights in fewer bits (null: as trained, or as stored)
-compile: bool = False  # compile the step of one token where there are no kernels for it: takes seconds at first
+checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Read a converted folder, or what finetune/full.py wrote.
+finetuned_path: Path | None = None  # Attach what finetune/lora.py, adapter.py or adapter_v2.py wrote.
+prompt_style: str | None = None  # Render in this style, or a Jinja file (null: the finetune's or the checkpoint's).
+system: str = ""  # Open the conversation with this, for styles that have a place for it.
+context: PositiveInt = 4096  # Keep this many tokens of history and answer together, at most what the model takes.
+max_new_tokens: PositiveInt = 512
+temperature: NonNegativeFloat = 0.7
 
 
-def main(hp: SimpleNamespace) -> None:
+def main(sampling: SamplingArgs, model: ModelArgs) -> None:
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
     from lit_gpt.generation.chat import Chat, converse
-    from lit_gpt.generation.engine import dtype_of, sampling_options
-    from lit_gpt.generation.steps import new_step
-    from lit_gpt.hardware import default_device
-    from lit_gpt.methods import finetuned_model, lora
+    from lit_gpt.hardware import DTYPES, default_device
+    from lit_gpt.methods import lora
+    from lit_gpt.methods.finetuned_model import load_finetuned
     from lit_gpt.methods.multi_lora import LoRAPool
     from lit_gpt.quantization.modules import is_quantized
     from lit_gpt.text.prompt_style import PromptStyle
     from lit_gpt.text.tokenizer import Tokenizer
 
-    place, base = {"dtype": dtype_of(hp), "device": default_device()}, BaseCheckpoint.of(hp.checkpoint_dir, hp.quantize)
-    tokenizer = Tokenizer(hp.checkpoint_dir)
-    named = hp.prompt_style and PromptStyle.from_name(hp.prompt_style, tokenizer)
-    own = style = named or PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer)
+    device = {"dtype": DTYPES[model.precision], "device": default_device()}
+    base, tokenizer = BaseCheckpoint.of(checkpoint_dir, model.quantize), Tokenizer(checkpoint_dir)
+    named = PromptStyle.from_name(prompt_style, tokenizer) if prompt_style else None
+    own = style = named or PromptStyle.from_checkpoint(checkpoint_dir, tokenizer)
     method = lora.NAME
-    if hp.finetuned_path:
-        model, record = finetuned_model.load_finetuned(
-            hp.checkpoint_dir, hp.finetuned_path, None, **place, quantize=hp.quantize
-        )
-        base, method = base.quantized_as(record.get("quantize"), hp.finetuned_path), record["method"]
-        if not is_quantized(model):
-            lora.merge(model)
+    if finetuned_path:
+        gpt, record = load_finetuned(checkpoint_dir, finetuned_path, None, **device, quantize=model.quantize)
+        base, method = base.quantized_as(record.get("quantize"), finetuned_path), record["method"]
+        if not is_quantized(gpt):
+            lora.merge(gpt)
         style = named or PromptStyle.from_dict(record["prompt_style"])
     else:
-        model = base.build(**place)
+        gpt = base.build(**device)
 
     def open_loras() -> LoRAPool:
-        return LoRAPool(base.build(**place) if hp.finetuned_path else model, base, own, fixed=bool(named))
+        return LoRAPool(base.build(**device) if finetuned_path else gpt, base, own, fixed=named is not None)
 
-    options = sampling_options(hp, model) | {"new_step": partial(new_step, hp)}
-    options["open_loras"] = open_loras if method == lora.NAME else None
-    chat = Chat(model, tokenizer, style, hp.context, hp.max_new_tokens, **options)
-    if hp.system:
-        chat.messages.append({"role": "system", "content": hp.system})
+    switchable = open_loras if method == lora.NAME else None
+    chat = Chat(gpt, tokenizer, style, context, sampling, switchable, model.compile)
+    if system:
+        chat.messages.append({"role": "system", "content": system})
     converse(chat)
 
 

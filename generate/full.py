@@ -6,40 +6,29 @@ The text goes to stdout as it comes; speed and memory go to stderr.
 """
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal
 
-from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, Quantizer, run
+from lit_gpt.cli import NonNegativeFloat, PositiveInt, run
+from lit_gpt.generation.args import ModelArgs, PromptArgs, SamplingArgs
 
-checkpoint_dir: Path = Path("out/full/alpaca")  # what finetune/full.py wrote
-prompt: str = ""  # what to continue or answer
-prompt_file: Path | None = None  # file that holds the prompt (- is standard input); a .jsonl file: one on each line
-out: Path | None = None  # .jsonl file for the answers to a .jsonl file of prompts; a run that was stopped goes on there
-input: str = ""  # context that goes with an instruction
-max_new_tokens: PositiveInt = 100  # longest answer
-num_samples: PositiveInt = 1  # answers to give
-batch_size: PositiveInt = 16  # lines of a .jsonl file that are answered together
-temperature: NonNegativeFloat = 0.8  # divides the logits: higher is more varied, 0 takes the likeliest token
-top_k: PositiveInt | None = 200  # sample among this many likeliest tokens (null: all)
-top_p: ClosedUnitInterval = 1.0  # sample among the likeliest tokens of together this probability
-seed: NonNegativeInt = 1234  # of the sampling
-precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of weights and arithmetic
-quantize: Quantizer | None = None  # keep the weights in fewer bits (null: as stored)
-compile: bool = False  # compile the step of one token where there are no kernels for it: takes seconds at first
+checkpoint_dir: Path = Path("out/full/alpaca")  # Read what finetune/full.py wrote.
+prompt: str = ""
+max_new_tokens: PositiveInt = 100
+temperature: NonNegativeFloat = 0.8
 
 
-def main(hp: SimpleNamespace) -> None:
+def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
     from lit_gpt.checkpoints.base_model import load_model
-    from lit_gpt.generation.answer import answer, read_prompt
-    from lit_gpt.generation.engine import dtype_of
-    from lit_gpt.hardware import default_device
+    from lit_gpt.generation.answer import read_prompt
+    from lit_gpt.generation.answerer import Answerer
+    from lit_gpt.hardware import DTYPES, default_device
     from lit_gpt.text.prompt_style import PromptStyle
     from lit_gpt.text.tokenizer import Tokenizer
 
-    prompt = read_prompt(hp)
-    model = load_model(hp.checkpoint_dir, dtype_of(hp), default_device(), hp.quantize)
-    tokenizer = Tokenizer(hp.checkpoint_dir)
-    answer(hp, prompt, model, tokenizer, PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer))
+    prompts = read_prompt(prompt, sampling, model, checkpoint_dir=checkpoint_dir)
+    gpt = load_model(checkpoint_dir, DTYPES[model.precision], default_device(), model.quantize)
+    tokenizer = Tokenizer(checkpoint_dir)
+    style = PromptStyle.from_checkpoint(checkpoint_dir, tokenizer)
+    prompts.answer(Answerer(gpt, tokenizer, style, sampling, model.compile))
 
 
 if __name__ == "__main__":

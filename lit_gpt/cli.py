@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
@@ -91,10 +90,7 @@ def run(
     values: dict[str, Any] = {}
     try:
         types = groups() if groups else tuple(get_type_hints(main)[name] for name in inspect.signature(main).parameters)
-        legacy = types == (SimpleNamespace,)  # TRANSITION: scripts not yet converted
-        values = parse(main.__globals__, sys.argv[1:], () if legacy else types, aliases)
-        if legacy:
-            return main(SimpleNamespace(**values))
+        values = parse(main.__globals__, sys.argv[1:], types, aliases)
         main.__globals__.update({name: values[name] for name in own_constants(main.__globals__)})
         main(*(build(group, values) for group in types))
     except UserError as error:

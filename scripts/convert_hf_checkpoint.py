@@ -6,25 +6,24 @@ Reads .safetensors or .bin shards one tensor at a time and adds lit_model.pth an
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 from lit_gpt.cli import run
 
-checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # folder made by scripts/download.py
-dtype: Literal["fp32", "bf16", "fp16"] | None = None  # of the converted weights (null: as stored)
+checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Convert what scripts/download.py put here.
+dtype: Literal["fp32", "bf16", "fp16"] | None = None  # Convert the weights to this (null: as stored).
 
 
-def main(hp: SimpleNamespace) -> None:
+def main() -> None:
     from lit_gpt import hardware
     from lit_gpt.checkpoints import folder
     from lit_gpt.conversion import hf, hf_shards
 
-    folder.check_checkpoint_dir(hp.checkpoint_dir, converted=False)
-    hf.convert(hp.checkpoint_dir, hf_shards.StoredWeights(hp.checkpoint_dir), hardware.DTYPES.get(hp.dtype))
-    print(f"converted {hp.checkpoint_dir}; next:")
-    print(f"  python scripts/prepare_alpaca.py --checkpoint_dir {hp.checkpoint_dir}")
-    print(f'  python generate/base.py --checkpoint_dir {hp.checkpoint_dir} --prompt "..."')
+    folder.check_checkpoint_dir(checkpoint_dir, converted=False)
+    hf.convert(checkpoint_dir, hf_shards.StoredWeights(checkpoint_dir), hardware.DTYPES.get(dtype))
+    print(f"converted {checkpoint_dir}; next:")
+    print(f"  python scripts/prepare_alpaca.py --checkpoint_dir {checkpoint_dir}")
+    print(f'  python generate/base.py --checkpoint_dir {checkpoint_dir} --prompt "..."')
 
 
 if __name__ == "__main__":

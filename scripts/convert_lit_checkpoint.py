@@ -12,40 +12,39 @@ the figures and hashes.
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 from lit_gpt.cli import run
 from lit_gpt.errors import UsageError
 
-checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder (or what merge_lora.py wrote)
-lora_path: Path | None = None  # export this LoRA file as a PEFT adapter of checkpoint_dir, its base
-out_dir: Path | None = None  # where to write; must not hold anything yet
-format: Literal["hf", "gguf"] = "hf"  # of a checkpoint: a folder for transformers, or a file for llama.cpp
-dtype: Literal["f32", "f16", "bf16", "q8_0"] | None = None  # of a GGUF's matrices (null: as the checkpoint's)
+checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Export this (or what merge_lora.py wrote).
+lora_path: Path | None = None  # Export this LoRA file as a PEFT adapter of checkpoint_dir, its base.
+out_dir: Path | None = None  # Write to this folder, which must not hold anything yet.
+format: Literal["hf", "gguf"] = "hf"  # Write a folder for transformers, or a file for llama.cpp.
+dtype: Literal["f32", "f16", "bf16", "q8_0"] | None = None  # Store a GGUF's matrices so (null: as the checkpoint's).
 
 
-def main(hp: SimpleNamespace) -> None:
-    if hp.out_dir is None:
+def main() -> None:
+    if out_dir is None:
         raise UsageError("--out_dir: expected a folder to write to")
-    if hp.lora_path and hp.format == "gguf":
+    if lora_path and format == "gguf":
         raise UsageError("--lora_path: of --format gguf the whole model; fold LoRA in with scripts/merge_lora.py first")
-    if hp.dtype and hp.format != "gguf":
-        raise UsageError(f"--dtype {hp.dtype}: is for --format gguf; other weights are exported as they are")
+    if dtype and format != "gguf":
+        raise UsageError(f"--dtype {dtype}: is for --format gguf; other weights are exported as they are")
     from lit_gpt.conversion import export
 
-    if hp.lora_path:
+    if lora_path:
         found, loads = (
-            export.to_peft(hp.checkpoint_dir, hp.lora_path, hp.out_dir),
+            export.to_peft(checkpoint_dir, lora_path, out_dir),
             "PeftModel.from_pretrained(base, '{}')",
         )
-    elif hp.format == "gguf":
-        found, loads = export.to_gguf(hp.checkpoint_dir, hp.out_dir, hp.dtype), "llama.cpp loads the .gguf file in {}"
+    elif format == "gguf":
+        found, loads = export.to_gguf(checkpoint_dir, out_dir, dtype), "llama.cpp loads the .gguf file in {}"
     else:
-        found, loads = export.to_hf(hp.checkpoint_dir, hp.out_dir), "AutoModelForCausalLM.from_pretrained('{}')"
+        found, loads = export.to_hf(checkpoint_dir, out_dir), "AutoModelForCausalLM.from_pretrained('{}')"
     off, reader = found["logits_difference"], found["reader"]
-    print(f"wrote {hp.out_dir}; read back by {reader}, its logits differ from the source's by {off:.1e} of their norm")
-    print(f"  {loads.format(hp.out_dir)}")
+    print(f"wrote {out_dir}; read back by {reader}, its logits differ from the source's by {off:.1e} of their norm")
+    print(f"  {loads.format(out_dir)}")
 
 
 if __name__ == "__main__":

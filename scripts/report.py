@@ -7,18 +7,17 @@ early, are shown as such.
 """
 
 from pathlib import Path
-from types import SimpleNamespace
 
 from lit_gpt.cli import run
 
-out_dirs: list[Path] = []  # what finetune/* wrote, one folder or several
-report_path: Path = Path("out/report.html")  # page to write; an older report there is replaced
+out_dirs: list[Path] = []  # Compare what finetune/* wrote, one folder or several.
+report_path: Path = Path("out/report.html")  # Write this page; an older report there is replaced.
 
 
-def main(hp: SimpleNamespace) -> None:
+def main() -> None:
     from lit_gpt.reporting.report import report
 
-    report(hp)
+    report(out_dirs, report_path)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from helpers.tiny_models import LAYOUTS, Tiny, make_base, tiny_hf_model
 from helpers.tokenizers import sentencepiece_model
 from lit_gpt.conversion import hf as hf_files
 from lit_gpt.conversion import hf_shards
+from lit_gpt.data.args import ColumnArgs, PrepareArgs
 from lit_gpt.data.prepare import prepare
 
 torch.set_num_threads(1)  # two test processes on two cores
@@ -47,13 +47,8 @@ def llama(tmp_path_factory) -> Path:
 def data_dir(llama: Path, tmp_path_factory) -> Path:
     """Data prepared for the tiny Llama. Not to be written to."""
     folder = tmp_path_factory.mktemp("data")
-    hp = SimpleNamespace(
-        checkpoint_dir=llama, destination_path=folder / "d", prompt_style="alpaca", max_seq_length=None,
-        mask_inputs=True, allow_unsupervised=False, validation_fraction=0.2, seed=1, messages_column="messages",
-        instruction_column="instruction", input_column="input", output_column="output", skip_bad_rows=False,
-        deduplicate=False,
-    )  # fmt: skip
-    prepare(hp, str(write_rows(folder / "r.jsonl")))
+    args = PrepareArgs(checkpoint_dir=llama, prompt_style="alpaca", validation_fraction=0.2, seed=1)
+    prepare(args, ColumnArgs(), folder / "d", str(write_rows(folder / "r.jsonl")))
     return folder / "d"
 
 

@@ -15,8 +15,6 @@ worker = Worker()
 
 import torch  # noqa: E402
 
-from lit_gpt.checkpoints.base_model import load_model
-
 JOB = worker.job
 NAME, PROMPTS, NEW = JOB["contestant"], JOB["prompts"], JOB["new_tokens"]
 DTYPE = DTYPES[JOB["precision"]]
@@ -26,10 +24,12 @@ about: dict[str, int] = {}
 
 
 def ours() -> Answer:
+    from lit_gpt.checkpoints.base_model import load_model
     from lit_gpt.generation.engine import decode
     from lit_gpt.generation.sequence import Row
     from lit_gpt.generation.steps import FastStep
     from lit_gpt.methods import adapter, adapter_v2, lora
+    from lit_gpt.methods.hyperparameters import AdapterConfig
 
     options = NAME.split("_")[1:]
     torch.manual_seed(0)
@@ -42,9 +42,9 @@ def ours() -> Answer:
     if "merged" in options:
         lora.merge(model)
     if "adapter" in options:
-        adapter.attach(model, adapter.CONFIG())
+        adapter.attach(model, AdapterConfig())
     if "v2" in options:
-        adapter_v2.attach(model, adapter_v2.CONFIG())
+        adapter_v2.attach(model, AdapterConfig())
     count_weights(model, model.wte)
     step = None if "eager" in options else FastStep(model.eval(), compile="compiled" in options)
 

@@ -14,6 +14,7 @@ worker = Worker()
 
 from lit_gpt.methods import lora  # noqa: E402
 from lit_gpt.training import loop, setup  # noqa: E402
+from lit_gpt.training.args import TrainArgs  # noqa: E402
 
 FOREVER = 10**6
 SCRIPT = Path(__file__).parent.parent.parent / "finetune" / "lora.py"
@@ -45,25 +46,26 @@ def projections(path: str, job: dict) -> tuple[int, list[str]]:
     return int(layer), names.get(module, [module.removeprefix("mlp.")])
 
 
-load, optimize, steps = setup.load_to_train, loop.Trainer.optimize, worker.steps()
+build, train_step, steps = setup.build, loop.Trainer.train_step, worker.steps()
 
 
-def load_as_all(*arguments):
-    model = load(*arguments)
+def build_as_all(*arguments):
+    model = build(*arguments)
     for path, layer in lora.lora_layers(model).items():
         set_A(worker.job, layer.lora_A, *projections(path, worker.job))
     worker.loaded(model)
     return model
 
 
-def optimize_when_asked(run):
+def train_step_when_asked(trainer):
     if next(steps, None) is None:
         raise SystemExit
-    loss, tokens = optimize(run)
+    loss, norm, tokens = train_step(trainer)
     worker.result(loss, tokens)
-    return loss, tokens
+    return loss, norm, tokens
 
 
-setup.load_to_train, loop.Trainer.optimize = load_as_all, optimize_when_asked
-script = runpy.run_path(str(SCRIPT))
-script["main"](cli.parse(script, [f"--{name}={value}" for name, value in flags(worker.job).items()]))
+setup.build, loop.Trainer.train_step = build_as_all, train_step_when_asked
+script, groups = runpy.run_path(str(SCRIPT)), (lora.LoRAConfig, TrainArgs)
+values = cli.parse(script, [f"--{name}={value}" for name, value in flags(worker.job).items()], groups)
+script["main"](*(cli.build(group, values) for group in groups))

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -70,7 +69,7 @@ def texts(value: Any) -> Iterator[str]:
             yield from texts(part)
 
 
-def given_text(hp: SimpleNamespace, base: BaseCheckpoint) -> Tensor | None:
+def given_text(path: Path | None, tokens: int, base: BaseCheckpoint) -> Tensor | None:
     """What to calibrate on from --calibration_path, int64 (n, T); None if the model is to write it.
 
     Raises:
@@ -78,18 +77,18 @@ def given_text(hp: SimpleNamespace, base: BaseCheckpoint) -> Tensor | None:
         UserError: the path cannot be read or holds too little.
     """
     length = sequence_length(base)
-    if hp.calibration_tokens < length:
-        raise UsageError(f"--calibration_tokens {hp.calibration_tokens}: expected {length} or more")
-    if hp.calibration_path is None:
+    if tokens < length:
+        raise UsageError(f"--calibration_tokens {tokens}: expected {length} or more")
+    if path is None:
         return None
-    ids = read_ids(hp.calibration_path, Tokenizer(base.checkpoint_dir), hp.calibration_tokens)
+    ids = read_ids(path, Tokenizer(base.checkpoint_dir), tokens)
     if len(ids) < length:
         raise UserError(
-            f"--calibration_path {hp.calibration_path}: holds {len(ids)} tokens, expected {length} or more; give a "
+            f"--calibration_path {path}: holds {len(ids)} tokens, expected {length} or more; give a "
             "longer text, or leave the flag out to calibrate on the model's own"
         )
     if ids.max() >= base.config.padded_vocab_size:
-        raise UserError(f"--calibration_path {hp.calibration_path}: holds the id {ids.max()}, which the model lacks")
+        raise UserError(f"--calibration_path {path}: holds the id {ids.max()}, which the model lacks")
     return ids[: len(ids) // length * length].view(-1, length)
 
 

@@ -1,9 +1,9 @@
 """Turns a row into the messages of a conversation."""
 
 import json
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+from lit_gpt.data.args import ColumnArgs
 from lit_gpt.data.sources import Row
 from lit_gpt.errors import UserError
 from lit_gpt.text.messages import Message, Tools, instruction_messages, read_messages, read_tools
@@ -19,7 +19,7 @@ class Conversation(NamedTuple):
     tools: Tools
 
 
-def to_conversation(row: Row, hp: SimpleNamespace) -> Conversation:
+def to_conversation(row: Row, columns: ColumnArgs) -> Conversation:
     """The messages of a row: those of its messages column, or made of its instruction, input and output columns.
 
     Raises:
@@ -28,10 +28,10 @@ def to_conversation(row: Row, hp: SimpleNamespace) -> Conversation:
     if row.problem:
         raise BadRow(f"{row.where}: {row.problem}")
     try:
-        if row.fields.get(hp.messages_column) is not None:
-            found = read_messages(row.fields[hp.messages_column]), read_tools(row.fields.get("tools"))
+        if row.fields.get(columns.messages_column) is not None:
+            found = read_messages(row.fields[columns.messages_column]), read_tools(row.fields.get("tools"))
         else:
-            found = instruction_messages(*(text_of(row.fields, column, hp) for column in COLUMNS)), None
+            found = instruction_messages(*(text_of(row.fields, flag, columns) for flag in COLUMNS)), None
         json.dumps(found, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:  # JSON can spell half of an emoji
         raise BadRow(f"{row.where}: holds text that is not Unicode ({error.reason})") from None
@@ -43,8 +43,8 @@ def to_conversation(row: Row, hp: SimpleNamespace) -> Conversation:
 COLUMNS = {"instruction_column": True, "input_column": False, "output_column": True}  # whether a row must have it
 
 
-def text_of(fields: dict[str, Any], flag: str, hp: SimpleNamespace) -> str:
-    column = getattr(hp, flag)
+def text_of(fields: dict[str, Any], flag: str, columns: ColumnArgs) -> str:
+    column = getattr(columns, flag)
     value = fields.get(column)
     if value is None and COLUMNS[flag]:
         found = ", ".join(map(str, fields)) or "nothing"

@@ -6,7 +6,7 @@ tokenize them. Neither holds more than a few at a time.
 
 from collections.abc import Iterator
 from contextlib import suppress
-from types import SimpleNamespace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from lit_gpt.checkpoints.folder import check_checkpoint_dir
 from lit_gpt.data import dataset, split_writer
+from lit_gpt.data.args import ColumnArgs, PrepareArgs
 from lit_gpt.data.conversations import BadRow, Conversation, to_conversation
 from lit_gpt.data.report import print_audit
 from lit_gpt.data.sources import Source, parse_sources
@@ -27,53 +28,53 @@ from lit_gpt.text.tokenizer import Tokenizer
 VALIDATION = -1  # in place of how often a row is taken
 
 
-def prepare(hp: SimpleNamespace, rows: str, validation_rows: str | None = None) -> None:
+def prepare(
+    args: PrepareArgs, columns: ColumnArgs, out_dir: Path, rows: str, validation_rows: str | None = None
+) -> None:
     """Tokenize the rows, print the audit and write the data folder.
 
     Args:
-        hp: checkpoint_dir, destination_path, prompt_style, max_seq_length, mask_inputs, allow_unsupervised,
-            skip_bad_rows, deduplicate, validation_fraction, seed and the names of the columns.
-        rows: sources, as `rows.parse_sources` reads them.
-        validation_rows: the same; None: split off `validation_fraction` of the rows, chosen by `seed`.
+        out_dir: folder to write.
+        rows: sources, as `sources.parse_sources` reads them.
+        validation_rows: sources to validate on; None: a share of the rows is split off.
 
     Raises:
-        UserError: unusable rows, or rows without a supervised token. Nothing is written then.
+        UserError: a row cannot be used, nothing is left to train or to validate on, or `out_dir` holds something.
     """
-    check_checkpoint_dir(hp.checkpoint_dir, converted=False)
-    check_new(hp.destination_path)
-    tokenizer = Tokenizer(hp.checkpoint_dir)
-    style = PromptStyle.from_name(hp.prompt_style, tokenizer)
-    block_size = config_from_hf(read_json(hp.checkpoint_dir / "config.json")).block_size
-    limit = min(hp.max_seq_length or block_size, block_size)
+    check_checkpoint_dir(args.checkpoint_dir, converted=False)
+    check_new(out_dir)
+    tokenizer = Tokenizer(args.checkpoint_dir)
+    style = PromptStyle.from_name(args.prompt_style, tokenizer)
+    block_size = config_from_hf(read_json(args.checkpoint_dir / "config.json")).block_size
+    limit = min(args.max_seq_length or block_size, block_size)
     sources, apart = parse_sources(rows), parse_sources(validation_rows) if validation_rows else []
     if any(source.weight != 1 for source in apart):
         raise UserError("--validation_path: rows to validate on are taken once; leave the weight out")
-    counts = validate_rows([*sources, *apart], hp)
-    times = assign_splits(sources, counts[: len(sources)], None if apart else hp.validation_fraction, hp.seed)
+    counts = validate_rows([*sources, *apart], args, columns)
+    times = assign_splits(sources, counts[: len(sources)], None if apart else args.validation_fraction, args.seed)
     times = torch.cat((times, torch.full((sum(counts) - len(times),), VALIDATION, dtype=torch.int8)))
-    with new_folder(hp.destination_path) as folder:
+    with new_folder(out_dir) as folder:
         splits = {name: split_writer.SplitWriter(folder / f"{name}.safetensors") for name in dataset.SPLITS}
-        tokenization = Tokenization(hp, tokenizer, style, limit, rows=len(times))
-        found = conversations([*sources, *apart], counts, hp)
+        tokenization = Tokenization(args, tokenizer, style, limit, rows=len(times))
+        found = conversations([*sources, *apart], counts, columns)
         bar = tqdm(found, desc="tokenizing", unit=" rows", total=len(times), disable=None)
         for conversation, n in zip(bar, times.tolist(), strict=True):
             if n:
                 tokenization.add(conversation, splits["validation" if n == VALIDATION else "train"], abs(n))
         tokenization.flush()
         print_audit(splits, tokenizer, style, limit)
-        refuse_unusable(splits, hp)
+        refuse_unusable(splits, args)
         splits["train"].finish()
-        splits["validation"].finish(seed=None if apart else hp.seed)
-        record = {"max_seq_length": limit, "mask_inputs": hp.mask_inputs, "seed": hp.seed}
+        splits["validation"].finish(seed=None if apart else args.seed)
+        record = {"max_seq_length": limit, "mask_inputs": args.mask_inputs, "seed": args.seed}
         record["sources"] = [vars(source) | {"rows": n} for source, n in zip([*sources, *apart], counts, strict=True)]
         dataset.write_meta(folder, splits, tokenizer, style, **record)
     print(
-        f"\nwrote {hp.destination_path}; next: python finetune/lora.py --checkpoint_dir {hp.checkpoint_dir} "
-        f"--data_dir {hp.destination_path}"
+        f"\nwrote {out_dir}; next: python finetune/lora.py --checkpoint_dir {args.checkpoint_dir} --data_dir {out_dir}"
     )
 
 
-def validate_rows(sources: list[Source], hp: SimpleNamespace) -> list[int]:
+def validate_rows(sources: list[Source], args: PrepareArgs, columns: ColumnArgs) -> list[int]:
     """Look at all rows; returns how many of each source can be used.
 
     Raises:
@@ -85,7 +86,7 @@ def validate_rows(sources: list[Source], hp: SimpleNamespace) -> list[int]:
         for row in tqdm(source.rows(), desc=f"checking {source.name}", unit=" rows", disable=None):
             rows += 1
             try:
-                to_conversation(row, hp)
+                to_conversation(row, columns)
                 good += 1
             except BadRow as error:
                 first = first or str(error)
@@ -93,7 +94,7 @@ def validate_rows(sources: list[Source], hp: SimpleNamespace) -> list[int]:
             raise UserError(f"{source.name}: holds no rows")
         counts.append(good)
         bad += rows - good
-    if bad and not hp.skip_bad_rows:
+    if bad and not args.skip_bad_rows:
         more = f"; {bad - 1} more rows cannot be used either" if bad > 1 else ""
         raise UserError(first + more)
     if bad:
@@ -125,7 +126,7 @@ def assign_splits(sources: list[Source], counts: list[int], fraction: float | No
     return drawn
 
 
-def conversations(sources: list[Source], counts: list[int], hp: SimpleNamespace) -> Iterator[Conversation]:
+def conversations(sources: list[Source], counts: list[int], columns: ColumnArgs) -> Iterator[Conversation]:
     """The rows that can be used, those that `survey` has counted.
 
     Raises:
@@ -135,7 +136,7 @@ def conversations(sources: list[Source], counts: list[int], hp: SimpleNamespace)
         count = 0
         for row in source.rows():
             with suppress(BadRow):
-                conversation = to_conversation(row, hp)
+                conversation = to_conversation(row, columns)
                 count += 1
                 if count > expected:
                     break
@@ -147,9 +148,9 @@ def conversations(sources: list[Source], counts: list[int], hp: SimpleNamespace)
             )
 
 
-def refuse_unusable(splits: dict[str, split_writer.SplitWriter], hp: SimpleNamespace) -> None:
+def refuse_unusable(splits: dict[str, split_writer.SplitWriter], args: PrepareArgs) -> None:
     unsupervised = sum(split.audit.unsupervised for split in splits.values())
-    if unsupervised and not hp.allow_unsupervised:
+    if unsupervised and not args.allow_unsupervised:
         rewritten = sum(split.audit.rewritten for split in splits.values())
         hint = (
             f" (of {rewritten} answers the template leaves something out, and they are not learnt)" if rewritten else ""

@@ -238,5 +238,5 @@ def source_file(repo_id: str, name: str) -> str:
     except Exception as error:  # whatever the network does
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{repo_id}: {name} could not be downloaded ({reason}); give a local copy by --json_path"
+            f"{repo_id}: {name} could not be downloaded ({reason}); give a local copy by --data_path"
         ) from None

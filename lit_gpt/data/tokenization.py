@@ -2,10 +2,10 @@
 
 from array import array
 from hashlib import blake2b
-from types import SimpleNamespace
 
 from lit_gpt.data import audit as data
 from lit_gpt.data import split_writer
+from lit_gpt.data.args import PrepareArgs
 from lit_gpt.data.conversations import BadRow, Conversation
 from lit_gpt.errors import UserError
 from lit_gpt.text import supervision
@@ -19,9 +19,9 @@ BATCH_ROWS, BATCH_CHARACTERS = 256, 1 << 20  # what is tokenized at once
 class Tokenization:
     """Makes samples of conversations, several at once, and hands them to the splits."""
 
-    def __init__(self, hp: SimpleNamespace, tokenizer: Tokenizer, style: PromptStyle, limit: int, rows: int) -> None:
-        self.hp, self.tokenizer, self.style, self.limit = hp, tokenizer, style, limit
-        self.seen = Seen(rows) if hp.deduplicate else None
+    def __init__(self, args: PrepareArgs, tokenizer: Tokenizer, style: PromptStyle, limit: int, rows: int) -> None:
+        self.args, self.tokenizer, self.style, self.limit = args, tokenizer, style, limit
+        self.seen = Seen(rows) if args.deduplicate else None
         self.batch: list[tuple[Conversation, Rendered, split_writer.SplitWriter, int]] = []
         self.characters = 0
 
@@ -38,7 +38,7 @@ class Tokenization:
         try:
             rendered = self.style.render_sample(messages, self.tokenizer, tools)
         except UserError as error:
-            if not self.hp.skip_bad_rows:
+            if not self.args.skip_bad_rows:
                 raise BadRow(f"{where}: {error}") from None
             return split.audit.drop("refused by the template", times)
         self.batch.append((conversation, rendered, split, times))
@@ -66,14 +66,14 @@ class Tokenization:
         audit.rewritten += times * encoded.rewritten
         audit.left_out += times * encoded.left_out
         supervised = encoded.learnt
-        if not self.hp.mask_inputs:
+        if not self.args.mask_inputs:
             untaught = {i for answer in encoded.answers if not answer.train for i in range(answer.start, answer.stop)}
             supervised = [i not in untaught for i in range(len(encoded.ids))]
         ids, supervised = encoded.ids[: self.limit], supervised[: self.limit]
         if not any(supervised[1:]):  # the first token has nothing to be predicted from
             audit.unsupervised += times
             audit.first_unsupervised = audit.first_unsupervised or where
-            return audit.drop("no supervised token", times) if self.hp.allow_unsupervised else None
+            return audit.drop("no supervised token", times) if self.args.allow_unsupervised else None
         ends = [answer.stop - 1 for answer in encoded.answers if answer.start < answer.stop]
         lost = not ends or ends[-1] >= len(ids) or ids[ends[-1]] not in self.style.stop_ids
         audit.lost_end += times * lost

@@ -7,7 +7,6 @@ into rows without padding, and probabilities are float32 whatever the weights ar
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,11 +23,12 @@ from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.checkpoints.folder import check_checkpoint_dir
 from lit_gpt.data import dataset, packing
 from lit_gpt.errors import UsageError, UserError
+from lit_gpt.evaluation.args import HarnessArgs
 from lit_gpt.files import atomic
-from lit_gpt.generation.engine import decode, dtype_of
+from lit_gpt.generation.engine import decode
 from lit_gpt.generation.sequence import Row
 from lit_gpt.generation.steps import FastStep
-from lit_gpt.hardware import default_device
+from lit_gpt.hardware import DTYPES, default_device
 from lit_gpt.methods import finetuned_model
 from lit_gpt.model.gpt import GPT
 from lit_gpt.text.messages import Message
@@ -38,47 +38,47 @@ from lit_gpt.text.tokenizer import Tokenizer, find_tokenizer, read_json, read_se
 SAMPLING = {"do_sample", "temperature", "top_k", "top_p"}  # what a task may ask of generation, besides where to stop
 
 
-def evaluate(hp: SimpleNamespace) -> None:
-    """Evaluate what the flags of eval/lm_eval_harness.py name; print a table and write `hp.out_path`."""
-    if hp.out_path.exists():
-        raise UserError(f"--out_path {hp.out_path}: exists already; choose another or remove it")
-    names = [name.strip() for name in hp.tasks.split(",") if name.strip()]
+def evaluate(args: HarnessArgs) -> None:
+    """Evaluate what the flags of eval/lm_eval_harness.py name; print a table and write `--out_path`."""
+    if args.out_path.exists():
+        raise UserError(f"--out_path {args.out_path}: exists already; choose another or remove it")
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not names:
         raise UsageError("--tasks: expected the name of a task, or several with commas between, such as hellaswag")
-    check_checkpoint_dir(hp.checkpoint_dir)
-    manager, tasks = load_tasks(names, hp.include_path)
-    harness = load_harness(hp)
+    check_checkpoint_dir(args.checkpoint_dir)
+    manager, tasks = load_tasks(names, args.include_path)
+    harness = load_harness(args)
     results = simple_evaluate(
-        harness, tasks=tasks, task_manager=manager, num_fewshot=hp.num_fewshot, limit=hp.limit,
-        log_samples=hp.log_samples, apply_chat_template=hp.apply_chat_template, random_seed=hp.seed,
-        numpy_random_seed=hp.seed, torch_random_seed=hp.seed, fewshot_random_seed=hp.seed,
+        harness, tasks=tasks, task_manager=manager, num_fewshot=args.num_fewshot, limit=args.limit,
+        log_samples=args.log_samples, apply_chat_template=args.apply_chat_template, random_seed=args.seed,
+        numpy_random_seed=args.seed, torch_random_seed=args.seed, fewshot_random_seed=args.seed,
     )  # fmt: skip
-    results["hyperparameters"] = {name: str(v) if isinstance(v, Path) else v for name, v in vars(hp).items()}
+    results["hyperparameters"] = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
     results["requests_cut"] = harness.cut
-    with atomic(hp.out_path) as temporary:
+    with atomic(args.out_path) as temporary:
         temporary.write_text(json.dumps(results, indent=2, default=handle_non_serializable) + "\n", encoding="utf-8")
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
     if harness.cut:
         print(f"{harness.cut} requests were longer than {harness.max_length} tokens and lost their beginning")
-    print(f"wrote {hp.out_path}")
+    print(f"wrote {args.out_path}")
 
 
-def load_harness(hp: SimpleNamespace) -> "Harness":
-    place, tokenizer = {"dtype": dtype_of(hp), "device": default_device()}, Tokenizer(hp.checkpoint_dir)
-    if hp.finetuned_path:
-        model, record = finetuned_model.load_finetuned(hp.checkpoint_dir, hp.finetuned_path, None, **place)
+def load_harness(args: HarnessArgs) -> "Harness":
+    place, tokenizer = {"dtype": DTYPES[args.precision], "device": default_device()}, Tokenizer(args.checkpoint_dir)
+    if args.finetuned_path:
+        model, record = finetuned_model.load_finetuned(args.checkpoint_dir, args.finetuned_path, None, **place)
         style = PromptStyle.from_dict(record["prompt_style"])
     else:
-        model = load_model(hp.checkpoint_dir, **place)
-        style = PromptStyle.from_checkpoint(hp.checkpoint_dir, tokenizer)
+        model = load_model(args.checkpoint_dir, **place)
+        style = PromptStyle.from_checkpoint(args.checkpoint_dir, tokenizer)
     block_size = model.config.block_size
-    if hp.max_seq_length and hp.max_seq_length > block_size:
-        raise UsageError(f"--max_seq_length {hp.max_seq_length}: the model takes {block_size}")
-    generator = torch.Generator(model.wte.weight.device).manual_seed(hp.seed)
-    length = hp.max_seq_length or block_size
-    return Harness(model, tokenizer, style, hp.apply_chat_template, length, hp.batch_tokens, generator)
+    if args.max_seq_length and args.max_seq_length > block_size:
+        raise UsageError(f"--max_seq_length {args.max_seq_length}: the model takes {block_size}")
+    generator = torch.Generator(model.wte.weight.device).manual_seed(args.seed)
+    length = args.max_seq_length or block_size
+    return Harness(model, tokenizer, style, args.apply_chat_template, length, args.batch_tokens, generator)
 
 
 class Harness(TemplateLM):

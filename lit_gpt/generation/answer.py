@@ -1,81 +1,79 @@
-"""What the generate scripts share: reading the prompt and printing the answer."""
+"""What the generate scripts share: reading the prompt, and printing answers to it or to each line of a file."""
 
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lit_gpt.errors import UsageError, UserError
+from lit_gpt.generation.answerer import Answerer
+from lit_gpt.generation.args import ModelArgs, PromptArgs, SamplingArgs
+from lit_gpt.generation.engine import generate, new_generator
+from lit_gpt.generation.prompt_file import PromptFile, settings_hash
 from lit_gpt.hardware import peak_memory_bytes
-from lit_gpt.model.gpt import GPT
 from lit_gpt.model.kv_cache import truncate
 from lit_gpt.text.messages import instruction_messages
-from lit_gpt.text.prompt_style import PromptStyle
-from lit_gpt.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from lit_gpt.generation.prompt_file import PromptFile
-    from lit_gpt.methods.multi_lora import LoRAPool
-from lit_gpt.generation.engine import check_context, generate, prompt_ids, sampling_options
-from lit_gpt.generation.steps import new_step
 
 
-def read_prompt(hp: SimpleNamespace) -> "str | PromptFile":
-    """The prompt from --prompt, or from --prompt_file ("-": standard input); with --out, the prompts of that file."""
-    if bool(hp.prompt) == bool(hp.prompt_file):
+@dataclass(frozen=True)
+class TextPrompt:
+    """A single prompt, to be answered on stdout."""
+
+    text: str
+    input: str
+    num_samples: int
+
+    @property
+    def lora_paths(self) -> list[Path | None]:
+        """None: a single prompt names no LoRA."""
+        return []
+
+    def answer(self, answerer: Answerer) -> None:
+        """Print the answers as they come: the text on stdout, figures on stderr."""
+        model, sampling, style = answerer.model, answerer.sampling, answerer.style
+        ids = answerer.ids(instruction_messages(self.text, self.input), style)
+        cache = model.kv_cache(1, len(ids) + sampling.max_new_tokens)
+        generator, step = new_generator(model, sampling.seed), answerer.step()
+        for _ in range(self.num_samples):
+            truncate(cache, len(ids) - 1)
+            timer = TokenTimer()
+            tokens = generate(
+                model, ids, sampling.max_new_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
+                top_p=sampling.top_p, stop_ids=style.stop_ids, generator=generator, cache=cache, step=step,
+            )  # fmt: skip
+            try:
+                for piece in answerer.tokenizer.decode_stream(timer.watch(tokens)):
+                    print(piece, end="", flush=True)
+            finally:
+                print(flush=True)
+            print(f"[prompt {len(ids)} tokens, {timer.report()}]", file=sys.stderr)
+
+
+def read_prompt(args: PromptArgs, sampling: SamplingArgs, model: ModelArgs, **own: Any) -> TextPrompt | PromptFile:
+    """Read the prompt from --prompt or --prompt_file ("-": standard input); with --out, the prompts of that file.
+
+    Args:
+        own: the script's own flags on which an answer depends.
+    """
+    if bool(args.prompt) == bool(args.prompt_file):
         raise UsageError("--prompt: expected a prompt, either by --prompt or by --prompt_file (- is standard input)")
-    if hp.out:
-        from lit_gpt.generation.prompt_file import PromptFile
+    if args.out:
+        return PromptFile.read(args, args.out, model.compile, settings_hash(sampling, model, own))
+    return TextPrompt(args.prompt or read_text(args.prompt_file), args.input, args.num_samples)
 
-        return PromptFile.read(hp)
-    if hp.prompt:
-        text = hp.prompt
-    elif hp.prompt_file.suffix == ".jsonl":
-        raise UsageError(f"--prompt_file {hp.prompt_file}: holds a prompt on each line; add --out FILE for the answers")
-    else:
-        try:
-            on_stdin = str(hp.prompt_file) == "-"
-            text = sys.stdin.read() if on_stdin else hp.prompt_file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt_file {hp.prompt_file}: cannot be read ({error})") from None
+
+def read_text(path: Path | None) -> str:
+    if path is None or path.suffix == ".jsonl":
+        raise UsageError(f"--prompt_file {path}: holds a prompt on each line; add --out FILE for the answers")
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt_file {path}: cannot be read ({error})") from None
     if not text:
         raise UsageError("--prompt_file: is empty")
     return text
-
-
-def lora_paths(prompt: "str | PromptFile") -> list[Path | None]:
-    """LoRA files that lines of a prompt file name, and None if there are lines that name none."""
-    return [] if isinstance(prompt, str) else prompt.lora_paths
-
-
-def answer(
-    hp: SimpleNamespace,
-    prompt: "str | PromptFile",
-    model: GPT,
-    tokenizer: Tokenizer,
-    style: PromptStyle,
-    loras: "LoRAPool | None" = None,
-) -> None:
-    """Print `num_samples` answers to the prompt as they come: the text on stdout, figures on stderr. Or answer a
-    file."""
-    if not isinstance(prompt, str):
-        return prompt.answer(hp, model, tokenizer, style, loras)
-    ids = prompt_ids(instruction_messages(prompt, hp.input), model, tokenizer, style)
-    check_context(model, len(ids), hp.max_new_tokens)
-    cache = model.kv_cache(1, len(ids) + hp.max_new_tokens)
-    options = sampling_options(hp, model) | {"step": new_step(hp, model), "cache": cache}
-    for _ in range(hp.num_samples):
-        truncate(cache, len(ids) - 1)
-        clock = TokenTimer()
-        new = generate(model, ids, hp.max_new_tokens, stop_ids=style.stop_ids, **options)
-        try:
-            for piece in tokenizer.decode_stream(clock.watch(new)):
-                print(piece, end="", flush=True)
-        finally:
-            print(flush=True)
-        print(f"[prompt {len(ids)} tokens, {clock.report()}]", file=sys.stderr)
 
 
 class TokenTimer:

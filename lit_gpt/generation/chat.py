@@ -7,8 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from lit_gpt.errors import UsageError, UserError
-from lit_gpt.generation.engine import generate
-from lit_gpt.generation.sequence import Step
+from lit_gpt.generation.args import SamplingArgs
+from lit_gpt.generation.engine import generate, new_generator
+from lit_gpt.generation.steps import FastStep
 from lit_gpt.methods.multi_lora import LoRAPool
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.kv_cache import truncate
@@ -22,9 +23,9 @@ class Chat:
 
     Args:
         context: tokens of history and answer together.
+        sampling: how answers are sampled, and how long they may be.
         open_loras: makes a model beside which LoRAs can be switched; None: they cannot.
-        new_step: makes what takes a model's place after the prompt, if anything does.
-        options: of lit_gpt.generation.engine.generate.
+        compile: whether to compile the step of one token where no kernels serve it.
     """
 
     def __init__(
@@ -33,19 +34,19 @@ class Chat:
         tokenizer: Tokenizer,
         style: PromptStyle,
         context: int,
-        max_new_tokens: int,
+        sampling: SamplingArgs,
         open_loras: Callable[[], LoRAPool] | None = None,
-        new_step: Callable[[GPT], Step | None] = lambda model: None,
-        **options,
+        compile: bool = False,
     ) -> None:
-        self.model, self.tokenizer, self.style, self.options = model, tokenizer, style, options
+        self.model, self.tokenizer, self.style, self.sampling = model, tokenizer, style, sampling
         self.open_loras, self.loras = open_loras, None
-        self.new_step, self.step = new_step, new_step(model)
-        self.context, self.max_new_tokens = min(context, model.config.block_size), max_new_tokens
+        self.compile, self.step = compile, FastStep(model, compile)
+        self.generator = new_generator(model, sampling.seed)
+        self.context, self.max_new_tokens = min(context, model.config.block_size), sampling.max_new_tokens
         if self.max_new_tokens >= self.context:
             raise UsageError(
-                f"--max_new_tokens {max_new_tokens}: leaves a message no room in the context of {self.context}; ask "
-                "for fewer, or raise --context"
+                f"--max_new_tokens {self.max_new_tokens}: leaves a message no room in the context of {self.context}; "
+                "ask for fewer, or raise --context"
             )
         self.messages: list[Message] = []
         self.cache = model.kv_cache(1, self.context)
@@ -63,7 +64,7 @@ class Chat:
         number = loras.load(path) if path else 0
         loras.choose([number])
         self.loras, self.model, self.style = loras, loras.model, loras.styles[number]
-        self.step = self.new_step(self.model)
+        self.step = FastStep(self.model, self.compile)
         truncate(self.cache, 0)
         self.cached = []
 
@@ -114,8 +115,13 @@ class Chat:
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
     def _watch(self, prompt: list[int], ids: list[int]) -> Iterator[int]:
-        held = {"stop_ids": self.style.stop_ids, "cache": self.cache, "step": self.step}
-        for token in generate(self.model, prompt, self.max_new_tokens, **held, **self.options):
+        sampling = self.sampling
+        tokens = generate(
+            self.model, prompt, self.max_new_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
+            top_p=sampling.top_p, stop_ids=self.style.stop_ids, generator=self.generator, cache=self.cache,
+            step=self.step,
+        )  # fmt: skip
+        for token in tokens:
             ids.append(token)
             yield token
 

@@ -1,15 +1,13 @@
 """The decoder loop, the only one: prompts are read in packs, then each row grows by one token at a time."""
 
 from collections.abc import Callable, Iterable, Iterator
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation.sequence import Row, Step, eager_step
-from lit_gpt.hardware import DTYPES
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.inputs import Segments
 from lit_gpt.model.kv_cache import KVCache, PackedPrefillCache, copy_cache, row_view, truncate
@@ -197,14 +195,9 @@ def sample(
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
-def dtype_of(hp: SimpleNamespace) -> torch.dtype:
-    return DTYPES[hp.precision]
-
-
-def sampling_options(hp: SimpleNamespace, model: GPT) -> dict[str, Any]:
-    """The options of `generate` that a script's flags set, besides the step."""
-    generator = torch.Generator(model.wte.weight.device).manual_seed(hp.seed)
-    return {"temperature": hp.temperature, "top_k": hp.top_k, "top_p": hp.top_p, "generator": generator}
+def new_generator(model: GPT, seed: int) -> torch.Generator:
+    """Return a random generator for sampling on the model's device."""
+    return torch.Generator(model.wte.weight.device).manual_seed(seed)
 
 
 def prompt_ids(

@@ -9,10 +9,9 @@ import random
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,21 +20,16 @@ from tqdm import tqdm
 from lit_gpt.data.sources import Source
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.files import atomic, take_lock
-from lit_gpt.generation.engine import check_context, decode, prompt_ids
+from lit_gpt.generation.answerer import Answerer
+from lit_gpt.generation.args import ModelArgs, PromptArgs, SamplingArgs
+from lit_gpt.generation.engine import decode
 from lit_gpt.generation.sequence import Row
-from lit_gpt.generation.steps import new_step
 from lit_gpt.hardware import peak_memory_bytes
-from lit_gpt.methods.multi_lora import LoRAPool
-from lit_gpt.model.gpt import GPT
 from lit_gpt.text.messages import Message, Tools, instruction_messages, read_messages, read_tools
-from lit_gpt.text.prompt_style import PromptStyle
-from lit_gpt.text.tokenizer import Tokenizer
 
 OURS = ("answer", "ended", "row", "settings")  # what an answer's line has besides the prompt's fields
 FORMS = ("prompt", "instruction", "messages")  # what a prompt may be; a line has one of them
-# Flags that change no answer, but for rounding.
-INDIFFERENT = {"prompt", "prompt_file", "input", "out", "batch_size", "num_samples", "compile"}
-SAMPLING = {"top_k", "top_p", "seed"}  # change none at temperature 0
+SAMPLING = {"top_k", "top_p", "seed"}  # flags that change no answer at temperature 0
 
 
 @dataclass
@@ -57,30 +51,31 @@ class PromptFile:
     path: Path
     out: Path
     settings: str  # of the run that answers them, in a few letters
+    batch_size: int  # lines that are answered together
     rows: int = 0  # lines that hold something
     prompts: list[Prompt] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     answers: dict[int, dict[str, Any]] = field(default_factory=dict)  # by row
 
     @classmethod
-    def read(cls, hp: SimpleNamespace) -> "PromptFile":
-        """The file that the flags name; lines that cannot be read are reported.
+    def read(cls, args: PromptArgs, out: Path, compile: bool, settings: str) -> "PromptFile":
+        """Read the file that the flags name; lines that cannot be read are reported.
 
         Raises:
             UsageError: flags that do not go together.
             UserError: there is no such file, or the answers in --out are to something else.
         """
-        if hp.prompt_file is None or hp.prompt_file.suffix != ".jsonl":
+        if args.prompt_file is None or args.prompt_file.suffix != ".jsonl":
             raise UsageError("--out: goes with --prompt_file FILE.jsonl, which holds a prompt on each line")
-        if hp.num_samples != 1:
+        if args.num_samples != 1:
             raise UsageError("--num_samples: each line of --prompt_file gets one answer; repeat a line to get several")
-        if hp.input:
+        if args.input:
             raise UsageError('--input: goes with --prompt; a line of --prompt_file has its own "input"')
-        if hp.compile and hp.batch_size > 1:
+        if compile and args.batch_size > 1:
             raise UsageError("--compile true: serves one row at a time; leave it out, or add --batch_size 1")
-        if hp.out.resolve() == hp.prompt_file.resolve():
-            raise UsageError(f"--out {hp.out}: is the file of the prompts; choose another")
-        file = cls(hp.prompt_file, hp.out, settings_hash(hp))
+        if out.resolve() == args.prompt_file.resolve():
+            raise UsageError(f"--out {out}: is the file of the prompts; choose another")
+        file = cls(args.prompt_file, out, settings, args.batch_size)
         for where, fields, problem in Source(str(file.path)).rows():
             file.rows += 1
             try:
@@ -147,31 +142,24 @@ class PromptFile:
     def refusal(self, line: int, problem: str) -> UserError:
         return UserError(f"--out {self.out}: line {line} {problem}; choose another file, or remove this one")
 
-    def answer(
-        self, hp: SimpleNamespace, model: GPT, tokenizer: Tokenizer, style: PromptStyle, loras: LoRAPool | None = None
-    ) -> None:
+    def answer(self, answerer: Answerer) -> None:
         """Answer what is not answered yet.
-
-        Args:
-            style: of lines that name no LoRA.
-            loras: those that lines name, with their styles; `hp.lora_path`, if there is one, is that of the others.
-                None: lines may not name any.
 
         Raises:
             UserError: at the end, if there are lines without an answer.
         """
-        if any(self.lora_paths) and loras is None:
+        if any(self.lora_paths) and answerer.loras is None:
             raise UserError(f"{self.path}: has lines with a lora_path, which generate/lora.py and base.py answer")
         start, total = time.perf_counter(), 0
-        asked = list(self.requests(hp, model, tokenizer, style, loras))
+        asked = list(self.requests(answerer))
         bar = tqdm(total=self.rows, initial=len(self.answers), desc="answering", unit=" rows", disable=None)
         self.out.parent.mkdir(parents=True, exist_ok=True)
         with open(self.out, "a", encoding="utf-8") as file, bar:
             take_lock(file.fileno(), self.out)
-            for request, ids, ended in answers(hp, model, asked, loras):
+            for request, ids, ended in answers(answerer, asked, self.batch_size):
                 bar.update()
                 total += len(ids)
-                ours = tokenizer.decode(ids), ended, request.prompt.row, self.settings
+                ours = answerer.tokenizer.decode(ids), ended, request.prompt.row, self.settings
                 line = request.prompt.fields | dict(zip(OURS, ours, strict=True))
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
@@ -189,25 +177,23 @@ class PromptFile:
                 f"others are in {self.out}"
             )
 
-    def requests(
-        self, hp: SimpleNamespace, model: GPT, tokenizer: Tokenizer, style: PromptStyle, loras: LoRAPool | None
-    ) -> Iterator["Request"]:
-        """What is to be answered; what cannot be is reported."""
-        default = getattr(hp, "lora_path", None)
+    def requests(self, answerer: Answerer) -> Iterator["Request"]:
+        """Yield what is to be answered; what cannot be is reported."""
+        loras, sampling, device = answerer.loras, answerer.sampling, answerer.model.wte.weight.device
         for prompt in self.prompts:
             if prompt.row in self.answers:
                 continue
-            path = prompt.lora_path or default
+            path = prompt.lora_path or answerer.lora_path
             number = loras.load(path) if loras and path else 0
-            styled = loras.styles[number] if number else style
+            style = loras.styles[number] if loras and number else answerer.style
             try:
-                ids = prompt_ids(prompt.messages, model, tokenizer, styled, prompt.tools)
-                check_context(model, len(ids), hp.max_new_tokens)
+                ids = answerer.ids(prompt.messages, style, prompt.tools)
             except UserError as error:
                 self.report(f"{prompt.where}: {error}")
                 continue
-            generator = torch.Generator(model.wte.weight.device).manual_seed(seed_of(hp.seed, prompt.row))
-            yield Request(prompt, Row(ids, hp.max_new_tokens, generator, lora=number), len(ids), styled.stop_ids)
+            generator = torch.Generator(device).manual_seed(seed_of(sampling.seed, prompt.row))
+            row = Row(ids, sampling.max_new_tokens, generator, lora=number)
+            yield Request(prompt, row, len(ids), style.stop_ids)
 
     def put_in_order(self) -> None:
         if list(self.answers) != sorted(self.answers):
@@ -216,11 +202,11 @@ class PromptFile:
                     file.write(json.dumps(self.answers[row], ensure_ascii=False) + "\n")
 
 
-def settings_hash(hp: SimpleNamespace) -> str:
-    """A few letters that stand for all flags on which an answer depends."""
-    names = vars(hp).keys() - INDIFFERENT - (set() if hp.temperature else SAMPLING)
-    values = {name: getattr(hp, name) for name in names}
-    values = {name: str(value.resolve() if isinstance(value, Path) else value) for name, value in values.items()}
+def settings_hash(sampling: SamplingArgs, model: ModelArgs, own: dict[str, Any]) -> str:
+    """Return a few letters that stand for all flags on which an answer depends, but for rounding."""
+    flags = {**own, **asdict(sampling), "precision": model.precision, "quantize": model.quantize}
+    names = flags.keys() - (set() if sampling.temperature else SAMPLING)
+    values = {name: str(v.resolve() if isinstance(v := flags[name], Path) else v) for name in names}
     return blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
@@ -261,20 +247,24 @@ def read_prompt(fields: dict[str, Any]) -> tuple[list[Message], Tools, Path | No
     return messages, read_tools(fields.get("tools")), lora_path
 
 
-def answers(
-    hp: SimpleNamespace, model: GPT, requests: list[Request], loras: LoRAPool | None
-) -> Iterator[tuple[Request, list[int], bool]]:
-    """The answer to each request as it is ready, and whether it came to its end."""
+def answers(answerer: Answerer, requests: list[Request], batch_size: int) -> Iterator[tuple[Request, list[int], bool]]:
+    """Yield the answer to each request as it is ready, and whether it came to its end."""
     if not requests:
         return
+    model, sampling, loras = answerer.model, answerer.sampling, answerer.loras
     by_row = {request.row: request for request in requests}
     # the longest first, so that memory runs out at once if it must, and few rows are left over at the end
     rows = sorted(by_row, key=lambda row: len(row.ids), reverse=True)
-    cache = model.kv_cache(min(hp.batch_size, len(rows)), len(rows[0].ids) + hp.max_new_tokens)
-    options = {"step": new_step(hp, model)}
-    if loras:
-        options["choose"] = lambda rows: loras.choose([row.lora for row in rows])
-    for row, token in decode(model, rows, cache, hp.temperature, hp.top_k, hp.top_p, **options):
+    cache = model.kv_cache(min(batch_size, len(rows)), len(rows[0].ids) + sampling.max_new_tokens)
+
+    def choose(rows: list[Row]) -> None:
+        if loras:
+            loras.choose([row.lora for row in rows])
+
+    new = decode(
+        model, rows, cache, sampling.temperature, sampling.top_k, sampling.top_p, step=answerer.step(), choose=choose
+    )
+    for row, token in new:
         request = by_row[row]
         if ended := token in request.stop_ids:
             row.remaining = 0

@@ -1,7 +1,6 @@
 """Chooses the fastest step of one token that the model and its device allow."""
 
 from functools import partial
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -40,8 +39,3 @@ class FastStep:
         except Unsupported:
             self.chosen = self.otherwise
             return self.chosen(rows, cache)
-
-
-def new_step(hp: SimpleNamespace, model: GPT) -> Step:
-    """What takes the model's place for one more token of each row."""
-    return FastStep(model, hp.compile)

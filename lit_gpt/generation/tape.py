@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_gpt.kernels.fused import ACTIVATIONS
+from lit_gpt.kernels.declarations import ACTIVATION_NUMBERS, FORMAT_NUMBERS
 from lit_gpt.kernels.ops import quantized_format
 from lit_gpt.methods.multi_lora import RowAdapters
 from lit_gpt.model.alibi import alibi_slopes
@@ -20,8 +20,7 @@ from lit_gpt.model.norms import LayerNorms, QKNorm, RMSNorm, UnitOffsetRMSNorm
 from lit_gpt.quantization.formats import FORMATS
 from lit_gpt.quantization.modules import QuantizedEmbedding, QuantizedLinear, unpacked
 
-TYPES = {torch.float32: 0, torch.bfloat16: 1}  # of products.h's Format
-KINDS = list(ACTIVATIONS)  # of decode.cpp's Activation
+TYPES = {torch.float32: FORMAT_NUMBERS["float32"], torch.bfloat16: FORMAT_NUMBERS["bfloat16"]}
 
 
 class Unsupported(Exception):
@@ -35,8 +34,7 @@ class Tape:
         self.library, self.model, self.n = library, model, n
         self.dtype, self.kept, self.buffers = model.dtype, [], {}
         self.choice: RowAdapters | None = None
-        library.tape_new.restype = ctypes.c_void_p
-        self.handle = ctypes.c_void_p(library.tape_new())
+        self.handle = library.tape_new()
         weakref.finalize(self, library.tape_free, self.handle)
         with torch.no_grad():
             self.logits = self.record_model()
@@ -56,9 +54,8 @@ class Tape:
         chosen = self.choice.rows.tolist() if self.choice else [0] * len(tokens)
         extended = [int(rope.is_long(position + 1)) for position in positions]
         rows = torch.tensor(list(zip(tokens, positions, chosen, extended, strict=True)))
-        places, threads = ctypes.c_long(self.places), torch.get_num_threads()
-        at, n = ctypes.c_void_p(rows.data_ptr()), ctypes.c_long(len(rows))
-        self.library.tape_run(self.handle, at, n, self.pointers, places, threads)
+        threads = torch.get_num_threads()
+        self.library.tape_run(self.handle, rows.data_ptr(), len(rows), self.pointers, self.places, threads)
         return self.logits[: len(tokens)]
 
     # what operations are made with
@@ -67,15 +64,13 @@ class Tape:
         getattr(self.library, f"tape_{operation}")(self.handle, *map(self.plain, arguments))
 
     def plain(self, argument: Tensor | float | None) -> Any:
-        """An argument as C takes it; tensors by their address, for which they are kept."""
+        """Return an argument as ctypes takes it: a tensor by its address, and it is kept alive."""
         if isinstance(argument, Tensor):
             if not argument.is_contiguous():
                 raise Unsupported("a tensor that is not contiguous")
             self.kept.append(argument)
-            return ctypes.c_void_p(argument.data_ptr())
-        if argument is None:
-            return ctypes.c_void_p(None)
-        return ctypes.c_double(argument) if isinstance(argument, float) else ctypes.c_long(argument)
+            return argument.data_ptr()
+        return argument
 
     def buffer(self, name: str, size: int) -> Tensor:
         """Float32 (n, size), one for all layers."""
@@ -165,7 +160,7 @@ class Tape:
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
         expect(mlp, GptNeoxMLP, SwiGLU)
-        kind = KINDS.index(mlp.activation.name)
+        kind = ACTIVATION_NUMBERS[mlp.activation.name]
         if isinstance(mlp, GptNeoxMLP):
             h = self.linear(mlp.fc, x, "inner")
             self.add("activate", h, h.size(1), kind)

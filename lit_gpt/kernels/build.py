@@ -15,7 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-SOURCES = Path(__file__).parent / "cpp"
+from lit_gpt.kernels.declarations import SOURCES, declare
+
 # Sums may be reordered, as vectors need it; infinities and NaN stay what they are.
 FLAGS = [
     "-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
@@ -25,7 +26,7 @@ FLAGS = [
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
-    """The library of `name`.cpp; None where it cannot be had, which is told once on stderr."""
+    """Return the library of `name`.cpp, or None where it cannot be had, which is told once on stderr."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++"))), None)
     if compiler is None:
         print("no C++ compiler found (g++): the CPU goes without the faster kernels", file=sys.stderr)
@@ -35,10 +36,10 @@ def library(name: str) -> ctypes.CDLL | None:
         if not path.exists():
             compile_to(path, compiler, SOURCES / f"{name}.cpp")
         try:
-            return ctypes.CDLL(str(path))
+            return declare(ctypes.CDLL(str(path)), name)
         except OSError:  # it was damaged since
             compile_to(path, compiler, SOURCES / f"{name}.cpp")
-            return ctypes.CDLL(str(path))
+            return declare(ctypes.CDLL(str(path)), name)
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).splitlines()
         said = next((line for line in said if "error" in line), said[0])
@@ -53,7 +54,7 @@ def cache_folder() -> Path:
 
 
 def fingerprint(compiler: str, name: str) -> str:
-    """Of all that the library depends on: sources, flags, compiler, processor."""
+    """Return a hash of all that the library depends on: sources, flags, compiler, processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     known = Path("/proc/cpuinfo")
     lines = known.read_text().splitlines() if known.exists() else [platform.processor()]

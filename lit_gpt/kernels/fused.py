@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lit_gpt.kernels import ops
+from lit_gpt.kernels.declarations import ACTIVATION_NUMBERS
 
 # Dropout's probability is rounded to this share, of powers of two, for each digit costs random numbers.
 DROPOUT_STEPS = 1024
@@ -270,7 +271,7 @@ class _Gated(torch.autograd.Function):
         ctx.save_for_backward(gate_up)
         ctx.activation = activation
         if ops.supports_gated(gate_up, activation.name):
-            return ops.gated(gate_up.contiguous(), ops.ACTIVATIONS.index(activation.name))
+            return ops.gated(gate_up.contiguous(), ACTIVATION_NUMBERS[activation.name])
         gate, up = gate_up.chunk(2, dim=-1)
         return activation(gate).mul_(up)
 
@@ -279,7 +280,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx, grad):
         (gate_up,), activation = ctx.saved_tensors, ctx.activation
         if ops.supports_gated(gate_up, activation.name, grad):
-            kind = ops.ACTIVATIONS.index(activation.name)
+            kind = ACTIVATION_NUMBERS[activation.name]
             return ops.gated_backward(grad.contiguous(), gate_up.contiguous(), kind), None
         gate, up = gate_up.chunk(2, dim=-1)
         return torch.cat((activation.gradient(grad * up, gate), grad * activation(gate)), dim=-1), None

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_gpt.kernels import build
+from lit_gpt.kernels.declarations import FORMAT_NUMBERS
 from lit_gpt.kernels.policy import policy
 
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
-ACTIVATIONS = ("silu", "gelu_tanh")  # as numbered in layers.cpp
+GATED_ACTIVATIONS = ("silu", "gelu_tanh")  # those of layers.cpp
 ALL_KEPT = 2**16  # the threshold of no dropout
 LIBRARIES = ("layers", "lora", "attention", "dequantize")
 _operators = torch.library.Library("lit_gpt", "FRAGMENT")
@@ -45,27 +46,9 @@ def _compiled() -> bool:
     return all(build.library(name) is not None for name in LIBRARIES)
 
 
-# The kernels' arguments, each as the letter of its C type.
-_TYPES = {
-    "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float, "w": ctypes.c_uint32, "u": ctypes.c_uint64,
-    "p": ctypes.c_void_p,
-}  # fmt: skip
-_SIGNATURES = {
-    "layers": {
-        "rms_norm": "lippffpp", "rms_norm_backward": "lippppfp", "gated": "liipp", "gated_backward": "liippp",
-        "rotate": "liiiipppfp",
-    },
-    "lora": {"lora": "lipppifuwiippppi", "lora_backward": "lippppifuwiipppippp"},
-    "attention": {"attention": "pppppp", "attention_backward": "p" * 11},
-    "dequantize": {"dequantize": "lppppllp"},
-}  # fmt: skip
-
-
 @functools.cache
 def _kernel(library: str, name: str, dtype: torch.dtype) -> Any:
-    function = getattr(build.library(library), f"{name}_{SUFFIXES[dtype]}")
-    function.argtypes, function.restype = [_TYPES[letter] for letter in _SIGNATURES[library][name]], None
-    return function
+    return getattr(build.library(library), f"{name}_{SUFFIXES[dtype]}")
 
 
 def _call(library: str, name: str, like: Tensor, *arguments: Any) -> None:
@@ -114,7 +97,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, 
 
 
 def supports_gated(gate_up: Tensor, activation: str, *grad: Tensor) -> bool:
-    return activation in ACTIVATIONS and supports(gate_up, *grad)
+    return activation in GATED_ACTIVATIONS and supports(gate_up, *grad)
 
 
 def _half(gate_up: Tensor, kind: int) -> Tensor:
@@ -287,11 +270,11 @@ def attention_backward(
     return grads
 
 
-FORMATS = {torch.int8: 2, torch.float32: 3, torch.bfloat16: 4}  # of products.h: int8, and 4 bits by their scales
-
-
 def quantized_format(codes: Tensor, scale: Tensor) -> int:
-    return FORMATS[torch.int8 if codes.dtype == torch.int8 else scale.dtype]
+    """Return the number that products.h gives the format: int8, or 4 bits with scales of some dtype."""
+    if codes.dtype == torch.int8:
+        return FORMAT_NUMBERS["int8"]
+    return FORMAT_NUMBERS["nibbles_float32" if scale.dtype == torch.float32 else "nibbles_bfloat16"]
 
 
 def supports_dequantize(codes: Tensor, scale: Tensor) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from html import escape
 from os.path import commonpath
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from lit_gpt.errors import UsageError, UserError
@@ -88,27 +87,27 @@ class RunRecord:
         return min(points, key=lambda p: p[1], default=None)
 
 
-def report(hp: SimpleNamespace) -> None:
-    """Write the page on the runs in `hp.out_dirs` to `hp.report_path`.
+def report(out_dirs: list[Path], report_path: Path) -> None:
+    """Write the page on the runs in `out_dirs` to `report_path`.
 
     Raises:
         UserError: a folder is no run, or `report_path` holds something else than a report.
     """
-    if not hp.out_dirs:
+    if not out_dirs:
         raise UsageError("expected the out_dir of a run, or of several: python scripts/report.py out/lora/a out/lora/b")
-    folders = [folder.resolve() for folder in hp.out_dirs]
+    folders = [folder.resolve() for folder in out_dirs]
     if len(set(folders)) < len(folders):
         raise UsageError("OUT_DIR: a folder is named twice")
-    if hp.report_path.exists() and GENERATOR not in hp.report_path.read_text(encoding="utf-8", errors="replace")[:500]:
-        raise UserError(f"--report_path {hp.report_path}: holds something else than a report; choose another")
+    if report_path.exists() and GENERATOR not in report_path.read_text(encoding="utf-8", errors="replace")[:500]:
+        raise UserError(f"--report_path {report_path}: holds something else than a report; choose another")
     common = Path(commonpath([folder.parent for folder in folders]))
     names = [str(folder.relative_to(common)) for folder in folders]
-    runs = [read_run(f, name, i % COLOURS) for i, (f, name) in enumerate(zip(hp.out_dirs, names, strict=True))]
-    with atomic(hp.report_path) as temporary:
+    runs = [read_run(f, name, i % COLOURS) for i, (f, name) in enumerate(zip(out_dirs, names, strict=True))]
+    with atomic(report_path) as temporary:
         temporary.write_text(page(runs), encoding="utf-8")
     for run in runs:
         print(f"{run.name}: {run.status}")
-    print(f"wrote {hp.report_path}")
+    print(f"wrote {report_path}")
 
 
 def read_run(folder: Path, name: str, series: int) -> RunRecord:

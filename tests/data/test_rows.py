@@ -231,8 +231,8 @@ def test_rows_that_change_while_they_are_prepared(cli, llama, flags, tmp_path, m
     path, validate_rows = tmp_path / "r.jsonl", prepare.validate_rows
     write_rows(path, ROWS)
 
-    def validate_then_change(sources, hp):
-        counts, lines = validate_rows(sources, hp), path.read_text().splitlines(keepends=True)
+    def validate_then_change(*arguments):
+        counts, lines = validate_rows(*arguments), path.read_text().splitlines(keepends=True)
         texts = {"longer": lines + lines[:1], "shorter": lines[:-1], "damaged": [*lines[:-1], lines[-1][:9]]}
         path.unlink()
         if change in texts:

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import torch
 from helpers.paths import ROOT
 from lit_gpt import Tokenizer
 from lit_gpt.checkpoints import folder as checkpoint
+from lit_gpt.evaluation.args import HarnessArgs
 from lit_gpt.methods import finetuned_file, lora
 
 pytest.importorskip("lm_eval", reason="an extra that brings 38 packages: pip install lm-eval")
@@ -66,7 +66,7 @@ def hf(folder: Path, **options) -> HFLM:
 def ours(folder: Path, **changes):
     flags = dict(checkpoint_dir=folder, finetuned_path=None, apply_chat_template=False, max_seq_length=None,
                  batch_tokens=300, precision="fp32", seed=1)  # fmt: skip
-    return load_harness(SimpleNamespace(**flags | changes))
+    return load_harness(HarnessArgs(**flags | changes))
 
 
 def instances(kind: str, *arguments: tuple) -> list[Instance]:

@@ -8,6 +8,7 @@ import torch
 from lit_gpt import GPT
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.methods import adapter, adapter_v2, finetuned_file, lora
+from lit_gpt.methods.hyperparameters import AdapterConfig
 
 EVERYTHING = lora.LoRAConfig(
     r=4, alpha=8, dropout=0.0, query=True, key=True, value=True, projection=True, mlp=True, head=True
@@ -45,7 +46,7 @@ def with_lora_and_adapter(model: GPT) -> GPT:
 
 def with_adapter_v2(model: GPT) -> GPT:
     """Attach an adapter v2 to every layer."""
-    return adapter_v2.attach(model, adapter_v2.CONFIG(start_layer=0))
+    return adapter_v2.attach(model, AdapterConfig(start_layer=0))
 
 
 def as_if_trained(model: GPT) -> GPT:

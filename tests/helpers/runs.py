@@ -5,7 +5,6 @@ import runpy
 import subprocess
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,15 +13,27 @@ from helpers.paths import ROOT
 from lit_gpt import cli as command_line
 from lit_gpt.checkpoints import io
 from lit_gpt.methods.method import Method
+from lit_gpt.methods.registry import config_class, make_method
+from lit_gpt.model.config import Config
+from lit_gpt.training.args import TrainArgs
+from lit_gpt.training.memory.plan import MemoryPlanner
+from lit_gpt.training.objectives import SupervisedFinetuning
 
 STEPS = 12  # of the runs that the fixture `flags` describes
 
 
-def flags_of(method: str, **flags) -> tuple[Method, SimpleNamespace]:
-    """Return a finetune script's method, and its flags as parsed."""
-    script = runpy.run_path(str(ROOT / "finetune" / f"{method}.py"))
-    hp = command_line.parse(script, [f"--{name}={value}" for name, value in flags.items()])
-    return script["method"](hp), hp
+def parse_flags(method: str, **flags) -> tuple[Method, TrainArgs]:
+    """Return a finetune script's method and arguments, for its flags as parsed."""
+    script, groups = runpy.run_path(str(ROOT / "finetune" / f"{method}.py")), (config_class(method), TrainArgs)
+    values = command_line.parse(script, [f"--{name}={value}" for name, value in flags.items()], groups)
+    config, args = (command_line.build(group, values) for group in groups)
+    return make_method(method, config), args
+
+
+def planner_of(config: Config, method: str, cuda: bool = False, memory: int = 10**12, **flags) -> MemoryPlanner:
+    """Return the planner of a run that the flags of a finetune script describe."""
+    made, args = parse_flags(method, **flags)
+    return MemoryPlanner(config, made, SupervisedFinetuning(), args, None, cuda, memory)
 
 
 def final(out_dir: Path) -> dict[str, torch.Tensor]:

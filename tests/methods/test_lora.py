@@ -140,11 +140,8 @@ def test_trainable_parameters_of_falcon_7b():
 
 
 def test_nothing_to_train_is_refused():
-    from types import SimpleNamespace
-
-    flags = {f"lora_{name}": False for name in SWITCHES} | {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
     with pytest.raises(UsageError, match="nothing would be trained"):
-        lora.LoRAConfig.from_flags(SimpleNamespace(**flags))
+        lora.LoRAConfig(**dict.fromkeys(SWITCHES, False))
 
 
 def test_gradients_equal_peft(llama_like: Tiny):

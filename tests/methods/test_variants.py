@@ -18,7 +18,7 @@ from lit_gpt.checkpoints import folder
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.families.registry import config_from_name
 from lit_gpt.methods import adapter, adapter_v2, finetuned_file, finetuned_model, lora
-from lit_gpt.methods import method as variants
+from lit_gpt.methods.registry import config_class, make_method
 from lit_gpt.model.alibi import alibi_slopes
 
 ADAPTER = adapter.AdapterConfig(prompt_length=4, start_layer=1)
@@ -124,9 +124,8 @@ def test_adapter_v2_scales_and_shifts_each_linear_layer(tiny: Tiny):
 
 @pytest.mark.parametrize(("method", "expected"), [("adapter", 1_365_330), ("adapter_v2", 3_839_186)])
 def test_trainable_parameters_of_falcon_7b(method, expected):
-    module = variants.method_module(method)
     with torch.device("meta"):
-        model = module.attach(GPT(config_from_name("falcon-7b")), module.CONFIG())
+        model = make_method(method, config_class(method)()).attach(GPT(config_from_name("falcon-7b")))
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == expected
 
 

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 
 from helpers.cli import spawn
 from helpers.compare import off
-from helpers.runs import flags_of, of_method, same_run
+from helpers.runs import of_method, planner_of, same_run
 from helpers.tiny_models import tiny_hf_model
 from lit_gpt import GPT, Config
 from lit_gpt.conversion import hf, hf_shards
@@ -19,8 +19,7 @@ from lit_gpt.methods import adapter_v2, lora
 from lit_gpt.model import moe
 from lit_gpt.model.inputs import Segments, Targets
 from lit_gpt.model.mlp import MoE
-from lit_gpt.training.memory_plan import simulate
-from lit_gpt.training.memory_tracker import MemoryTracker
+from lit_gpt.training.memory.tracker import MemoryTracker
 
 CONFIG = Config(
     "tiny", "mixtral", n_layer=2, n_head=4, n_embd=16, vocab_size=96, block_size=64, norm_class="RMSNorm",
@@ -116,17 +115,16 @@ def test_the_plan_counts_what_a_step_holds(method):
     """Whatever the router chooses: rows are as many."""
     config = replace(CONFIG, n_embd=64, intermediate_size=128, vocab_size=300, padded_vocab_size=300, head_size=16)
     experts = {"lora_mlp": "true"} if method == "lora" else {}
-    method, hp = flags_of(method, precision="bf16", **experts)
-    row = [40, 30, 20]
-    found = simulate(config, method, hp, row, 50, cuda=False)
+    planner, row = planner_of(config, method, precision="bf16", **experts), [40, 30, 20]
+    method, found = planner.method, planner.simulate(config, (row, 50), "none")
     segments, idx = Segments.of(row), torch.randint(300, (1, sum(row)))
     targets = Targets(torch.arange(50), torch.randint(300, (50,)))
     with MemoryTracker() as live:
         model = GPT(config)
-        model = method.attach(model.to(method.weight_dtype(hp))).train()
+        model = method.attach(model.to(method.weight_dtype("bf16"))).train()
         held = live.now
         live.peak = live.now
-        with method.autocast(hp, "cpu"):
+        with method.autocast("bf16", "cpu"):
             loss = model(idx, segments=segments, targets=targets)
         loss.backward()
     step = max(found.forward, found.backward_begins, found.backward_ends) - found.weights - found.optimizer

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from helpers.cli import spawn
 from helpers.compare import identical, off, tokens
 from helpers.methods import EVERYTHING
 from helpers.paths import ROOT
-from helpers.runs import final, wait_for_step
+from helpers.runs import final, parse_flags, wait_for_step
 from helpers.tiny_models import Tiny
 from lit_gpt import GPT, Config
 from lit_gpt.checkpoints import folder as checkpoint
@@ -28,15 +27,15 @@ from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.errors import UsageError
 from lit_gpt.families.registry import config_from_name
 from lit_gpt.kernels import ops
+from lit_gpt.kernels.policy import use_policy
 from lit_gpt.methods import adapter as adapter_module
 from lit_gpt.methods import adapter_v2, finetuned_model, lora
-from lit_gpt.methods import method as variants
 from lit_gpt.model.inputs import Targets
 from lit_gpt.model.loss import summed_cross_entropy
 from lit_gpt.quantization import formats, modules
-from lit_gpt.training.activation_checkpointing import apply_activation_checkpointing
 from lit_gpt.training.checks import check_quantized
-from lit_gpt.training.memory_tracker import MemoryTracker
+from lit_gpt.training.memory.checkpointing import apply_activation_checkpointing
+from lit_gpt.training.memory.tracker import MemoryTracker
 
 FORMATS = list(formats.FORMATS)
 
@@ -132,7 +131,7 @@ def test_double_quantization_of_the_absmax():
 def test_the_kernels_of_bitsandbytes_give_the_same(name, dtype, monkeypatch):
     pytest.importorskip("bitsandbytes", reason="an extra")
     assert formats.bitsandbytes()
-    with ops.off():
+    with use_policy(cpp=False):
         found = there_and_back(weight(), name, dtype)
         monkeypatch.setattr(formats, "bitsandbytes", lambda: None)
         assert torch.equal(found, there_and_back(weight(), name, dtype))
@@ -145,7 +144,7 @@ def test_the_kernels_of_bitsandbytes_give_the_same(name, dtype, monkeypatch):
 def test_our_kernels_give_the_same_as_the_formulas(name, columns, dtype):
     w = weight(rows=37, columns=columns)
     found = there_and_back(w, name, dtype)
-    with ops.off():
+    with use_policy(cpp=False):
         assert torch.equal(found, there_and_back(w, name, dtype))
 
 
@@ -154,7 +153,7 @@ def test_scales_in_float16(name):
     """As in a model that is loaded in it; no kernel takes them."""
     tensors = formats.encode(weight(), name, torch.float16)
     found = formats.decode(tensors, name, 200, torch.float32)
-    with ops.off():
+    with use_policy(cpp=False):
         assert torch.equal(found, formats.decode(tensors, name, 200, torch.float32))
 
 
@@ -165,7 +164,7 @@ def test_bitsandbytes_that_fails_to_load_is_named(monkeypatch, tmp_path, capsys)
     monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
     formats.bitsandbytes.cache_clear()
     try:
-        with ops.off():
+        with use_policy(cpp=False):
             there_and_back(weight(), "nf4")
             there_and_back(weight(), "nf4")
     finally:
@@ -412,9 +411,9 @@ def test_bad_input(cli, flags, llama, stored, tmp_path):
     cli("finetune/full.py", **full, quantize="nf4").refused("--quantize nf4", "finetune/lora.py", code=2)
     cli("finetune/full.py", **full | {"checkpoint_dir": stored}).refused("cannot train", code=2)
     for strategy in ("fsdp", "deepspeed"):
-        hp = SimpleNamespace(quantize="nf4", strategy=strategy, checkpoint_dir=llama)
+        method, args = parse_flags("lora", quantize="nf4", strategy=strategy, checkpoint_dir=llama)
         with pytest.raises(UsageError, match=f"--strategy {strategy}"):
-            check_quantized(hp, variants.Method("lora", attach=lambda model: model), "nf4")
+            check_quantized(args, method, "nf4")
     record = json.loads((stored / "lit_quantize.json").read_text())
     for change, words in (
         ({"format_version": 9}, "version 9, expected 1"),

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 
@@ -150,7 +150,7 @@ def test_saved_answers_are_used_for_the_same_messages_only(tmp_path):
 def test_outside_the_repository_it_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="repository"):
-        quickstart.main(SimpleNamespace(checkpoint_dir=tmp_path, out_dir=tmp_path))
+        quickstart.main()
 
 
 @pytest.mark.subprocess

@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from lit_gpt.distributed import heartbeat
 from lit_gpt.errors import UserError
 from lit_gpt.text import prompt_style
 from lit_gpt.training import checks
+from lit_gpt.training.args import BatchArgs, TrainArgs
 
 PAGES = sorted((ROOT / "tutorials").glob("*.md"))
 PLAN = ROOT / "scripts/plan.py"
@@ -75,7 +75,7 @@ def two_ranks(**flags) -> Callable[[], None]:
 
     def check() -> None:
         with pytest.raises(UserError) as refused:
-            checks.check_batch(SimpleNamespace(micro_batch_size=None, **flags), world_size=2)
+            checks.check_batch(TrainArgs(batch=BatchArgs(**flags)), world_size=2)
         print(f"error: {refused.value}")
 
     return check

@@ -9,9 +9,10 @@ from helpers.steps import random_row, step
 from helpers.tiny_models import tiny_hf_model
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.conversion import hf, hf_shards
+from lit_gpt.kernels.policy import use_policy
 from lit_gpt.methods import adapter_v2, lora
 from lit_gpt.methods.adapter import AdapterConfig
-from lit_gpt.training import compile
+from lit_gpt.training.memory import compiling
 
 ALL = lora.LoRAConfig(r=4, dropout=0.1, key=True, projection=True, mlp=True)
 METHODS = {
@@ -35,9 +36,9 @@ def test_compiled_blocks_are_the_plain_ones(layout, method, tmp_path):
             torch.nn.init.normal_(parameter, std=0.1)
     torch.compiler.reset()
     counters.clear()
-    with compile.kernels_if(False):
+    with use_policy(cpp=False):
         expected = [step(gpt, random_row(lengths)) for lengths in ROWS]
-        compile.compile_blocks(gpt, backend="aot_eager")
+        compiling.compile_blocks(gpt, backend="aot_eager")
         step(gpt, random_row(ROWS[0]))
         graphs = counters["stats"]["unique_graphs"]
         for lengths, gradients in zip(ROWS, expected, strict=True):

@@ -6,13 +6,13 @@ from dataclasses import astuple, replace
 import pytest
 import torch
 
-from helpers.runs import flags_of
+from helpers.runs import planner_of
 from lit_gpt import GPT
+from lit_gpt.distributed.args import DeviceArgs
 from lit_gpt.families.registry import config_from_name
 from lit_gpt.model.inputs import Segments, Targets
-from lit_gpt.training.activation_checkpointing import KINDS, apply_activation_checkpointing
-from lit_gpt.training.memory_plan import choose_settings, plan, simulate
-from lit_gpt.training.memory_tracker import MemoryTracker
+from lit_gpt.training.memory.checkpointing import KINDS, apply_activation_checkpointing
+from lit_gpt.training.memory.tracker import MemoryTracker
 
 METHODS = ("lora", "adapter", "adapter_v2", "full")
 SMALL = replace(
@@ -25,8 +25,8 @@ ROW = [40, 30, 20]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_few_layers_tell_of_many(method, kind):
-    method, hp = flags_of(method, activation_checkpointing=kind)
-    few, all_layers = plan(SMALL, method, hp, ROW, 50, cuda=True), simulate(SMALL, method, hp, ROW, 50, cuda=True)
+    planner = planner_of(SMALL, method, cuda=True)
+    few, all_layers = planner.plan((ROW, 50), kind), planner.simulate(SMALL, (ROW, 50), kind)
     assert astuple(few)[:-1] == pytest.approx(astuple(all_layers)[:-1], rel=0.002)
 
 
@@ -35,18 +35,18 @@ def test_few_layers_tell_of_many(method, kind):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_step_holds_what_was_planned(method, precision, kind):
     """The same count over a real step's tensors."""
-    method, hp = flags_of(method, precision=precision, activation_checkpointing=kind)
-    found = simulate(SMALL, method, hp, ROW, 50, cuda=False)
+    planner = planner_of(SMALL, method, precision=precision)
+    method, found = planner.method, planner.simulate(SMALL, (ROW, 50), kind)
     segments, idx = Segments.of(ROW), torch.randint(300, (1, sum(ROW)))
     targets = Targets(torch.arange(50), torch.randint(300, (50,)))
     with MemoryTracker() as live:
         model = GPT(SMALL)
-        model = method.attach(model.to(method.weight_dtype(hp))).train()
+        model = method.attach(model.to(method.weight_dtype(precision))).train()
         apply_activation_checkpointing(model, kind)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         held = live.now
         live.peak = live.now
-        with method.autocast(hp, "cpu"):
+        with method.autocast(precision, "cpu"):
             loss = model(idx, segments=segments, targets=targets)
         loss.backward()
         gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
@@ -56,13 +56,11 @@ def test_the_step_holds_what_was_planned(method, precision, kind):
 
 
 def test_the_optimizers_state():
-    full, hp = flags_of("full", activation_checkpointing="none")
     counts = sum(p.numel() for p in GPT(SMALL).parameters())
     for optimizer, expected in (("adamw", 8), ("sgd", 0)):
-        hp.optimizer = optimizer
-        assert plan(SMALL, full, hp, ROW, 50, False).optimizer == pytest.approx(expected * counts, rel=0.001)
-    hp.optimizer, hp.optimizer_in_backward = "adamw", True
-    assert plan(SMALL, full, hp, ROW, 50, False).gradients == 0
+        plan = planner_of(SMALL, "full", optimizer=optimizer).plan((ROW, 50), "none")
+        assert plan.optimizer == pytest.approx(expected * counts, rel=0.001)
+    assert planner_of(SMALL, "full", optimizer_in_backward="true").plan((ROW, 50), "none").gradients == 0
 
 
 @pytest.mark.parametrize(
@@ -82,32 +80,26 @@ def test_falcon_7b(cli, method, trainable):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_each_kind_of_checkpointing_holds_less_and_what_fits_is_chosen(method):
-    row, found = ([400] * 3, 50), {}
+    row, planner = ([400] * 3, 50), planner_of(SMALL, method, cuda=True)
     # no layer that an adapter trains reads what norms and gates give, so there is nothing for `selective` to spare
     kinds = [kind for kind in KINDS if kind != "selective" or not method.startswith("adapter")]
-    for kind in kinds:
-        method_of, hp = flags_of(method, activation_checkpointing=kind)
-        found[kind] = plan(SMALL, method_of, hp, *row, cuda=True)
-    peaks = [found[kind].activations for kind in kinds]
+    plans = {kind: planner.plan(row, kind) for kind in kinds}
+    peaks = [plans[kind].activations for kind in kinds]
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) >= 3, peaks
-    hp.activation_checkpointing = "auto"
     for kind in kinds:
-        chosen = choose_settings(SMALL, method_of, hp, [row], True, int(1.1 * found[kind].peak) + 1)[0]
-        assert found[chosen].peak == found[kind].peak
-    assert choose_settings(SMALL, method_of, hp, [row], True, 0)[0] == "offload"
-    assert choose_settings(SMALL, method_of, hp, [row], False, 0)[0] == "full"
+        chosen = replace(planner, memory=int(1.1 * plans[kind].peak) + 1).choose_settings([row])[0]
+        assert plans[chosen].peak == plans[kind].peak
+    assert replace(planner, memory=0).choose_settings([row])[0] == "offload"
+    assert replace(planner, memory=0, cuda=False).choose_settings([row])[0] == "full"
 
 
-def test_sharing_among_ranks():
-    method, hp = flags_of("full", activation_checkpointing="none")
-    one = plan(SMALL, method, hp, ROW, 50, False)
-    hp.devices, hp.strategy = 4, "fsdp"
-    shared = one.shared(hp)
+def test_sharding_over_ranks():
+    one = planner_of(SMALL, "full").plan((ROW, 50), "none")
+    shared = one.sharded(DeviceArgs(devices=4, strategy="fsdp"))
     assert shared.optimizer == one.optimizer // 4 and shared.weights < one.weights and shared.train < one.train
-    hp.strategy, hp.zero_stage = "deepspeed", 2
-    assert one.shared(hp).weights == one.weights and one.shared(hp).gradients == one.gradients // 4
-    hp.strategy = "ddp"
-    assert one.shared(hp) == one
+    shared = one.sharded(DeviceArgs(devices=4, strategy="deepspeed", zero_stage=2))
+    assert shared.weights == one.weights and shared.gradients == one.gradients // 4
+    assert one.sharded(DeviceArgs(devices=4, strategy="ddp")) == one
 
 
 def test_what_it_prints(cli):
@@ -115,5 +107,5 @@ def test_what_it_prints(cli):
     assert result.code == 0 and "peak of train" in result.out and "merge_lora" in result.out, result.err
     assert "fits" in result.out and "does not fit" in result.out
     cli("scripts/plan.py", model="falcon-9b").refused("falcon-9b", "falcon-7b")
-    cli("scripts/plan.py", method="nope").refused("--method", "lora, adapter", code=2)
+    cli("scripts/plan.py", method="nope").refused("method 'nope'", "lora, adapter")
     cli("scripts/plan.py", model="falcon-7b", method="full", lora_r=4).refused("unknown flag --lora_r", code=2)

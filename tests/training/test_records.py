@@ -105,10 +105,10 @@ def test_a_logger_that_is_not_installed_is_refused_at_once(cli, flags, monkeypat
 class Unreliable:
     """Lightning's own file logger, behind a connection that is lost at step 5."""
 
-    def __init__(self, hp, run, step):
+    def __init__(self, out_dir, run, step):
         from lightning.fabric.loggers import CSVLogger
 
-        self.real = CSVLogger(hp.out_dir, "elsewhere", "", flush_logs_every_n_steps=1)
+        self.real = CSVLogger(out_dir, "elsewhere", "", flush_logs_every_n_steps=1)
         self.log_hyperparams, self.finalize = lambda values: None, self.real.finalize
 
     def log_metrics(self, values, step):
@@ -118,7 +118,7 @@ class Unreliable:
 
 
 def test_a_logger_that_fails_does_not_end_the_run(cli, flags, monkeypatch, llama):
-    monkeypatch.setattr(loggers, "check_installed", lambda hp: None)
+    monkeypatch.setattr(loggers, "check_installed", lambda logger: None)
     monkeypatch.setitem(loggers.OPENERS, "wandb", lambda *arguments: (Unreliable(*arguments), "r1"))
     result = cli(SCRIPT, **flags, logger="wandb")
     assert result.code == 0, result.err

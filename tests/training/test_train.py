@@ -21,6 +21,7 @@ from lit_gpt.checkpoints import io
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.methods import finetuned_model
 from lit_gpt.training import loop
+from lit_gpt.training.batches import Batches
 from lit_gpt.training.schedule import Schedule
 
 SCRIPT = "finetune/lora.py"
@@ -78,25 +79,25 @@ class NoReading(TorchDispatchMode):
 
 @pytest.mark.parametrize("script", ["lora", "adapter", "adapter_v2", "full"])
 def test_between_logs_nothing_is_read_from_the_device(cli, flags, script, monkeypatch):
-    """Only `prepare` looks into tensors, those of the data set on the host; and of a step the next is ready."""
-    optimize, prepare, prepared = loop.Trainer.optimize, loop.Trainer.prepare, []
+    """Only `batch` looks into tensors, those of the data set on the host; and of a step the next is ready."""
+    train_step, batch, prepared = loop.Trainer.train_step, Batches.batch, []
 
-    def optimize_unread(run):
-        assert run.step == 0 or run.upcoming.step == run.step
+    def train_step_unread(run):
+        assert run.step == 0 or run.prefetched.step == run.step
         with NoReading(), monkeypatch.context() as patch:
             for name in ("tolist", "numpy", "cpu"):  # which some devices do without an operator
                 patch.setattr(torch.Tensor, name, None)
-            return optimize(run)
+            return train_step(run)
 
-    def prepare_reading(run, step):
+    def batch_reading(batches, step):
         prepared.append(step)
         with _disable_current_modes(), monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "tolist", tolist)
-            return prepare(run, step)
+            return batch(batches, step)
 
     tolist = torch.Tensor.tolist
-    monkeypatch.setattr(loop.Trainer, "optimize", optimize_unread)
-    monkeypatch.setattr(loop.Trainer, "prepare", prepare_reading)
+    monkeypatch.setattr(loop.Trainer, "train_step", train_step_unread)
+    monkeypatch.setattr(Batches, "batch", batch_reading)
     flags = {k: v for k, v in flags.items() if script == "lora" or not k.startswith("lora")}
     flags |= {"max_steps": 6, "log_interval": 4, "save_interval": 50, "precision": "bf16"}
     flags |= {"adapter_start_layer": 1} if script.startswith("adapter") else {}

@@ -12,6 +12,7 @@
 #include <functional>
 #include <thread>
 
+#include "activations.h"
 #include "products.h"
 
 namespace {
@@ -83,8 +84,6 @@ struct Tape {
         }
     }
 };
-
-enum Activation { GELU, GELU_TANH, RELU, SILU };
 
 inline float activate(long kind, float x) {
     switch (kind) {

@@ -1,5 +1,6 @@
 // Elementwise parts of a block, forward and backward: RMSNorm, gated activations, rotary embedding.
 // Each reads and writes its tensors once. The formulas are those of lit_gpt/kernels/fused.py.
+#include "activations.h"
 #include "vectors.h"
 
 namespace {
@@ -38,8 +39,6 @@ void rms_norm_backward(long rows, int size, const T *grad, const T *x, const T *
         });
     }
 }
-
-enum Activation { SILU, GELU_TANH };
 
 // the activation and its derivative
 inline v16 activate(int kind, v16 x, v16 *slope) {

@@ -1,0 +1,47 @@
+"""What answers prompts: a model with its tokenizer, its prompt style and how it samples."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lit_gpt.generation.args import SamplingArgs
+from lit_gpt.generation.engine import check_context, prompt_ids
+from lit_gpt.generation.sequence import Step
+from lit_gpt.generation.steps import FastStep
+from lit_gpt.methods.multi_lora import LoRAPool
+from lit_gpt.model.gpt import GPT
+from lit_gpt.text.messages import Message, Tools
+from lit_gpt.text.prompt_style import PromptStyle
+from lit_gpt.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Answerer:
+    """Answers prompts.
+
+    Attributes:
+        style: of prompts for which no LoRA is named.
+        compile: whether to compile the step of one token where no kernels serve it.
+        loras: those that prompts may name, with their styles; None: they may name none.
+        lora_path: the LoRA of prompts that name none; None: the base alone.
+    """
+
+    model: GPT
+    tokenizer: Tokenizer
+    style: PromptStyle
+    sampling: SamplingArgs
+    compile: bool = False
+    loras: LoRAPool | None = None
+    lora_path: Path | None = None
+
+    def step(self) -> Step:
+        return FastStep(self.model, self.compile)
+
+    def ids(self, messages: list[Message], style: PromptStyle, tools: Tools = None) -> list[int]:
+        """Return the tokens up to the answer.
+
+        Raises:
+            UserError: there is none, or prompt and answer exceed the model's context.
+        """
+        ids = prompt_ids(messages, self.model, self.tokenizer, style, tools)
+        check_context(self.model, len(ids), self.sampling.max_new_tokens)
+        return ids

@@ -1,0 +1,39 @@
+"""The arguments that the generate scripts and chat share, as flags. Nothing here imports torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, Quantizer
+
+
+@dataclass(frozen=True)
+class PromptArgs:
+    """Prompt"""
+
+    prompt: str = ""  # Answer this, or continue it.
+    prompt_file: Path | None = None  # Read the prompt from here (- is standard input); of a .jsonl file, one a line.
+    out: Path | None = None  # Write the answers to a .jsonl file of prompts here; a run that was stopped goes on.
+    input: str = ""  # Give this context with an instruction, for prompt styles that have a place for it.
+    num_samples: PositiveInt = 1  # Give this many answers.
+    batch_size: PositiveInt = 16  # Answer this many lines of a .jsonl file together.
+
+
+@dataclass(frozen=True)
+class SamplingArgs:
+    """Sampling"""
+
+    max_new_tokens: PositiveInt = 100  # Answer with at most this many tokens.
+    temperature: NonNegativeFloat = 0.8  # Divide the logits: higher is more varied, 0 takes the likeliest token.
+    top_k: PositiveInt | None = 200  # Sample among this many likeliest tokens (null: all).
+    top_p: ClosedUnitInterval = 1.0  # Sample among the likeliest tokens of together this probability.
+    seed: NonNegativeInt = 1234  # Seed the sampling.
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """Model"""
+
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # Keep weights and compute in this.
+    quantize: Quantizer | None = None  # Keep the weights in fewer bits (null: as trained, or as stored).
+    compile: bool = False  # Compile the step of one token where no kernels serve it: takes seconds at first.
