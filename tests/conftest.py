@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from helpers.cli import Result
+from helpers.pages import enter_place
 from helpers.paths import ROOT
 from helpers.rows import write_rows
 from helpers.runs import STEPS
@@ -59,6 +60,12 @@ def flags(llama: Path, data_dir: Path, tmp_path: Path) -> dict:
         batch_size=6, micro_batch_size=3, warmup_steps=2, learning_rate=0.02, lora_dropout=0.1, lora_mlp="true",
         eval_interval=5, save_interval=1, sample_tokens=5,
     )  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder like the repository's root, in which the commands of a page are run."""
+    return enter_place(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="session")
