@@ -52,7 +52,7 @@ def out_of_memory() -> None:
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "pack", pack)
+        patch.setattr(objectives, "pack", pack)
         in_process((FINETUNE + "--out_dir out/oom").split()[1:])
 
 
