@@ -51,7 +51,7 @@ def test_gptq_is_its_definition(name):
 
 
 def logits_off(base: BaseCheckpoint, state: dict | None, ids: torch.Tensor) -> float:
-    model = (replace(base, state=state, stored=True) if state else base).build()
+    model = (replace(base, state=state, is_quantized=True) if state else base).build()
     with torch.no_grad():
         return off(model(ids), replace(base, quantize=None).build()(ids))
 
@@ -123,7 +123,7 @@ def test_what_was_trained_on_it_fits_no_other(cli, flags, llama, path, tmp_path)
     assert cli("generate/lora.py", checkpoint_dir=folder, lora_path=file, **more).code == 0
     for quantized in ({}, {"quantize": "nf4"}):
         refused = cli("generate/lora.py", checkpoint_dir=llama, lora_path=file, **more, **quantized)
-        refused.refused(here.codes, "scripts/quantize.py")
+        refused.refused(here.codes_fingerprint, "scripts/quantize.py")
     resumed = flags | {"max_steps": 3, "resume": "auto", "quantize": "nf4"}
     cli("finetune/lora.py", **resumed).refused("another quantization")
     merged = cli("scripts/merge_lora.py", checkpoint_dir=folder, lora_path=file, out_dir=tmp_path / "m")
