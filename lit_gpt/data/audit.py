@@ -13,10 +13,10 @@ class Audit:
     lengths: Counter[int] = field(default_factory=Counter)  # tokens: kept rows of so many
     supervised: int = 0  # tokens
     truncated: int = 0  # rows cut to max_seq_length
-    lost_end: int = 0  # rows whose answer lost its end token, or never had one
-    displaced: int = 0  # answers that do not follow the tokens which generation would see before them
-    rewritten: int = 0  # answers that the template does not show in full, and which are not learnt
-    left_out: int = 0  # rows of which the template leaves another message or a tool out
+    missing_eos: int = 0  # rows whose answer lost its end token, or never had one
+    prompt_mismatch: int = 0  # answers that do not follow the tokens which generation would see before them
+    not_verbatim: int = 0  # answers that the template does not show in full, and which are not learnt
+    content_dropped: int = 0  # rows of which the template leaves another message or a tool out
     unsupervised: int = 0  # rows in which no token is supervised
     first_unsupervised: str = ""  # where the first of these stands
 
@@ -35,10 +35,10 @@ class Audit:
             "length_median": self.median(),
             "length_max": lengths[-1] if lengths else 0,
             "rows_truncated": self.truncated,
-            "rows_without_end_token": self.lost_end,
-            "answers_after_another_prompt": self.displaced,
-            "answers_not_shown_in_full": self.rewritten,
-            "rows_not_shown_in_full": self.left_out,
+            "rows_without_end_token": self.missing_eos,
+            "answers_after_another_prompt": self.prompt_mismatch,
+            "answers_not_shown_in_full": self.not_verbatim,
+            "rows_not_shown_in_full": self.content_dropped,
             "rows_without_supervised_token": self.unsupervised,
         }
 

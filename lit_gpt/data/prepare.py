@@ -151,9 +151,11 @@ def conversations(sources: list[Source], counts: list[int], columns: ColumnArgs)
 def refuse_unusable(splits: dict[str, split_writer.SplitWriter], args: PrepareArgs) -> None:
     unsupervised = sum(split.audit.unsupervised for split in splits.values())
     if unsupervised and not args.allow_unsupervised:
-        rewritten = sum(split.audit.rewritten for split in splits.values())
+        not_verbatim = sum(split.audit.not_verbatim for split in splits.values())
         hint = (
-            f" (of {rewritten} answers the template leaves something out, and they are not learnt)" if rewritten else ""
+            f" (of {not_verbatim} answers the template leaves something out, and they are not learnt)"
+            if not_verbatim
+            else ""
         )
         first = next(split.audit.first_unsupervised for split in splits.values() if split.audit.unsupervised)
         raise UserError(

@@ -62,10 +62,10 @@ class Tokenization:
         """A row's ids and what of them is supervised, cut to the limit; None if that is nothing. What happened enters
         the audit."""
         audit.truncated += times * (len(encoded.ids) > self.limit)
-        audit.displaced += times * sum(answer.displaced for answer in encoded.answers)
-        audit.rewritten += times * encoded.rewritten
-        audit.left_out += times * encoded.left_out
-        supervised = encoded.learnt
+        audit.prompt_mismatch += times * sum(answer.prompt_mismatch for answer in encoded.answers)
+        audit.not_verbatim += times * encoded.not_verbatim
+        audit.content_dropped += times * encoded.content_dropped
+        supervised = encoded.supervised
         if not self.args.mask_inputs:
             untaught = {i for answer in encoded.answers if not answer.train for i in range(answer.start, answer.stop)}
             supervised = [i not in untaught for i in range(len(encoded.ids))]
@@ -76,7 +76,7 @@ class Tokenization:
             return audit.drop("no supervised token", times) if self.args.allow_unsupervised else None
         ends = [answer.stop - 1 for answer in encoded.answers if answer.start < answer.stop]
         lost = not ends or ends[-1] >= len(ids) or ids[ends[-1]] not in self.style.stop_ids
-        audit.lost_end += times * lost
+        audit.missing_eos += times * lost
         return ids, supervised
 
 
