@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from lit_gpt.hardware import on_meta
 from lit_gpt.kernels import fused
 from lit_gpt.methods.hyperparameters import LoRAConfig
 from lit_gpt.methods.method import Method, mark_trainable
+from lit_gpt.methods.recording import DecodingTape
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.moe import Experts, Router, Routing, grouped_product
@@ -76,8 +76,8 @@ class LoRALinear(nn.Module):
         y = fused.low_rank_update(y, rows, self.lora_A, self.lora_B, self.parts, self.scale, dropout)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def record(self, tape: Any, x: Tensor, name: str) -> Tensor:
-        """Add the layer to a decoding tape (lit_gpt.generation.tape.Tape)."""
+    def record(self, tape: DecodingTape, x: Tensor, name: str) -> Tensor:
+        """Add the layer to a decoding tape."""
         low = tape.lora_down(self.lora_A.to(tape.dtype), x, by_row=False)
         y = tape.linear(self.linear, x, name)
         for part, (rows, B) in enumerate(zip(self.parts, self.split_B(), strict=True)):

@@ -15,6 +15,7 @@ from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.errors import UserError
 from lit_gpt.methods import finetuned_file, lora
 from lit_gpt.methods.finetuned_model import method_of
+from lit_gpt.methods.recording import DecodingTape
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.moe import Routing, grouped_product, rows_per_expert
 from lit_gpt.text.prompt_style import PromptStyle
@@ -56,11 +57,11 @@ class MultiLoRALinear(nn.Module):
     def add_none(self) -> None:
         self.add(self.A.new_zeros(self.A.shape[1:]), self.B.new_zeros(self.B.shape[1:]))
 
-    def record(self, tape: Any, x: Tensor, name: str) -> Tensor:
-        """Add the layer to a decoding tape (lit_gpt.generation.tape.Tape)."""
+    def record(self, tape: DecodingTape, x: Tensor, name: str) -> Tensor:
+        """Add the layer to a decoding tape."""
         low = tape.lora_down(self.A, x, by_row=True)
         y = tape.linear(self.linear, x, name)
-        tape.lora_up(y, low, 0, self.B.mT.contiguous(), (0, self.out_features), by_row=True)
+        tape.lora_up(y, low, 0, self.B.mT.contiguous(), (0, y.size(1)), by_row=True)
         tape.choice = self.choice
         return y
 
