@@ -21,6 +21,8 @@ from lit_gpt.quantization.modules import QuantizedLinear
 
 
 class AdapterV2(Method):
+    """Trains Adapter's prompts, the norms, and a bias and a scale of every linear layer."""
+
     name = "adapter_v2"
     config: AdapterConfig
 
@@ -59,7 +61,7 @@ class ScaledLinear(nn.Module):
 
 
 class ScaledExperts(ScaledLinear):
-    """The same for each expert of a layer: (n_expert, out_features)."""
+    """A layer of experts with a scale and a bias (n_expert, out_features) on what each expert gives."""
 
     def __init__(self, linear: Experts) -> None:
         super().__init__(linear, linear.n_expert)

@@ -41,17 +41,17 @@ class Method(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The hyperparameters that a finetuned file records and that a resumed run must share."""
+        """Return the hyperparameters that a finetuned file records and that a resumed run must share."""
         return asdict(self.config)
 
     @property
     def first_trained_layer(self) -> int:
-        """The first block with parameters that train; no gradient goes further down."""
+        """Return the first block with parameters that train; no gradient goes further down."""
         return 0
 
     @property
     def first_uniform_layer(self) -> int:
-        """The block from which on all are extended alike, so that two of them tell the memory plan about the rest."""
+        """Return the block from which on all are extended alike: two of them tell the memory plan about the rest."""
         return 0
 
     @abstractmethod
