@@ -150,7 +150,9 @@ class Flag:
 
 def own_constants(script: dict[str, Any]) -> dict[str, Any]:
     """Return {name: type} of the annotated constants in a script's globals."""
-    return script.get("__annotations__") or script["__annotate__"](1)  # Python 3.14 makes them when asked
+    if "__annotate__" in script:  # Python 3.14 makes them when asked
+        return script["__annotate__"](1)
+    return script.get("__annotations__", {})
 
 
 def collect(script: dict[str, Any], groups: tuple[type, ...]) -> dict[str, Flag]:
@@ -170,7 +172,7 @@ def group_flags(group: type) -> Iterator[Flag]:
 
     The class variable `prefix` stands before the names of its fields.
     """
-    types, helps = get_type_hints(group), trailing_comments(textwrap.dedent(inspect.getsource(group)))
+    types, helps = get_type_hints(group), trailing_comments(source_of(group))
     title = inspect.getdoc(group).splitlines()[0].rstrip(".")
     for field in dataclasses.fields(group):
         if dataclasses.is_dataclass(types[field.name]):
@@ -180,6 +182,14 @@ def group_flags(group: type) -> Iterator[Flag]:
         yield Flag(
             getattr(group, "prefix", "") + field.name, types[field.name], default, helps.get(field.name, ""), title
         )
+
+
+def source_of(group: type) -> str:
+    """Return the source of a class, or nothing where there is none at hand, as in an interpreter."""
+    try:
+        return textwrap.dedent(inspect.getsource(group))
+    except OSError:
+        return ""
 
 
 def build(group: type, values: dict[str, Any]) -> Any:

@@ -29,7 +29,7 @@ def main() -> None:
     path = out_dir / "lit_model_lora_finetuned.pth"
     print(f"wrote {path}; next:")
     print(f'  python generate/lora.py --checkpoint_dir {checkpoint_dir} --lora_path {path} --prompt "..."')
-    print(f"  python finetune/lora.py --checkpoint_dir {checkpoint_dir} --lora_path {path} {flags} ...")
+    print(f"  python finetune/lora.py --checkpoint_dir {checkpoint_dir} --finetuned_path {path} {flags} ...")
 
 
 if __name__ == "__main__":

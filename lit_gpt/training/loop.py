@@ -79,11 +79,12 @@ class Trainer:
         """
         worker, batch = self.worker, self.next_batch()
         seed_step(self.args.optimization.seed, self.step, worker.fabric.global_rank)
+        worker.set_learning_rate(self.schedule.learning_rate(self.step))
         worker.wrapped.train()
         total = torch.zeros((), device=worker.fabric.device)
         for n, row in enumerate(batch.rows, 1):
             total += worker.backward(row, batch.weight, more=n < len(batch.rows))
-        norm = worker.step(self.schedule.learning_rate(self.step))
+        norm = worker.step()
         self.prefetched = self.batches.batch(self.step + 1)  # while a GPU still computes: nothing has waited for it
         return total, norm, batch.tokens
 

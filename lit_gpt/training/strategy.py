@@ -65,15 +65,18 @@ class Worker:
             return nullcontext()
         return self.fabric.no_backward_sync(self.wrapped, enabled=more)
 
-    def step(self, learning_rate: float) -> Tensor | None:
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """Set the learning rate of the step to come, before its backward passes: an optimizer may step in these."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def step(self) -> Tensor | None:
         """Take the optimizer's step, with gradients clipped if asked for.
 
         Returns:
             the norm of the gradient of all that trains, before it was clipped, over all ranks: a float32 scalar on the
             device; None where no rank ever holds all gradients.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
         norm = self.clip_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()

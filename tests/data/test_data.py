@@ -216,7 +216,7 @@ def test_bad_paths(cli, llama, tmp_path):
     cli("scripts/prepare_json.py", **flags).refused("already exists", str(tmp_path))
     flags["destination_path"] = tmp_path / "d"
     cli("scripts/prepare_json.py", **flags | {"json_path": tmp_path / "no.jsonl"}).refused("no such file")
-    cli("scripts/prepare_json.py", checkpoint_dir=llama, json_path=rows).refused("--destination_path", code=2)
+    cli("scripts/prepare_json.py", checkpoint_dir=llama, data_path=rows).refused("--out_dir", code=2)
     (tmp_path / "latin.jsonl").write_bytes('{"instruction": "ä"}'.encode("latin-1"))
     cli("scripts/prepare_json.py", **flags | {"json_path": tmp_path / "latin.jsonl"}).refused("not UTF-8")
 

@@ -16,9 +16,9 @@ from helpers.paths import ROOT
 from lit_gpt import Tokenizer
 from lit_gpt.checkpoints.base_model import BaseCheckpoint, load_model
 from lit_gpt.errors import UserError
+from lit_gpt.generation.args import SamplingArgs
 from lit_gpt.generation.chat import Chat, converse
 from lit_gpt.generation.engine import generate
-from lit_gpt.generation.steps import FastStep
 from lit_gpt.methods import finetuned_model
 from lit_gpt.methods.multi_lora import LoRAPool
 from lit_gpt.text.prompt_style import PromptStyle
@@ -33,7 +33,7 @@ def parts(llama):
 def test_each_turn_sees_all_before_and_the_cache_changes_nothing(parts):
     """Three turns, greedy: each answer is what the whole conversation gives, computed from nothing."""
     model, tokenizer, style = parts
-    chat = Chat(*parts, context=256, max_new_tokens=12, temperature=0)
+    chat = Chat(*parts, 256, SamplingArgs(max_new_tokens=12, temperature=0))
     for text in ("the cat", "and the dog?", "a task"):
         reused = len(chat.cached)
         found = "".join(chat.answer(text))
@@ -45,7 +45,7 @@ def test_each_turn_sees_all_before_and_the_cache_changes_nothing(parts):
 
 
 def test_the_oldest_turns_leave_first_and_it_says_so(parts, capsys):
-    chat = Chat(*parts, context=120, max_new_tokens=10, temperature=0)
+    chat = Chat(*parts, 120, SamplingArgs(max_new_tokens=10, temperature=0))
     chat.messages.append({"role": "system", "content": "Be"})
     for i in range(6):
         list(chat.answer(f"the cat {i}"))
@@ -68,10 +68,8 @@ def test_switching_between_loras(parts, llama, tmp_path, monkeypatch, capsys):
         tokenizer,
         style,
         256,
-        6,
+        SamplingArgs(max_new_tokens=6, temperature=0),
         lambda: LoRAPool(model, BaseCheckpoint.of(folder), style),
-        FastStep,
-        temperature=0,
     )
     singles = [(load_model(folder), style)]
     singles += [
@@ -92,7 +90,7 @@ def test_switching_between_loras(parts, llama, tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_no_message_does_not_end_the_conversation(parts, monkeypatch, capsys):
-    chat = Chat(*parts, context=256, max_new_tokens=3, temperature=0)
+    chat = Chat(*parts, 256, SamplingArgs(max_new_tokens=3, temperature=0))
     typed = ["the cat", "/quit", "/Lora x", "caf\udce9", UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "why"), "/ the dog"]
 
     def read(_: str) -> str:

@@ -16,11 +16,10 @@ import torch
 from helpers.pages import BASE, SLURM, blocks, commands, in_process, is_plan, run_page
 from helpers.paths import ROOT
 from lit_gpt.cli import parse
-from lit_gpt.data import packing
 from lit_gpt.distributed import heartbeat
 from lit_gpt.errors import UserError
 from lit_gpt.text import prompt_style
-from lit_gpt.training import checks
+from lit_gpt.training import checks, objectives
 from lit_gpt.training.args import BatchArgs, TrainArgs
 
 PAGES = sorted((ROOT / "tutorials").glob("*.md"))
@@ -52,7 +51,7 @@ def out_of_memory() -> None:
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "pack", pack)
+        patch.setattr(objectives, "pack", pack)
         in_process((FINETUNE + "--out_dir out/oom").split()[1:])
 
 

@@ -268,6 +268,7 @@ def test_generate_and_merge_what_was_trained(cli, flags, llama, tmp_path):
 def test_memory_runs_out_before_the_first_step(cli, flags, monkeypatch, data_dir):
     """The longest packed row is met first, not by chance in the middle of the run."""
     from lit_gpt.data import dataset, packing
+    from lit_gpt.training import objectives
 
     lengths, packed = dataset.Dataset(data_dir, "train").lengths, []
 
@@ -279,7 +280,7 @@ def test_memory_runs_out_before_the_first_step(cli, flags, monkeypatch, data_dir
         packed.append(sum(len(sample.tokens) for sample in samples))
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
-    monkeypatch.setattr(packing, "pack", pack)
+    monkeypatch.setattr(objectives, "pack", pack)
     cli(SCRIPT, **flags).refused("out of memory", "--micro_batch_tokens")
     monkeypatch.undo()
     rows = [
