@@ -24,20 +24,20 @@ WATCH = """
 import json, sys
 import torch
 from lit_gpt import GPT, Config
-from lit_gpt.base import Base
-from lit_gpt.memory import field, restart
-from lit_gpt.quantize import encode
+from lit_gpt.checkpoints.base_model import BaseCheckpoint
+from lit_gpt.hardware import field, reset_peak
+from lit_gpt.quantization.formats import encode
 
 folder, quantize = sys.argv[1:]
 with torch.device("meta"):  # the libraries' own room
     GPT(Config.from_checkpoint(folder))
 encode(torch.randn(64, 64), "nf4", torch.bfloat16)
-before = restart(torch.nn.Module())
-base = Base.of(folder, None if quantize == "bf16" else quantize)
+before = reset_peak(torch.nn.Module())
+base = BaseCheckpoint.open(folder, None if quantize == "bf16" else quantize)
 model = base.build(torch.bfloat16)
 peak = field("VmHWM")
 del base
-resident = restart(model)
+resident = reset_peak(model)
 print(json.dumps({"weights": sum(p.nbytes for p in model.parameters()), "resident": resident - before,
                   "peak": max(peak, resident) - before}))
 """

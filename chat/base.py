@@ -30,12 +30,11 @@ def main(sampling: SamplingArgs, model: ModelArgs) -> None:
     from lit_gpt.methods.multi_lora import LoRAPool
     from lit_gpt.quantization.modules import is_quantized
     from lit_gpt.text.prompt_style import PromptStyle
-    from lit_gpt.text.tokenizer import Tokenizer
 
     device = {"dtype": DTYPES[model.precision], "device": default_device()}
-    base, tokenizer = BaseCheckpoint.of(checkpoint_dir, model.quantize), Tokenizer(checkpoint_dir)
-    named = PromptStyle.from_name(prompt_style, tokenizer) if prompt_style else None
-    own = style = named or PromptStyle.from_checkpoint(checkpoint_dir, tokenizer)
+    base = BaseCheckpoint.open(checkpoint_dir, model.quantize)
+    named = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else None
+    own = style = named or base.prompt_style
     switchable = True
     if finetuned_path:
         gpt, record = load_finetuned(checkpoint_dir, finetuned_path, None, **device, quantize=model.quantize)
@@ -51,7 +50,7 @@ def main(sampling: SamplingArgs, model: ModelArgs) -> None:
     def open_loras() -> LoRAPool:
         return LoRAPool(base.build(**device) if finetuned_path else gpt, base, own, fixed=named is not None)
 
-    chat = Chat(gpt, tokenizer, style, context, sampling, open_loras if switchable else None, model.compile)
+    chat = Chat(gpt, base.tokenizer, style, context, sampling, open_loras if switchable else None, model.compile)
     if system:
         chat.messages.append({"role": "system", "content": system})
     converse(chat)

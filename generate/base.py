@@ -24,15 +24,14 @@ def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
     from lit_gpt.hardware import DTYPES, default_device
     from lit_gpt.methods.multi_lora import LoRAPool
     from lit_gpt.text.prompt_style import PromptStyle
-    from lit_gpt.text.tokenizer import Tokenizer
 
     prompts = read_prompt(prompt, sampling, model, checkpoint_dir=checkpoint_dir, prompt_style=prompt_style)
-    base, tokenizer = BaseCheckpoint.of(checkpoint_dir, model.quantize), Tokenizer(checkpoint_dir)
-    named = PromptStyle.from_name(prompt_style, tokenizer) if prompt_style else None
-    style = named or PromptStyle.from_checkpoint(checkpoint_dir, tokenizer)
+    base = BaseCheckpoint.open(checkpoint_dir, model.quantize)
+    named = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else None
+    style = named or base.prompt_style
     device = {"dtype": DTYPES[model.precision], "device": default_device()}
     loras = LoRAPool.beside(base, prompts.lora_paths, style, fixed=named is not None, **device)
-    prompts.answer(Answerer(loras.model, tokenizer, style, sampling, model.compile, loras))
+    prompts.answer(Answerer(loras.model, base.tokenizer, style, sampling, model.compile, loras))
 
 
 if __name__ == "__main__":

@@ -17,18 +17,15 @@ temperature: NonNegativeFloat = 0.8
 
 
 def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
-    from lit_gpt.checkpoints.base_model import load_model
+    from lit_gpt.checkpoints.base_model import BaseCheckpoint
     from lit_gpt.generation.answer import read_prompt
     from lit_gpt.generation.answerer import Answerer
     from lit_gpt.hardware import DTYPES, default_device
-    from lit_gpt.text.prompt_style import PromptStyle
-    from lit_gpt.text.tokenizer import Tokenizer
 
     prompts = read_prompt(prompt, sampling, model, checkpoint_dir=checkpoint_dir)
-    gpt = load_model(checkpoint_dir, DTYPES[model.precision], default_device(), model.quantize)
-    tokenizer = Tokenizer(checkpoint_dir)
-    style = PromptStyle.from_checkpoint(checkpoint_dir, tokenizer)
-    prompts.answer(Answerer(gpt, tokenizer, style, sampling, model.compile))
+    base = BaseCheckpoint.open(checkpoint_dir, model.quantize)
+    gpt = base.build(DTYPES[model.precision], default_device())
+    prompts.answer(Answerer(gpt, base.tokenizer, base.prompt_style, sampling, model.compile))
 
 
 if __name__ == "__main__":

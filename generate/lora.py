@@ -39,8 +39,8 @@ def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
     if any(paths := prompts.lora_paths):
         if merge:
             raise UsageError(f"--merge true: lines of {prompt.prompt_file} have a LoRA of their own; leave it out")
-        base = BaseCheckpoint.of(checkpoint_dir, model.quantize)
-        style = PromptStyle.from_checkpoint(checkpoint_dir, tokenizer)
+        base = BaseCheckpoint.open(checkpoint_dir, model.quantize)
+        style = base.prompt_style
         loras = LoRAPool.beside(base, [path or lora_path for path in paths], style, **device)
         return prompts.answer(Answerer(loras.model, tokenizer, style, sampling, model.compile, loras, lora_path))
     gpt, record = load_finetuned(checkpoint_dir, lora_path, lora.NAME, **device, quantize=model.quantize)

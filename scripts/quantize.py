@@ -38,7 +38,7 @@ def main() -> None:
     from lit_gpt.conversion import calibration, hf
     from lit_gpt.text.prompt_style import FILE
 
-    base, calibrated = BaseCheckpoint.of(checkpoint_dir, quantize), chosen == "calibrated"
+    base, calibrated = BaseCheckpoint.open(checkpoint_dir, quantize), chosen == "calibrated"
     # before there is a file
     text = calibration.given_text(calibration_path, calibration_tokens, base) if calibrated else None
     with files.new_folder(out_dir) as folder:

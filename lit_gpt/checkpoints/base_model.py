@@ -6,6 +6,7 @@ Quantizing goes tensor by tensor, from the mapped file to what is kept, so that 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantization import formats
 from lit_gpt.quantization import modules as modules_module
+from lit_gpt.text.prompt_style import PromptStyle
+from lit_gpt.text.tokenizer import Tokenizer
 
 
 def build_model(
@@ -56,7 +59,7 @@ def build_model(
 
 @dataclass(frozen=True)
 class BaseCheckpoint:
-    """A converted checkpoint, its tensors mapped from the file."""
+    """A converted checkpoint, opened as it is to be used: config, mapped tensors, tokenizer, prompt style."""
 
     checkpoint_dir: Path
     config: Config
@@ -69,8 +72,8 @@ class BaseCheckpoint:
     )
 
     @classmethod
-    def of(cls, checkpoint_dir: Path, quantize: str | None = None) -> "BaseCheckpoint":
-        """The base in a folder, to be quantized to a format if one is given.
+    def open(cls, checkpoint_dir: Path, quantize: str | None = None) -> "BaseCheckpoint":
+        """Open the checkpoint in a folder, to be quantized to a format if one is given.
 
         Raises:
             UsageError: the folder is quantized already.
@@ -95,6 +98,16 @@ class BaseCheckpoint:
                 "quantize again"
             )
         return cls(Path(checkpoint_dir), config, state, found["source"], found["quantize"], True, codes)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The folder's tokenizer, read when first asked for."""
+        return Tokenizer(self.checkpoint_dir)
+
+    @cached_property
+    def prompt_style(self) -> PromptStyle:
+        """The folder's prompt style, read when first asked for."""
+        return PromptStyle.from_checkpoint(self.checkpoint_dir, self.tokenizer)
 
     @property
     def quantization(self) -> str | None:
@@ -196,4 +209,4 @@ def load_model(
     Raises:
         UserError: the folder is not a converted checkpoint, or its files are damaged or do not fit together.
     """
-    return BaseCheckpoint.of(checkpoint_dir, quantize).build(dtype, device)
+    return BaseCheckpoint.open(checkpoint_dir, quantize).build(dtype, device)

@@ -11,7 +11,7 @@ Memory: the two streams, the block in work, and some matrices (in_features, in_f
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,18 @@ from lit_gpt.generation.steps import FastStep
 from lit_gpt.hardware import page_out
 from lit_gpt.model.gpt import GPT, Block
 from lit_gpt.model.rope import Rotation
-from lit_gpt.quantization.formats import FORMATS, FourBit, Tensors
+from lit_gpt.quantization import gptq
+from lit_gpt.quantization.formats import FORMATS
 from lit_gpt.quantization.formats import decode as dequantize
-from lit_gpt.quantization.gptq import gptq
+from lit_gpt.quantization.gptq import Statistics
 from lit_gpt.text.tokenizer import Tokenizer
 
-LENGTH = 512  # tokens of a sequence
-AT_ONCE = 2048  # tokens that go through a block at a time
-DAMPING = 0.01  # of the mean of the inputs' squares: what least squares add, so that they do not follow noise
+SEQUENCE = 512  # tokens of a sequence
+BATCH_TOKENS = 2048  # tokens that go through a block at a time
 
 
 def read_ids(path: Path, tokenizer: Tokenizer, tokens: int) -> Tensor:
-    """The first `tokens` token ids of a file of rows or text, or of a folder of prepared data; int64 (n,)."""
+    """Read the first `tokens` token ids of a file of rows or text, or of a folder of prepared data; int64 (n,)."""
     try:
         if path.is_dir():
             dataset.read_meta(path, tokenizer, "--calibration_path")
@@ -49,19 +49,19 @@ def read_ids(path: Path, tokenizer: Tokenizer, tokens: int) -> Tensor:
             return tokenizer.encode(path.read_text(encoding="utf-8"))[:tokens]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--calibration_path {path}: cannot be read ({error})") from None
-    found, count = [], 0
+    parts, count = [], 0
     for row in Source(str(path)).rows():
         if row.problem:
             raise UserError(f"--calibration_path {row.where}: {row.problem}")
-        found.append(tokenizer.encode("\n".join(texts(row.fields)) + "\n\n"))
-        count += len(found[-1])
+        parts.append(tokenizer.encode("\n".join(texts(row.fields)) + "\n\n"))
+        count += len(parts[-1])
         if count >= tokens:
             break
-    return torch.cat(found)[:tokens] if found else torch.zeros(0, dtype=torch.long)
+    return torch.cat(parts)[:tokens] if parts else torch.zeros(0, dtype=torch.long)
 
 
 def texts(value: Any) -> Iterator[str]:
-    """All text in a row."""
+    """Yield all text in a row."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -70,7 +70,7 @@ def texts(value: Any) -> Iterator[str]:
 
 
 def given_text(path: Path | None, tokens: int, base: BaseCheckpoint) -> Tensor | None:
-    """What to calibrate on from --calibration_path, int64 (n, T); None if the model is to write it.
+    """Read what to calibrate on from --calibration_path, int64 (n, T); return None if the model is to write it.
 
     Raises:
         UsageError: --calibration_tokens are fewer than a sequence.
@@ -93,14 +93,15 @@ def given_text(path: Path | None, tokens: int, base: BaseCheckpoint) -> Tensor |
 
 
 def sequence_length(base: BaseCheckpoint) -> int:
-    return min(LENGTH, base.config.block_size)
+    """Return the tokens of a calibration sequence, which the model's context may shorten."""
+    return min(SEQUENCE, base.config.block_size)
 
 
 @torch.no_grad()
 def own_text(base: BaseCheckpoint, tokens: int, device: torch.device) -> Tensor:
-    """Text that the model itself writes, at temperature 1 after a first token drawn evenly; int64 (n, T).
+    """Let the model itself write the text (Liu et al. 2023, LLM-QAT), for which it is loaded whole; int64 (n, T).
 
-    Liu et al. 2023, LLM-QAT. The whole model is needed for it.
+    The temperature is 1, and the first token of each sequence is drawn evenly.
     """
     length = sequence_length(base)
     n = tokens // length
@@ -118,7 +119,7 @@ def own_text(base: BaseCheckpoint, tokens: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def calibrated(base: BaseCheckpoint, ids: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """The state dict of the quantized model, tensor by tensor, as Base.quantized gives it; on the device of `ids`.
+    """Yield the quantized model's state dict, name and tensor, like BaseCheckpoint.quantized; on the device of `ids`.
 
     Args:
         ids: int64 (n, T), what to calibrate on.
@@ -129,38 +130,41 @@ def calibrated(base: BaseCheckpoint, ids: Tensor, dtype: torch.dtype) -> Iterato
     chosen = {f"h.{i}.{path}.weight" for i in range(base.config.n_layer) for path in linears(base.config)}
     others = {name: tensor for name, tensor in base.state.items() if name not in chosen}
     yield from replace(base, state=others).quantized(dtype, ids.device)
-    exact, found = (streams(base, ids, dtype, quantized) for quantized in (False, True))
+    exact, quantized = (streams(base, ids, dtype, quantize) for quantize in (False, True))
     positions = torch.arange(ids.size(1), device=ids.device)
     rotations = model_of(base).rotations(positions, (ids.size(1),), dtype)
     for layer in tqdm(range(base.config.n_layer), unit="block", disable=None):
         true, block = (block_of(base, layer, dtype, ids.device) for _ in range(2))
         for path in linears(base.config):
             linear = block.get_submodule(path)
-            stats = Statistics.of(true, block, path, exact, found, rotations[layer])
-            tensors = stats.rounded(true.get_submodule(path).weight.float(), FORMATS[base.quantize], dtype)
+            stats = statistics(true, block, path, exact, quantized, rotations[layer])
+            weight = true.get_submodule(path).weight.float()
+            tensors = gptq.quantize(weight, stats, FORMATS[base.quantize], dtype)
             if not all(part.isfinite().all() for part in tensors.values() if part.is_floating_point()):
                 source = base.checkpoint_dir / "lit_model.pth"
                 raise UserError(f"{source}: h.{layer}.{path}.weight or its inputs are not numbers")
             linear.weight = nn.Parameter(dequantize(tensors, base.quantize, linear.in_features, dtype))
             yield from ((f"h.{layer}.{path}.{key}", part) for key, part in tensors.items())
         exact = [true(x, rotations[layer], None, None) for x in exact]
-        found = [block(x, rotations[layer], None, None) for x in found]
+        quantized = [block(x, rotations[layer], None, None) for x in quantized]
         for name in block.state_dict():
             page_out(base.state[f"h.{layer}.{name}"])
 
 
 def model_of(base: BaseCheckpoint) -> GPT:
+    """Return the model on the meta device, without contents."""
     with torch.device("meta"):
         return GPT(base.config)
 
 
 def linears(config: Any) -> list[str]:
-    """The linear layers of a block, in the order in which they compute."""
+    """Return the paths of a block's linear layers, in the order in which they compute."""
     with torch.device("meta"):
         return [path for path, module in Block(config, 0).named_modules() if isinstance(module, nn.Linear)]
 
 
 def block_of(base: BaseCheckpoint, layer: int, dtype: torch.dtype, device: torch.device) -> Block:
+    """Load one block of the checkpoint, unquantized."""
     with torch.device("meta"):
         block = Block(base.config, layer)
     prefix = f"h.{layer}."
@@ -169,26 +173,29 @@ def block_of(base: BaseCheckpoint, layer: int, dtype: torch.dtype, device: torch
     return block.eval()
 
 
-def streams(base: BaseCheckpoint, ids: Tensor, dtype: torch.dtype, quantized: bool) -> list[Tensor]:
-    """The hidden states before the first block, some sequences each."""
-    model = base.skeleton(dtype) if quantized else model_of(base)
+def streams(base: BaseCheckpoint, ids: Tensor, dtype: torch.dtype, quantize: bool) -> list[Tensor]:
+    """Compute the hidden states before the first block, (B, T, n_embd) for each batch of sequences."""
+    model = base.skeleton(dtype) if quantize else model_of(base)
     state = {name: tensor for name, tensor in base.state.items() if name.startswith(("wte.", "wpe."))}
-    pairs = replace(base, state=state).quantized(dtype, ids.device) if quantized else state.items()
+    pairs = replace(base, state=state).quantized(dtype, ids.device) if quantize else state.items()
     for name, tensor in pairs:
         path, _, key = name.rpartition(".")
         new = tensor.to(ids.device, dtype if tensor.is_floating_point() else None)
         setattr(model.get_submodule(path), key, nn.Parameter(new, requires_grad=False))
     positions = torch.arange(ids.size(1), device=ids.device)
-    parts = ids.split(max(1, AT_ONCE // ids.size(1)))
+    parts = ids.split(max(1, BATCH_TOKENS // ids.size(1)))
     return [model.embed(part, positions, (ids.size(1),)) for part in parts]
 
 
 class Reached(Exception):
-    """A block has come to the layer that is looked at."""
+    """Ends a block's forward pass at the layer whose input is wanted."""
 
 
-def at(block: Block, path: str, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor | None]:
-    """The input of a linear layer of a block (B, T, in_features); and what its output is added to, if it is."""
+def layer_input(block: Block, path: str, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor | None]:
+    """Return the input of a block's linear layer, (B, T, in_features), and the residual that its output is added to.
+
+    The residual (B, T, out_features) is None where the output is not added to the hidden states.
+    """
     seen: dict[str, Tensor] = {}
 
     def reach(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -214,39 +221,21 @@ def at(block: Block, path: str, x: Tensor, rotation: Rotation | None) -> tuple[T
     return seen["input"], torch.add(x, seen["attended"], alpha=block.scale) if "attended" in seen else x
 
 
-@dataclass
-class Statistics:
-    """Of a layer over all tokens, what least squares need: sums of outer products with the quantized stream's inputs,
-    (..., in_features) in float32."""
+def statistics(
+    true: Block, block: Block, path: str, exact: list[Tensor], quantized: list[Tensor], rotation: Rotation | None
+) -> Statistics:
+    """Return the statistics of a linear layer over both streams.
 
-    inputs: Tensor  # of these inputs themselves
-    missing: Tensor  # of what the exact ones are beyond them
-    lost: Tensor  # of what the exact hidden states are beyond the others, where the layer's output is added
-
-    @classmethod
-    def of(
-        cls, true: Block, block: Block, path: str, exact: list[Tensor], found: list[Tensor], rotation: Rotation | None
-    ) -> "Statistics":
-        out, size = true.get_submodule(path).weight.shape
-        sums = cls(*(torch.zeros(rows, size, device=exact[0].device) for rows in (size, size, out)))
-        for x, y in zip(exact, found, strict=True):
-            (a, rest), (b, other) = at(true, path, x, rotation), at(block, path, y, rotation)
-            a, b = a.flatten(0, 1).float(), b.flatten(0, 1).float()
-            sums.inputs.addmm_(b.T, b)
-            sums.missing.addmm_((a - b).T, b)
-            if rest is not None:
-                sums.lost.addmm_((rest - other).flatten(0, 1).float().T, b, alpha=1 / block.scale)
-        return sums
-
-    def rounded(self, weight: Tensor, quantizer: FourBit, dtype: torch.dtype) -> Tensors:
-        """The tensors that stand for a layer's weight (out, in), float32; those of open dtype in `dtype`."""
-        squares = self.inputs.diagonal()
-        squares += DAMPING * squares.mean() + torch.finfo(torch.float32).tiny
-        triangle, failed = torch.linalg.cholesky_ex(self.inputs)
-        if failed:  # inputs that are not numbers; nor will be what comes of them
-            triangle = torch.full_like(triangle, torch.nan)
-        shift = torch.cholesky_solve(torch.addmm(self.lost, weight, self.missing).T, triangle).T
-        codes, fitted = gptq(weight + shift, squares, torch.cholesky_inverse(triangle), quantizer)
-        layout = quantizer.layout(*weight.shape)
-        tensors = quantizer.pack(quantizer.tensors(codes, *fitted))
-        return {key: tensor.to(layout[key][1] or dtype) for key, tensor in tensors.items()}
+    Args:
+        true, block: the block with the exact weights, and with those of the layers before this one quantized.
+        path: of the layer in the block.
+        exact, quantized: the streams' hidden states before the block, (B, T, n_embd) each.
+    """
+    out_features, in_features = true.get_submodule(path).weight.shape
+    sums = Statistics.zeros(out_features, in_features, exact[0].device)
+    for x, y in zip(exact, quantized, strict=True):
+        exact_input, exact_residual = layer_input(true, path, x, rotation)
+        quantized_input, residual = layer_input(block, path, y, rotation)
+        lost = None if residual is None else exact_residual - residual
+        sums.add(exact_input, quantized_input, lost, 1 / block.scale)
+    return sums

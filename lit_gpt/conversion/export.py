@@ -45,7 +45,7 @@ class Source:
         """The checkpoint, or with `quantized` as the file's base was. Raises UserError if one cannot be used."""
         if not quantized:
             checkpoint.load_state(checkpoint_dir)  # refuses a quantized one
-        source, record, style = BaseCheckpoint.of(checkpoint_dir), None, None
+        source, record, style = BaseCheckpoint.open(checkpoint_dir), None, None
         if adapter:
             record = finetuned_file.read_file(adapter, lora.NAME, source.fingerprint)
             style = PromptStyle.from_dict(record["prompt_style"])
@@ -146,7 +146,7 @@ def merge(checkpoint_dir: Path, lora_path: Path, out_dir: Path) -> float:
         model_card.copy_run(lora_path.parent, folder)
         what, packages = f"the merge of {lora_path}", ("transformers",)
         reader = readers.read_back(what, packages, lambda: readers.read_lit(folder), lambda: own_checkpoint(folder))
-        base = BaseCheckpoint.of(checkpoint_dir).quantized_as(source.record.get("quantize"), lora_path).build()
+        base = BaseCheckpoint.open(checkpoint_dir).quantized_as(source.record.get("quantize"), lora_path).build()
         without = logits.float32_logits(base, source.golden.idx)
         found = source.golden.compare(reader, what, *logits.rounding(source.model.dtype), base=without)
         use = f'from lit_gpt import GPT\n\nmodel = load_model("{out_dir.name}")'

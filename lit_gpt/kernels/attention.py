@@ -1,5 +1,5 @@
 """Causal attention by products of whole matrices, with its gradients: by a kernel of ops.py where there is one for the
-tensors at hand, else by torch's operations, block by block. tests/test_fused.py holds both against the plain
+tensors at hand, else by torch's operations, block by block. tests/kernels/test_fused.py holds both against the plain
 formula.
 
 On a CPU this takes half the time of torch's scaled_dot_product_attention, whose backward pass is slow there.

@@ -74,7 +74,7 @@ def load_finetuned(
     Raises:
         UserError: the file does not fit the base, or the base is quantized otherwise than when it was trained.
     """
-    base = BaseCheckpoint.of(checkpoint_dir, quantize)
+    base = BaseCheckpoint.open(checkpoint_dir, quantize)
     record = read_file(path, method, base.fingerprint)
     method_of(record, path)  # before the model takes its time
     model = base.quantized_as(record.get("quantize"), path).build(dtype, device)

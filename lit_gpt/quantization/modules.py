@@ -1,4 +1,4 @@
-"""Layers whose weights are kept in a quantized format, and how they attach to a GPT."""
+"""Layers whose weights are kept in a quantized format, and their attachment to a GPT."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ class Quantized(nn.Module):
         super().__init__()
         weight = module.weight
         self.format, (self.rows, self.columns) = format, weight.shape
-        self.held: Tensor | None = None  # the weight dequantized, while `held` keeps it
+        self.dequantized_cache: Tensor | None = None  # set by `keep_dequantized` while it lasts
         for key, (shape, dtype) in FORMATS[format].layout(*weight.shape).items():
             new = torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device)
             self.register_parameter(key, nn.Parameter(new, requires_grad=False))
@@ -33,9 +33,10 @@ class Quantized(nn.Module):
                 self.get_parameter(key).copy_(tensor)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight (rows, columns)."""
-        if self.held is not None and self.held.dtype == dtype:
-            return self.held
+        """Return the weight (rows, columns) in `dtype`."""
+        cached = self.dequantized_cache
+        if cached is not None and cached.dtype == dtype:
+            return cached
         return decode({key: self.get_parameter(key) for key in self.keys}, self.format, self.columns, dtype)
 
     def extra_repr(self) -> str:
@@ -55,12 +56,12 @@ class QuantizedLinear(Quantized):
 
 
 def unpacked(layer: Quantized) -> Tensors:
-    """The tensors of its format, those that are kept packed undone."""
+    """Return the tensors of a layer's format, unpacked."""
     return FORMATS[layer.format].unpack({key: layer.get_parameter(key).detach() for key in layer.keys})
 
 
 class QuantizedEmbedding(Quantized):
-    """An embedding in int8, a scale for each token. Its output has the scale's dtype."""
+    """An embedding in int8 with a scale for each token. Its output has the scale's dtype."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__(embedding, "int8")
@@ -70,24 +71,24 @@ class QuantizedEmbedding(Quantized):
 
 
 def quantized_linear(x: Tensor, layer: QuantizedLinear) -> Tensor:
-    """x W^T + bias of x (..., in_features), in x's dtype.
+    """Return x W^T + bias for x (..., in_features), in x's dtype.
 
     Many rows, as in training and of a prompt, are worth a dequantization. A single one, as in decoding, is bound by
     reading the weight, which the native decoding step, and in int8 the compiled one, do without dequantizing it first.
     """
     if torch.is_grad_enabled() and x.requires_grad:
-        return _Product.apply(x, layer)
+        return _QuantizedLinear.apply(x, layer)
     if torch.compiler.is_compiling() and layer.format == "int8":  # which makes one loop of it, over the codes
         y = F.linear(x.float(), layer.weight.float()) * layer.scale.float()
         return (y if layer.bias is None else y + layer.bias).to(x.dtype)
-    if layer.held is not None:
+    if layer.dequantized_cache is not None:
         return F.linear(x, layer.dequantize(x.dtype), layer.bias)
-    parts, bias = dequantized_chunks(unpacked(layer), FORMATS[layer.format], layer.columns, x.dtype), layer.bias
-    found = [F.linear(x, weight, None if bias is None else bias[span]) for span, weight in parts]
-    return found[0] if len(found) == 1 else torch.cat(found, -1)
+    chunks, bias = dequantized_chunks(unpacked(layer), FORMATS[layer.format], layer.columns, x.dtype), layer.bias
+    outputs = [F.linear(x, weight, None if bias is None else bias[span]) for span, weight in chunks]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
-class _Product(torch.autograd.Function):
+class _QuantizedLinear(torch.autograd.Function):
     """Keeps nothing but the layer: the backward pass dequantizes its weight again. The layer gets no gradient."""
 
     @staticmethod
@@ -106,19 +107,19 @@ def keep_dequantized(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Keep the weights of a module's quantized layers dequantized while it is used several times."""
     layers = [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
     for layer in layers:
-        layer.held = layer.dequantize(dtype)
+        layer.dequantized_cache = layer.dequantize(dtype)
     try:
         yield
     finally:
         for layer in layers:
-            layer.held = None
+            layer.dequantized_cache = None
 
 
 def attach(model: nn.Module, format: str) -> nn.Module:
     """Quantize a GPT, in place, before any method is attached to it.
 
     Raises:
-        UsageError: it has routed experts, which would stay as they are.
+        UsageError: The model has routed experts, which would stay as they are.
     """
     if model.config.n_expert:
         raise UsageError(f"--quantize {format}: {model.config.name} has routed experts, which cannot be quantized yet")
@@ -131,16 +132,17 @@ def attach(model: nn.Module, format: str) -> nn.Module:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """A layer's weight: as it is, or dequantized to float32 if it is quantized."""
+    """Return a layer's weight as it is, or dequantized to float32 if it is quantized."""
     return module.dequantize() if isinstance(module, Quantized) else module.weight.detach()
 
 
 def is_quantized(model: nn.Module) -> bool:
+    """Return whether any layer of the model is quantized."""
     return any(isinstance(module, Quantized) for module in model.modules())
 
 
 def count_parameters(model: nn.Module) -> int:
-    """As many as there are without quantization."""
+    """Count the parameters that the model would have without quantization."""
     counts: dict[nn.Parameter, int] = {}
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):

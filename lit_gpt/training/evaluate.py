@@ -7,6 +7,7 @@ import torch
 from lightning.fabric import Fabric
 from tqdm import tqdm
 
+from lit_gpt.data.probe import WINDOW, Probe
 from lit_gpt.generation.engine import generate
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.model.gpt import GPT
@@ -14,7 +15,6 @@ from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
 from lit_gpt.training.batches import rank_rows
 from lit_gpt.training.objectives import Objective, SupervisedFinetuning
-from lit_gpt.training.probe import WINDOW, Probe
 from lit_gpt.training.strategy import Worker
 
 Size = tuple[int | None, int | None]  # of a row: samples, or if that is None tokens

@@ -15,6 +15,7 @@ from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.cli import flag_values
 from lit_gpt.conversion.hf import copy_side_files
 from lit_gpt.data.dataset import read_meta
+from lit_gpt.data.probe import Probe
 from lit_gpt.distributed.heartbeat import peer_watchdog
 from lit_gpt.distributed.launch import launch, on_main, told_by_fabric_run
 from lit_gpt.distributed.sharding import build_device
@@ -24,7 +25,6 @@ from lit_gpt.methods.method import Method
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantization.modules import count_parameters
 from lit_gpt.text.prompt_style import PromptStyle
-from lit_gpt.text.tokenizer import Tokenizer
 from lit_gpt.training import checks, loggers
 from lit_gpt.training.args import TrainArgs
 from lit_gpt.training.batches import Batches
@@ -34,7 +34,6 @@ from lit_gpt.training.memory.compiling import compiles_blocks
 from lit_gpt.training.memory.plan import MemoryPlanner
 from lit_gpt.training.memory.rehearsal import probe_longest_row
 from lit_gpt.training.objectives import make_objective
-from lit_gpt.training.probe import Probe
 from lit_gpt.training.records import Records
 from lit_gpt.training.resume import ResumeStates
 from lit_gpt.training.schedule import Schedule
@@ -66,15 +65,14 @@ def finetune(args: TrainArgs, method: Method) -> None:
 def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
     """Set a run up on this rank, train, and write the result."""
     checks.check_batch(args, fabric.world_size)
-    base = BaseCheckpoint.of(args.paths.checkpoint_dir, args.memory.quantize)
+    base = BaseCheckpoint.open(args.paths.checkpoint_dir, args.memory.quantize)
     checks.check_quantized(args, method, base.quantize)
     objective = make_objective(args.optimization.objective)
-    tokenizer = Tokenizer(args.paths.checkpoint_dir)
-    style = PromptStyle.from_dict(read_meta(args.paths.data_dir, tokenizer)["prompt_style"])
+    style = PromptStyle.from_dict(read_meta(args.paths.data_dir, base.tokenizer)["prompt_style"])
     train, validation = objective.datasets(args.paths.data_dir)
     limit = checks.length_limit(args, base.config)
     checks.check_lengths(args, limit, train, validation)
-    probe = Probe(args.watch.probe_path, tokenizer, style, limit) if args.watch.probe_path else None
+    probe = Probe(args.watch.probe_path, base.tokenizer, style, limit) if args.watch.probe_path else None
     schedule = Schedule.from_args(args.optimization, args.batch, len(train))
     check_unused(args)
     on_cuda = fabric.device.type == "cuda"
@@ -96,23 +94,14 @@ def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
     records = Records(fabric, args.paths.out_dir, args.watch.logger, flags)
     batches = Batches(train, objective, args.batch, args.optimization.seed, schedule, fabric)
     show = partial(
-        show_answer, fabric, model, tokenizer, style, objective.prompt(validation[0]), args.watch.sample_tokens
+        show_answer, fabric, model, base.tokenizer, style, objective.prompt(validation[0]), args.watch.sample_tokens
     )
     size = args.batch.micro_batch_size, args.batch.micro_batch_tokens
     evaluator = Evaluator(worker, validation, args.watch.eval_samples, size, probe, show)
-    identity = {
-        "base": base.fingerprint,
-        "data": train.fingerprint,
-        "settings": method.settings,
-        "quantization": base.quantization,
-        "probe": probe and probe.fingerprint,
-    }
+    identity = {"base": base.fingerprint, "data": train.fingerprint, "settings": method.settings}
+    identity |= {"quantization": base.quantization, "probe": probe and probe.fingerprint}
     states = ResumeStates(fabric, args.paths.out_dir, args.watch.keep_states, flags, identity)
-    record = {
-        "hyperparameters": method.settings,
-        "prompt_style": style.to_dict(),
-        "quantize": base.quantization,
-    }
+    record = {"hyperparameters": method.settings, "prompt_style": style.to_dict(), "quantize": base.quantization}
     trainer = Trainer(args, worker, batches, schedule, evaluator, records, states, record)
     records.memory = probe_longest_row(worker, batches, planner, compiled)
     if trainer.fit():

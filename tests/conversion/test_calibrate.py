@@ -51,7 +51,7 @@ def test_gptq_is_its_definition(name):
 
 
 def logits_off(base: BaseCheckpoint, state: dict | None, ids: torch.Tensor) -> float:
-    model = (replace(base, state=state, stored=True) if state else base).build()
+    model = (replace(base, state=state, is_quantized=True) if state else base).build()
     with torch.no_grad():
         return off(model(ids), replace(base, quantize=None).build()(ids))
 
@@ -69,7 +69,7 @@ def test_logits_are_nearer_than_by_rounding(family, layout, format, tmp_path):
     tiny_hf_model(family, layout or next(iter(module.tiny_hf()))).save_pretrained(tmp_path)
     hf.convert(tmp_path, hf_shards.StoredWeights(tmp_path))
     ids = torch.randint(90, (2, 64, 16), generator=torch.Generator().manual_seed(1))
-    base = BaseCheckpoint.of(tmp_path, format)
+    base = BaseCheckpoint.open(tmp_path, format)
     state = dict(calibration.calibrated(base, ids[0], base.dtype))
     for text, share in ((ids[0], 0.7), (ids[1], 0.85)):
         assert logits_off(base, state, text) < share * logits_off(base, None, text)
@@ -98,7 +98,7 @@ def test_a_calibrated_checkpoint(cli, llama, data_dir, path, tmp_path):
         )
         assert (
             record["codes"] == checkpoint.fingerprint(state)
-            and record["source"] == BaseCheckpoint.of(llama).fingerprint
+            and record["source"] == BaseCheckpoint.open(llama).fingerprint
         )
         found[name] = record["codes"]
         model = load_model(folder, torch.bfloat16)
@@ -112,7 +112,7 @@ def test_what_was_trained_on_it_fits_no_other(cli, flags, llama, path, tmp_path)
     """While a LoRA of the full base takes any quantization of it."""
     folder, where = tmp_path / "q", {"calibration_path": path, "calibration_tokens": 512}
     assert cli(SCRIPT, checkpoint_dir=llama, out_dir=folder, **where).code == 0
-    here, on_the_fly = BaseCheckpoint.of(folder), BaseCheckpoint.of(llama, "nf4")
+    here, on_the_fly = BaseCheckpoint.open(folder), BaseCheckpoint.open(llama, "nf4")
     assert here.quantized_as(None, path) is here and on_the_fly.quantized_as(None, path) is on_the_fly
     with pytest.raises(UserError, match="trained on a base in nf4, and --checkpoint_dir .*is calibrated nf4"):
         here.quantized_as("nf4", path)
@@ -123,7 +123,7 @@ def test_what_was_trained_on_it_fits_no_other(cli, flags, llama, path, tmp_path)
     assert cli("generate/lora.py", checkpoint_dir=folder, lora_path=file, **more).code == 0
     for quantized in ({}, {"quantize": "nf4"}):
         refused = cli("generate/lora.py", checkpoint_dir=llama, lora_path=file, **more, **quantized)
-        refused.refused(here.codes, "scripts/quantize.py")
+        refused.refused(here.codes_fingerprint, "scripts/quantize.py")
     resumed = flags | {"max_steps": 3, "resume": "auto", "quantize": "nf4"}
     cli("finetune/lora.py", **resumed).refused("another quantization")
     merged = cli("scripts/merge_lora.py", checkpoint_dir=folder, lora_path=file, out_dir=tmp_path / "m")

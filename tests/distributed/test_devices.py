@@ -14,7 +14,8 @@ from helpers.cli import spawn
 from helpers.runs import of_method, same_run, wait_for_step, weights_of
 from lit_gpt.distributed import heartbeat
 
-METHODS = ("lora", "adapter", "adapter_v2", "full")
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("adapter", "adapter_v2")]
+METHODS = ["lora", *SLOW, "full"]
 
 
 @pytest.mark.subprocess

@@ -87,7 +87,7 @@ def test_logits_of_a_prompt_in_pieces(tiny: Tiny):
 
 def mixed_equals_single(folder: Path, paths: list[Path]) -> None:
     """8 prompts under 4 LoRAs and without one in a batch, against each file's own model."""
-    loras = LoRAPool.beside(BaseCheckpoint.of(folder), paths, PromptStyle.from_dict(STYLE))
+    loras = LoRAPool.beside(BaseCheckpoint.open(folder), paths, PromptStyle.from_dict(STYLE))
     prompts = prompts_of([3, 9, 1, 14, 20, 5, 12, 2], loras.model.config.vocab_size)
     numbers = [1, 2, 3, 4, 4, 0, 2, 1]
     singles = [loras.base.build(), *(finetuned_model.load_finetuned(folder, path, lora.NAME)[0] for path in paths)]
@@ -117,7 +117,7 @@ def test_a_lora_for_each_row_of_a_quantized_base(llama, tmp_path):
 def test_a_lora_that_does_not_fit(llama, tmp_path):
     folder, style = shutil.copytree(llama, tmp_path / "base"), PromptStyle.from_dict(STYLE)
     nf4, plain = lora_files(folder, LORAS[:1], "nf4")[0].rename(tmp_path / "nf4.pth"), lora_files(folder, LORAS[:1])[0]
-    loras = LoRAPool.beside(BaseCheckpoint.of(folder), [plain], style)
+    loras = LoRAPool.beside(BaseCheckpoint.open(folder), [plain], style)
     assert loras.load(plain) == loras.load(folder / ".." / folder.name / plain.name) == 1
     with pytest.raises(UserError, match="nf4.pth: trained on a base in nf4; start with --quantize nf4"):
         loras.load(nf4)
@@ -132,4 +132,4 @@ def test_a_lora_that_does_not_fit(llama, tmp_path):
             loras.load(tmp_path / name)
     assert len(loras.styles) == 2  # nothing of them has stayed
     with pytest.raises(UserError, match="another base"):
-        LoRAPool.beside(BaseCheckpoint.of(folder), [plain, tmp_path / "other.pth"], style)
+        LoRAPool.beside(BaseCheckpoint.open(folder), [plain, tmp_path / "other.pth"], style)

@@ -69,7 +69,7 @@ def test_switching_between_loras(parts, llama, tmp_path, monkeypatch, capsys):
         style,
         256,
         SamplingArgs(max_new_tokens=6, temperature=0),
-        lambda: LoRAPool(model, BaseCheckpoint.of(folder), style),
+        lambda: LoRAPool(model, BaseCheckpoint.open(folder), style),
     )
     singles = [(load_model(folder), style)]
     singles += [

@@ -28,7 +28,7 @@ def lora_files(
     folder: Path, configs: list[lora.LoRAConfig], quantize: str | None = None, style: dict = STYLE
 ) -> list[Path]:
     """Write LoRA files as if trained on the checkpoint in `folder`, one for each configuration."""
-    base, paths = BaseCheckpoint.of(folder, quantize), []
+    base, paths = BaseCheckpoint.open(folder, quantize), []
     for i, config in enumerate(configs):
         torch.manual_seed(i)
         state = finetuned_file.trained_state(lora.attach(base.build(), config))

@@ -43,7 +43,7 @@ FORMATS = list(formats.FORMATS)
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
     """So that a weight of a test is worked on in several."""
-    monkeypatch.setattr(formats, "CPU_PIECE", 8000)
+    monkeypatch.setattr(formats, "CPU_CHUNK", 8000)
 
 
 def weight(rows: int = 30, columns: int = 200, dtype=torch.float32) -> torch.Tensor:
@@ -218,11 +218,11 @@ def test_the_backward_pass_keeps_no_dequantized_weight():
 def test_a_head_that_is_used_piece_by_piece_is_dequantized_once(monkeypatch):
     layer = modules.QuantizedLinear(nn.Linear(64, 96, bias=False), "int8")
     hidden, labels = torch.randn(40, 64, requires_grad=True), torch.randint(96, (40,))
-    count, decode = [], formats.decode
-    monkeypatch.setattr(formats, "decode", lambda *args: count.append(1) or decode(*args))
+    count, decode = [], modules.decode
+    monkeypatch.setattr(modules, "decode", lambda *args: count.append(1) or decode(*args))
     monkeypatch.setattr("lit_gpt.model.loss.MAX_LOGITS", 960)  # 10 tokens
     summed_cross_entropy(layer, hidden, labels).backward()
-    assert len(count) == 1 and layer.held is None
+    assert len(count) == 1 and layer.dequantized_cache is None
     with torch.no_grad():
         summed_cross_entropy(layer, hidden, labels)
     assert len(count) == 2
@@ -356,7 +356,7 @@ def test_a_stored_model_is_the_one_quantized_on_the_fly(cli, llama, tmp_path, na
 def test_qlora_from_start_to_end(cli, flags, llama, stored, monkeypatch):
     """It learns; killed and resumed it ends with the same bits; on the stored checkpoint it gives the same; the file
     answers as trained, and merged it is the same function."""
-    monkeypatch.setattr(formats, "CPU_PIECE", 2**22)  # as in the process that is killed
+    monkeypatch.setattr(formats, "CPU_CHUNK", 2**22)  # as in the process that is killed
     result = cli("finetune/lora.py", **flags, quantize="nf4")
     out = flags["out_dir"]
     assert result.code == 0, result.err

@@ -45,6 +45,7 @@ def test_contestants_do_the_same_work(tmp_path):
     assert (tmp_path / "train_speed_cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_fused_projections(tmp_path):
     """Falcon on q and v: PEFT adapts the fused projection whole, so only the first step, where B is 0, is the same."""

@@ -91,7 +91,7 @@ def another_base() -> None:
     torch.save(torch.load(path) | {"base": "0123456789abcdef"}, path)
 
 
-def lost_rank() -> None:  # tests/test_devices.py kills one
+def lost_rank() -> None:  # tests/distributed/test_devices.py kills one
     print(f"error: rank 0: lost touch with another process of the run{heartbeat.Heartbeat.ADVICE}")
 
 

@@ -25,6 +25,7 @@ from lit_gpt.training.batches import Batches
 from lit_gpt.training.schedule import Schedule
 
 SCRIPT = "finetune/lora.py"
+SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("adapter", "adapter_v2")]
 
 
 def test_a_run_leaves_its_records(cli, flags, data_dir, llama):
@@ -309,7 +310,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize("method", ["lora", "adapter", "adapter_v2", "full"])
+@pytest.mark.parametrize("method", ["lora", *SLOW, "full"])
 def test_killed_inside_a_save(cli, flags, method):
     """What is half-written is never taken for a state, and the end is bit-identical."""
     from helpers.runs import method_flags, weights_of
