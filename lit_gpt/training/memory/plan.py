@@ -48,7 +48,7 @@ class Plan:
     validate: int
     answer: int  # the sample that is shown at a validation
     save: int
-    merge: int  # of LoRA into its base, on the CPU beside the mapped file; 0 for other methods
+    merge: int  # into the base, on the CPU beside the mapped file; 0 for methods that do not merge
     block: int = 0  # weights of one block
 
     @property
