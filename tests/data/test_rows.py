@@ -14,7 +14,7 @@ from helpers.cli import spawn
 from helpers.paths import ROOT
 from helpers.rows import ROWS, write_rows
 from lit_gpt import Tokenizer
-from lit_gpt.data import dataset, prepare
+from lit_gpt.data import dataset
 from lit_gpt.data import sources as rows
 from lit_gpt.data.sources import Source, parse_sources
 from lit_gpt.errors import UserError
@@ -225,24 +225,33 @@ def test_folders_that_datasets_has_saved(cli, flags, llama, tmp_path):
     assert len(texts(flags["destination_path"], llama)) > len(ROWS)
 
 
-@pytest.mark.parametrize("change", ["longer", "shorter", "damaged", "gone"])
-def test_rows_that_change_while_they_are_prepared(cli, llama, flags, tmp_path, monkeypatch, change):
-    """Between the two times that they are read."""
-    path, validate_rows = tmp_path / "r.jsonl", prepare.validate_rows
-    write_rows(path, ROWS)
+def test_rows_are_read_once(cli, llama, flags, tmp_path, monkeypatch):
+    """Whatever splits, weights and duplicates need to know of all of them: a source may be a stream."""
+    path, read = write_rows(tmp_path / "r.jsonl", [*ROWS, *ROWS[:3]]), []
+    held = write_rows(tmp_path / "v.jsonl", ROWS[:1])
+    rows_of = Source.rows
+    monkeypatch.setattr(
+        Source, "rows", lambda self: (read.append((self.name, row.where)) or row for row in rows_of(self))
+    )
+    for name, more in (("d", {}), ("e", {"validation_path": held}), ("f", {"deduplicate": True})):
+        read.clear()
+        cli(SCRIPT, **flags | {"out_dir": tmp_path / name, "data_path": f"{path}=1.5"} | more)
+        assert len(read) == len(set(read)) == 23 + len(more.keys() & {"validation_path"})
+        assert sorted(os.listdir(tmp_path / name)) == ["data.json", "train.safetensors", "validation.safetensors"]
 
-    def validate_then_change(*arguments):
-        counts, lines = validate_rows(*arguments), path.read_text().splitlines(keepends=True)
-        texts = {"longer": lines + lines[:1], "shorter": lines[:-1], "damaged": [*lines[:-1], lines[-1][:9]]}
-        path.unlink()
-        if change in texts:
-            path.write_text("".join(texts[change]))
-        return counts
 
-    monkeypatch.setattr(prepare, "validate_rows", validate_then_change)
-    words = ["no such file"] if change == "gone" else ["changed while it was prepared", "nothing was written"]
-    cli(SCRIPT, **flags, json_path=path).refused("r.jsonl: ", *words)
-    assert not flags["destination_path"].exists() and not (tmp_path / ".d.tmp").exists()
+def test_a_row_of_no_weight_is_not_refused_by_the_template(cli, llama, flags, tmp_path):
+    """Rows that no split takes are rendered with the others, and what becomes of them is not counted."""
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}{{ raise_exception('no') if m.content == 'x' }}{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    flags["prompt_style"] = tmp_path / "t.jinja"
+    bad = write_rows(tmp_path / "bad.jsonl", [{"instruction": "x", "output": "b"}] * 2)
+    good = write_rows(tmp_path / "good.jsonl", ROWS)
+    result = cli(SCRIPT, **flags, data_path=f"{good},{bad}=0.1")
+    assert result.code == 0, result.err
+    assert sum(audit(tmp_path / "d", split)["rows_kept"] for split in dataset.SPLITS) == len(ROWS)
+    cli(SCRIPT, **flags | {"out_dir": tmp_path / "e"}, data_path=f"{good},{bad}=1").refused("bad.jsonl: line 1: ", "no")
 
 
 @pytest.mark.subprocess
@@ -252,7 +261,7 @@ def test_killed_in_the_middle(llama, flags, tmp_path, cli):
         tmp_path / "r.jsonl", [{"instruction": f"a {i}", "output": "the cat " * 30} for i in range(20_000)]
     )
     process = spawn(SCRIPT, **flags, json_path=path)
-    half_made = tmp_path / ".d.tmp" / "train.tokens"
+    half_made = tmp_path / ".d.tmp" / "rows.tokens"
     while not (half_made.exists() and half_made.stat().st_size):
         assert process.poll() is None
         time.sleep(0.01)
