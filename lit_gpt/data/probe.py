@@ -53,7 +53,7 @@ class Probe(Sequence[dataset.Sample]):
             raise UserError(f"--probe_path {row.where}: {error}") from None
         self.cut += len(encoded.ids) > self.limit
         ids = torch.tensor(encoded.ids[: self.limit], dtype=torch.int32)
-        learnt = torch.tensor(encoded.learnt[: self.limit], dtype=torch.uint8)
+        learnt = torch.tensor(encoded.supervised[: self.limit], dtype=torch.uint8)
         if learnt[1:].any():
             return [dataset.Sample(ids, learnt)]
         self.dropped += 1

@@ -68,19 +68,19 @@ class Tokenization:
 
     def record(self, encoded: Encoded, where: str) -> None:
         """Store a row's ids and what of them is supervised, cut to the limit."""
-        supervised = encoded.learnt
+        supervised = encoded.supervised
         if not self.args.mask_inputs:
             masked = {i for answer in encoded.answers if not answer.train for i in range(answer.start, answer.stop)}
             supervised = [i not in masked for i in range(len(encoded.ids))]
         ids, supervised = encoded.ids[: self.limit], supervised[: self.limit]
-        mismatches = sum(answer.displaced for answer in encoded.answers)
-        counts = (mismatches, encoded.rewritten)
+        mismatches = sum(answer.prompt_mismatch for answer in encoded.answers)
+        counts = (mismatches, encoded.not_verbatim)
         truncated = len(encoded.ids) > self.limit
         if not any(supervised[1:]):  # the first token has nothing to be predicted from
-            return self.keep(where, [], [], UNSUPERVISED, truncated, encoded.left_out, False, *counts)
+            return self.keep(where, [], [], UNSUPERVISED, truncated, encoded.content_dropped, False, *counts)
         ends = [answer.stop - 1 for answer in encoded.answers if answer.start < answer.stop]
         missing = not ends or ends[-1] >= len(ids) or ids[ends[-1]] not in self.style.stop_ids
-        return self.keep(where, ids, supervised, KEPT, truncated, encoded.left_out, missing, *counts)
+        return self.keep(where, ids, supervised, KEPT, truncated, encoded.content_dropped, missing, *counts)
 
     def keep(
         self, where: str, ids: list[int], supervised: list[bool], status: int, truncated: bool = False,

@@ -168,7 +168,7 @@ class PromptStyle:
         return next(self.encode([self.render(messages, tokenizer, True, tools)], tokenizer)).ids
 
     def encode_sample(self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = None) -> Encoded:
-        """Token ids of a conversation, tokenized once and whole, and what of them is to be learnt."""
+        """Token ids of a conversation, tokenized once and whole, and what of them is to be learned."""
         rendered = self.render_sample(messages, tokenizer, tools)
         return supervision.encode(rendered, next(self.encode([rendered.text], tokenizer)), tokenizer, self.stop_ids)
 
@@ -187,8 +187,8 @@ class PromptStyle:
         turns = [supervision.find_turn(messages, i, text, render) for i in theirs]
         others = [part for message in messages if message["role"] != "assistant" for part in supervision.parts(message)]
         others += [tool.get("function", tool).get("name", "") for tool in tools or ()]
-        left_out = not supervision.shown(others, text)
-        return Rendered(text, turns, self._apply("generated", messages, tokenizer, False, tools), left_out)
+        content_dropped = not supervision.shown(others, text)
+        return Rendered(text, turns, self._apply("generated", messages, tokenizer, False, tools), content_dropped)
 
     def encode(self, texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[Encoding]:
         """Ids and places of rendered texts."""

@@ -1,9 +1,9 @@
-"""Which tokens of a rendered conversation are to be learnt: the assistant's turns, each from where generation would
+"""Which tokens of a rendered conversation are to be learned: the assistant's turns, each from where generation would
 begin up to and with its end token.
 
 The conversation is rendered and tokenized once, whole. Where a turn lies in its text follows from rendering the
 messages before it as a prompt, and those up to it; where the template renders these otherwise, from a rendering in
-which the turn's content stands between marks. A turn that the template does not show in full is not learnt.
+which the turn's content stands between marks. A turn that the template does not show in full is not supervised.
 """
 
 import json
@@ -32,8 +32,8 @@ class Turn:
     start: int  # where generation would begin
     end: int  # where the content ends
     limit: int  # the end token begins here at the latest
-    train: bool  # whether it is to be learnt
-    displaced: bool  # the text before it is not what generation would see
+    train: bool  # whether it is to be learned
+    prompt_mismatch: bool  # the text before it is not what generation would see
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Rendered:
     Attributes:
         turns: of the assistant; None for one that the template does not show in full.
         generated: the stretches that the template marks as generated, from and to which character; None: no marks.
-        left_out: the template does not show some other message, or a tool.
+        content_dropped: the template does not show some other message, or a tool.
     """
 
     text: str
     turns: list[Turn | None]
     generated: list[tuple[int, int]] | None
-    left_out: bool
+    content_dropped: bool
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Answer:
     start: int
     stop: int
     train: bool
-    displaced: bool
+    prompt_mismatch: bool
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ class Encoded:
     """A conversation's tokens.
 
     Attributes:
-        learnt: whether each token is one of an assistant's turn that is to be learnt.
-        rewritten: how many turns the template does not show in full; they are not among `answers`.
+        supervised: whether each token is one of an assistant's turn that is to be learned.
+        not_verbatim: how many turns the template does not show in full; they are not among `answers`.
     """
 
     ids: list[int]
     answers: list[Answer]
-    learnt: list[bool]
-    rewritten: int
-    left_out: bool
+    supervised: list[bool]
+    not_verbatim: int
+    content_dropped: bool
 
 
 def find_turn(messages: Sequence[Message], i: int, text: str, render: Render) -> Turn | None:
@@ -97,7 +97,7 @@ def find_turn(messages: Sequence[Message], i: int, text: str, render: Render) ->
     if not shown(parts(messages[i]), text[start:limit]):
         return None
     train = messages[i].get("train", messages[i].get("weight", 1))
-    return Turn(start, end, limit, bool(train), displaced=not seen)
+    return Turn(start, end, limit, bool(train), prompt_mismatch=not seen)
 
 
 def find_content(messages: Sequence[Message], i: int, text: str, render: Render) -> tuple[int, int] | None:
@@ -151,14 +151,14 @@ def squeeze(text: str) -> str:
 
 
 def encode(rendered: Rendered, encoding: Encoding, tokenizer: Tokenizer, stop_ids: Sequence[int]) -> Encoded:
-    """What of the text's tokens is to be learnt."""
+    """What of the text's tokens is to be learned."""
     answers = [find_answer(turn, rendered.text, encoding, tokenizer, stop_ids) for turn in rendered.turns if turn]
-    learnt = [False] * len(encoding.ids)
+    supervised = [False] * len(encoding.ids)
     for answer in answers:
         if answer.train:
             for i in supervised_ids(answer, rendered, encoding, stop_ids):
-                learnt[i] = True
-    return Encoded(encoding.ids, answers, learnt, rendered.turns.count(None), rendered.left_out)
+                supervised[i] = True
+    return Encoded(encoding.ids, answers, supervised, rendered.turns.count(None), rendered.content_dropped)
 
 
 def find_answer(turn: Turn, text: str, encoding: Encoding, tokenizer: Tokenizer, stop_ids: Sequence[int]) -> Answer:
@@ -174,8 +174,8 @@ def find_answer(turn: Turn, text: str, encoding: Encoding, tokenizer: Tokenizer,
         if ids[i] in stop_ids:  # what the template writes after it is never generated
             stop = i + 1
             break
-    same = not turn.displaced and same_tokens(text, turn.start, encoding, first, tokenizer)
-    return Answer(first, max(first, stop), turn.train, displaced=not same)
+    same = not turn.prompt_mismatch and same_tokens(text, turn.start, encoding, first, tokenizer)
+    return Answer(first, max(first, stop), turn.train, prompt_mismatch=not same)
 
 
 def same_tokens(text: str, stop: int, encoding: Encoding, first: int, tokenizer: Tokenizer) -> bool:
@@ -199,7 +199,7 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def supervised_ids(answer: Answer, rendered: Rendered, encoding: Encoding, stop_ids: Sequence[int]) -> list[int]:
-    """The tokens of a turn that are to be learnt: if the template marks what is generated, those, and the end token."""
+    """The tokens of a turn that are to be learned: if the template marks what is generated, those, and the end token."""
     span = list(range(answer.start, answer.stop))
     if rendered.generated is None:
         return span

@@ -31,7 +31,7 @@ def tokenizer(llama) -> Tokenizer:
 def supervised_text(style: PromptStyle, tokenizer: Tokenizer, messages) -> list[str]:
     """The stretches of text that are supervised."""
     sample = style.encode_sample(messages, tokenizer)
-    assert not any(answer.displaced for answer in sample.answers)
+    assert not any(answer.prompt_mismatch for answer in sample.answers)
     spans = [sample.ids[answer.start : answer.stop] for answer in sample.answers]
     return [tokenizer.decode(span, skip_special_tokens=False) for span in spans]
 

@@ -63,13 +63,15 @@ def test_tokens_and_mask(case, name):
     assert text == theirs.apply_chat_template(messages, tools=tools, tokenize=False)
     wanted = [taught for piece, taught in pieces for _ in piece]
     places = theirs(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    assert sample.learnt == [any(wanted[a:b]) for a, b in places], marked(theirs, sample)
-    for end in (places[answer.stop - 1][1] for answer in sample.answers if sample.learnt[answer.stop - 1]):
+    assert sample.supervised == [any(wanted[a:b]) for a, b in places], marked(theirs, sample)
+    for end in (places[answer.stop - 1][1] for answer in sample.answers if sample.supervised[answer.stop - 1]):
         assert any(text[:end].endswith(token) for token in SPECIAL)  # each ends with its end token
 
 
 def marked(tokenizer, sample) -> str:
-    return "|".join(tokenizer.decode([i]) + "*" * taught for i, taught in zip(sample.ids, sample.learnt, strict=True))
+    return "|".join(
+        tokenizer.decode([i]) + "*" * taught for i, taught in zip(sample.ids, sample.supervised, strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -85,10 +87,10 @@ def test_prompts(case, name):
     for i in shown:
         expected = theirs.apply_chat_template(messages[:i], tools=tools, add_generation_prompt=True, return_dict=False)
         assert style.encode_prompt(messages[:i], ours, tools) == expected
-    if not sample.rewritten:
+    if not sample.not_verbatim:
         for i, answer in zip(shown, sample.answers, strict=True):
             same = style.encode_prompt(messages[:i], ours, tools) == sample.ids[: answer.start]
-            assert answer.displaced != same
+            assert answer.prompt_mismatch != same
 
 
 @pytest.mark.parametrize("name", ["chatml-tagged", "llama3-tagged"])
@@ -98,7 +100,7 @@ def test_tags_as_transformers_reads_them(tokens, tmp_path, name):
     style = PromptStyle.from_name("checkpoint", ours)
     for messages, _ in (CONVERSATIONS[c] for c in ("three turns", "unicode", "an empty answer", "spaces around")):
         found = theirs.apply_chat_template(messages, return_assistant_tokens_mask=True)
-        assert style.encode_sample(messages, ours).learnt == [bool(taught) for taught in found["assistant_masks"]]
+        assert style.encode_sample(messages, ours).supervised == [bool(taught) for taught in found["assistant_masks"]]
 
 
 def test_turns_that_are_not_to_be_learnt(tokens, tmp_path):
@@ -109,7 +111,7 @@ def test_turns_that_are_not_to_be_learnt(tokens, tmp_path):
     messages = talk("a", "first", "b", "second", "c", "third")
     messages[1]["train"], messages[3]["weight"] = False, 0
     sample = style.encode_sample(messages, ours)
-    learnt = [i for i, taught in zip(sample.ids, sample.learnt, strict=True) if taught]
+    learnt = [i for i, taught in zip(sample.ids, sample.supervised, strict=True) if taught]
     assert ours.decode(learnt, skip_special_tokens=False) == "third<|im_end|>"
     assert sample.ids == style.encode_sample(talk("a", "first", "b", "second", "c", "third"), ours).ids
 
