@@ -24,3 +24,4 @@ lint: $(VENV)/installed
 	$(PYTHON) -m ruff format --check .
 	$(VENV)/bin/lint-imports --no-logo --no-cache
 	$(PYTHON) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror lit_gpt/kernels/cpp/*

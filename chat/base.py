@@ -26,8 +26,7 @@ def main(sampling: SamplingArgs, model: ModelArgs) -> None:
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
     from lit_gpt.generation.chat import Chat, converse
     from lit_gpt.hardware import DTYPES, default_device
-    from lit_gpt.methods import lora
-    from lit_gpt.methods.finetuned_model import load_finetuned
+    from lit_gpt.methods.finetuned_model import load_finetuned, method_of
     from lit_gpt.methods.multi_lora import LoRAPool
     from lit_gpt.quantization.modules import is_quantized
     from lit_gpt.text.prompt_style import PromptStyle
@@ -36,12 +35,14 @@ def main(sampling: SamplingArgs, model: ModelArgs) -> None:
     base = BaseCheckpoint.open(checkpoint_dir, model.quantize)
     named = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else None
     own = style = named or base.prompt_style
-    method = lora.NAME
+    switchable = True
     if finetuned_path:
         gpt, record = load_finetuned(checkpoint_dir, finetuned_path, None, **device, quantize=model.quantize)
-        base, method = base.quantized_as(record.get("quantize"), finetuned_path), record["method"]
-        if not is_quantized(gpt):
-            lora.merge(gpt)
+        base = base.quantized_as(record.get("quantize"), finetuned_path)
+        method = method_of(record, finetuned_path)
+        switchable = method.merges
+        if method.merges and not is_quantized(gpt):
+            method.merge(gpt)
         style = named or PromptStyle.from_dict(record["prompt_style"])
     else:
         gpt = base.build(**device)
@@ -49,8 +50,7 @@ def main(sampling: SamplingArgs, model: ModelArgs) -> None:
     def open_loras() -> LoRAPool:
         return LoRAPool(base.build(**device) if finetuned_path else gpt, base, own, fixed=named is not None)
 
-    switchable = open_loras if method == lora.NAME else None
-    chat = Chat(gpt, base.tokenizer, style, context, sampling, switchable, model.compile)
+    chat = Chat(gpt, base.tokenizer, style, context, sampling, open_loras if switchable else None, model.compile)
     if system:
         chat.messages.append({"role": "system", "content": system})
     converse(chat)

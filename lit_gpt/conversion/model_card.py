@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lit_gpt.methods.registry import flag_prefixes
 from lit_gpt.text.tokenizer import Tokenizer, has_tokenizer
 
 # What a finetune leaves in its out_dir, and the folder made from it keeps, for the card of what is made from that.
@@ -17,7 +18,6 @@ SHOWN = (  # of the hyperparameters; those of the method besides
     "learning_rate", "weight_decay", "warmup_steps", "schedule", "optimizer", "epochs", "max_steps", "batch_size",
     "precision", "seed",
 )  # fmt: skip
-OF_METHOD = ("lora_", "adapter_")
 AUDIT = ("rows_kept", "tokens", "tokens_supervised")
 
 
@@ -68,7 +68,7 @@ def write(
         f"Made by Lit-GPT from {repository(base) or base.name}.",
         f"```python\n{use}\n```",
         training_data(run),
-        table("Hyperparameters", {k: v for k, v in run.items() if k in SHOWN or k.startswith(OF_METHOD)}),
+        table("Hyperparameters", {k: v for k, v in run.items() if k in SHOWN or k.startswith(flag_prefixes())}),
         losses(summary, run_dir, folder),
         checked(figures),
         f"## Licence\n\n{licence or 'The folder of the base does not tell one.'}",

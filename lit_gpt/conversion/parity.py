@@ -12,26 +12,10 @@ from torch import Tensor
 
 from lit_gpt.conversion import logits as verify
 from lit_gpt.conversion.readers import LitReader, Reader
+from lit_gpt.conversion.reference_prompts import CONVERSATIONS, LENGTH, TEXTS
 from lit_gpt.errors import UserError
-from lit_gpt.text.messages import Message
 from lit_gpt.text.prompt_style import common_prefix
 
-TEXTS = (
-    "The capital of France is Paris, isn't it?",
-    "Q: What is 12 * 345? Show each step.\n\nA: 12 * 345 = 4140",
-    "def square(x):\n    return x * x  # 2nd power",
-    "Füße, naïve café, 你好, Привет, 🙂 and <b>tags</b>",
-)
-CONVERSATIONS: tuple[list[Message], ...] = (
-    [{"role": "user", "content": TEXTS[1]}],
-    [
-        {"role": "user", "content": "Hello!"},
-        {"role": "assistant", "content": "Hi, what can I do for you?"},
-        {"role": "user", "content": TEXTS[3]},
-    ],
-)
-LENGTH = 24  # tokens of each golden prompt that logits are compared on
-POSITIONS = (len(TEXTS) + len(CONVERSATIONS)) * LENGTH
 SAME = verify.TOLERANCE[torch.float32], "that the order of sums in float32 explains"
 
 

@@ -162,9 +162,11 @@ def refuse_unusable(
     """Refuse rows without a supervised token, unless `allow_unsupervised`, and splits without a row."""
     unsupervised = sum(audit.unsupervised for audit in audits.values())
     if unsupervised and not args.allow_unsupervised:
-        rewritten = sum(audit.not_verbatim for audit in audits.values())
+        not_verbatim = sum(audit.not_verbatim for audit in audits.values())
         hint = (
-            f" (of {rewritten} answers the template leaves something out, and they are not learnt)" if rewritten else ""
+            f" (of {not_verbatim} answers the template leaves something out, and they are not learnt)"
+            if not_verbatim
+            else ""
         )
         split = next(name for name, audit in audits.items() if audit.unsupervised)
         first = next(where for i, where in tokenization.noted(UNSUPERVISED) if taken[split][i])

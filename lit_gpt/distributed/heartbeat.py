@@ -10,8 +10,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from lightning.fabric import Fabric
 
+from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.errors import UserError
 
 

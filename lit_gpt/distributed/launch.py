@@ -11,13 +11,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from lightning.fabric.strategies import DeepSpeedStrategy, ModelParallelStrategy
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lit_gpt.distributed import deepspeed
 from lit_gpt.distributed.args import DeviceArgs
+from lit_gpt.distributed.fabric import (
+    DeepSpeedStrategy,
+    Fabric,
+    MisconfigurationException,
+    ModelParallelStrategy,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lit_gpt.distributed.sharding import shard
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.hardware import default_device

@@ -1,13 +1,13 @@
 """FSDP2: shards a model over ranks, and gathers whole tensors from the shards."""
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from lit_gpt.distributed import deepspeed
+from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.model.gpt import GPT
 
 

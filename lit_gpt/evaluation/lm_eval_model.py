@@ -111,7 +111,7 @@ class Harness(TemplateLM):
         self.max_length, self.batch_tokens, self.generator = max_length, batch_tokens, generator
         self.cut = 0  # requests that lost their beginning
         # a template that writes its own BOS, or none, is the whole prompt
-        self.bos = False if chat and style.own_bos else None
+        self.bos = False if chat and style.template_writes_bos else None
         self.stop_ids = {tokenizer.eos_id, *end_tokens(tokenizer.checkpoint_dir), *(style.stop_ids if chat else ())}
 
     # what lm-eval asks of its models

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_gpt.kernels.declarations import ACTIVATION_NUMBERS, FORMAT_NUMBERS
 from lit_gpt.kernels.ops import quantized_format
-from lit_gpt.methods.multi_lora import RowAdapters
+from lit_gpt.methods.recording import RowChoice
 from lit_gpt.model.alibi import alibi_slopes
 from lit_gpt.model.attention import CausalSelfAttention
 from lit_gpt.model.gpt import GPT, Block
@@ -33,7 +33,7 @@ class Tape:
     def __init__(self, library: ctypes.CDLL, model: GPT, n: int) -> None:
         self.library, self.model, self.n = library, model, n
         self.dtype, self.kept, self.buffers = model.dtype, [], {}
-        self.choice: RowAdapters | None = None
+        self.choice: RowChoice | None = None
         self.handle = library.tape_new()
         weakref.finalize(self, library.tape_free, self.handle)
         with torch.no_grad():

@@ -17,6 +17,8 @@ from lit_gpt.model.sdpa import sdpa
 
 
 class Adapter(Method):
+    """Trains a prompt in the attention of the layers from `start_layer` on."""
+
     name = "adapter"
     config: AdapterConfig
 
@@ -33,7 +35,7 @@ class Adapter(Method):
 
 
 class AdapterPrompt(nn.Module):
-    """The learned prompt of one layer, for `CausalSelfAttention.prefix`. Kept in float32."""
+    """Holds the learned prompt of one layer in float32, for `CausalSelfAttention.prefix`."""
 
     trained_parameters = ("prompt", "gate")
 
@@ -44,7 +46,7 @@ class AdapterPrompt(nn.Module):
         self.gate = nn.Parameter(torch.zeros(attention.n_head, **new))
 
     def forward(self, q: Tensor, attention: CausalSelfAttention) -> Tensor:
-        """What queries (B, n_head, T, head_size) find in the prompt: the same shape, gated."""
+        """Return what queries (B, n_head, T, head_size) find in the prompt, gated, in the same shape and dtype."""
         # Computed anew each time: keys kept from an evaluation would leave the prompt without a gradient.
         # Made as the layer makes its own, norms included, but at no position.
         _, k, v = attention.project_qkv(self.prompt.to(q.dtype).unsqueeze(0), rotation=None)

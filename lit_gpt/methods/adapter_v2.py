@@ -5,8 +5,6 @@ y = scale * (W x + bias), with scale 1 and bias 0 at first, so that a freshly at
 logits.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -15,6 +13,7 @@ from lit_gpt.kernels import fused
 from lit_gpt.methods import adapter
 from lit_gpt.methods.hyperparameters import AdapterConfig
 from lit_gpt.methods.method import Method, mark_trainable
+from lit_gpt.methods.recording import DecodingTape
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.moe import Experts, Routing
 from lit_gpt.model.norms import RMSNorm
@@ -22,6 +21,8 @@ from lit_gpt.quantization.modules import QuantizedLinear
 
 
 class AdapterV2(Method):
+    """Trains Adapter's prompts, the norms, and a bias and a scale of every linear layer."""
+
     name = "adapter_v2"
     config: AdapterConfig
 
@@ -52,15 +53,15 @@ class ScaledLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return fused.scaled(self.linear(x), self.scale, self.shift)
 
-    def record(self, tape: Any, x: Tensor, name: str) -> Tensor:
-        """Add the layer to a decoding tape (lit_gpt.generation.tape.Tape)."""
+    def record(self, tape: DecodingTape, x: Tensor, name: str) -> Tensor:
+        """Add the layer to a decoding tape."""
         y = tape.linear(self.linear, x, name)
         tape.scale(y, self.scale, self.shift)
         return y
 
 
 class ScaledExperts(ScaledLinear):
-    """The same for each expert of a layer: (n_expert, out_features)."""
+    """A layer of experts with a scale and a bias (n_expert, out_features) on what each expert gives."""
 
     def __init__(self, linear: Experts) -> None:
         super().__init__(linear, linear.n_expert)
@@ -82,8 +83,8 @@ class TrainedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return functional_call(self.norm, {name: p.to(x.dtype) for name, p in self.norm.named_parameters()}, x)
 
-    def record(self, tape: Any, x: Tensor, name: str | None, parts: int) -> Tensor:
-        """Add the norm to a decoding tape (lit_gpt.generation.tape.Tape)."""
+    def record(self, tape: DecodingTape, x: Tensor, name: str | None, parts: int) -> Tensor:
+        """Add the norm to a decoding tape."""
         return tape.norm(self.norm, x, name, parts)
 
 

@@ -55,7 +55,11 @@ def save_file(path: Path, method: str, base: str, state: Mapping[str, Tensor], *
 
 
 def read_file(path: Path, method: str | None, base: str) -> dict[str, Any]:
-    """Read a finetuned file. `method` None admits any method.
+    """Read a finetuned file, and return its contents.
+
+    Args:
+        method: name of the only method to admit; None: any.
+        base: fingerprint of the base that it must have been trained on.
 
     Raises:
         UserError: not such a file, of another method or format version, or trained on another base.

@@ -12,13 +12,15 @@ from lit_gpt.model.gpt import GPT
 
 
 class Full(Method):
+    """Trains all weights of the base."""
+
     name = "full"
     trains_base = True
     config: FullConfig
 
     @property
     def settings(self) -> dict[str, object]:
-        """Nothing: weights that were trained need no hyperparameters to be used."""
+        """Return nothing: weights that were trained need no hyperparameters to be used."""
         return {}
 
     def attach(self, model: GPT) -> GPT:
@@ -29,6 +31,7 @@ class Full(Method):
         return torch.float32 if self.config.master_weights else super().weight_dtype(precision)
 
     def warm_start(self, model: nn.Module, path: Path, base: str) -> None:
+        """Refuse: the base itself is where full finetuning starts. Raises UsageError."""
         raise UsageError(
             f"--finetuned_path {path}: all weights train; give the folder to start from by --checkpoint_dir"
         )

@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +19,7 @@ from lit_gpt.hardware import on_meta
 from lit_gpt.kernels import fused
 from lit_gpt.methods.hyperparameters import LoRAConfig
 from lit_gpt.methods.method import Method, mark_trainable
+from lit_gpt.methods.recording import DecodingTape
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.moe import Experts, Router, Routing, grouped_product
@@ -29,6 +29,8 @@ NAME = "lora"
 
 
 class LoRA(Method):
+    """Trains low-rank updates of the chosen projections, which can be folded into them."""
+
     name = NAME
     merges = True
     free_settings = frozenset({"dropout"})
@@ -76,8 +78,8 @@ class LoRALinear(nn.Module):
         y = fused.low_rank_update(y, rows, self.lora_A, self.lora_B, self.parts, self.scale, dropout)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def record(self, tape: Any, x: Tensor, name: str) -> Tensor:
-        """Add the layer to a decoding tape (lit_gpt.generation.tape.Tape)."""
+    def record(self, tape: DecodingTape, x: Tensor, name: str) -> Tensor:
+        """Add the layer to a decoding tape."""
         low = tape.lora_down(self.lora_A.to(tape.dtype), x, by_row=False)
         y = tape.linear(self.linear, x, name)
         for part, (rows, B) in enumerate(zip(self.parts, self.split_B(), strict=True)):
@@ -85,12 +87,14 @@ class LoRALinear(nn.Module):
         return y
 
     def split_B(self) -> tuple[Tensor, ...]:
+        """Return the B (..., stop - start, r) of each part."""
         return self.lora_B.split([stop - start for start, stop in self.parts], dim=-2)
 
     def merged(self) -> Tensor:
-        """The base's weight plus the updates, of its shape, computed in float32.
+        """Return the base's weight plus the updates, in the weight's shape, computed in float32.
 
-        In the base's dtype; of a quantized base it is the dequantized weight, and stays float32.
+        It has the base's dtype. Where the base is quantized, the updates are added to the dequantized weight, and the
+        sum stays float32.
         """
         base = weight_of(self.linear)
         weight = base.to(torch.float32, copy=True)  # the original may be tied, or mapped
@@ -101,13 +105,14 @@ class LoRALinear(nn.Module):
 
 
 class LoRAExperts(LoRALinear):
-    """The same for each expert of a layer, whose A and B are its own: (n_expert, ...)."""
+    """A layer of experts with low-rank updates: A and B are (n_expert, ...), and each expert has its own."""
 
     def __init__(self, linear: nn.Module, parts: list[tuple[int, int]], config: LoRAConfig) -> None:
         super().__init__(linear, parts, config, linear.n_expert)
         self.n_expert = linear.n_expert
 
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
+        """Return (rows, out_features) of x (rows, in_features), whose rows are sorted by expert."""
         dropped = F.dropout(x, self.dropout, self.training)
         low = grouped_product(dropped, self.lora_A, routes.counts).split(self.r, dim=-1)
         updates = [grouped_product(*pair, routes.counts) for pair in zip(low, self.split_B(), strict=True)]
@@ -125,7 +130,7 @@ def attach(model: GPT, config: LoRAConfig) -> GPT:
 
 
 def targets(model: GPT, config: LoRAConfig) -> Iterator[tuple[str, list[tuple[int, int]]]]:
-    """The linear layers to adapt, and the rows of their adapted projections."""
+    """Yield the path of each linear layer to adapt, and the rows (start, stop) of its adapted projections."""
     q, k, v = model.config.qkv_sizes
     spans = {"query": (0, q), "key": (q, q + k), "value": (q + k, q + k + v)}
     qkv = [span for name, span in spans.items() if getattr(config, name)]
@@ -147,7 +152,7 @@ def targets(model: GPT, config: LoRAConfig) -> Iterator[tuple[str, list[tuple[in
 def updates(
     model: GPT, config: LoRAConfig, state: Mapping[str, Tensor], source: Path | str
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Each layer that a finetuned file's tensors adapt, with A and B of which B A is its whole update.
+    """Yield the path of each layer that a finetuned file's tensors adapt, and A and B, so that B A is its update.
 
     A is (len(parts) * r, in_features), and B (out_features, len(parts) * r) with the scale in it and zeros where a
     part's rows and another's columns meet; before them is the number of experts, in a layer of experts.
@@ -171,12 +176,16 @@ def updates(
 
 
 def lora_layers(model: GPT) -> dict[str, LoRALinear]:
+    """Return the layers that LoRA is attached to, by their paths."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def merge(model: GPT) -> GPT:
-    """Fold the updates into the base's weights, in place, and unwrap it. Of quantized layers no longer quantized ones
-    remain."""
+    """Fold the updates into the base's weights and unwrap them, in place. Quantized layers become plain linear ones.
+
+    Raises:
+        UserError: another method has changed an adapted layer.
+    """
     config = merged_config(model)
     for path, layer in lora_layers(model).items():
         if not isinstance(layer.linear, nn.Linear | Experts | QuantizedLinear):
@@ -192,7 +201,7 @@ def merge(model: GPT) -> GPT:
 
 
 def merged_config(model: GPT) -> Config:
-    """A tied head that was adapted becomes a weight of its own."""
+    """Return the Config of the merged model, in which a tied head that was adapted is a weight of its own."""
     return replace(model.config, tie_embeddings=False) if "lm_head" in lora_layers(model) else model.config
 
 
@@ -207,13 +216,13 @@ def write_merged(path: Path, model: GPT) -> None:
 
 
 def stored_dtype(layer: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """Of a layer's tensors once merged; `dtype` if it is quantized now."""
+    """Return the dtype that a layer's tensors have once merged: `dtype` if the layer is quantized now, else its own."""
     layer = layer.linear if isinstance(layer, LoRALinear) else layer
     return dtype if isinstance(layer, Quantized) else layer.weight.dtype
 
 
 def merged_tensor(name: str, layer: nn.Module) -> Tensor:
-    """The weight or bias `name` of a layer with its update, if it has one."""
+    """Return the weight or bias `name` of a layer, with the layer's update added if it has one."""
     if not name.endswith(".weight"):
         return (layer.linear if isinstance(layer, LoRALinear) else layer).bias
     return layer.merged() if isinstance(layer, LoRALinear) else weight_of(layer)

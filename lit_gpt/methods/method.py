@@ -2,7 +2,7 @@
 
 A method attaches to a base GPT in place, from outside: by wrapping linear layers and norms, or as an attention's
 prefix. Each module that it adds names its own parameters that train in `trained_parameters`, and may say how the fast
-decoding step computes it (`record`, see lit_gpt.generation.tape).
+decoding step computes it (`record`, see lit_gpt.methods.recording).
 """
 
 from abc import ABC, abstractmethod
@@ -41,17 +41,17 @@ class Method(ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The hyperparameters that a finetuned file records and that a resumed run must share."""
+        """Return the hyperparameters that a finetuned file records and that a resumed run must share."""
         return asdict(self.config)
 
     @property
     def first_trained_layer(self) -> int:
-        """The first block with parameters that train; no gradient goes further down."""
+        """Return the first block with parameters that train; no gradient goes further down."""
         return 0
 
     @property
     def first_uniform_layer(self) -> int:
-        """The block from which on all are extended alike, so that two of them tell the memory plan about the rest."""
+        """Return the block from which on all are extended alike: two of them tell the memory plan about the rest."""
         return 0
 
     @abstractmethod

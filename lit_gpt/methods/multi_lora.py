@@ -1,6 +1,7 @@
 """Several LoRAs on one base: each row of a batch goes through the one chosen for it (Sheng et al. 2023, S-LoRA).
 
-Only to generate. Nothing is merged, so that a choice is no more than a few numbers, and the base may be quantized.
+They serve generation only. Nothing is merged, so that a choice is no more than a few numbers, and the base may be
+quantized.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,19 +16,26 @@ from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.errors import UserError
 from lit_gpt.methods import finetuned_file, lora
 from lit_gpt.methods.finetuned_model import method_of
+from lit_gpt.methods.recording import DecodingTape
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.moe import Routing, grouped_product, rows_per_expert
 from lit_gpt.text.prompt_style import PromptStyle
 
 
 class RowAdapters:
-    """Which LoRA each row of the batch goes through; 0 is none."""
+    """Says which LoRA each row of the batch goes through; 0 is none.
+
+    Attributes:
+        rows: int64 (B,), the number of each row.
+        same: the number that all rows have, or None if they differ.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.rows = torch.zeros(1, dtype=torch.long, device=device)  # int64 (B,)
-        self.same: int | None = 0  # that of all rows, if it is one
+        self.rows = torch.zeros(1, dtype=torch.long, device=device)
+        self.same: int | None = 0
 
     def set(self, numbers: Sequence[int]) -> None:
+        """Choose the LoRA of each row from now on."""
         self.rows = torch.tensor(numbers, device=self.rows.device)
         self.same = numbers[0] if len(set(numbers)) == 1 else None
 
@@ -35,7 +43,8 @@ class RowAdapters:
 class MultiLoRALinear(nn.Module):
     """A linear layer with an update B A from each of n LoRAs, of which each row takes the chosen one's.
 
-    Ranks that are lower than others are filled up with zeros, and so is a LoRA that leaves the layer as it is.
+    A is (n, rank, in_features) and B (n, out_features, rank), where rank is the largest of all. Lower ranks are filled
+    up with zeros, and a LoRA that leaves the layer as it is has zeros only.
     """
 
     def __init__(self, linear: nn.Module, choice: RowAdapters, n: int) -> None:
@@ -54,18 +63,19 @@ class MultiLoRALinear(nn.Module):
         self.B = torch.cat((F.pad(self.B.to(B), (0, more)), F.pad(B, (0, less)).unsqueeze(0)))
 
     def add_none(self) -> None:
+        """Add a LoRA that leaves the layer as it is."""
         self.add(self.A.new_zeros(self.A.shape[1:]), self.B.new_zeros(self.B.shape[1:]))
 
-    def record(self, tape: Any, x: Tensor, name: str) -> Tensor:
-        """Add the layer to a decoding tape (lit_gpt.generation.tape.Tape)."""
+    def record(self, tape: DecodingTape, x: Tensor, name: str) -> Tensor:
+        """Add the layer to a decoding tape."""
         low = tape.lora_down(self.A, x, by_row=True)
         y = tape.linear(self.linear, x, name)
-        tape.lora_up(y, low, 0, self.B.mT.contiguous(), (0, self.out_features), by_row=True)
+        tape.lora_up(y, low, 0, self.B.mT.contiguous(), (0, y.size(1)), by_row=True)
         tape.choice = self.choice
         return y
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, T, in_features)."""
+        """Return (B, T, out_features) of x (B, T, in_features), each row through its LoRA."""
         same = self.choice.same
         if same is not None and not torch.compiler.is_compiling():  # what is compiled must not depend on the number
             return F.linear(F.linear(x, self.A[same]), self.B[same]).add_(self.linear(x)) if same else self.linear(x)
@@ -74,13 +84,14 @@ class MultiLoRALinear(nn.Module):
 
 
 class MultiLoRAExperts(MultiLoRALinear):
-    """The same for each expert of a layer, of which each LoRA has its own."""
+    """A layer of experts with updates from several LoRAs: A and B are (n, n_expert, ...)."""
 
     def __init__(self, linear: nn.Module, choice: RowAdapters, n: int) -> None:
         super().__init__(linear, choice, n)
         self.n_expert = linear.n_expert
 
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
+        """Return (rows, out_features) of x (rows, in_features), whose rows are sorted by expert."""
         chosen, order = self.choice.rows, routes.order
         owners = chosen[order // (len(order) // len(chosen))]  # of each place
         experts = torch.arange(self.n_expert, device=x.device).repeat_interleave(
@@ -94,10 +105,10 @@ class MultiLoRAExperts(MultiLoRALinear):
 
 
 class LoRAPool:
-    """The LoRAs that are loaded beside a base, by number; 0 is the base alone.
+    """Holds the LoRAs that are loaded beside a base, by number; 0 is the base alone.
 
     Args:
-        style: the base's.
+        style: the base's prompt style.
         fixed: whether that style holds for the LoRAs too, in place of those that they were trained in.
     """
 
@@ -111,14 +122,15 @@ class LoRAPool:
     def beside(
         cls, base: BaseCheckpoint, paths: Iterable[Path | None], style: PromptStyle, fixed: bool = False, **place: Any
     ) -> "LoRAPool":
-        """A base's model with the LoRAs of some files, quantized as they were trained.
+        """Load a base, quantized as some LoRA files were trained, and those files beside it.
 
         Args:
             paths: None stands for the base alone.
             place: dtype and device of the model.
 
         Raises:
-            UserError: as `load`, or they were trained on bases that were quantized each in its way.
+            UserError: a file is no LoRA file or of another base, or the files were trained on bases that were quantized
+                in different formats.
         """
         trained = {path: read(path, base).get("quantize") if path else None for path in paths}
         base = cls.common(base, trained)  # before the model takes its time
@@ -129,7 +141,14 @@ class LoRAPool:
 
     @staticmethod
     def common(base: BaseCheckpoint, trained: dict[Path | None, str | None]) -> BaseCheckpoint:
-        """The base, quantized as that of each file was. One that nobody asked to be quantized must suit all."""
+        """Return the base, quantized as the base of each file was when the file was trained.
+
+        Args:
+            trained: the format of each file's base; None: not quantized. The key None stands for the base alone.
+
+        Raises:
+            UserError: the files want different formats, and `--quantize` has not named one.
+        """
         formats = {found: path for path, found in trained.items() if base.quantize is None}
         if len(quantized := formats.keys() - {None}) > 1:
             one, other = sorted(quantized)[:2]
@@ -144,10 +163,10 @@ class LoRAPool:
         return base
 
     def load(self, path: Path) -> int:
-        """The number of a file's LoRA, which is loaded unless it is there.
+        """Return the number of a file's LoRA, and load the file unless it has been loaded.
 
         Raises:
-            UserError: not a LoRA file, of another base, or trained on one that was quantized otherwise.
+            UserError: the file is no LoRA file, of another base, or trained on a base that was quantized otherwise.
         """
         key = Path(path).resolve()
         if key in self.numbers:
@@ -167,6 +186,7 @@ class LoRAPool:
         return self.numbers[key]
 
     def layer(self, name: str) -> MultiLoRALinear:
+        """Return the layer at a path of the model, and wrap it first if no LoRA has adapted it yet."""
         if name not in self.layers:
             linear = self.model.get_submodule(name)
             wrapper = MultiLoRAExperts if hasattr(linear, "n_expert") else MultiLoRALinear
@@ -175,9 +195,10 @@ class LoRAPool:
         return self.layers[name]
 
     def choose(self, numbers: Sequence[int]) -> None:
-        """The LoRA of each row that the model computes from now on."""
+        """Choose the LoRA of each row that the model computes from now on."""
         self.choice.set(numbers)
 
 
 def read(path: Path, base: BaseCheckpoint) -> dict[str, Any]:
+    """Read a LoRA file of this base. Raises UserError if it is not one."""
     return finetuned_file.read_file(path, lora.NAME, base.fingerprint)

@@ -35,12 +35,19 @@ def register(name: str, config_class: type, load: "Callable[[], type[Method]]", 
 
 
 def config_class(name: str) -> type:
+    """Return the dataclass of a method's hyperparameters. Raises UserError if the method is not known."""
     return entry(name).config_class
 
 
 def make_method(name: str, config: Any) -> "Method":
-    """Return the method with these hyperparameters."""
+    """Return the method with these hyperparameters. Raises UserError if it is not known."""
     return entry(name).load()(config)
+
+
+def flag_prefixes() -> tuple[str, ...]:
+    """Return what stands before the names of the flags of methods."""
+    prefixes = {getattr(method.config_class, "prefix", "") for method in METHODS.values()}
+    return tuple(sorted(prefixes - {""}))
 
 
 def entry(name: str) -> Entry:

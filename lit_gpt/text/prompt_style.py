@@ -20,6 +20,7 @@ from lit_gpt.text.messages import Message, Tools
 from lit_gpt.text.supervision import REASONING, Encoded, Rendered
 from lit_gpt.text.tokenizer import CHAT_TEMPLATE_DIR, Encoding, Tokenizer, read_json, read_text
 
+FIELDS = {"own_bos": "template_writes_bos"}  # names of fields in files, where they differ
 FILE = "prompt_style.json"
 
 
@@ -62,7 +63,7 @@ class PromptStyle:
 
     name: str
     template: str
-    own_bos: bool  # a checkpoint's own template writes its BOS itself; others get what the tokenizer adds
+    template_writes_bos: bool  # a checkpoint's own template writes its BOS itself; others get what the tokenizer adds
     stop_ids: tuple[int, ...] = ()
     tool_template: str | None = None  # for conversations with tools, if the checkpoint has one for them
 
@@ -80,11 +81,11 @@ class PromptStyle:
             if not tokenizer.chat_template:
                 raise UserError("--prompt_style checkpoint: the checkpoint has no chat template; choose another style")
             with_tools = tokenizer.chat_templates.get("tool_use")
-            style = cls(name, tokenizer.chat_template, own_bos=True, tool_template=with_tools)
+            style = cls(name, tokenizer.chat_template, template_writes_bos=True, tool_template=with_tools)
         elif name in STYLES:
-            style = cls(name, STYLES[name], own_bos=False)
+            style = cls(name, STYLES[name], template_writes_bos=False)
         elif Path(name).is_file():
-            style = cls(name, read_text(Path(name)), own_bos=False)
+            style = cls(name, read_text(Path(name)), template_writes_bos=False)
         else:
             raise UsageError(
                 f"--prompt_style {name}: expected auto, checkpoint, {', '.join(STYLES)} or a path to a Jinja file"
@@ -105,13 +106,18 @@ class PromptStyle:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "PromptStyle":
+        """Return the style that `to_dict` has described."""
+        fields = {FIELDS.get(name, name): value for name, value in fields.items()}
         return cls(**{**fields, "stop_ids": tuple(fields["stop_ids"])})
 
     def save(self, checkpoint_dir: Path) -> None:
         (Path(checkpoint_dir) / FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"stop_ids": list(self.stop_ids)}
+        """Return the style as files hold it."""
+        names = {name: key for key, name in FIELDS.items()}
+        fields = asdict(self) | {"stop_ids": list(self.stop_ids)}
+        return {names.get(name, name): value for name, value in fields.items()}
 
     def write_template(self, folder: Path, tokenizer: Tokenizer) -> None:
         """Write the template into a folder as transformers, vLLM and llama.cpp take it, in place of others there."""
@@ -154,7 +160,7 @@ class PromptStyle:
         return self._apply("render", messages, tokenizer, answer, tools)
 
     def _apply(self, function: str, messages: Sequence[Message], tokenizer: Tokenizer, answer: bool, tools: Tools):
-        tokens = tokenizer.named_tokens if self.own_bos else {"eos_token": tokenizer.eos_token}
+        tokens = tokenizer.named_tokens if self.template_writes_bos else {"eos_token": tokenizer.eos_token}
         variables = {"bos_token": "", "eos_token": "", **{name: token or "" for name, token in tokens.items()}}
         variables |= {"tools": tools, "documents": None, "add_generation_prompt": answer}
         try:
@@ -192,12 +198,12 @@ class PromptStyle:
 
     def encode(self, texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[Encoding]:
         """Ids and places of rendered texts."""
-        return tokenizer.encode_batch(texts, bos=False if self.own_bos else None)
+        return tokenizer.encode_batch(texts, bos=False if self.template_writes_bos else None)
 
     def portable_template(self, tokenizer: Tokenizer) -> str | None:
         """The template as transformers' `apply_chat_template` needs it to make the same tokens; None: the checkpoint's
         own, which it has already."""
-        if self.own_bos:
+        if self.template_writes_bos:
             return None
         before = "{{ bos_token }}" if tokenizer.adds_bos else ""
         if tokenizer.eos_token != tokenizer.named_tokens.get("eos_token"):

@@ -1,4 +1,4 @@
-"""Which tokens of a rendered conversation are to be learned: the assistant's turns, each from where generation would
+"""Which tokens of a rendered conversation are to be supervised: the assistant's turns, each from where generation would
 begin up to and with its end token.
 
 The conversation is rendered and tokenized once, whole. Where a turn lies in its text follows from rendering the
@@ -32,7 +32,7 @@ class Turn:
     start: int  # where generation would begin
     end: int  # where the content ends
     limit: int  # the end token begins here at the latest
-    train: bool  # whether it is to be learned
+    train: bool  # whether it is to be supervised
     prompt_mismatch: bool  # the text before it is not what generation would see
 
 
@@ -67,7 +67,7 @@ class Encoded:
     """A conversation's tokens.
 
     Attributes:
-        supervised: whether each token is one of an assistant's turn that is to be learned.
+        supervised: whether each token is one of an assistant's turn that is to be supervised.
         not_verbatim: how many turns the template does not show in full; they are not among `answers`.
     """
 
@@ -151,7 +151,7 @@ def squeeze(text: str) -> str:
 
 
 def encode(rendered: Rendered, encoding: Encoding, tokenizer: Tokenizer, stop_ids: Sequence[int]) -> Encoded:
-    """What of the text's tokens is to be learned."""
+    """What of the text's tokens is to be supervised."""
     answers = [find_answer(turn, rendered.text, encoding, tokenizer, stop_ids) for turn in rendered.turns if turn]
     supervised = [False] * len(encoding.ids)
     for answer in answers:
@@ -199,7 +199,7 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def supervised_ids(answer: Answer, rendered: Rendered, encoding: Encoding, stop_ids: Sequence[int]) -> list[int]:
-    """The tokens of a turn that are to be learned: if the template marks what is generated, those, and the end token."""
+    """Return the places of a turn's supervised tokens: those that the template marks, if it does, and the end token."""
     span = list(range(answer.start, answer.stop))
     if rendered.generated is None:
         return span

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.fabric import Fabric
-
 from lit_gpt.data.packing import micro_batches, step_samples
+from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.training.args import BatchArgs
 from lit_gpt.training.objectives import Objective
 from lit_gpt.training.schedule import Schedule

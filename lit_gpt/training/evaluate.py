@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from tqdm import tqdm
 
 from lit_gpt.data.probe import WINDOW, Probe
+from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.generation.engine import generate
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.model.gpt import GPT

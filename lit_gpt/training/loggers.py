@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from lit_gpt.distributed.fabric import TensorBoardLogger
 from lit_gpt.errors import UserError, require
 
 FILE = "logger.json"
@@ -25,11 +26,11 @@ PACKAGES = {  # module and what pip calls it
 def check_installed(logger: str) -> None:
     if logger != "csv":
         require(*PACKAGES[logger], f"--logger {logger}")
+    if logger in ("wandb", "mlflow"):
+        require("lightning", "lightning", f"--logger {logger}")  # whose loggers these are
 
 
 def _tensorboard(out_dir: Path, run: str | None, step: int) -> tuple[Any, str]:
-    from lightning.fabric.loggers import TensorBoardLogger
-
     # what was written beyond `step` before a crash is hidden
     logger = TensorBoardLogger(out_dir, "tensorboard", "", default_hp_metric=False, purge_step=step + 1)
     logger.experiment.flush()  # opens the file

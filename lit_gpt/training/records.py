@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 from tqdm import tqdm
 
+from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.files import atomic
 from lit_gpt.hardware import peak_memory_bytes
 from lit_gpt.reporting.charts import smooth

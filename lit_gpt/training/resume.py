@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric import Fabric
-
 from lit_gpt.checkpoints import io
+from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.distributed.launch import on_main
 from lit_gpt.errors import UserError
 

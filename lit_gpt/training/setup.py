@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor
 
 from lit_gpt import hardware
@@ -16,6 +15,7 @@ from lit_gpt.cli import flag_values
 from lit_gpt.conversion.hf import copy_side_files
 from lit_gpt.data.dataset import read_meta
 from lit_gpt.data.probe import Probe
+from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.distributed.heartbeat import peer_watchdog
 from lit_gpt.distributed.launch import launch, on_main, told_by_fabric_run
 from lit_gpt.distributed.sharding import build_device

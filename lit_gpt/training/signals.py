@@ -5,7 +5,8 @@ import sys
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
+
+from lit_gpt.distributed.fabric import Fabric
 
 
 class StopSignals:

@@ -3,12 +3,11 @@
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from lightning.fabric import Fabric
-from lightning.fabric.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lit_gpt.distributed import deepspeed
+from lit_gpt.distributed.fabric import DeepSpeedStrategy, Fabric
 from lit_gpt.distributed.sharding import gather, shard_like
 from lit_gpt.methods.method import Method
 from lit_gpt.model.gpt import GPT

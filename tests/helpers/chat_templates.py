@@ -17,7 +17,7 @@ class Family(NamedTuple):
     pieces: Callable[[Messages, Any], Pieces]
     bos: str | None
     eos: str
-    displaced: Callable[[Messages], bool] = lambda messages: (
+    prompt_mismatch: Callable[[Messages], bool] = lambda messages: (
         False
     )  # whether history is rendered otherwise than a prompt
 

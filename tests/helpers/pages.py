@@ -276,7 +276,7 @@ def launched_from_here(launcher: str, argv: list[str]) -> int:
     """Run a launcher in this process, undo what it sets here, and return the exit code."""
     import logging
 
-    from lightning.fabric.cli import _main
+    from lightning_fabric.cli import _main
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 

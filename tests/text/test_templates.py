@@ -69,9 +69,8 @@ def test_tokens_and_mask(case, name):
 
 
 def marked(tokenizer, sample) -> str:
-    return "|".join(
-        tokenizer.decode([i]) + "*" * taught for i, taught in zip(sample.ids, sample.supervised, strict=True)
-    )
+    places = zip(sample.ids, sample.supervised, strict=True)
+    return "|".join(tokenizer.decode([i]) + "*" * supervised for i, supervised in places)
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -157,7 +156,7 @@ def test_functions_of_templates_equal_transformers(tokens, tmp_path):
 """
     theirs = save(tokens, Family(source, None, "<s>", "</s>"), tmp_path)
     ours = Tokenizer(tmp_path)
-    style = PromptStyle("x", ours.chat_template, own_bos=True)
+    style = PromptStyle("x", ours.chat_template, template_writes_bos=True)
     messages = [{"role": "user", "content": "Grüße <b> & 'q'", "reasoning": "why", "name": None}]
     tools = [{"b": 1, "a": ["x"]}]
     assert style.render(messages, ours, tools=tools) == theirs.apply_chat_template(
@@ -202,7 +201,7 @@ def test_code_in_a_template_is_refused(llama, tmp_path, monkeypatch, attack):
     ours = Tokenizer(llama)
     messages = talk("a", "b")
     with pytest.raises(UserError, match="the template failed: .+"):
-        PromptStyle("x", attack, own_bos=False).render(messages, ours)
+        PromptStyle("x", attack, template_writes_bos=False).render(messages, ours)
     assert messages == talk("a", "b") and not list(tmp_path.iterdir())
 
 

@@ -106,7 +106,7 @@ class Unreliable:
     """Lightning's own file logger, behind a connection that is lost at step 5."""
 
     def __init__(self, out_dir, run, step):
-        from lightning.fabric.loggers import CSVLogger
+        from lightning_fabric.loggers import CSVLogger
 
         self.real = CSVLogger(out_dir, "elsewhere", "", flush_logs_every_n_steps=1)
         self.log_hyperparams, self.finalize = lambda values: None, self.real.finalize

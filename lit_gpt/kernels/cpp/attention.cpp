@@ -47,12 +47,12 @@ template <> struct Words<float> {
 
 template <> struct Words<bf16> {
     typedef uint32_t word;
-    typedef u16 vector;
+    typedef v16u vector;
     enum { STEP = 2 };
 
     static word of(bf16 first, bf16 second) { return first.bits | (word)second.bits << 16; }
-    static u16 of(v16 first, v16 second) {
-        u16 low = (u16)first, high = (u16)second;
+    static v16u of(v16 first, v16 second) {
+        v16u low = (v16u)first, high = (v16u)second;
         low = low + 0x7fff + (low >> 16 & 1), high = high + 0x7fff + (high >> 16 & 1);
         return low >> 16 | (high & 0xffff0000);
     }
@@ -85,24 +85,27 @@ inline void tile(int steps, const word *A, long a_row, long a_step, const word *
 
 // C (rows, columns) += A B over `depth` elements; columns a multiple of 16.
 template <class T, class word = typename Words<T>::word>
-void multiply(int rows, int columns, int depth, const word *A, long a_row, long a_step, const word *B, long b_step, float *C, long c_row) {
+void multiply(int rows, int columns, int depth, const word *A, long a_row, long a_step, const word *B, long b_step,
+              float *C, long c_row) {
     int steps = up(depth, Words<T>::STEP) / Words<T>::STEP, i;
     for (int j = 0; j < columns; j += 32) {
         bool two = j + 32 <= columns;
         for (i = 0; i + 8 <= rows; i += 8)
-            (two ? tile<T, 8, 2> : tile<T, 8, 1>)(steps, A + i * a_row, a_row, a_step, B + j, b_step, C + i * c_row + j, c_row);
+            (two ? tile<T, 8, 2> : tile<T, 8, 1>)(steps, A + i * a_row, a_row, a_step, B + j, b_step, C + i * c_row + j,
+                                                  c_row);
         for (; i < rows; i++)
-            (two ? tile<T, 1, 2> : tile<T, 1, 1>)(steps, A + i * a_row, a_row, a_step, B + j, b_step, C + i * c_row + j, c_row);
+            (two ? tile<T, 1, 2> : tile<T, 1, 1>)(steps, A + i * a_row, a_row, a_step, B + j, b_step, C + i * c_row + j,
+                                                  c_row);
     }
 }
 
 // Makes of 16 vectors of words their transpose, exchanging one bit of the numbers of row and column after another.
-inline void transpose(u16 *rows) {
-    const u16 lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+inline void transpose(v16u *rows) {
+    const v16u lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int bit = 1; bit < 16; bit *= 2)
         for (int i = 0; i < 16; i++)
             if (!(i & bit)) {
-                u16 a = rows[i], b = rows[i + bit], upper = (lane & bit) != 0 ? u16{} + 16 : u16{};
+                v16u a = rows[i], b = rows[i + bit], upper = (lane & bit) != 0 ? v16u{} + 16 : v16u{};
                 rows[i] = __builtin_shuffle(a, b, (lane & ~bit) + upper);
                 rows[i + bit] = __builtin_shuffle(a, b, (lane | bit) + upper);
             }
@@ -123,11 +126,11 @@ template <class T> struct Rows {
     int b, h, first, rows, size;
 
     // (rows, steps of the head): the left matrix, depth along the head
-    void left(word *to, int width) const {
+    void pack_left(word *to, int width) const {
         for (int i = 0; i < rows; i++) memcpy(to + (long)i * width, x.at(b, h, first + i), size * sizeof(T));
     }
     // (steps of the head, rows): the right matrix, depth along the head; `width` is a multiple of 16
-    void turned(word *to, int width) const {
+    void pack_transposed(word *to, int width) const {
         int steps = up(size, STEP) / STEP;
         for (int i = 0; i < rows; i += 16) {
             word part[16][16];
@@ -135,8 +138,9 @@ template <class T> struct Rows {
                 int count = std::min(16, steps - j);
                 memset(part, 0, sizeof part);
                 for (int r = 0; r < 16 && i + r < rows; r++)
-                    memcpy(part[r], x.at(b, h, first + i + r) + j * STEP, std::min<int>(64, (size - j * STEP) * sizeof(T)));
-                u16 vectors[16];
+                    memcpy(part[r], x.at(b, h, first + i + r) + j * STEP,
+                           std::min<int>(64, (size - j * STEP) * sizeof(T)));
+                v16u vectors[16];
                 memcpy(vectors, part, sizeof part);
                 transpose(vectors);
                 for (int k = 0; k < count; k++) memcpy(to + (long)(j + k) * width + i, &vectors[k], 64);
@@ -144,26 +148,29 @@ template <class T> struct Rows {
         }
     }
     // (steps of the rows, head): the right matrix, depth along the rows
-    void right(word *to, int width) const {
+    void pack_right(word *to, int width) const {
         for (int i = 0; i < rows; i += STEP) {
             const T *one = x.at(b, h, first + i), *other = x.at(b, h, first + std::min(i + STEP - 1, rows - 1));
             bool there = i + STEP <= rows;
-            for (int j = 0; j < size; j++) to[(long)(i / STEP) * width + j] = Words<T>::of(one[j], there ? other[j] : T{});
+            for (int j = 0; j < size; j++)
+                to[(long)(i / STEP) * width + j] = Words<T>::of(one[j], there ? other[j] : T{});
         }
     }
 };
 
 // Floats (rows, columns) as the left matrix of a product: of itself, and of its transpose. Rows are added up to a step.
 template <class T>
-void split(int rows, int columns, const float *from, typename Words<T>::word *left, typename Words<T>::word *left_turned) {
+void split(int rows, int columns, const float *from, typename Words<T>::word *left,
+           typename Words<T>::word *left_transposed) {
     enum { STEP = Words<T>::STEP };
     for (int i = 0; i < rows; i += STEP) {
         for (int r = 0; left && r < STEP && i + r < rows; r++)
-            for (int j = 0; j < columns; j += 16) store<16>((T *)(left + (long)(i + r) * columns / STEP) + j, load<16>(from + (i + r) * columns + j));
-        for (int j = 0; left_turned && j < columns; j += 16) {
+            for (int j = 0; j < columns; j += 16)
+                store<16>((T *)(left + (long)(i + r) * columns / STEP) + j, load<16>(from + (i + r) * columns + j));
+        for (int j = 0; left_transposed && j < columns; j += 16) {
             v16 other = i + STEP <= rows ? load<16>(from + (i + STEP - 1) * columns + j) : v16{};
             auto words = Words<T>::of(load<16>(from + i * columns + j), other);
-            memcpy(left_turned + (long)(i / STEP) * columns + j, &words, 64);
+            memcpy(left_transposed + (long)(i / STEP) * columns + j, &words, 64);
         }
     }
 }
@@ -187,7 +194,7 @@ struct Item {
     template <class T> Rows<T> queries(const Heads<const T> &x) const { return {x, b, h, start + begin, n, s.size}; }
     long place() const { return ((long)b * s.heads + h) * s.total() + start; }
     // -1e30 in the place of scores of query i of the block that it does not see
-    void hide(int i, float *scores) const {
+    void mask(int i, float *scores) const {
         std::fill(scores + begin + i + 1 - first, scores + seen(), -1e30f);
         std::fill(scores, scores + std::max(0, begin + i - s.window + 1 - first), -1e30f);
     }
@@ -196,16 +203,17 @@ struct Item {
 inline float largest(const float *row, int n) {
     v16 most = load<16>(row);
     for (int j = 16; j < n; j += 16) most = most > load<16>(row + j) ? most : load<16>(row + j);
-    float found = most[0];
-    for (int j = 1; j < 16; j++) found = std::max(found, most[j]);
-    return found;
+    float maximum = most[0];
+    for (int j = 1; j < 16; j++) maximum = std::max(maximum, most[j]);
+    return maximum;
 }
 
 template <class T> void put_row(T *to, const float *from, int size, float factor) {
     for (int j = 0; j < size; j += 16) put(to + j, load<16>(from + j) * factor, std::min(16, size - j));
 }
 
-template <class T> void attention(const Sizes &s, Heads<const T> q, Heads<const T> k, Heads<const T> v, Heads<T> y, float *log_sums) {
+template <class T> void attention(const Sizes &s, Heads<const T> q, Heads<const T> k, Heads<const T> v, Heads<T> y,
+                                  float *log_sums) {
     typedef typename Words<T>::word word;
     enum { STEP = Words<T>::STEP };
 #pragma omp parallel for schedule(dynamic)
@@ -213,20 +221,20 @@ template <class T> void attention(const Sizes &s, Heads<const T> q, Heads<const 
         Item item(s, i);
         int width = item.width, keys = item.keys;
         static thread_local Zeros<word> key_words, value_words, query_words, score_words;
-        static thread_local Zeros<float> scores, found;
+        static thread_local Zeros<float> scores, outputs;
         word *K = key_words.of((long)width * keys), *V = value_words.of((long)keys * width);
-        item.all(k).turned(K, keys);
-        item.all(v).right(V, width);
+        item.all(k).pack_transposed(K, keys);
+        item.all(v).pack_right(V, width);
         for (int begin = 0; begin < item.length; begin += QUERIES) {
             item.block(begin);
             int n = item.n, seen = item.seen();
             word *Q = query_words.of(QUERIES * width), *P = score_words.of(QUERIES * seen);
-            float *S = scores.of(QUERIES * seen), *O = found.of(QUERIES * width), sums[QUERIES];
-            item.queries(q).left(Q, width);
+            float *S = scores.of(QUERIES * seen), *O = outputs.of(QUERIES * width), sums[QUERIES];
+            item.queries(q).pack_left(Q, width);
             multiply<T>(n, seen, s.size, Q, width, 1, K + item.first, keys, S, seen);
             for (int r = 0; r < n; r++) {
                 float *row = S + r * seen;
-                item.hide(r, row);
+                item.mask(r, row);
                 float most = largest(row, seen);
                 v16 total{};
                 for (int j = 0; j < seen; j += 16) {
@@ -239,7 +247,8 @@ template <class T> void attention(const Sizes &s, Heads<const T> q, Heads<const 
             }
             split<T>(n, seen, S, P, nullptr);
             multiply<T>(n, width, seen, P, seen / STEP, 1, V + (long)item.first / STEP * width, width, O, width);
-            for (int r = 0; r < n; r++) put_row(y.at(item.b, item.h, item.start + begin + r), O + r * width, s.size, 1 / sums[r]);
+            for (int r = 0; r < n; r++)
+                put_row(y.at(item.b, item.h, item.start + begin + r), O + r * width, s.size, 1 / sums[r]);
         }
     }
 }
@@ -256,26 +265,28 @@ void attention_backward(const Sizes &s, Heads<const T> q, Heads<const T> k, Head
         int width = item.width, keys = item.keys;
         static thread_local Zeros<word> words[10];
         static thread_local Zeros<float> floats[5];
-        word *K_turned = words[0].of((long)width * keys), *V_turned = words[1].of((long)width * keys);
+        word *K_transposed = words[0].of((long)width * keys), *V_transposed = words[1].of((long)width * keys);
         word *K = words[2].of((long)keys * width);
         float *dK = floats[0].of((long)keys * width), *dV = floats[1].of((long)keys * width);
-        item.all(k).turned(K_turned, keys);
-        item.all(v).turned(V_turned, keys);
-        item.all(k).right(K, width);
+        item.all(k).pack_transposed(K_transposed, keys);
+        item.all(v).pack_transposed(V_transposed, keys);
+        item.all(k).pack_right(K, width);
         for (int begin = 0; begin < item.length; begin += QUERIES) {
             item.block(begin);
             int n = item.n, seen = item.seen();
             word *Q = words[3].of(QUERIES * width), *Q_right = words[4].of(QUERIES * width);
             word *G = words[5].of(QUERIES * width), *G_right = words[6].of(QUERIES * width);
-            word *P_turned = words[7].of(QUERIES * seen), *D_left = words[8].of(QUERIES * seen), *D_turned = words[9].of(QUERIES * seen);
-            float *P = floats[2].of(QUERIES * seen), *D = floats[3].of(QUERIES * seen), *dQ = floats[4].of(QUERIES * width);
-            item.queries(q).left(Q, width), item.queries(q).right(Q_right, width);
-            item.queries(grad).left(G, width), item.queries(grad).right(G_right, width);
-            multiply<T>(n, seen, s.size, Q, width, 1, K_turned + item.first, keys, P, seen);
-            multiply<T>(n, seen, s.size, G, width, 1, V_turned + item.first, keys, D, seen);
+            word *P_transposed = words[7].of(QUERIES * seen), *D_left = words[8].of(QUERIES * seen),
+                 *D_transposed = words[9].of(QUERIES * seen);
+            float *P = floats[2].of(QUERIES * seen), *D = floats[3].of(QUERIES * seen),
+                  *dQ = floats[4].of(QUERIES * width);
+            item.queries(q).pack_left(Q, width), item.queries(q).pack_right(Q_right, width);
+            item.queries(grad).pack_left(G, width), item.queries(grad).pack_right(G_right, width);
+            multiply<T>(n, seen, s.size, Q, width, 1, K_transposed + item.first, keys, P, seen);
+            multiply<T>(n, seen, s.size, G, width, 1, V_transposed + item.first, keys, D, seen);
             for (int r = 0; r < n; r++) {
                 float *p = P + r * seen, *d = D + r * seen, log_sum = log_sums[item.place() + begin + r];
-                item.hide(r, p);
+                item.mask(r, p);
                 v16 along{};
                 for (int j = 0; j < seen; j += 16) {
                     v16 x = exponential(load<16>(p + j) * s.scale - log_sum);
@@ -285,13 +296,14 @@ void attention_backward(const Sizes &s, Heads<const T> q, Heads<const T> k, Head
                 float mean = sum(along);
                 for (int j = 0; j < seen; j += 16) store<16>(d + j, load<16>(p + j) * (load<16>(d + j) - mean));
             }
-            split<T>(n, seen, P, nullptr, P_turned);
-            split<T>(n, seen, D, D_left, D_turned);
+            split<T>(n, seen, P, nullptr, P_transposed);
+            split<T>(n, seen, D, D_left, D_transposed);
             long from = (long)item.first * width;
             multiply<T>(n, width, seen, D_left, seen / STEP, 1, K + from / STEP, width, dQ, width);
-            multiply<T>(seen, width, n, P_turned, 1, seen, G_right, width, dV + from, width);
-            multiply<T>(seen, width, n, D_turned, 1, seen, Q_right, width, dK + from, width);
-            for (int r = 0; r < n; r++) put_row(q_grad.at(item.b, item.h, item.start + begin + r), dQ + r * width, s.size, s.scale);
+            multiply<T>(seen, width, n, P_transposed, 1, seen, G_right, width, dV + from, width);
+            multiply<T>(seen, width, n, D_transposed, 1, seen, Q_right, width, dK + from, width);
+            for (int r = 0; r < n; r++)
+                put_row(q_grad.at(item.b, item.h, item.start + begin + r), dQ + r * width, s.size, s.scale);
         }
         for (int t = 0; t < item.length; t++) {
             put_row(k_heads + (item.place() + t) * s.size, dK + (long)t * width, s.size, s.scale);
@@ -319,18 +331,18 @@ template <class T> void gather(const Sizes &s, const float *by_head, Heads<T> to
 
 }  // namespace
 
-#define BOTH(T, suffix)                                                                                                  \
-    void attention_##suffix(const Sizes *s, const Heads<const T> *q, const Heads<const T> *k, const Heads<const T> *v,   \
-                            const Heads<T> *y, float *log_sums) {                                                        \
-        attention(*s, *q, *k, *v, *y, log_sums);                                                                         \
-    }                                                                                                                    \
-    void attention_backward_##suffix(const Sizes *s, const Heads<const T> *q, const Heads<const T> *k,                   \
-                                     const Heads<const T> *v, const Heads<const T> *grad, const float *log_sums,         \
-                                     const Heads<T> *q_grad, const Heads<T> *k_grad, const Heads<T> *v_grad,             \
-                                     float *k_heads, float *v_heads) {                                                   \
-        attention_backward(*s, *q, *k, *v, *grad, log_sums, *q_grad, k_heads, v_heads);                                  \
-        gather(*s, k_heads, *k_grad);                                                                                    \
-        gather(*s, v_heads, *v_grad);                                                                                    \
+#define BOTH(T, suffix)                                                                                                \
+    void attention_##suffix(const Sizes *s, const Heads<const T> *q, const Heads<const T> *k, const Heads<const T> *v, \
+                            const Heads<T> *y, float *log_sums) {                                                      \
+        attention(*s, *q, *k, *v, *y, log_sums);                                                                       \
+    }                                                                                                                  \
+    void attention_backward_##suffix(const Sizes *s, const Heads<const T> *q, const Heads<const T> *k,                 \
+                                     const Heads<const T> *v, const Heads<const T> *grad, const float *log_sums,       \
+                                     const Heads<T> *q_grad, const Heads<T> *k_grad, const Heads<T> *v_grad,           \
+                                     float *k_heads, float *v_heads) {                                                 \
+        attention_backward(*s, *q, *k, *v, *grad, log_sums, *q_grad, k_heads, v_heads);                                \
+        gather(*s, k_heads, *k_grad);                                                                                  \
+        gather(*s, v_heads, *v_grad);                                                                                  \
     }
 
 extern "C" {

@@ -1,9 +1,10 @@
 // The step of one more token of a few rows on a CPU: a list of operations on fixed buffers, made once by
-// lit_gpt/generation/native_step.py and then run for each token by one call. What it costs is reading each weight once; so all
-// threads stay within the call, and wait for each other between operations by watching a number.
+// lit_gpt/generation/native_step.py and then run for each token by one call. What it costs is reading each weight once;
+// so all threads stay within the call, and wait for each other between operations by watching a number.
 //
 // Whatever lies between the operations is float32, the rows of a buffer one after the other; weights and cache are as
-// they are stored. A row is computed as it would be alone but for the rounding of its products, wherever the others are.
+// they are stored. A row is computed as it would be alone but for the rounding of its products, wherever the others
+// are.
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -57,7 +58,7 @@ struct Tape {
         shared = n;
     }
 
-    // The same, row by row: f(run, row, span).
+    // An operation on n elements of each row, called row by row: f(run, row, span).
     template <class F> void elements_of_rows(long n, bool follows, F f) {
         elements(n, follows, [=](const Run &run, Span span) {
             for (long row = 0; row < run.n; row++) f(run, row, span);
@@ -67,9 +68,10 @@ struct Tape {
     // An operation on n larger things of each row: f(run, row, thing).
     template <class F> void items(long n, F f) {
         operations.push_back({[=](const Run &run) {
-            Span span = run.share(n * run.n, 1);
-            for (long i = span.begin; i < span.end; i++) f(run, i / n, i % n);
-        }, true});
+                                  Span span = run.share(n * run.n, 1);
+                                  for (long i = span.begin; i < span.end; i++) f(run, i / n, i % n);
+                              },
+                              true});
         shared = 0;
     }
 
@@ -110,7 +112,7 @@ template <class T> struct Attention {
     const float *slopes;
 
     // y (+)= gate * what a head's query finds at the places from `first` up to `end`
-    void find(float *y, const float *q, long head, long first, long end, float gate, bool adds) const {
+    void attend(float *y, const float *q, long head, long first, long end, float gate, bool adds) const {
         static thread_local std::vector<float> kept;
         long n = end - first, from = (head / group * places + first) * size;
         kept.assign((n + 15) / 16 * 16, -INFINITY);
@@ -129,11 +131,12 @@ template <class T> struct Attention {
         }
         float factor = gate / sum(total);
         long d = 0;
-        for (; d + 16 <= size; d += 16) store<16>(y + d, weigh(scores, v + from + d, n) * factor + (adds ? load<16>(y + d) : v16{}));
+        for (; d + 16 <= size; d += 16)
+            store<16>(y + d, weighted_sum(scores, v + from + d, n) * factor + (adds ? load<16>(y + d) : v16{}));
         for (; d < size; d++) {
-            float found = adds ? y[d] : 0;
-            for (long j = 0; j < n; j++) found += factor * scores[j] * to_float(v[from + j * size + d]);
-            y[d] = found;
+            float total = adds ? y[d] : 0;
+            for (long j = 0; j < n; j++) total += factor * scores[j] * to_float(v[from + j * size + d]);
+            y[d] = total;
         }
     }
 
@@ -141,13 +144,13 @@ template <class T> struct Attention {
         v16 total{};
         long d = 0;
         for (; d + 16 <= size; d += 16) total += load<16>(q + d) * load<16>(key + d);
-        float found = sum(total);
-        for (; d < size; d++) found += q[d] * to_float(key[d]);
-        return found;
+        float product = sum(total);
+        for (; d < size; d++) product += q[d] * to_float(key[d]);
+        return product;
     }
 
     // of 16 elements
-    v16 weigh(const float *scores, const T *values, long n) const {
+    v16 weighted_sum(const float *scores, const T *values, long n) const {
         v16 even{}, odd{};
         long j = 0;
         for (; j + 2 <= n; j += 2) {
@@ -192,20 +195,23 @@ void tape_run(Tape *tape, const Row *rows, long n, void *const *cache, long plac
 }
 
 // y = factor * a row of a table, that of the token or of the position; or added to y
-void tape_embed(Tape *tape, float *y, const void *table, long type, const float *scale, long size, double factor, long by_position) {
+void tape_embed(Tape *tape, float *y, const void *table, long type, const float *scale, long size, double factor,
+                long by_position) {
     tape->elements_of_rows(size, by_position, [=](const Run &run, long row, Span span) {
         long entry = by_position ? run.rows[row].position : run.rows[row].token, from = entry * size;
         float by = factor * (scale ? scale[entry] : 1), *to = y + row * size;
         for (long i = span.begin; i < span.end; i++) {
-            float x = type == FLOAT32 ? ((const float *)table)[from + i]
-                      : type == BFLOAT16 ? to_float(((const bf16 *)table)[from + i]) : ((const int8_t *)table)[from + i];
+            float x = type == FLOAT32    ? ((const float *)table)[from + i]
+                      : type == BFLOAT16 ? to_float(((const bf16 *)table)[from + i])
+                                         : ((const int8_t *)table)[from + i];
             to[i] = by_position ? to[i] + x * by : x * by;
         }
     });
 }
 
 // y = W x + bias; `fast`: a quantized W may round x, see products.h
-void tape_linear(Tape *tape, float *y, const float *x, long rows, long columns, long format, const void *w, const void *scale, const void *zero, const float *pairs, const float *bias, long fast) {
+void tape_linear(Tape *tape, float *y, const float *x, long rows, long columns, long format, const void *w,
+                 const void *scale, const void *zero, const float *pairs, const float *bias, long fast) {
     with_weight(format, w, scale, zero, pairs, fast, columns, [=](auto weight) {
         tape->elements(rows, false, [=](const Run &run, Span span) {
             weight.multiply(span.begin, span.end, columns, x, run.n, y, rows);
@@ -216,7 +222,8 @@ void tape_linear(Tape *tape, float *y, const float *x, long rows, long columns, 
 }
 
 // low = A x; `by_row`: A is that of the row's LoRA, one of several
-void tape_lora_down(Tape *tape, float *low, const float *x, long ranks, long columns, const void *A, long type, long by_row) {
+void tape_lora_down(Tape *tape, float *low, const float *x, long ranks, long columns, const void *A, long type,
+                    long by_row) {
     auto add = [=](auto *a) {
         tape->elements_of_rows(ranks, false, [=](const Run &run, long row, Span span) {
             long lora = by_row ? run.rows[row].lora : 0;
@@ -228,7 +235,8 @@ void tape_lora_down(Tape *tape, float *low, const float *x, long ranks, long col
 }
 
 // y[start:stop] += B^T low[from : from + rank], of y's n elements; B: (rank, stop - start), or with `by_row` several
-void tape_lora_up(Tape *tape, float *y, long n, const float *low, long ranks, long from, const void *B, long type, long rank, long start, long stop, long by_row) {
+void tape_lora_up(Tape *tape, float *y, long n, const float *low, long ranks, long from, const void *B, long type,
+                  long rank, long start, long stop, long by_row) {
     auto add = [=](auto *b) {
         tape->elements_of_rows(n, true, [=](const Run &run, long row, Span span) {
             long lora = by_row ? run.rows[row].lora : 0, size = stop - start;
@@ -260,7 +268,8 @@ void tape_add(Tape *tape, float *y, long n, const float *x, double factor) {
 
 // y = norm of each of n parts of x, which may be y; a part's weights begin `stride` after those of the one before, the
 // parts of a row of x and of y `x_row` and `y_row` after those of the one before
-void tape_norm(Tape *tape, float *y, long y_row, const float *x, long x_row, long n, long size, const float *weight, const float *bias, long stride, double eps, double offset, long centered) {
+void tape_norm(Tape *tape, float *y, long y_row, const float *x, long x_row, long n, long size, const float *weight,
+               const float *bias, long stride, double eps, double offset, long centered) {
     tape->items(n, [=](const Run &, long row, long part) {
         const float *in = x + row * x_row + part * size, *w = weight ? weight + part * stride : nullptr;
         float *out = y + row * y_row + part * size, mean = 0, square = 0;
@@ -268,25 +277,30 @@ void tape_norm(Tape *tape, float *y, long y_row, const float *x, long x_row, lon
         mean /= size;
         for (long i = 0; i < size; i++) square += (in[i] - mean) * (in[i] - mean);
         float by = 1 / std::sqrt(square / size + (float)eps);
-        for (long i = 0; i < size; i++) out[i] = (in[i] - mean) * by * (w ? w[i] + (float)offset : 1) + (bias ? bias[i] : 0);
+        for (long i = 0; i < size; i++)
+            out[i] = (in[i] - mean) * by * (w ? w[i] + (float)offset : 1) + (bias ? bias[i] : 0);
     });
 }
 
 // the position's angles, rounded to `type`; `frequencies`: n, and if there are others for long sequences n more
-void tape_angles(Tape *tape, float *cosine, float *sine, const float *frequencies, long n, long kinds, double factor, long type) {
+void tape_angles(Tape *tape, float *cosine, float *sine, const float *frequencies, long n, long kinds, double factor,
+                 long type) {
     tape->items(1, [=](const Run &run, long row, long) {
         const float *of = frequencies + (kinds > 1 && run.rows[row].extended ? n : 0);
         for (long i = 0; i < n; i++) {
-            float angle = run.rows[row].position * of[i], found[2] = {std::cos(angle) * (float)factor, std::sin(angle) * (float)factor};
+            float angle = run.rows[row].position * of[i],
+                  values[2] = {std::cos(angle) * (float)factor, std::sin(angle) * (float)factor};
             bf16 rounded[2];
-            for (int j = 0; type == BFLOAT16 && j < 2; j++) from_float(rounded + j, found[j]), found[j] = to_float(rounded[j]);
-            cosine[row * n + i] = found[0], sine[row * n + i] = found[1];
+            for (int j = 0; type == BFLOAT16 && j < 2; j++)
+                from_float(rounded + j, values[j]), values[j] = to_float(rounded[j]);
+            cosine[row * n + i] = values[0], sine[row * n + i] = values[1];
         }
     });
 }
 
 // rotates the first n pairs of each head of x, the first of a row of x_row elements, against each other, in place
-void tape_rotate(Tape *tape, float *x, long x_row, long heads, long size, const float *cosine, const float *sine, long n) {
+void tape_rotate(Tape *tape, float *x, long x_row, long heads, long size, const float *cosine, const float *sine,
+                 long n) {
     tape->items(heads, [=](const Run &, long row, long head) {
         float *low = x + row * x_row + head * size, *high = low + n;
         const float *c = cosine + row * n, *s = sine + row * n;
@@ -299,29 +313,34 @@ void tape_rotate(Tape *tape, float *x, long x_row, long heads, long size, const 
 
 // the keys and values of qkv into the cache of a layer
 void tape_append(Tape *tape, const float *qkv, long heads, long groups, long size, long layer, long type) {
-    type == FLOAT32 ? append<float>(tape, qkv, heads, groups, size, layer) : append<bf16>(tape, qkv, heads, groups, size, layer);
+    type == FLOAT32 ? append<float>(tape, qkv, heads, groups, size, layer)
+                    : append<bf16>(tape, qkv, heads, groups, size, layer);
 }
 
 // y = what the queries of qkv find in the last `window` places (0: in all) of a layer's cache
-void tape_attend(Tape *tape, float *y, const float *qkv, long heads, long groups, long size, long layer, long type, double scale, double softcap, const float *slopes, long window) {
-    auto find = [=](auto zero) {
+void tape_attend(Tape *tape, float *y, const float *qkv, long heads, long groups, long size, long layer, long type,
+                 double scale, double softcap, const float *slopes, long window) {
+    auto attend = [=](auto zero) {
         using T = decltype(zero);
         tape->items(heads, [=](const Run &run, long row, long head) {
             long end = run.rows[row].position + 1, first = window ? std::max(0l, end - window) : 0;
             long from = row * groups * run.places * size;
             const T *k = (const T *)run.cache[2 * layer] + from, *v = (const T *)run.cache[2 * layer + 1] + from;
             Attention<T> attention{k, v, heads / groups, size, run.places, (float)scale, (float)softcap, slopes};
-            attention.find(y + (row * heads + head) * size, qkv + (row * (heads + 2 * groups) + head) * size, head, first, end, 1, false);
+            attention.attend(y + (row * heads + head) * size, qkv + (row * (heads + 2 * groups) + head) * size, head,
+                             first, end, 1, false);
         });
     };
-    type == FLOAT32 ? find(0.0f) : find(bf16{});
+    type == FLOAT32 ? attend(0.0f) : attend(bf16{});
 }
 
 // y += gate * what they find in the `length` places of keys and values that are there for all, float32
-void tape_attend_prefix(Tape *tape, float *y, const float *qkv, long heads, long groups, long size, const float *k, const float *v, long length, double scale, double softcap, const float *gate) {
+void tape_attend_prefix(Tape *tape, float *y, const float *qkv, long heads, long groups, long size, const float *k,
+                        const float *v, long length, double scale, double softcap, const float *gate) {
     Attention<float> attention{k, v, heads / groups, size, length, (float)scale, (float)softcap, nullptr};
     tape->items(heads, [=](const Run &, long row, long head) {
-        attention.find(y + (row * heads + head) * size, qkv + (row * (heads + 2 * groups) + head) * size, head, 0, length, gate[head], true);
+        attention.attend(y + (row * heads + head) * size, qkv + (row * (heads + 2 * groups) + head) * size, head, 0,
+                         length, gate[head], true);
     });
 }
 

@@ -1,8 +1,10 @@
-// A weight that lit_gpt/quantization/formats.py keeps in fewer bits, in full again: computed in float32 and rounded once.
+// A weight that lit_gpt/quantization/formats.py keeps in fewer bits, in full again: computed in float32 and rounded
+// once.
 #include "products.h"
 
 template <class T>
-void dequantize(long format, const void *w, const void *scale, const void *zero, const float *pairs, long rows, long columns, T *y) {
+void dequantize(long format, const void *w, const void *scale, const void *zero, const float *pairs, long rows,
+                long columns, T *y) {
     with_quantized(format, w, scale, zero, pairs, false, columns, [=](auto weight) {
 #pragma omp parallel
         {
@@ -17,10 +19,12 @@ void dequantize(long format, const void *w, const void *scale, const void *zero,
 }
 
 extern "C" {
-void dequantize_f32(long format, const void *w, const void *scale, const void *zero, const float *pairs, long rows, long columns, float *y) {
+void dequantize_f32(long format, const void *w, const void *scale, const void *zero, const float *pairs, long rows,
+                    long columns, float *y) {
     dequantize(format, w, scale, zero, pairs, rows, columns, y);
 }
-void dequantize_bf16(long format, const void *w, const void *scale, const void *zero, const float *pairs, long rows, long columns, bf16 *y) {
+void dequantize_bf16(long format, const void *w, const void *scale, const void *zero, const float *pairs, long rows,
+                     long columns, bf16 *y) {
     dequantize(format, w, scale, zero, pairs, rows, columns, y);
 }
 }

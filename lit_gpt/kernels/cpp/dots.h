@@ -12,7 +12,9 @@
 inline float to_float(int8_t x) { return x; }
 
 // p[i] will be read; it may lie beyond what is there
-template <class T> inline void soon(const T *p, long i) { __builtin_prefetch((const void *)((uintptr_t)p + i * sizeof(T)), 0, 2); }
+template <class T> inline void prefetch(const T *p, long i) {
+    __builtin_prefetch((const void *)((uintptr_t)p + i * sizeof(T)), 0, 2);
+}
 
 // One row at a time, as a plain loop: the processor reads ahead of one stream better than of several. Written by
 // hand for int8 it takes two thirds of the time from a cache, and a quarter more from memory.
@@ -22,7 +24,7 @@ template <class T> inline float dot(const T *w, const float *x, long n) {
     return total;
 }
 
-// The same of R rows of a weight with B of x at once, of which each number is loaded once: y[b * y_row + r]. What the
+// Multiplies R rows of a weight with B of x at once, of which each number is loaded once: y[b * y_row + r]. What the
 // rows after them hold is asked for early, for the processor does not read ahead of so many streams by itself.
 template <int R, int B, class T>
 inline void dots(const T *w, long columns, const float *x, float *y, long y_row) {
@@ -32,7 +34,7 @@ inline void dots(const T *w, long columns, const float *x, float *y, long y_row)
         v16 a[R];
         for (int r = 0; r < R; r++) {
             a[r] = load<16>(w + r * columns + k);
-            if (k % (64 / sizeof(T)) == 0) soon(w, (r + R) * columns + k);
+            if (k % (64 / sizeof(T)) == 0) prefetch(w, (r + R) * columns + k);
         }
         for (int b = 0; b < B; b++) {
             v16 c = load<16>(x + b * columns + k);
@@ -40,7 +42,8 @@ inline void dots(const T *w, long columns, const float *x, float *y, long y_row)
         }
     }
     for (int r = 0; r < R; r++)
-        for (int b = 0; b < B; b++) y[b * y_row + r] = sum(sums[r][b]) + dot(w + r * columns + k, x + b * columns + k, columns - k);
+        for (int b = 0; b < B; b++)
+            y[b * y_row + r] = sum(sums[r][b]) + dot(w + r * columns + k, x + b * columns + k, columns - k);
 }
 
 // f(how many, the first) for n rows of x, four at a time and then one
@@ -54,7 +57,9 @@ template <class F> inline void by_fours(long n, F f) {
 template <class F> inline void by_tiles(long begin, long end, long row_bytes, long n, F f) {
     long few = std::max(1l, 16384 / row_bytes);
     for (long from = begin; from < end; from += few)
-        by_fours(n, [&](auto B, long b) { for (long r = from; r < std::min(end, from + few); r++) f(B, b, r); });
+        by_fours(n, [&](auto B, long b) {
+            for (long r = from; r < std::min(end, from + few); r++) f(B, b, r);
+        });
 }
 
 template <int R, class T> inline void dots(const T *w, long columns, const float *x, long n, float *y, long y_row) {
@@ -71,7 +76,8 @@ struct Halves {
     long columns, row;
     std::vector<bf16> high, low;
 
-    Halves(const float *x, long n, long columns) : columns(columns), row((columns + 31) / 32 * 32), high(n * row), low(n * row) {
+    Halves(const float *x, long n, long columns)
+        : columns(columns), row((columns + 31) / 32 * 32), high(n * row), low(n * row) {
         for (long b = 0; b < n; b++)
             for (long k = 0; k < columns; k++) {
                 long i = b * row + k;
@@ -81,7 +87,7 @@ struct Halves {
             }
     }
 
-    // as `dots` does
+    // products of R rows of a weight with B of x, like the function `dots`
     template <int R, int B> void dots(const bf16 *w, long b, float *y, long y_row) const {
         v16 sums[R][B] = {};
         const bf16 *high = this->high.data() + b * row, *low = this->low.data() + b * row;
@@ -90,10 +96,11 @@ struct Halves {
             __m512bh a[R];
             for (int r = 0; r < R; r++) {
                 a[r] = (__m512bh)_mm512_maskz_loadu_epi16(there, w + r * columns + k);
-                soon(w, (r + R) * columns + k);
+                prefetch(w, (r + R) * columns + k);
             }
             for (int i = 0; i < B; i++) {
-                __m512bh h = (__m512bh)_mm512_loadu_si512(high + i * row + k), l = (__m512bh)_mm512_loadu_si512(low + i * row + k);
+                __m512bh h = (__m512bh)_mm512_loadu_si512(high + i * row + k),
+                         l = (__m512bh)_mm512_loadu_si512(low + i * row + k);
                 for (int r = 0; r < R; r++) sums[r][i] = (v16)_mm512_dpbf16_ps((__m512)sums[r][i], a[r], h);
                 for (int r = 0; r < R; r++) sums[r][i] = (v16)_mm512_dpbf16_ps((__m512)sums[r][i], a[r], l);
             }

@@ -16,7 +16,10 @@ void rms_norm(long rows, int size, const T *x, const T *weight, float eps, float
     for (long r = 0; r < rows; r++) {
         const T *in = x + r * size;
         v16 squares{};
-        each(size, [&](int i, int n) { v16 a = take(in + i, n); squares += a * a; });
+        each(size, [&](int i, int n) {
+            v16 a = take(in + i, n);
+            squares += a * a;
+        });
         float factor = inverse[r] = 1 / std::sqrt(sum(squares) / size + eps);
         each(size, [&](int i, int n) {
             v16 a = take(in + i, n) * factor, w = take(weight + i, n);
@@ -26,7 +29,8 @@ void rms_norm(long rows, int size, const T *x, const T *weight, float eps, float
 }
 
 template <class T>
-void rms_norm_backward(long rows, int size, const T *grad, const T *x, const T *weight, const float *inverse, float offset, T *x_grad) {
+void rms_norm_backward(long rows, int size, const T *grad, const T *x, const T *weight, const float *inverse,
+                       float offset, T *x_grad) {
 #pragma omp parallel for
     for (long r = 0; r < rows; r++) {
         const T *g = grad + r * size, *in = x + r * size;
@@ -35,7 +39,8 @@ void rms_norm_backward(long rows, int size, const T *grad, const T *x, const T *
         each(size, [&](int i, int n) { dots += take(g + i, n) * (take(weight + i, n) + offset) * take(in + i, n); });
         float along = sum(dots) * factor * factor / size;
         each(size, [&](int i, int n) {
-            put(x_grad + r * size + i, (take(g + i, n) * (take(weight + i, n) + offset) - take(in + i, n) * along) * factor, n);
+            put(x_grad + r * size + i,
+                (take(g + i, n) * (take(weight + i, n) + offset) - take(in + i, n) * along) * factor, n);
         });
     }
 }
@@ -80,7 +85,8 @@ template <class T> void gated_backward(long rows, int size, int kind, const T *g
 
 // The angles' (positions, 2 * half) first halves hold what both have; sign -1 turns back.
 template <class T>
-void rotate(long rows, int heads, int rotated, int size, int half, const T *x, const T *cos, const T *sin, float sign, T *y) {
+void rotate(long rows, int heads, int rotated, int size, int half, const T *x, const T *cos, const T *sin, float sign,
+            T *y) {
 #pragma omp parallel for
     for (long r = 0; r < rows; r++) {
         const T *c = cos + r * 2 * half, *s = sin + r * 2 * half;
@@ -88,7 +94,8 @@ void rotate(long rows, int heads, int rotated, int size, int half, const T *x, c
             const T *in = x + (r * heads + h) * size;
             T *out = y + (r * heads + h) * size;
             each(half, [&](int i, int n) {
-                v16 low = take(in + i, n), high = take(in + half + i, n), co = take(c + i, n), si = take(s + i, n) * sign;
+                v16 low = take(in + i, n), high = take(in + half + i, n), co = take(c + i, n),
+                    si = take(s + i, n) * sign;
                 put(out + i, low * co - high * si, n);
                 put(out + half + i, high * co + low * si, n);
             });
@@ -101,21 +108,22 @@ void rotate(long rows, int heads, int rotated, int size, int half, const T *x, c
 
 }  // namespace
 
-#define BOTH(T, suffix)                                                                                                  \
-    void rms_norm_##suffix(long rows, int size, const T *x, const T *w, float eps, float offset, T *y, float *inverse) { \
-        rms_norm(rows, size, x, w, eps, offset, y, inverse);                                                             \
-    }                                                                                                                    \
-    void rms_norm_backward_##suffix(long rows, int size, const T *g, const T *x, const T *w, const float *inverse,       \
-                                    float offset, T *x_grad) {                                                           \
-        rms_norm_backward(rows, size, g, x, w, inverse, offset, x_grad);                                                 \
-    }                                                                                                                    \
-    void gated_##suffix(long rows, int size, int kind, const T *x, T *y) { gated(rows, size, kind, x, y); }              \
-    void gated_backward_##suffix(long rows, int size, int kind, const T *g, const T *x, T *x_grad) {                     \
-        gated_backward(rows, size, kind, g, x, x_grad);                                                                  \
-    }                                                                                                                    \
-    void rotate_##suffix(long rows, int heads, int rotated, int size, int half, const T *x, const T *cos, const T *sin,  \
-                         float sign, T *y) {                                                                             \
-        rotate(rows, heads, rotated, size, half, x, cos, sin, sign, y);                                                  \
+#define BOTH(T, suffix)                                                                                            \
+    void rms_norm_##suffix(long rows, int size, const T *x, const T *w, float eps, float offset, T *y,             \
+                           float *inverse) {                                                                       \
+        rms_norm(rows, size, x, w, eps, offset, y, inverse);                                                       \
+    }                                                                                                              \
+    void rms_norm_backward_##suffix(long rows, int size, const T *g, const T *x, const T *w, const float *inverse, \
+                                    float offset, T *x_grad) {                                                     \
+        rms_norm_backward(rows, size, g, x, w, inverse, offset, x_grad);                                           \
+    }                                                                                                              \
+    void gated_##suffix(long rows, int size, int kind, const T *x, T *y) { gated(rows, size, kind, x, y); }        \
+    void gated_backward_##suffix(long rows, int size, int kind, const T *g, const T *x, T *x_grad) {               \
+        gated_backward(rows, size, kind, g, x, x_grad);                                                            \
+    }                                                                                                              \
+    void rotate_##suffix(long rows, int heads, int rotated, int size, int half, const T *x, const T *cos,          \
+                         const T *sin, float sign, T *y) {                                                         \
+        rotate(rows, heads, rotated, size, half, x, cos, sin, sign, y);                                            \
     }
 
 extern "C" {

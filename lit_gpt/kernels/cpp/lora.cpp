@@ -21,7 +21,7 @@ struct Dropout {
     template <class F> void each(long row, int size, F f) const {
         uint32_t word = row * ((size + 31) / 32) * 16;
         for (int j = 0; j < size; j += 32, word += 16) {
-            u16 h = u16{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + word + (uint32_t)seed;
+            v16u h = v16u{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + word + (uint32_t)seed;
             h = (h ^ h >> 16) * 0x7feb352d;  // the rounds of Wellons' lowbias32
             h = (h ^ h >> 15 ^ (uint32_t)(seed >> 32)) * 0x846ca68b;
             h ^= h >> 16;
@@ -48,7 +48,8 @@ struct Parts {
     int ranks() const { return count * r; }
     // f(part, first column, columns, row of B)
     template <class F> void each(F f) const {
-        for (int p = 0, row = 0; p < count; row += stops[p] - starts[p], p++) f(p, starts[p], stops[p] - starts[p], row);
+        for (int p = 0, row = 0; p < count; row += stops[p] - starts[p], p++)
+            f(p, starts[p], stops[p] - starts[p], row);
     }
 };
 
@@ -64,16 +65,16 @@ template <class F> void tiles(long rows, F f) {
 }
 
 Buffer scaled_transpose(const float *B, int rows, int r, float factor) {
-    Buffer found((long)rows * r);
+    Buffer transposed((long)rows * r);
     for (int i = 0; i < rows; i++)
-        for (int j = 0; j < r; j++) found[(long)j * rows + i] = B[(long)i * r + j] * factor;
-    return found;
+        for (int j = 0; j < r; j++) transposed[(long)j * rows + i] = B[(long)i * r + j] * factor;
+    return transposed;
 }
 
 // A: (ranks, in); B: (rows of B, r); low: (rows, ranks), becomes dropout(x) A^T
 template <class T>
-void lora(long rows, int in, const T *x, const float *A, const float *B, int B_rows, float factor, Dropout dropout, Parts parts,
-          float *low, T *y, int out) {
+void lora(long rows, int in, const T *x, const float *A, const float *B, int B_rows, float factor, Dropout dropout,
+          Parts parts, float *low, T *y, int out) {
     int ranks = parts.ranks();
     Buffer across = scaled_transpose(B, B_rows, parts.r, factor);
     tiles(rows, [&](long first, int n, int) {
@@ -90,20 +91,21 @@ void lora(long rows, int in, const T *x, const float *A, const float *B, int B_r
     });
 }
 
-// The gradients that the threads found, in order, so that their sum is always the same.
-template <class F> void gather(const std::vector<Buffer> &found, long size, F to) {
+// The gradients of the threads, in order, so that their sum is always the same.
+template <class F> void gather(const std::vector<Buffer> &by_thread, long size, F to) {
 #pragma omp parallel for
     for (long i = 0; i < size; i++) {
         float total = 0;
-        for (auto &part : found) total += part.empty() ? 0 : part[i];
+        for (auto &part : by_thread) total += part.empty() ? 0 : part[i];
         to(i, total);
     }
 }
 
 // A_grad, B_grad: of the shapes of A and B; x_grad: through the update alone
 template <class T>
-void lora_backward(long rows, int in, const T *grad, const T *x, const float *A, const float *B, int B_rows, float factor,
-                   Dropout dropout, Parts parts, const float *low, int out, T *x_grad, float *A_grad, float *B_grad) {
+void lora_backward(long rows, int in, const T *grad, const T *x, const float *A, const float *B, int B_rows,
+                   float factor, Dropout dropout, Parts parts, const float *low, int out, T *x_grad, float *A_grad,
+                   float *B_grad) {
     int ranks = parts.ranks(), r = parts.r;
     Buffer across = scaled_transpose(B, B_rows, r, factor);
     std::vector<Buffer> A_grads(omp_get_max_threads()), B_grads(omp_get_max_threads());
@@ -130,22 +132,24 @@ void lora_backward(long rows, int in, const T *grad, const T *x, const float *A,
         }
     });
     gather(A_grads, (long)ranks * in, [&](long i, float total) { A_grad[i] = total; });
-    gather(B_grads, (long)r * B_rows, [&](long i, float total) { B_grad[i % B_rows * r + i / B_rows] = total * factor; });
+    gather(B_grads, (long)r * B_rows,
+           [&](long i, float total) { B_grad[i % B_rows * r + i / B_rows] = total * factor; });
 }
 
 }  // namespace
 
-#define BOTH(T, suffix)                                                                                                      \
-    void lora_##suffix(long rows, int in, const T *x, const float *A, const float *B, int B_rows, float factor,              \
-                       uint64_t seed, uint32_t threshold, int parts, int r, const int *starts, const int *stops, float *low, \
-                       T *y, int out) {                                                                                      \
-        lora(rows, in, x, A, B, B_rows, factor, {seed, threshold}, {parts, r, starts, stops}, low, y, out);                  \
-    }                                                                                                                        \
-    void lora_backward_##suffix(long rows, int in, const T *grad, const T *x, const float *A, const float *B, int B_rows,    \
-                                float factor, uint64_t seed, uint32_t threshold, int parts, int r, const int *starts,        \
-                                const int *stops, const float *low, int out, T *x_grad, float *A_grad, float *B_grad) {      \
-        lora_backward(rows, in, grad, x, A, B, B_rows, factor, {seed, threshold}, {parts, r, starts, stops}, low, out,       \
-                      x_grad, A_grad, B_grad);                                                                               \
+#define BOTH(T, suffix)                                                                                                \
+    void lora_##suffix(long rows, int in, const T *x, const float *A, const float *B, int B_rows, float factor,        \
+                       uint64_t seed, uint32_t threshold, int parts, int r, const int *starts, const int *stops,       \
+                       float *low, T *y, int out) {                                                                    \
+        lora(rows, in, x, A, B, B_rows, factor, {seed, threshold}, {parts, r, starts, stops}, low, y, out);            \
+    }                                                                                                                  \
+    void lora_backward_##suffix(long rows, int in, const T *grad, const T *x, const float *A, const float *B,          \
+                                int B_rows, float factor, uint64_t seed, uint32_t threshold, int parts, int r,         \
+                                const int *starts, const int *stops, const float *low, int out, T *x_grad,             \
+                                float *A_grad, float *B_grad) {                                                        \
+        lora_backward(rows, in, grad, x, A, B, B_rows, factor, {seed, threshold}, {parts, r, starts, stops}, low, out, \
+                      x_grad, A_grad, B_grad);                                                                         \
     }
 
 extern "C" {

@@ -13,21 +13,22 @@ constexpr bool VNNI = false;
 
 enum Format { FLOAT32, BFLOAT16, INT8, NIBBLES_FLOAT32, NIBBLES_BFLOAT16 };
 
-// As `dots`, with a weight's rows from `begin` to `end`: y[b * y_row + r]. A few rows at a time are made float32, and stay in
-// the cache for all of x.
+// Multiplies like `dots` a weight's rows from `begin` to `end`: y[b * y_row + r]. A few rows at a time are made
+// float32, and stay in the cache for all of x.
 template <class Weight>
-inline void multiply_expanded(const Weight &weight, long begin, long end, long columns, const float *x, long n, float *y, long y_row) {
+inline void multiply_expanded(const Weight &weight, long begin, long end, long columns, const float *x, long n,
+                              float *y, long y_row) {
     std::vector<float> few(4 * columns);
     for (long r = begin; r < end; r += 4) {
         long count = std::min(4l, end - r), bytes = weight.row_bytes(columns);
         for (long i = 0; i < count; i++) weight.expand(r + i, columns, few.data() + i * columns);
-        for (long i = 0; i < 4 * bytes; i += 64) soon((const char *)weight.w, (r + 4) * bytes + i);
+        for (long i = 0; i < 4 * bytes; i += 64) prefetch((const char *)weight.w, (r + 4) * bytes + i);
         dots(few.data(), count, columns, x, n, y + r, y_row);
     }
 }
 
-// The weights: `multiply` gives y[b * y_row + r] for their rows r from `begin` to `end` and n rows of x, and `expand` a row
-// of what is not floating point.
+// The weights: `multiply` gives y[b * y_row + r] for their rows r from `begin` to `end` and n rows of x, and `expand` a
+// row of what is not floating point.
 
 // A weight in floating point.
 template <class T> struct Plain {
@@ -39,9 +40,9 @@ template <class T> struct Plain {
     }
 };
 
-// Rounds n numbers to whole ones of 16 bits, which the largest fills. Returns what a one stands for: NaN, if some are not
+// Rounds n numbers to int16, whose range the largest fills. Returns the step between two of them: NaN, if some are not
 // finite.
-inline float to_whole(const float *x, long n, int16_t *to) {
+inline float quantize_to_int16(const float *x, long n, int16_t *to) {
     int32_t most = 0;  // of the numbers without their signs, whose bits are ordered as they are
     for (long i = 0; i < n; i++) {
         int32_t bits;
@@ -56,18 +57,18 @@ inline float to_whole(const float *x, long n, int16_t *to) {
     return largest / 32767;
 }
 
-// n rows of x in whole numbers. A block's products with bytes fit 32 bits.
-struct Whole {
+// n rows of x quantized to int16, a step for each block. Sums of a block's products with int8 fit 32 bits.
+struct QuantizedRows {
     static constexpr long BLOCK = 512;
     long columns, blocks;
     std::vector<int16_t> numbers;
     std::vector<float> steps;  // of each block
 
-    Whole(const float *x, long n, long columns)
+    QuantizedRows(const float *x, long n, long columns)
         : columns(columns), blocks((columns + BLOCK - 1) / BLOCK), numbers(n * columns), steps(n * blocks) {
         for (long i = 0; i < n * blocks; i++) {
             long from = i / blocks * columns + i % blocks * BLOCK, size = std::min(BLOCK, columns - i % blocks * BLOCK);
-            steps[i] = to_whole(x + from, size, numbers.data() + from);
+            steps[i] = quantize_to_int16(x + from, size, numbers.data() + from);
         }
     }
 
@@ -78,7 +79,8 @@ struct Whole {
             int sums[B] = {};
             for (long k = block * BLOCK, end = std::min(columns, k + BLOCK); k < end; k++)
                 for (int i = 0; i < B; i++) sums[i] += (int16_t)w[k] * numbers[(b + i) * columns + k];
-            for (int i = 0; i < B; i++) totals[i] = std::fma(steps[(b + i) * blocks + block], (float)sums[i], totals[i]);
+            for (int i = 0; i < B; i++)
+                totals[i] = std::fma(steps[(b + i) * blocks + block], (float)sums[i], totals[i]);
         }
         for (int i = 0; i < B; i++) y[i * y_row] = scale * totals[i];
     }
@@ -97,21 +99,20 @@ struct Bytes {
     }
 
     void multiply(long begin, long end, long columns, const float *x, long n, float *y, long y_row) const {
-        if (fast) return multiply_whole(begin, end, columns, x, n, y, y_row);
+        if (fast) return multiply_quantized(begin, end, columns, x, n, y, y_row);
         if (n > 1) return multiply_expanded(*this, begin, end, columns, x, n, y, y_row);
         for (long r = begin; r < end; r++) y[r] = scale[r] * dot(w + r * columns, x, columns);
     }
 
-    void multiply_whole(long begin, long end, long columns, const float *x, long n, float *y, long y_row) const {
-        Whole whole(x, n, columns);
-        by_tiles(begin, end, columns, n, [&](auto B, long b, long r) {
-            whole.dots<B>(w + r * columns, scale[r], b, y + b * y_row + r, y_row);
-        });
+    void multiply_quantized(long begin, long end, long columns, const float *x, long n, float *y, long y_row) const {
+        QuantizedRows rows(x, n, columns);
+        by_tiles(begin, end, columns, n,
+                 [&](auto B, long b, long r) { rows.dots<B>(w + r * columns, scale[r], b, y + b * y_row + r, y_row); });
     }
 };
 
-// Weights of 4 bits: w = scale * values[code] (+ zero), with a scale for each 64 of a row; two codes a byte, the first in
-// the upper half. `fast`: x is rounded to 16 bits, and values that are not whole to 15.
+// Weights of 4 bits: w = scale * values[code] (+ zero), with a scale for each 64 of a row; two codes a byte, the first
+// in the upper half. `fast`: x is rounded to 16 bits, and values that are not whole to 15.
 template <class S> struct Nibbles {
     const uint8_t *w;
     const S *scale, *zero;
@@ -121,22 +122,24 @@ template <class S> struct Nibbles {
     typedef Vectors<16>::words words;
 
     Nibbles(const void *codes, const void *scale, const void *zero, const float *pairs, long columns, bool fast)
-        : w((const uint8_t *)codes), scale((const S *)scale), zero((const S *)zero), pairs(pairs), fast(fast && VNNI), groups((columns + 63) / 64) {}
+        : w((const uint8_t *)codes), scale((const S *)scale), zero((const S *)zero), pairs(pairs), fast(fast && VNNI),
+          groups((columns + 63) / 64) {}
 
     long row_bytes(long) const { return groups * 32; }
 
     void expand(long r, long columns, float *to) const {
         const uint8_t *at = w + r * groups * 32;
         for (long k = 0; k < columns; k += 64, at += 32) {
-            float by = to_float(scale[r * groups + k / 64]), from = zero ? to_float(zero[r * groups + k / 64]) : 0, found[64];
-            for (int i = 0; i < 32; i++) memcpy(found + 2 * i, pairs + 2 * at[i], 8);
+            float by = to_float(scale[r * groups + k / 64]), from = zero ? to_float(zero[r * groups + k / 64]) : 0,
+                  values[64];
+            for (int i = 0; i < 32; i++) memcpy(values + 2 * i, pairs + 2 * at[i], 8);
             long n = std::min(64l, columns - k);
-            for (long i = 0; i < n; i++) to[k + i] = by * found[i] + from;
+            for (long i = 0; i < n; i++) to[k + i] = by * values[i] + from;
         }
     }
 
     void multiply(long begin, long end, long columns, const float *x, long n, float *y, long y_row) const {
-        if (fast) return multiply_whole(begin, end, columns, x, n, y, y_row);
+        if (fast) return multiply_quantized(begin, end, columns, x, n, y, y_row);
         if (n > 1) return multiply_expanded(*this, begin, end, columns, x, n, y, y_row);
         auto ordered = order(x, columns), sums = sums_of_groups(x, columns);
         v16 table;
@@ -161,15 +164,15 @@ template <class S> struct Nibbles {
     // x in the order in which `row` meets the codes
     std::vector<float> order(const float *x, long columns) const {
         long blocks = (groups + 1) / 2;
-        std::vector<float> found(128 * blocks);
+        std::vector<float> ordered(128 * blocks);
         float padded[128] = {};
         for (long b = 0; b < blocks; b++) {
             const float *from = x + 128 * b;
             if (long left = columns - 128 * b; left < 128) from = (const float *)memcpy(padded, from, 4 * left);
             for (int word = 0; word < 16; word++)
-                for (int i = 0; i < 8; i++) found[128 * b + (i ^ 1) * 16 + word] = from[8 * word + i];
+                for (int i = 0; i < 8; i++) ordered[128 * b + (i ^ 1) * 16 + word] = from[8 * word + i];
         }
-        return found;
+        return ordered;
     }
 
     float row(long r, v16 table, const float *x) const {
@@ -192,7 +195,7 @@ template <class S> struct Nibbles {
     }
 
     // In whole numbers, a group's places of even number before the others.
-    void multiply_whole(long begin, long end, long columns, const float *x, long n, float *y, long y_row) const {
+    void multiply_quantized(long begin, long end, long columns, const float *x, long n, float *y, long y_row) const {
 #ifdef __AVX512VNNI__
         const float unit = zero ? 1 : 16383;  // four products fit 32 bits
         std::vector<int16_t> numbers(64 * n * groups);
@@ -202,33 +205,36 @@ template <class S> struct Nibbles {
         for (long i = 0; i < n * groups; i++) {
             long size = std::min(64l, columns - i % groups * 64);
             const float *from = x + i / groups * columns + i % groups * 64;
-            int16_t whole[64] = {}, *to = &numbers[64 * i];
-            steps[i] = to_whole(from, size, whole) / unit;
-            for (int k = 0; k < 32; k++) to[k] = whole[2 * k], to[k + 32] = whole[2 * k + 1];
+            int16_t quantized[64] = {}, *to = &numbers[64 * i];
+            steps[i] = quantize_to_int16(from, size, quantized) / unit;
+            for (int k = 0; k < 32; k++) to[k] = quantized[2 * k], to[k + 32] = quantized[2 * k + 1];
         }
         int16_t values[32];  // twice, for the lowest five bits of a byte look them up
         for (int i = 0; i < 32; i++) values[i] = (int16_t)std::nearbyint(pairs[2 * (i % 16) + 1] * unit);
         __m512i table = _mm512_loadu_si512(values);
         by_tiles(begin, end, row_bytes(columns), n, [&](auto B, long b, long r) {
             float *to = y + b * y_row + r;
-            whole_row<B>(r, table, &numbers[64 * b * groups], &steps[b * groups], to, y_row);
+            quantized_row<B>(r, table, &numbers[64 * b * groups], &steps[b * groups], to, y_row);
             for (int i = 0; i < B; i++) to[i * y_row] += from_zeros(r, sums[b + i].data());
         });
 #endif
     }
 
 #ifdef __AVX512VNNI__
-    template <int B> void whole_row(long r, __m512i table, const int16_t *numbers, const float *steps, float *y, long y_row) const {
+    template <int B> void quantized_row(long r, __m512i table, const int16_t *numbers, const float *steps, float *y,
+                                        long y_row) const {
         __m512 totals[B] = {};
         for (long g = 0; g < groups; g++) {
             __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(w + (r * groups + g) * 32)));
-            __m512i first = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table), second = _mm512_permutexvar_epi16(bytes, table);
+            __m512i first = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table),
+                    second = _mm512_permutexvar_epi16(bytes, table);
             float by = to_float(scale[r * groups + g]);
             for (int i = 0; i < B; i++) {
                 const int16_t *x = numbers + 64 * (i * groups + g);
                 __m512i sum = _mm512_dpwssd_epi32(_mm512_setzero_si512(), first, _mm512_loadu_si512(x));
                 sum = _mm512_dpwssd_epi32(sum, second, _mm512_loadu_si512(x + 32));
-                totals[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(by * steps[i * groups + g]), totals[i]);
+                totals[i] =
+                    _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(by * steps[i * groups + g]), totals[i]);
             }
         }
         for (int i = 0; i < B; i++) y[i * y_row] = _mm512_reduce_add_ps(totals[i]);
@@ -238,9 +244,9 @@ template <class S> struct Nibbles {
     // the values of the codes in the lowest bits
     static v16 look_up(v16 table, words c) {
 #ifdef __clang__
-        v16 found;
-        for (int i = 0; i < 16; i++) found[i] = table[c[i] & 15];
-        return found;
+        v16 values;
+        for (int i = 0; i < 16; i++) values[i] = table[c[i] & 15];
+        return values;
 #else
         return __builtin_shuffle(table, c);
 #endif
@@ -249,7 +255,8 @@ template <class S> struct Nibbles {
 
 // `use` of the weight (rows, columns) in its format; `scale`, `zero` and `pairs` as the format has them.
 template <class Use>
-void with_quantized(long format, const void *w, const void *scale, const void *zero, const float *pairs, bool fast, long columns, Use use) {
+void with_quantized(long format, const void *w, const void *scale, const void *zero, const float *pairs, bool fast,
+                    long columns, Use use) {
     switch (format) {
     case INT8: return use(Bytes{(const int8_t *)w, (const float *)scale, fast});
     case NIBBLES_FLOAT32: return use(Nibbles<float>(w, scale, zero, pairs, columns, fast));
@@ -258,7 +265,8 @@ void with_quantized(long format, const void *w, const void *scale, const void *z
 }
 
 template <class Use>
-void with_weight(long format, const void *w, const void *scale, const void *zero, const float *pairs, bool fast, long columns, Use use) {
+void with_weight(long format, const void *w, const void *scale, const void *zero, const float *pairs, bool fast,
+                 long columns, Use use) {
     switch (format) {
     case FLOAT32: return use(Plain<float>{(const float *)w});
     case BFLOAT16: return use(Plain<bf16>{(const bf16 *)w});

@@ -15,7 +15,7 @@ template <int N> struct Vectors {
     typedef uint16_t halves __attribute__((vector_size(2 * N)));
 };
 typedef Vectors<16>::floats v16;
-typedef Vectors<16>::words u16;  // 16 words of 32 bits
+typedef Vectors<16>::words v16u;  // 16 words of 32 bits
 
 template <int N> inline typename Vectors<N>::floats load(const float *p) {
     typename Vectors<N>::floats x;
@@ -86,8 +86,8 @@ inline float sum(v16 x) { return sum<16>(x); }
 #define IN_THIS_ORDER(x) (x)
 #endif
 
-// 2^n e^t, where n is whole and t small, so that a polynomial gives e^t; 0 below the normal numbers. ln 2 is taken off x
-// in two parts (Cody & Waite 1980), for a rounded multiple of it would be off by more than the result may be.
+// 2^n e^t, where n is whole and t small, so that a polynomial gives e^t; 0 below the normal numbers. ln 2 is taken off
+// x in two parts (Cody & Waite 1980), for a rounded multiple of it would be off by more than the result may be.
 inline v16 exponential(v16 x) {
     v16 power = x * 1.442695041f;
     power = power < -126.0f ? v16{} - 126.5f : power;
@@ -95,14 +95,18 @@ inline v16 exponential(v16 x) {
     typedef int32_t integers __attribute__((vector_size(64)));
     integers whole = __builtin_convertvector(power + (power < 0.0f ? v16{} - 0.5f : v16{} + 0.5f), integers);
     v16 n = __builtin_convertvector(whole, v16), t = IN_THIS_ORDER(x - n * 0.693359375f) + n * 2.12194440e-4f;
-    v16 series = 1.0f + t * (1.0f + t * (0.5f + t * (1.66666667e-1f + t * (4.16666667e-2f + t * (8.3333333e-3f + t * 1.3888889e-3f)))));
+    v16 series =
+        1.0f +
+        t * (1.0f + t * (0.5f + t * (1.66666667e-1f + t * (4.16666667e-2f + t * (8.3333333e-3f + t * 1.3888889e-3f)))));
     v16 scale = (v16)((whole + 127) << 23);
     return x < -87.3f ? v16{} : x > 88.0f ? v16{} + 1.7014118e38f : series * scale;
 }
 
-// A part of C, ROWS x (VECTORS * N): C += A B. A's elements are `a_row` and `a_column` apart, so that it may be transposed.
+// A part of C, ROWS x (VECTORS * N): C += A B. A's elements are `a_row` and `a_column` apart, so that it may be
+// transposed.
 template <int N, int ROWS, int VECTORS, class TB, class TC>
-inline void product_tile(int depth, const float *A, long a_row, long a_column, const TB *B, long b_row, TC *C, long c_row) {
+inline void product_tile(int depth, const float *A, long a_row, long a_column, const TB *B, long b_row, TC *C,
+                         long c_row) {
     typename Vectors<N>::floats sums[ROWS][VECTORS];
     for (int i = 0; i < ROWS; i++)
         for (int j = 0; j < VECTORS; j++) sums[i][j] = load<N>(C + i * c_row + j * N);
@@ -117,19 +121,26 @@ inline void product_tile(int depth, const float *A, long a_row, long a_column, c
 }
 
 template <int N, int VECTORS, class TB, class TC>
-inline void product_strip(int rows, int depth, const float *A, long a_row, long a_column, const TB *B, long b_row, TC *C, long c_row) {
+inline void product_strip(int rows, int depth, const float *A, long a_row, long a_column, const TB *B, long b_row,
+                          TC *C, long c_row) {
     int i = 0;
-    for (; i + 8 <= rows; i += 8) product_tile<N, 8, VECTORS>(depth, A + i * a_row, a_row, a_column, B, b_row, C + i * c_row, c_row);
-    for (; i + 4 <= rows; i += 4) product_tile<N, 4, VECTORS>(depth, A + i * a_row, a_row, a_column, B, b_row, C + i * c_row, c_row);
-    for (; i < rows; i++) product_tile<N, 1, VECTORS>(depth, A + i * a_row, a_row, a_column, B, b_row, C + i * c_row, c_row);
+    for (; i + 8 <= rows; i += 8)
+        product_tile<N, 8, VECTORS>(depth, A + i * a_row, a_row, a_column, B, b_row, C + i * c_row, c_row);
+    for (; i + 4 <= rows; i += 4)
+        product_tile<N, 4, VECTORS>(depth, A + i * a_row, a_row, a_column, B, b_row, C + i * c_row, c_row);
+    for (; i < rows; i++)
+        product_tile<N, 1, VECTORS>(depth, A + i * a_row, a_row, a_column, B, b_row, C + i * c_row, c_row);
 }
 
 // C (rows, columns) += A (rows, depth) B (depth, columns); columns a multiple of 8.
 template <class TB, class TC>
-inline void add_product(int rows, int columns, int depth, const float *A, long a_row, long a_column, const TB *B, long b_row, TC *C, long c_row) {
+inline void add_product(int rows, int columns, int depth, const float *A, long a_row, long a_column, const TB *B,
+                        long b_row, TC *C, long c_row) {
     int j = 0;
-    for (; j + 32 <= columns; j += 32) product_strip<16, 2>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
-    for (; j + 16 <= columns; j += 16) product_strip<16, 1>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
+    for (; j + 32 <= columns; j += 32)
+        product_strip<16, 2>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
+    for (; j + 16 <= columns; j += 16)
+        product_strip<16, 1>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
     for (; j < columns; j += 8) product_strip<8, 1>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
 }
 
@@ -150,7 +161,8 @@ inline void dots_tile(int depth, const TA *A, long a_row, const float *B, long b
 
 // C (rows, columns) += A (rows, depth) B (columns, depth)^T, for few columns; they and the depth are multiples of 8.
 template <class TA>
-inline void add_dots(int rows, int columns, int depth, const TA *A, long a_row, const float *B, long b_row, float *C, long c_row) {
+inline void add_dots(int rows, int columns, int depth, const TA *A, long a_row, const float *B, long b_row, float *C,
+                     long c_row) {
     int whole = depth / 16 * 16;
     for (int j = 0; j < columns; j += 8) {
         const float *b = B + j * b_row;
@@ -158,6 +170,7 @@ inline void add_dots(int rows, int columns, int depth, const TA *A, long a_row, 
         for (; i + 2 <= rows; i += 2) dots_tile<16, 2>(whole, A + i * a_row, a_row, b, b_row, C + i * c_row + j, c_row);
         for (; i < rows; i++) dots_tile<16, 1>(whole, A + i * a_row, a_row, b, b_row, C + i * c_row + j, c_row);
         if (whole < depth)
-            for (i = 0; i < rows; i++) dots_tile<8, 1>(8, A + i * a_row + whole, a_row, b + whole, b_row, C + i * c_row + j, c_row);
+            for (i = 0; i < rows; i++)
+                dots_tile<8, 1>(8, A + i * a_row + whole, a_row, b + whole, b_row, C + i * c_row + j, c_row);
     }
 }

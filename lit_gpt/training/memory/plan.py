@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lit_gpt.conversion import parity
+from lit_gpt.conversion.reference_prompts import POSITIONS
 from lit_gpt.distributed.args import DeviceArgs
 from lit_gpt.kernels.policy import use_policy
 from lit_gpt.methods.method import Method
@@ -48,7 +48,7 @@ class Plan:
     validate: int
     answer: int  # the sample that is shown at a validation
     save: int
-    merge: int  # of LoRA into its base, on the CPU beside the mapped file; 0 for other methods
+    merge: int  # into the base, on the CPU beside the mapped file; 0 for methods that do not merge
     block: int = 0  # weights of one block
 
     @property
@@ -234,7 +234,7 @@ def merge_once(model: GPT, method: Method) -> None:
     method.hold_merge(model)
     largest = max((model.wte, model.h[0], model.lm_head), key=size)
     widened = [p.float() for p in largest.parameters()]  # noqa: F841 (held together)
-    torch.empty(3 * parity.POSITIONS, model.config.padded_vocab_size)
+    torch.empty(3 * POSITIONS, model.config.padded_vocab_size)
 
 
 def size(module: nn.Module) -> int:

@@ -1,0 +1,28 @@
+"""Lightning Fabric from its own small package, or else from the large one that holds it too.
+
+The large one, `lightning`, imports a trainer, torchmetrics and whatever these find installed: seconds of each start for
+what no run here uses.
+"""
+
+try:
+    from lightning_fabric import Fabric
+    from lightning_fabric.loggers import TensorBoardLogger
+    from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+    from lightning_fabric.strategies import DeepSpeedStrategy, ModelParallelStrategy
+    from lightning_fabric.utilities.exceptions import MisconfigurationException
+except ImportError:
+    from lightning.fabric import Fabric
+    from lightning.fabric.loggers import TensorBoardLogger
+    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+    from lightning.fabric.strategies import DeepSpeedStrategy, ModelParallelStrategy
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+__all__ = [
+    "DeepSpeedStrategy",
+    "Fabric",
+    "MisconfigurationException",
+    "ModelParallelStrategy",
+    "SLURMEnvironment",
+    "TensorBoardLogger",
+    "TorchElasticEnvironment",
+]
