@@ -11,6 +11,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer as Tokens
 from tokenizers import models
@@ -18,7 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_gpt.conversion import hf as hf_files
 from lit_gpt.conversion import hf_shards
-from lit_gpt.data import dataset, split_writer
+from lit_gpt.data import dataset
+from lit_gpt.data.audit import Audit
+from lit_gpt.data.split_writer import SampleStore
 from lit_gpt.families import registry
 from lit_gpt.files import new_folder
 from lit_gpt.text.prompt_style import PromptStyle
@@ -41,13 +44,17 @@ def lengths_like_alpaca(n: int, longest: int, generator: torch.Generator) -> lis
     return [min(max(length, SHORTEST), LONGEST, longest) for length in lengths]
 
 
-def write_split(
-    split: split_writer.SplitWriter, rows: int, vocabulary: int, longest: int, generator: torch.Generator
-) -> None:
+def write_split(path: Path, rows: int, vocabulary: int, longest: int, generator: torch.Generator) -> Audit:
+    """Write random samples as a split's file, and return their audit."""
+    store, audit = SampleStore(path.parent), Audit()
     for n in lengths_like_alpaca(rows, longest, generator):
         ids = torch.randint(vocabulary, (n,), generator=generator, dtype=torch.int32)
-        split.append(ids.tolist(), [i >= n // 2 for i in range(n)])
-    split.finish()
+        store.append(ids.tolist(), [i >= n // 2 for i in range(n)])
+        audit.lengths[n] += 1
+        audit.supervised += n - max(1, n // 2)
+    store.write(path, np.arange(rows))
+    store.remove()
+    return audit
 
 
 def main(model: str, fields: dict, rows: int, seed: int, folder: str) -> None:
@@ -57,10 +64,11 @@ def main(model: str, fields: dict, rows: int, seed: int, folder: str) -> None:
     generator = torch.Generator().manual_seed(seed)
     longest = hf.get("max_position_embeddings", 2048)
     with new_folder(Path(folder) / "data") as destination:
-        splits = {name: split_writer.SplitWriter(destination / f"{name}.safetensors") for name in dataset.SPLITS}
-        for split, n in zip(splits.values(), (rows, 4), strict=True):
-            write_split(split, n, hf["vocab_size"], longest, generator)
-        dataset.write_meta(destination, splits, Tokenizer(checkpoint_dir), PromptStyle("plain", "", own_bos=False))
+        audits = {
+            name: write_split(destination / f"{name}.safetensors", n, hf["vocab_size"], longest, generator)
+            for name, n in zip(dataset.SPLITS, (rows, 4), strict=True)
+        }
+        dataset.write_meta(destination, audits, Tokenizer(checkpoint_dir), PromptStyle("plain", "", own_bos=False))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,18 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from lit_gpt.data.args import PrepareArgs
+from lit_gpt.data.tokenization import DUPLICATE, EMPTY, KEPT, REFUSED, UNSUPERVISED
+
+REASONS = {
+    EMPTY: "empty answer",
+    REFUSED: "refused by the template",
+    UNSUPERVISED: "no supervised token",
+    DUPLICATE: "duplicate",
+}
+
 
 @dataclass
 class Audit:
@@ -18,10 +30,32 @@ class Audit:
     not_verbatim: int = 0  # answers that the template does not show in full, and which are not learnt
     content_dropped: int = 0  # rows of which the template leaves another message or a tool out
     unsupervised: int = 0  # rows in which no token is supervised
-    first_unsupervised: str = ""  # where the first of these stands
 
-    def drop(self, reason: str, rows: int = 1) -> None:
-        self.dropped[reason] += rows
+    @classmethod
+    def of_rows(cls, records: np.ndarray, lengths: np.ndarray, times: np.ndarray, args: PrepareArgs) -> "Audit":
+        """Count the rows of a split.
+
+        Args:
+            records: of all rows, tokenization.RECORD (rows,).
+            lengths: tokens of each, int64 (rows,).
+            times: how often the split takes each, int8 (rows,).
+        """
+        times, status = times.astype(np.int64), records["status"]
+        dropped = {
+            reason: int(times[status == code].sum())
+            for code, reason in REASONS.items()
+            if code != UNSUPERVISED or args.allow_unsupervised
+        }
+        kept = times * (status == KEPT)
+        sizes, rows = np.unique(np.repeat(lengths, kept), return_counts=True)
+        names = ("truncated", "missing_eos", "prompt_mismatch", "not_verbatim", "content_dropped")
+        return cls(
+            dropped=Counter({reason: n for reason, n in dropped.items() if n}),
+            lengths=Counter(dict(zip(sizes.tolist(), rows.tolist(), strict=True))),
+            supervised=int((kept * records["supervised"]).sum()),
+            unsupervised=int(times[status == UNSUPERVISED].sum()),
+            **{name: int((times * records[name]).sum()) for name in names},
+        )
 
     def summary(self) -> dict[str, Any]:
         lengths, rows = sorted(self.lengths), self.lengths.total()

@@ -19,7 +19,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lit_gpt.data.split_writer import SplitWriter
+from lit_gpt.data.audit import Audit
 from lit_gpt.errors import UserError
 from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
@@ -28,15 +28,13 @@ FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 
 
-def write_meta(
-    folder: Path, splits: dict[str, SplitWriter], tokenizer: Tokenizer, style: PromptStyle, **record: Any
-) -> None:
+def write_meta(folder: Path, audits: dict[str, Audit], tokenizer: Tokenizer, style: PromptStyle, **record: Any) -> None:
     """Write the data.json of a folder that holds the splits' files."""
     meta = {
         "format_version": FORMAT_VERSION,
         "tokenizer": tokenizer.fingerprint,
         "prompt_style": style.to_dict(),
-        "audit": {name: split.audit.summary() for name, split in splits.items()},
+        "audit": {name: audit.summary() for name, audit in audits.items()},
         **record,
     }
     (folder / "data.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")

@@ -1,24 +1,25 @@
 """What the prepare scripts share: rows to messages, messages to tokens, tokens to the data folder, with an audit.
 
-The rows are read twice: once to check and count all of them, so that those to validate on can be drawn, and once to
-tokenize them. Neither holds more than a few at a time.
+The rows are read once: each is checked, rendered and tokenized into temporary files. Then splits are assigned, and
+their files are written from spans of these. Memory holds a few rows at a time, and of each a record of 34 bytes.
 """
 
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from lit_gpt.checkpoints.folder import check_checkpoint_dir
-from lit_gpt.data import dataset, split_writer
+from lit_gpt.data import dataset
 from lit_gpt.data.args import ColumnArgs, PrepareArgs
-from lit_gpt.data.conversations import BadRow, Conversation, to_conversation
+from lit_gpt.data.audit import Audit
+from lit_gpt.data.conversations import BadRow, to_conversation
 from lit_gpt.data.report import print_audit
 from lit_gpt.data.sources import Source, parse_sources
-from lit_gpt.data.tokenization import Tokenization
+from lit_gpt.data.split_writer import SampleStore
+from lit_gpt.data.tokenization import DUPLICATE, KEPT, REFUSED, UNSUPERVISED, Tokenization
 from lit_gpt.errors import UserError
 from lit_gpt.families.registry import config_from_hf
 from lit_gpt.files import check_new, new_folder, read_json
@@ -50,32 +51,43 @@ def prepare(
     sources, apart = parse_sources(rows), parse_sources(validation_rows) if validation_rows else []
     if any(source.weight != 1 for source in apart):
         raise UserError("--validation_path: rows to validate on are taken once; leave the weight out")
-    counts = validate_rows([*sources, *apart], args, columns)
-    times = assign_splits(sources, counts[: len(sources)], None if apart else args.validation_fraction, args.seed)
-    times = torch.cat((times, torch.full((sum(counts) - len(times),), VALIDATION, dtype=torch.int8)))
     with new_folder(out_dir) as folder:
-        splits = {name: split_writer.SplitWriter(folder / f"{name}.safetensors") for name in dataset.SPLITS}
-        tokenization = Tokenization(args, tokenizer, style, limit, rows=len(times))
-        found = conversations([*sources, *apart], counts, columns)
-        bar = tqdm(found, desc="tokenizing", unit=" rows", total=len(times), disable=None)
-        for conversation, n in zip(bar, times.tolist(), strict=True):
-            if n:
-                tokenization.add(conversation, splits["validation" if n == VALIDATION else "train"], abs(n))
-        tokenization.flush()
-        print_audit(splits, tokenizer, style, limit)
-        refuse_unusable(splits, args)
-        splits["train"].finish()
-        splits["validation"].finish(seed=None if apart else args.seed)
+        store = SampleStore(folder)
+        tokenization = Tokenization(args, tokenizer, style, limit, folder, store)
+        counts = tokenize_rows([*sources, *apart], args, columns, tokenization)
+        times = assign_splits(sources, counts[: len(sources)], None if apart else args.validation_fraction, args.seed)
+        times = torch.cat((times, torch.full((sum(counts) - len(times),), VALIDATION, dtype=torch.int8))).numpy()
+        refuse_by_template(tokenization, times, args)
+        records = tokenization.records()
+        if args.deduplicate:
+            mark_duplicates(records, times)
+        taken = {"train": np.maximum(times, 0), "validation": (times == VALIDATION).astype(np.int8)}
+        kept = {name: np.repeat(np.arange(len(n)), n * (records["status"] == KEPT)) for name, n in taken.items()}
+        audits = {name: Audit.of_rows(records, store.lengths(), n, args) for name, n in taken.items()}
+        first = store.sample(int(kept["train"][0])) if len(kept["train"]) else None
+        print_audit(audits, first, tokenizer, style, limit)
+        refuse_unusable(audits, taken, tokenization, args)
+        if not apart:
+            generator = torch.Generator().manual_seed(args.seed % 2**63)
+            kept["validation"] = kept["validation"][
+                torch.randperm(len(kept["validation"]), generator=generator).numpy()
+            ]
+        for name, rows_of_split in kept.items():
+            store.write(folder / f"{name}.safetensors", rows_of_split)
+        store.remove()
+        tokenization.remove()
         record = {"max_seq_length": limit, "mask_inputs": args.mask_inputs, "seed": args.seed}
         record["sources"] = [vars(source) | {"rows": n} for source, n in zip([*sources, *apart], counts, strict=True)]
-        dataset.write_meta(folder, splits, tokenizer, style, **record)
+        dataset.write_meta(folder, audits, tokenizer, style, **record)
     print(
         f"\nwrote {out_dir}; next: python finetune/lora.py --checkpoint_dir {args.checkpoint_dir} --data_dir {out_dir}"
     )
 
 
-def validate_rows(sources: list[Source], args: PrepareArgs, columns: ColumnArgs) -> list[int]:
-    """Look at all rows; returns how many of each source can be used.
+def tokenize_rows(
+    sources: list[Source], args: PrepareArgs, columns: ColumnArgs, tokenization: Tokenization
+) -> list[int]:
+    """Read and tokenize all rows, and return how many of each source can be used.
 
     Raises:
         UserError: names the first row that cannot be used and counts the others, unless `skip_bad_rows`.
@@ -83,17 +95,21 @@ def validate_rows(sources: list[Source], args: PrepareArgs, columns: ColumnArgs)
     counts, first, bad = [], "", 0
     for source in sources:
         rows = good = 0
-        for row in tqdm(source.rows(), desc=f"checking {source.name}", unit=" rows", disable=None):
+        for row in tqdm(source.rows(), desc=f"tokenizing {source.name}", unit=" rows", disable=None):
             rows += 1
             try:
-                to_conversation(row, columns)
+                conversation = to_conversation(row, columns)
                 good += 1
             except BadRow as error:
                 first = first or str(error)
+                continue
+            if not first or args.skip_bad_rows:  # else the rest is only counted
+                tokenization.add(conversation)
         if not rows:
             raise UserError(f"{source.name}: holds no rows")
         counts.append(good)
         bad += rows - good
+    tokenization.flush()
     if bad and not args.skip_bad_rows:
         more = f"; {bad - 1} more rows cannot be used either" if bad > 1 else ""
         raise UserError(first + more)
@@ -126,42 +142,38 @@ def assign_splits(sources: list[Source], counts: list[int], fraction: float | No
     return drawn
 
 
-def conversations(sources: list[Source], counts: list[int], columns: ColumnArgs) -> Iterator[Conversation]:
-    """The rows that can be used, those that `survey` has counted.
-
-    Raises:
-        UserError: there are now more or fewer.
-    """
-    for source, expected in zip(sources, counts, strict=True):
-        count = 0
-        for row in source.rows():
-            with suppress(BadRow):
-                conversation = to_conversation(row, columns)
-                count += 1
-                if count > expected:
-                    break
-                yield conversation
-        if count != expected:
-            raise UserError(
-                f"{source.name}: changed while it was prepared, it no longer has {expected} usable rows; prepare it "
-                "again when nothing writes to it; nothing was written"
-            )
+def refuse_by_template(tokenization: Tokenization, times: np.ndarray, args: PrepareArgs) -> None:
+    """Refuse the first row that is taken and that the template refuses, unless `skip_bad_rows`."""
+    if not args.skip_bad_rows and (first := next((why for i, why in tokenization.noted(REFUSED) if times[i]), None)):
+        raise UserError(first)
 
 
-def refuse_unusable(splits: dict[str, split_writer.SplitWriter], args: PrepareArgs) -> None:
-    unsupervised = sum(split.audit.unsupervised for split in splits.values())
+def mark_duplicates(records: np.ndarray, times: np.ndarray) -> None:
+    """Set the status of rows that equal an earlier one; of rows that are taken, the first stays."""
+    rows = np.flatnonzero((records["status"] == KEPT) & (times != 0))
+    later = np.ones(len(rows), bool)
+    later[np.unique(records["digest"][rows], return_index=True)[1]] = False
+    records["status"][rows[later]] = DUPLICATE
+
+
+def refuse_unusable(
+    audits: dict[str, Audit], taken: dict[str, np.ndarray], tokenization: Tokenization, args: PrepareArgs
+) -> None:
+    """Refuse rows without a supervised token, unless `allow_unsupervised`, and splits without a row."""
+    unsupervised = sum(audit.unsupervised for audit in audits.values())
     if unsupervised and not args.allow_unsupervised:
-        not_verbatim = sum(split.audit.not_verbatim for split in splits.values())
+        not_verbatim = sum(audit.not_verbatim for audit in audits.values())
         hint = (
             f" (of {not_verbatim} answers the template leaves something out, and they are not learnt)"
             if not_verbatim
             else ""
         )
-        first = next(split.audit.first_unsupervised for split in splits.values() if split.audit.unsupervised)
+        split = next(name for name, audit in audits.items() if audit.unsupervised)
+        first = next(where for i, where in tokenization.noted(UNSUPERVISED) if taken[split][i])
         raise UserError(
             f"{unsupervised} rows have no supervised token within --max_seq_length, the first is {first}: raise it, or "
             f"drop these rows with --allow_unsupervised true{hint}; nothing was written"
         )
-    for name, split in splits.items():
-        if not split.rows:
+    for name, audit in audits.items():
+        if not audit.lengths:
             raise UserError(f"no usable row is left for {name}; nothing was written")

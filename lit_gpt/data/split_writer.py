@@ -1,72 +1,72 @@
-"""Writes the samples of one split to its file."""
+"""Keeps samples on disk as they are made, and writes the files of splits from them."""
 
-from collections.abc import Iterable, Iterator
-from functools import partial
+import os
+from array import array
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from lit_gpt.checkpoints.io import save_safetensors_streamed
-from lit_gpt.data.audit import Audit
 
 
-class SplitWriter:
-    """Takes the samples of one split as they are made, and makes its file of them.
+class SampleStore:
+    """The samples of all rows, one after another in two temporary files, of which a split takes those that it wants.
 
     Args:
-        path: of the file to be; what comes before lies beside it.
+        folder: where the temporary files lie until `remove`.
     """
 
-    PARTS = {"offsets": torch.int64, "tokens": torch.int32, "supervised": torch.uint8}  # the order in the file
+    PARTS = {"tokens": np.int32, "supervised": np.uint8}
+    LAYOUT = {"offsets": torch.int64, "tokens": torch.int32, "supervised": torch.uint8}  # the order in a split's file
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.audit = path, Audit()
-        self.paths = {name: path.with_suffix(f".{name}") for name in self.PARTS}
-        self.files = {name: open(part, "wb") for name, part in self.paths.items()}  # noqa: SIM115
-        self.first: tuple[list[int], list[bool]] | None = None
-        self.rows = self.tokens = 0
-        self.files["offsets"].write(bytes(8))
+    def __init__(self, folder: Path) -> None:
+        self.paths = {name: folder / f"rows.{name}" for name in self.PARTS}
+        self.files = {name: open(path, "w+b") for name, path in self.paths.items()}  # noqa: SIM115
+        self.offsets = array("q", [0])
 
-    def append(self, ids: list[int], supervised: list[bool], times: int = 1) -> None:
-        """Add a sample, `times` times over."""
-        self.first = self.first or (ids, supervised)
-        self.files["tokens"].write(np.asarray(ids, np.int32).tobytes() * times)
-        self.files["supervised"].write(bytes(supervised) * times)
-        for _ in range(times):
-            self.rows, self.tokens = self.rows + 1, self.tokens + len(ids)
-            self.files["offsets"].write(self.tokens.to_bytes(8, "little"))
-        self.audit.lengths[len(ids)] += times
-        self.audit.supervised += sum(supervised[1:]) * times
+    def append(self, ids: list[int], supervised: list[bool]) -> None:
+        """Add the sample of the next row; an empty one holds the place of a row that has none."""
+        self.files["tokens"].write(np.asarray(ids, np.int32).tobytes())
+        self.files["supervised"].write(bytes(supervised))
+        self.offsets.append(self.offsets[-1] + len(ids))
 
-    def finish(self, seed: int | None = None) -> None:
-        """Write the file, whole or not at all; with `seed` the samples in a random order."""
+    def lengths(self) -> np.ndarray:
+        """Return the tokens of each row, int64 (rows,)."""
+        return np.diff(np.array(self.offsets, np.int64))
+
+    def read(self, name: str, row: int) -> bytes:
+        """Return the bytes of a row's tokens or of its supervised flags."""
+        size = np.dtype(self.PARTS[name]).itemsize
+        begin, end = self.offsets[row], self.offsets[row + 1]
+        return os.pread(self.files[name].fileno(), (end - begin) * size, begin * size)
+
+    def sample(self, row: int) -> tuple[list[int], list[int]]:
+        """Return the ids of a row and which of them are supervised."""
+        self.flush()
+        ids, supervised = (np.frombuffer(self.read(name, row), dtype).tolist() for name, dtype in self.PARTS.items())
+        return ids, supervised
+
+    def flush(self) -> None:
         for file in self.files.values():
+            file.flush()
+
+    def write(self, path: Path, rows: np.ndarray) -> None:
+        """Write a split's file, whole or not at all: the samples of `rows`, int64 (n,), in that order."""
+        self.flush()
+        offsets = np.concatenate(([0], self.lengths()[rows].cumsum())).astype(np.int64)
+        sizes = {"offsets": len(offsets), "tokens": int(offsets[-1]), "supervised": int(offsets[-1])}
+        layout = {name: torch.empty(sizes[name], dtype=dtype, device="meta") for name, dtype in self.LAYOUT.items()}
+        contents = {"offsets": [offsets.tobytes()], **{name: self.spans(name, rows) for name in self.PARTS}}
+        save_safetensors_streamed(path, layout, contents)
+
+    def spans(self, name: str, rows: np.ndarray) -> Iterator[bytes]:
+        for row in rows:
+            yield self.read(name, int(row))
+
+    def remove(self) -> None:
+        """Remove the temporary files."""
+        for name, file in self.files.items():
             file.close()
-        sizes = {"offsets": self.rows + 1, "tokens": self.tokens, "supervised": self.tokens}
-        layout = {name: torch.empty(sizes[name], dtype=dtype, device="meta") for name, dtype in self.PARTS.items()}
-        contents = {name: blocks(path) for name, path in self.paths.items()}
-        if seed is not None and self.tokens:
-            contents = self.shuffled(
-                torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed % 2**63)).tolist()
-            )
-        save_safetensors_streamed(self.path, layout, contents)
-        for path in self.paths.values():
-            path.unlink()
-
-    def shuffled(self, order: list[int]) -> dict[str, Iterable[bytes]]:
-        offsets = np.fromfile(self.paths["offsets"], np.int64)
-        spans = [slice(offsets[i], offsets[i + 1]) for i in order]
-        tokens = np.memmap(self.paths["tokens"], np.int32, "r")
-        supervised = np.memmap(self.paths["supervised"], np.uint8, "r")
-        moved = np.concatenate(([0], np.diff(offsets)[order].cumsum()))
-        return {
-            "offsets": [moved.astype(np.int64).tobytes()],
-            "tokens": (tokens[span].tobytes() for span in spans),
-            "supervised": (supervised[span].tobytes() for span in spans),
-        }
-
-
-def blocks(path: Path) -> Iterator[bytes]:
-    with open(path, "rb") as file:
-        yield from iter(partial(file.read, 1 << 20), b"")
+            self.paths[name].unlink()

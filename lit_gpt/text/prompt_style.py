@@ -174,7 +174,7 @@ class PromptStyle:
         return next(self.encode([self.render(messages, tokenizer, True, tools)], tokenizer)).ids
 
     def encode_sample(self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = None) -> Encoded:
-        """Token ids of a conversation, tokenized once and whole, and what of them is to be learnt."""
+        """Token ids of a conversation, tokenized once and whole, and what of them is to be learned."""
         rendered = self.render_sample(messages, tokenizer, tools)
         return supervision.encode(rendered, next(self.encode([rendered.text], tokenizer)), tokenizer, self.stop_ids)
 

@@ -14,7 +14,7 @@ from helpers.cli import spawn
 from helpers.paths import ROOT
 from helpers.rows import ROWS, write_rows
 from lit_gpt import Tokenizer
-from lit_gpt.data import dataset, prepare
+from lit_gpt.data import dataset
 from lit_gpt.data import sources as rows
 from lit_gpt.data.sources import Source, parse_sources
 from lit_gpt.errors import UserError
@@ -33,7 +33,7 @@ def audit(folder: Path, split: str = "train") -> dict:
 
 @pytest.fixture
 def flags(llama, tmp_path) -> dict:
-    return {"checkpoint_dir": llama, "destination_path": tmp_path / "d", "prompt_style": "plain"}
+    return {"checkpoint_dir": llama, "out_dir": tmp_path / "d", "prompt_style": "plain"}
 
 
 @pytest.mark.parametrize("block", [1, 7, 64, 1 << 20])
@@ -98,7 +98,7 @@ def test_mixed_by_weight(cli, llama, flags, tmp_path):
     """Rows of weight 2.5 come two or three times, those of 0.5 once or not; none of them validates as well."""
     many = write_rows(tmp_path / "many.jsonl", [{"instruction": "a", "output": f"many {i}"} for i in range(20)])
     few = write_rows(tmp_path / "few.jsonl", [{"instruction": "a", "output": f"few {i}"} for i in range(20)])
-    result = cli(SCRIPT, **flags, json_path=f"{many}=2.5,{few}=0.5", validation_fraction=0.2)
+    result = cli(SCRIPT, **flags, data_path=f"{many}=2.5,{few}=0.5", validation_fraction=0.2)
     assert result.code == 0, result.err
     train, validation = texts(tmp_path / "d", llama), texts(tmp_path / "d", llama, "validation")
     counts = [train.count(f"amany {i}") for i in range(20)]
@@ -108,7 +108,7 @@ def test_mixed_by_weight(cli, llama, flags, tmp_path):
     drawn = len({*train, *validation} - {f"amany {i}" for i in range(20)})
     assert drawn == 10 and counts.count(0) + sum(text.startswith("afew") for text in validation) == 6
     assert audit(tmp_path / "d")["rows_kept"] == len(train)
-    cli(SCRIPT, **flags | {"destination_path": tmp_path / "e"}, json_path=f"{many}=2.5,{few}=0.5",
+    cli(SCRIPT, **flags | {"out_dir": tmp_path / "e"}, data_path=f"{many}=2.5,{few}=0.5",
         validation_fraction=0.2)  # fmt: skip
     assert all(
         (tmp_path / "d" / n).read_bytes() == (tmp_path / "e" / n).read_bytes() for n in os.listdir(tmp_path / "d")
@@ -117,14 +117,14 @@ def test_mixed_by_weight(cli, llama, flags, tmp_path):
 
 def test_weights_that_take_nothing(cli, flags, tmp_path):
     path = write_rows(tmp_path / "r.jsonl")
-    cli(SCRIPT, **flags, json_path=f"{path}=0.01").refused("r.jsonl=0.01", "take none of the rows")
+    cli(SCRIPT, **flags, data_path=f"{path}=0.01").refused("r.jsonl=0.01", "take none of the rows")
 
 
 def test_duplicates(cli, llama, flags, tmp_path):
     """Of rows that render alike the first stays, also between training and validation."""
     path = write_rows(tmp_path / "r.jsonl", [*ROWS, *ROWS[:7], {"instruction": "b", "output": "c"}])
     held = write_rows(tmp_path / "v.jsonl", [*ROWS[:3], {"instruction": "held", "output": "out"}])
-    result = cli(SCRIPT, **flags, json_path=path, validation_path=held, deduplicate=True)
+    result = cli(SCRIPT, **flags, data_path=path, validation_path=held, deduplicate=True)
     assert result.code == 0 and "rows dropped: duplicate" in result.out
     expected = ["\n\n".join(filter(None, (r["instruction"], r["input"]))) + r["output"] for r in ROWS]
     assert texts(tmp_path / "d", llama) == [*expected, "bc"]
@@ -136,10 +136,10 @@ def test_bad_rows_are_counted_or_left_out(cli, llama, flags, tmp_path):
     path = write_rows(tmp_path / "r.jsonl")
     bad = ["{", '{"instruction": "a"}', "[]", '{"messages": "no"}', '{"messages": [{"role": "user", "content": 5}]}']
     path.write_bytes(path.read_bytes() + "\n".join(bad).encode() + b'\n{"instruction": "\xff"}\n')
-    result = cli(SCRIPT, **flags, json_path=path)
+    result = cli(SCRIPT, **flags, data_path=path)
     result.refused("r.jsonl: line 21: not JSON", "5 more rows cannot be used")
     assert not (tmp_path / "d").exists()
-    result = cli(SCRIPT, **flags, json_path=path, skip_bad_rows=True)
+    result = cli(SCRIPT, **flags, data_path=path, skip_bad_rows=True)
     assert result.code == 0 and "6 rows cannot be used and are left out, the first: " in result.out
     assert sum(audit(tmp_path / "d", split)["rows_kept"] for split in dataset.SPLITS) == len(ROWS)
 
@@ -156,9 +156,9 @@ def test_rows_that_the_template_refuses(cli, llama, flags, tmp_path):
         {"role": "assistant", "content": "b"},
     ]
     path = write_rows(tmp_path / "r.jsonl", [{"messages": messages[1:]}, {"messages": messages}] * 3)
-    cli(SCRIPT, **flags, json_path=path).refused("r.jsonl: line 2: ", "no system")
+    cli(SCRIPT, **flags, data_path=path).refused("r.jsonl: line 2: ", "no system")
     good = write_rows(tmp_path / "v.jsonl", [{"messages": messages[1:]}])
-    assert cli(SCRIPT, **flags, json_path=path, validation_path=good, skip_bad_rows=True).code == 0
+    assert cli(SCRIPT, **flags, data_path=path, validation_path=good, skip_bad_rows=True).code == 0
     assert audit(tmp_path / "d")["rows_dropped"] == {"refused by the template": 3}
 
 
@@ -174,16 +174,16 @@ def test_conversations_as_people_have_them(cli, llama, flags, tmp_path):
         {"messages": plain, "tools": "[]"},
     ]
     path = write_rows(tmp_path / "r.jsonl", several)
-    assert cli(SCRIPT, **flags, json_path=path, validation_path=path).code == 0
+    assert cli(SCRIPT, **flags, data_path=path, validation_path=path).code == 0
     assert len(set(texts(tmp_path / "d", llama))) == 1
     for wrong, words in (
         ({"tool_calls": [{"function": {}}]}, "tool_calls"), ({"train": "no"}, "train"), ({"weight": 0.5}, "weight"),
         ({"content": [{"type": "text"}]}, '"content": text'), ({"content": None}, '"content": text'),
     ):  # fmt: skip
         path = write_rows(tmp_path / "w.jsonl", [{"messages": [plain[0], plain[1] | wrong]}])
-        cli(SCRIPT, **flags | {"destination_path": tmp_path / "e"}, json_path=path).refused("line 1", words)
+        cli(SCRIPT, **flags | {"out_dir": tmp_path / "e"}, data_path=path).refused("line 1", words)
     path = write_rows(tmp_path / "w.jsonl", [{"messages": plain, "tools": {"a": 1}}])
-    cli(SCRIPT, **flags | {"destination_path": tmp_path / "e"}, json_path=path).refused("line 1", "tools")
+    cli(SCRIPT, **flags | {"out_dir": tmp_path / "e"}, data_path=path).refused("line 1", "tools")
 
 
 def test_answers_that_the_template_cuts_are_named(cli, flags, tmp_path):
@@ -195,7 +195,7 @@ def test_answers_that_the_template_cuts_are_named(cli, flags, tmp_path):
     whole = [reasoned[0], {"role": "assistant", "content": "a"}]
     path = write_rows(tmp_path / "r.jsonl", [{"messages": reasoned}, {"messages": whole}])
     good = write_rows(tmp_path / "v.jsonl", [{"messages": whole}])
-    flags |= {"prompt_style": tmp_path / "t.jinja", "json_path": path, "validation_path": good}
+    flags |= {"prompt_style": tmp_path / "t.jinja", "data_path": path, "validation_path": good}
     cli(SCRIPT, **flags).refused("1 rows have no supervised token", "line 1", "of 1 answers the template leaves")
     assert cli(SCRIPT, **flags, allow_unsupervised=True).code == 0
     assert audit(tmp_path / "d")["answers_not_shown_in_full"] == 1 and audit(tmp_path / "d")["rows_kept"] == 1
@@ -203,13 +203,13 @@ def test_answers_that_the_template_cuts_are_named(cli, flags, tmp_path):
 
 def test_what_is_missing_is_said(cli, flags, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    cli(SCRIPT, **flags, json_path="owner/name").refused("pip install 'lit-gpt[datasets]'")
+    cli(SCRIPT, **flags, data_path="owner/name").refused("pip install 'lit-gpt[datasets]'")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "r.parquet").touch()
-    cli(SCRIPT, **flags, json_path=tmp_path / "r.parquet").refused("r.parquet", "pip install 'lit-gpt[parquet]'")
+    cli(SCRIPT, **flags, data_path=tmp_path / "r.parquet").refused("r.parquet", "pip install 'lit-gpt[parquet]'")
     monkeypatch.undo()
     pytest.importorskip("pyarrow")
-    cli(SCRIPT, **flags, json_path=tmp_path / "r.parquet").refused("r.parquet", "Parquet")
+    cli(SCRIPT, **flags, data_path=tmp_path / "r.parquet").refused("r.parquet", "Parquet")
 
 
 def test_folders_that_datasets_has_saved(cli, flags, llama, tmp_path):
@@ -220,29 +220,38 @@ def test_folders_that_datasets_has_saved(cli, flags, llama, tmp_path):
     for name, expected in (("whole", ROWS), ("splits", ROWS), ("splits:test", ROWS[:2])):
         assert [row.fields for row in Source(str(tmp_path / name)).rows()] == expected
     for name, words in (("splits:dev", "dev"), ("d.txt", "expected a file that ends in")):
-        cli(SCRIPT, **flags, json_path=tmp_path / name).refused(name, words)
-    assert cli(SCRIPT, **flags, json_path=f"{tmp_path / 'splits'},{tmp_path / 'splits:test'}=2").code == 0
-    assert len(texts(flags["destination_path"], llama)) > len(ROWS)
+        cli(SCRIPT, **flags, data_path=tmp_path / name).refused(name, words)
+    assert cli(SCRIPT, **flags, data_path=f"{tmp_path / 'splits'},{tmp_path / 'splits:test'}=2").code == 0
+    assert len(texts(flags["out_dir"], llama)) > len(ROWS)
 
 
-@pytest.mark.parametrize("change", ["longer", "shorter", "damaged", "gone"])
-def test_rows_that_change_while_they_are_prepared(cli, llama, flags, tmp_path, monkeypatch, change):
-    """Between the two times that they are read."""
-    path, validate_rows = tmp_path / "r.jsonl", prepare.validate_rows
-    write_rows(path, ROWS)
+def test_rows_are_read_once(cli, llama, flags, tmp_path, monkeypatch):
+    """Whatever splits, weights and duplicates need to know of all of them: a source may be a stream."""
+    path, read = write_rows(tmp_path / "r.jsonl", [*ROWS, *ROWS[:3]]), []
+    held = write_rows(tmp_path / "v.jsonl", ROWS[:1])
+    rows_of = Source.rows
+    monkeypatch.setattr(
+        Source, "rows", lambda self: (read.append((self.name, row.where)) or row for row in rows_of(self))
+    )
+    for name, more in (("d", {}), ("e", {"validation_path": held}), ("f", {"deduplicate": True})):
+        read.clear()
+        cli(SCRIPT, **flags | {"out_dir": tmp_path / name, "data_path": f"{path}=1.5"} | more)
+        assert len(read) == len(set(read)) == 23 + len(more.keys() & {"validation_path"})
+        assert sorted(os.listdir(tmp_path / name)) == ["data.json", "train.safetensors", "validation.safetensors"]
 
-    def validate_then_change(*arguments):
-        counts, lines = validate_rows(*arguments), path.read_text().splitlines(keepends=True)
-        texts = {"longer": lines + lines[:1], "shorter": lines[:-1], "damaged": [*lines[:-1], lines[-1][:9]]}
-        path.unlink()
-        if change in texts:
-            path.write_text("".join(texts[change]))
-        return counts
 
-    monkeypatch.setattr(prepare, "validate_rows", validate_then_change)
-    words = ["no such file"] if change == "gone" else ["changed while it was prepared", "nothing was written"]
-    cli(SCRIPT, **flags, json_path=path).refused("r.jsonl: ", *words)
-    assert not flags["destination_path"].exists() and not (tmp_path / ".d.tmp").exists()
+def test_a_row_of_no_weight_is_not_refused_by_the_template(cli, llama, flags, tmp_path):
+    """Rows that no split takes are rendered with the others, and what becomes of them is not counted."""
+    (tmp_path / "t.jinja").write_text(
+        "{% for m in messages %}{{ raise_exception('no') if m.content == 'x' }}{{ m.content + eos_token }}{% endfor %}"
+    )
+    flags["prompt_style"] = tmp_path / "t.jinja"
+    bad = write_rows(tmp_path / "bad.jsonl", [{"instruction": "x", "output": "b"}] * 2)
+    good = write_rows(tmp_path / "good.jsonl", ROWS)
+    result = cli(SCRIPT, **flags, data_path=f"{good},{bad}=0.1")
+    assert result.code == 0, result.err
+    assert sum(audit(tmp_path / "d", split)["rows_kept"] for split in dataset.SPLITS) == len(ROWS)
+    cli(SCRIPT, **flags | {"out_dir": tmp_path / "e"}, data_path=f"{good},{bad}=1").refused("bad.jsonl: line 1: ", "no")
 
 
 @pytest.mark.subprocess
@@ -251,16 +260,16 @@ def test_killed_in_the_middle(llama, flags, tmp_path, cli):
     path = write_rows(
         tmp_path / "r.jsonl", [{"instruction": f"a {i}", "output": "the cat " * 30} for i in range(20_000)]
     )
-    process = spawn(SCRIPT, **flags, json_path=path)
-    half_made = tmp_path / ".d.tmp" / "train.tokens"
+    process = spawn(SCRIPT, **flags, data_path=path)
+    half_made = tmp_path / ".d.tmp" / "rows.tokens"
     while not (half_made.exists() and half_made.stat().st_size):
         assert process.poll() is None
         time.sleep(0.01)
-    cli(SCRIPT, **flags, json_path=write_rows(tmp_path / "few.jsonl")).refused("another process is writing it")
+    cli(SCRIPT, **flags, data_path=write_rows(tmp_path / "few.jsonl")).refused("another process is writing it")
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert half_made.exists() and not (tmp_path / "d").exists()
-    assert cli(SCRIPT, **flags, json_path=tmp_path / "few.jsonl").code == 0
+    assert cli(SCRIPT, **flags, data_path=tmp_path / "few.jsonl").code == 0
     assert sorted(os.listdir(tmp_path / "d")) == ["data.json", "train.safetensors", "validation.safetensors"]
     assert len(texts(tmp_path / "d", llama)) == 19 and not (tmp_path / ".d.tmp").exists()
 
