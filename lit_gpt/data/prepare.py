@@ -68,10 +68,7 @@ def prepare(
         print_audit(audits, first, tokenizer, style, limit)
         refuse_unusable(audits, taken, tokenization, args)
         if not apart:
-            generator = torch.Generator().manual_seed(args.seed % 2**63)
-            kept["validation"] = kept["validation"][
-                torch.randperm(len(kept["validation"]), generator=generator).numpy()
-            ]
+            kept["validation"] = shuffled(kept["validation"], args.seed)
         for name, rows_of_split in kept.items():
             store.write(folder / f"{name}.safetensors", rows_of_split)
         store.remove()
@@ -82,6 +79,11 @@ def prepare(
     print(
         f"\nwrote {out_dir}; next: python finetune/lora.py --checkpoint_dir {args.checkpoint_dir} --data_dir {out_dir}"
     )
+
+
+def shuffled(rows: np.ndarray, seed: int) -> np.ndarray:
+    """Return rows in a random order."""
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed % 2**63)).numpy()]
 
 
 def tokenize_rows(

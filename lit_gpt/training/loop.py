@@ -164,6 +164,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 def profile_steps(steps: int, path: Path) -> torch.profiler.profile:
     """Return a profiler that traces the steps after the first one and writes the trace, which Perfetto opens."""
     return torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=1, warmup=0, active=steps, repeat=1),
+        schedule=torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1),
         on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
     )

@@ -79,7 +79,7 @@ def same_run(one: Path, other: Path, method: str) -> None:
     """Assert that two runs went the same way and ended with the same weights, up to rounding."""
     for a, b in zip(metrics(one), metrics(other), strict=True):
         assert a["tokens"] == b["tokens"]
-        for column in ("loss", "val_loss", "lr"):
+        for column in ("loss", "val_loss", "lr", "grad_norm"):
             assert float(a[column] or 0) == pytest.approx(float(b[column] or 0), rel=1e-5), (a, b)
     weights, others = weights_of(one, method), weights_of(other, method)
     assert all(torch.allclose(weights[name], others[name], rtol=1e-4, atol=1e-5) for name in weights)
