@@ -94,7 +94,7 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, segments
 
 
 def use_blockwise(q: Tensor, scores: ScoreParams) -> bool:
-    """Return whether to attend by products of whole matrices: where torch's own kernel is slow, or knows no soft cap."""
+    """Return whether to attend by whole matrix products: where torch's own kernel is slow, or knows no soft cap."""
     return trains_on_cpu(q) or scores.softcap is not None
 
 
