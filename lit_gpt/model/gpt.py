@@ -146,7 +146,7 @@ class GPT(nn.Module):
         return cache[0].length > 0 and cache[0].uses_long_rope != self.rope.is_long(length)
 
     def kv_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """Make an empty cache for `batch_size` sequences of `max_length` tokens at most, in the model's dtype, on its device."""
+        """Make an empty cache in the model's dtype for `batch_size` sequences of up to `max_length` tokens."""
         shape = (batch_size, self.config.n_query_groups, max_length, self.config.head_size)
         new = partial(torch.zeros, shape, device=self.wte.weight.device, dtype=self.dtype)
         return [LayerCache(new(), new()) for _ in self.h]
