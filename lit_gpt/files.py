@@ -17,7 +17,7 @@ from lit_gpt.errors import UserError
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, file or folder, when the block ends without an error."""
+    """Yield a temporary path that replaces the file `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -31,17 +31,19 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def check_new(path: Path) -> None:
+    """Refuse a path that exists, unless it is an empty folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: already exists and is not an empty folder; choose another or remove it")
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `path` when the block ends without an error. What a killed process has left of
-    one is removed first.
+    """Yield a temporary folder that becomes `path` when the block ends without an error.
+
+    What a killed process has left of one is removed first.
 
     Raises:
-        UserError: `path` exists and holds something; it is never overwritten. Or another process is writing it.
+        UserError: `path` exists and holds something, which is never overwritten, or another process is writing it.
     """
     path = Path(path)
     check_new(path)
@@ -74,7 +76,7 @@ def take_lock(opened: int, path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Raises UserError if the file is missing or is not a JSON object."""
+    """Read a JSON object; raise UserError if the file is missing or holds something else."""
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -8,27 +8,32 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-if TYPE_CHECKING:
-    pass
-
-
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MADV_PAGEOUT = 21  # of Linux 5.4 on
-_before = 0  # the peak up to the last `restart`
+
+
+class _Peak:
+    """The process's peak up to the last `reset_peak`, which the system then forgets."""
+
+    before_reset = 0
+
+
+_PEAK = _Peak()
 
 
 def peak_memory_bytes() -> int:
-    """The most memory held at once so far: allocated on the GPU if there is one, else resident."""
-    return max(_before, peak_since_reset())
+    """Return the most memory held at once so far: allocated on the GPU if there is one, else resident."""
+    return max(_PEAK.before_reset, peak_since_reset())
 
 
 def peak_since_reset() -> int:
+    """Return the most memory, in bytes, held at once since the last `reset_peak`."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if STATUS.exists():  # Linux
@@ -38,19 +43,18 @@ def peak_since_reset() -> int:
 
 
 def device_memory(device: torch.device) -> int:
-    """Bytes of memory that the device has."""
+    """Return how many bytes of memory the device has."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def reset_peak(model: nn.Module) -> int:
-    """Begin to look for a new peak; returns the memory that is held now, with all of the model's weights."""
-    global _before
+    """Begin a new peak; return the bytes that are held now, with all of the model's weights."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and not hasattr(parameter, "full_tensor"):
             parameter.detach().sum()  # reads what is mapped from a file
-    _before = peak_memory_bytes()
+    _PEAK.before_reset = peak_memory_bytes()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -63,7 +67,7 @@ def reset_peak(model: nn.Module) -> int:
 
 
 def field(name: str) -> int:
-    """Bytes, from Linux's account of this process."""
+    """Return a field of Linux's account of this process, in bytes."""
     return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name)) * 1024
 
 
@@ -80,8 +84,10 @@ def page_out(tensor: Tensor) -> None:
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Tensors made in it are on the meta device, and modules do not initialize theirs: torch would import its compiler
-    to do so, which takes a second and 70 MB."""
+    """Create tensors on the meta device within the block, and leave those of modules uninitialized.
+
+    To initialize them torch would import its compiler, which takes a second and 70 MB.
+    """
     with torch.device("meta"), _NoInit():
         yield
 
@@ -97,4 +103,5 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def default_device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

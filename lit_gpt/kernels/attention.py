@@ -38,7 +38,7 @@ class ScoreParams:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, lengths: tuple[int, ...]) -> Tensor:
-    """Causal attention within each of the samples that make up a row.
+    """Compute causal attention within each of the samples that make up a row.
 
     Args:
         q: (B, n_head, T, head_size). k, v: (B, n_query_groups, T, head_size).
@@ -155,7 +155,7 @@ class _Probabilities:
         return slice(block.begin * self.heads, block.end * self.heads)
 
     def of(self, block: _Block) -> tuple[Tensor, Tensor | None]:
-        """The probabilities; and the soft cap's slope at each score, if there is one."""
+        """Return the probabilities of a block, and the soft cap's slope at each score, if there is one."""
         queries, keys = self.scaled
         n, seen, before = block.end - block.begin, block.end - block.first, block.begin - block.first
         scores, slope = queries[:, self.rows(block)] @ keys[:, block.keys].mT, None
@@ -171,7 +171,7 @@ class _Probabilities:
 
     @cached_property
     def later(self) -> Tensor:
-        """-inf where a key comes after the query."""
+        """The mask of a block: -inf where a key comes after the query, else 0."""
         shape = QUERY_BLOCK, QUERY_BLOCK
         return torch.full(shape, -torch.inf, dtype=_wide(self.q), device=self.q.device).triu_(1)
 
@@ -181,12 +181,13 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _by_group(x: Tensor, k: Tensor) -> Tensor:
+    """Lay out x (B, heads, T, head_size) by the groups of k: (B * n_query_groups, T * heads of a group, head_size)."""
     B, G, T, size = k.shape
     return x.view(B, G, -1, T, size).transpose(2, 3).reshape(B * G, -1, size)
 
 
 def _by_head(x: Tensor, like: Tensor) -> Tensor:
-    """Heads like those of `like` (B, n_head, T, head_size) again, in memory as (B, T, n_head, head_size)."""
+    """Return x in the shape of `like` (B, n_head, T, head_size), in memory as (B, T, n_head, head_size)."""
     B, H, T, size = like.shape
     heads = torch.empty(B, T, H, size, dtype=like.dtype, device=like.device)
     groups = x.size(0) // B

@@ -20,12 +20,12 @@ def functions(name: str) -> dict[str, tuple[list[Any], Any]]:
     Raises:
         KeyError: A parameter has a type that ctypes is not told about here.
     """
-    found = {}
+    signatures = {}
     for result, function, both, parameters in _FUNCTION.findall(_exported(name)):
         types = [_argument_type(parameter) for parameter in parameters.split(",") if parameter.strip()]
         for suffix in ("_bf16", "_f32") if both else ("",):
-            found[function + suffix] = types, ctypes.c_void_p if "*" in result else None
-    return found
+            signatures[function + suffix] = types, ctypes.c_void_p if "*" in result else None
+    return signatures
 
 
 def _exported(name: str) -> str:

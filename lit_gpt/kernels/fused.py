@@ -26,8 +26,8 @@ DROPOUT_STEPS = 1024
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
-class _Forgetful:
-    """The context of a forward pass that no backward follows."""
+class _NoContext:
+    """Stands for the context of a forward pass that no backward follows."""
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         pass
@@ -36,15 +36,17 @@ class _Forgetful:
 
 
 def apply_or_forward(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
-    """What a function gives, by its forward pass alone where no gradients are wanted: torch.compile takes that more
-    readily."""
-    return function.apply(*arguments) if torch.is_grad_enabled() else function.forward(_Forgetful(), *arguments)
+    """Return a function's result, by its forward pass alone where no gradients are wanted.
+
+    torch.compile takes that more readily.
+    """
+    return function.apply(*arguments) if torch.is_grad_enabled() else function.forward(_NoContext(), *arguments)
 
 
 def low_rank_update(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, parts: list[tuple[int, int]], scale: float, dropout: float
 ) -> Tensor:
-    """y with scale * B_i A_i dropout(x) added to its columns `parts[i]`, in place (Hu et al. 2021, LoRA).
+    """Add scale * B_i A_i dropout(x) to the columns `parts[i]` of y in place, and return y (Hu et al. 2021, LoRA).
 
     Args:
         y: (T, out_features), of the dtype of the arithmetic; what made it must not have kept it.
@@ -113,7 +115,7 @@ class _LowRankUpdate(torch.autograd.Function):
 
 
 def _parts(ctx: Any, y: Tensor, low: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each part: its columns of y, its columns of the low-rank product, and its scaled B."""
+    """Yield for each part its columns of y, its columns of the low-rank product, and its scaled B."""
     B = (B * ctx.factor).to(y.dtype)
     weights = B.split([stop - start for start, stop in ctx.parts])
     for (start, stop), rows, weight in zip(ctx.parts, low.split(B.size(1), dim=-1), weights, strict=True):
@@ -121,7 +123,7 @@ def _parts(ctx: Any, y: Tensor, low: Tensor, B: Tensor) -> Iterator[tuple[Tensor
 
 
 def random_bits(n: int, kept: int, device: torch.device) -> Tensor:
-    """Independent bits, each 1 with probability kept / DROPOUT_STEPS: int64 (ceil(n / 64),)."""
+    """Return n independent bits, each 1 with probability kept / DROPOUT_STEPS, as int64 (ceil(n / 64),)."""
     words = -(-n // 64)
     if device.type != "cpu":
         return _packed(torch.empty(64 * words, dtype=torch.bool, device=device).bernoulli_(kept / DROPOUT_STEPS))
@@ -137,7 +139,7 @@ def random_bits(n: int, kept: int, device: torch.device) -> Tensor:
 
 @torch.library.custom_op("lit_gpt::fair_words", mutates_args=())
 def fair_words(n: int, seed: Tensor) -> Tensor:
-    """Random int64 (n,) on the CPU in a quarter of the time that torch's own words take.
+    """Return random int64 (n,) on the CPU in a quarter of the time that torch's own words take.
 
     Args:
         seed: int64 (1,). A tensor, for torch.compile takes two calls of the same arguments to be one.
@@ -151,13 +153,13 @@ def _(n: int, seed: Tensor) -> Tensor:
 
 
 def _packed(bools: Tensor) -> Tensor:
-    """A bit for each of 64 n bools, in some order: int64 (n,)."""
+    """Pack 64 n bools as bits, in some order: int64 (n,)."""
     # the factor moves the lowest bit of each of eight bytes to another place in the highest byte
     return (bools.view(torch.int64) * 0x0102040810204080 >> 56).to(torch.int8).view(torch.int64)
 
 
 def _dropped(x: Tensor, bits: Tensor | None) -> Tensor:
-    """x, contiguous, with zero where its bit is 0."""
+    """Return x, contiguous, with zero where its bit is 0."""
     if bits is None:
         return x
     size = x.element_size()
@@ -168,7 +170,7 @@ def _dropped(x: Tensor, bits: Tensor | None) -> Tensor:
 
 
 def scaled(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """scale * (y + shift) (Gao et al. 2023, LLaMA-Adapter V2); y: (..., size), scale, shift: float32 (size,)."""
+    """Return scale * (y + shift) (Gao et al. 2023, LLaMA-Adapter V2); y: (..., size), scale, shift: float32 (size,)."""
     return apply_or_forward(_Scaled, y, scale, shift)
 
 
@@ -190,7 +192,7 @@ class _Scaled(torch.autograd.Function):
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    """(offset + weight) * x / rms(x) (Zhang & Sennrich 2019); x: (..., size), weight: (size,).
+    """Return (offset + weight) * x / rms(x) (Zhang & Sennrich 2019); x: (..., size), weight: (size,).
 
     The mean square is taken in float32, and with an offset, to which narrow weights would be lost, so is all.
     """
@@ -260,7 +262,7 @@ ACTIVATIONS = {
 
 
 def gated(gate_up: Tensor, activation: Activation) -> Tensor:
-    """activation(gate) * up (Shazeer 2020); gate_up: (..., 2 * size), the gate's half first."""
+    """Return activation(gate) * up (Shazeer 2020); gate_up: (..., 2 * size), the gate's half first."""
     return apply_or_forward(_Gated, gate_up, activation)
 
 
@@ -288,7 +290,7 @@ class _Gated(torch.autograd.Function):
 
 
 def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int) -> Tensor:
-    """qkv with the first rope_n_elem elements of its first `heads` heads rotated (Su et al. 2021, RoFormer).
+    """Rotate the first rope_n_elem elements of the first `heads` heads of qkv, in a copy (Su et al. 2021, RoFormer).
 
     Args:
         qkv: (B, T, any number of heads * head_size).

@@ -1,6 +1,6 @@
 """The C++ kernels of lit_gpt/kernels/cpp as torch operators, whose shapes FakeTensorMode knows as well.
 
-lit_gpt.kernels.fused chooses between them and torch's formulas; `serves` says whether they can be had for some tensors.
+lit_gpt.kernels.fused chooses between them and torch's formulas; `supports` says which tensors they serve.
 """
 
 import ctypes
@@ -24,15 +24,16 @@ _operators = torch.library.Library("lit_gpt", "FRAGMENT")
 
 
 def supports(*tensors: Tensor) -> bool:
-    """Whether there are kernels for tensors like these: on the CPU, all in bfloat16 or all in float32.
+    """Return whether there are kernels for tensors like these: on the CPU, all in bfloat16 or all in float32.
 
-    Not while torch.compile looks, which makes its own.
+    There are none while torch.compile traces, which makes its own.
     """
     first = tensors[0]
     return all(x.dtype == first.dtype for x in tensors) and supports_on(first.device, first.dtype)
 
 
 def supports_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether there are kernels for tensors of this dtype on this device."""
     return device.type == "cpu" and dtype in SUFFIXES and not torch.compiler.is_compiling() and available()
 
 
@@ -80,7 +81,7 @@ def _norm_results(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple
 
 @_operator("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> (Tensor, Tensor)", _norm_results)
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
-    """The normed x, and the inverse of each row's rms, float32."""
+    """Return the normed x, and the inverse of each row's rms, float32 (..., 1)."""
     y, inverse = _norm_results(x, weight, eps, offset)
     _call("layers", "rms_norm", x, _rows(x), x.size(-1), x, weight, eps, offset, y, inverse)
     return y, inverse
@@ -106,6 +107,7 @@ def _half(gate_up: Tensor, kind: int) -> Tensor:
 
 @_operator("gated(Tensor gate_up, int kind) -> Tensor", _half)
 def gated(gate_up: Tensor, kind: int) -> Tensor:
+    """Return activation(gate) * up; `kind` is one of ACTIVATION_NUMBERS."""
     y = _half(gate_up, kind)
     _call("layers", "gated", y, _rows(y), y.size(-1), kind, gate_up, y)
     return y
@@ -123,7 +125,7 @@ def gated_backward(grad: Tensor, gate_up: Tensor, kind: int) -> Tensor:
     lambda x, *_: _like(x),
 )
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int, sign: float) -> Tensor:
-    """x (rows, ...) rotated by angles (rows, rope_n_elem)."""
+    """Return x (rows, ...) rotated by angles (rows, rope_n_elem)."""
     y = _like(x)
     sizes = _rows(x), x.size(-1) // head_size, heads, head_size, cos.size(-1) // 2
     _call("layers", "rotate", x, *sizes, x, cos, sin, sign, y)
@@ -145,7 +147,7 @@ def _padded(r: int) -> int:
 
 
 def _pad_ranks(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """In float32, with ranks of zeros added up to a multiple of 8."""
+    """Return both in float32, with ranks of zeros added up to a multiple of 8."""
     A, B, r = A.float(), B.float(), B.size(1)
     if r % 8 == 0:
         return A.contiguous(), B.contiguous()
@@ -165,7 +167,7 @@ def lora_(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, seed: Tensor, threshold: int,
     starts: list[int], stops: list[int], factor: float,
 ) -> Tensor:  # fmt: skip
-    """Adds to y in place, returns dropout(x) A^T, float32.
+    """Add the update to y in place; return dropout(x) A^T, float32.
 
     Args:
         seed: int64 (1,), from which it follows which elements are dropped.
@@ -188,7 +190,7 @@ def lora_backward(
     grad: Tensor, x: Tensor, A: Tensor, B: Tensor, seed: Tensor, threshold: int,
     starts: list[int], stops: list[int], factor: float, low: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, through the update alone, A and B."""
+    """Return the gradients of x, through the update alone, of A and of B."""
     r, (wide_A, wide_B) = B.size(1), _pad_ranks(A, B)
     grads = x_grad, A_grad, B_grad = _lora_grads(grad, x, wide_A, wide_B)
     parts = len(starts), wide_B.size(1), _int_array(starts), _int_array(stops)
@@ -229,7 +231,7 @@ def supports_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _by_token(x: Tensor, heads: int) -> Tensor:
-    """Memory for (B, heads, T, head_size), in which the heads of a token lie next to each other."""
+    """Return memory for (B, heads, T, head_size), in which the heads of a token lie next to each other."""
     B, _, T, size = x.shape
     return x.new_empty(B, T, heads, size).transpose(1, 2)
 
@@ -243,7 +245,7 @@ def _attention_results(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     _attention_results,
 )
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """(B, n_head, T, head_size), and the logarithm of each query's sum of exponentials, float32 (B, n_head, T)."""
+    """Return y like q, and the logarithm of each query's sum of exponentials, float32 (B, n_head, T)."""
     y, log_sums = _attention_results(q)
     heads = (_Heads.of(x) for x in (q, k, v, y))
     _call("attention", "attention", q, _Sizes.of(q, k, scale, window, lengths), *heads, log_sums)
@@ -262,6 +264,7 @@ def _attention_grads(grad: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[Tenso
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, log_sums: Tensor, scale: float, window: int, lengths: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v."""
     grads = _attention_grads(grad, q, k)
     by_head = [q.new_empty(q.shape, dtype=torch.float32) for _ in range(2)]  # of keys and values, not yet summed
     heads = (_Heads.of(x) for x in (q, k, v, grad))
@@ -278,7 +281,7 @@ def quantized_format(codes: Tensor, scale: Tensor) -> int:
 
 
 def supports_dequantize(codes: Tensor, scale: Tensor) -> bool:
-    """Where the kernels serve."""
+    """Return whether the kernels can read these codes and scales."""
     return codes.is_contiguous() and scale.dtype in SUFFIXES
 
 
@@ -289,7 +292,7 @@ def supports_dequantize(codes: Tensor, scale: Tensor) -> bool:
 def dequantize(
     codes: Tensor, scale: Tensor, zero: Tensor | None, pairs: Tensor | None, columns: int, dtype: torch.dtype
 ) -> Tensor:
-    """The weight (rows, columns).
+    """Return the weight (rows, columns) of quantized codes, in `dtype`.
 
     Args:
         codes: int8 (rows, columns), or uint8 (rows, groups * 32) with two codes of 4 bits in each.

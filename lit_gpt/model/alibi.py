@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def with_alibi(q: Tensor, k: Tensor, v: Tensor, scale: float, positions: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v with 8 more elements per head, by which the scores also have ALiBi's bias (Press et al. 2022).
+    """Return q, k and v with 8 more elements per head, which add ALiBi's bias to the scores (Press et al. 2022).
 
     The bias is -slope * (query's position - key's). Softmax does not see what all keys have in common, so it may be
     slope * key's position as well; bfloat16 holds a position exactly in two parts, up to 65,536. So any kernel serves,
@@ -30,8 +30,10 @@ def with_alibi(q: Tensor, k: Tensor, v: Tensor, scale: float, positions: Tensor)
 
 
 def alibi_slopes(n_head: int, device: torch.device | None = None) -> Tensor:
-    """float32 (n_head,): 2^(-8 i / n) of the i-th of n heads if n is a power of two. If it lies between two of them,
-    first those of the lower, then every other one of the upper."""
+    """Return each head's slope, float32 (n_head,): 2^(-8 i / n) for the i-th of n heads if n is a power of two.
+
+    If n lies between two powers, the slopes of the lower come first, then every other one of the upper.
+    """
     n = 2 ** math.ceil(math.log2(n_head))
     slopes = torch.exp2(torch.arange(1, n + 1, device=device) * (-8 / n))
     return slopes if n == n_head else torch.cat((slopes[1::2], slopes[::2]))[:n_head]

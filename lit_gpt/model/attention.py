@@ -28,7 +28,7 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, sum(self.sizes), bias=config.qkv_bias)
         self.qk_norm = QKNorm(config) if config.qk_norm else None
         self.proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
-        self.register_module("prefix", None)  # adds to what the queries find; see lit_gpt.methods.adapter
+        self.register_module("prefix", None)  # adds to the attention output; see lit_gpt.methods.adapter
 
     def attend(
         self,
@@ -38,7 +38,7 @@ class CausalSelfAttention(nn.Module):
         segments: Segments | None,
         cache: LayerCache | DecodeCache | PackedPrefillCache | None,
     ) -> Tensor:
-        """What the queries find, (B, T, n_head * head_size); q, k, v as `heads` gives them."""
+        """Return the attention output (B, T, n_head * head_size) for q, k, v as `project_qkv` gives them."""
         if cache is not None:
             k, v = cache.append(k, v)
         heads = q, k, v
@@ -58,7 +58,11 @@ class CausalSelfAttention(nn.Module):
         return y.transpose(1, 2).flatten(2)
 
     def project_qkv(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, n_head, T, head_size), keys and values (B, n_query_groups, T, head_size) of x (B, T, n_embd)."""
+        """Project x (B, T, n_embd) to queries, keys and values.
+
+        Returns:
+            Queries (B, n_head, T, head_size); keys and values (B, n_query_groups, T, head_size).
+        """
         qkv = self.qkv(x)
         if self.qk_norm is not None:
             q, k, v = qkv.split(self.sizes, dim=-1)

@@ -1,4 +1,4 @@
-"""What a model is made of. Which checkpoints exist is the families' business (lit_gpt/families)."""
+"""The configuration of a model. Which checkpoints exist is the families' business (lit_gpt/families)."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -82,7 +82,7 @@ class Config:
         return int(self.rotary_percentage * self.head_size)
 
     def window(self, layer: int) -> int | None:
-        """How many tokens one sees in this layer, itself included; None: all before it."""
+        """Return how many tokens one sees in this layer, itself included; None for all before it."""
         return None if layer in self.global_layers else self.sliding_window
 
     @property
@@ -93,7 +93,7 @@ class Config:
 
     @classmethod
     def from_checkpoint(cls, checkpoint_dir: Path) -> "Config":
-        """The Config of a converted checkpoint folder, from its `lit_config.json`.
+        """Read the Config of a converted checkpoint folder from its `lit_config.json`.
 
         Raises:
             UserError: the file is missing, or is not what scripts/convert_hf_checkpoint.py writes.

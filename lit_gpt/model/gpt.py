@@ -38,7 +38,7 @@ class GPT(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Make head and embedding one parameter, if the model has it so. To be repeated after weights are assigned."""
+        """Make head and embedding one parameter, if the model ties them; repeat this after weights are assigned."""
         if self.config.tie_embeddings:
             for name, parameter in self.wte.named_parameters():  # several, if it is quantized
                 setattr(self.lm_head, name, parameter)
@@ -51,12 +51,12 @@ class GPT(nn.Module):
         targets: Targets | None = None,
         last: bool = False,
     ) -> Tensor:
-        """Logits, or the loss if `targets` are given.
+        """Return logits, or the loss if `targets` are given.
 
         Args:
             idx: token ids, int64 (B, T).
             segments: boundaries of the samples packed into the row; B must be 1. None: each row is one sequence.
-            cache: what `kv_cache` made; `idx` follows the tokens in it and is added. Or each layer's OneMore.
+            cache: what `kv_cache` made; `idx` follows the tokens in it and is added. Or a DecodeCache for each layer.
             targets: supervised positions. The logits of the others are never computed, nor all of them held at once.
             last: compute the logits of the last position alone.
 
@@ -77,7 +77,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def score(self, idx: Tensor, segments: Segments, targets: Targets) -> tuple[Tensor, Tensor]:
-        """The log-probability of each target, float32 (n,), and whether it is the likeliest token, bool (n,)."""
+        """Return the log-probability of each target, float32 (n,), and whether it is the likeliest token, bool (n,)."""
         x = self.ln_f(self.hidden(idx, segments).flatten(0, 1)[targets.positions])
         return log_probabilities(self.lm_head, x, targets.labels, self.postprocess_logits)
 
@@ -88,7 +88,7 @@ class GPT(nn.Module):
         cache: KVCache | list[DecodeCache] | list[PackedPrefillCache] | None = None,
         length: int | None = None,
     ) -> Tensor:
-        """What the last block gives, (B, T, n_embd), before norm and head; arguments and errors as of `forward`.
+        """Return the last block's output (B, T, n_embd), before norm and head; see `forward` for arguments and errors.
 
         Args:
             length: that the sequence is about to reach, whose angles are to hold. None: it ends with `idx`.
@@ -113,6 +113,7 @@ class GPT(nn.Module):
         return x
 
     def embed(self, idx: Tensor, positions: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """Return the hidden states before the first block, (B, T, n_embd)."""
         x, scale, limit = self.wte(idx), self.config.embedding_scale, self.config.block_size
         if scale != 1.0:
             x = x * torch.tensor(scale, dtype=x.dtype)  # rounded as the weights are, since the models were trained so
@@ -123,13 +124,13 @@ class GPT(nn.Module):
         return x + self.wpe(positions)
 
     def postprocess_logits(self, logits: Tensor) -> Tensor:
-        """Logits from what the head gives. Not part of the head: LoRA and Adapter v2 change its output before this."""
+        """Return logits from the head's output, which LoRA and Adapter v2 change before this."""
         divisor, cap = self.config.logit_divisor, self.config.logit_softcap
         logits = logits if divisor == 1.0 else logits / divisor
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def rotations(self, positions: Tensor, lengths: tuple[int, ...], dtype: torch.dtype) -> list[Rotation | None]:
-        """Of each layer, if it has one; see RotaryEmbedding."""
+        """Return the rotation of each layer, None where it has none; see RotaryEmbedding."""
         everywhere = within = self.rope(positions, lengths, dtype)
         if self.local_rope is not self.rope:
             within = self.local_rope(positions, lengths, dtype)
@@ -138,19 +139,21 @@ class GPT(nn.Module):
         return [None if layer in unrotated else kinds[layer] for layer in layers]
 
     def needs_reread(self, cache: KVCache, length: int) -> bool:
-        """Whether a sequence that grows to `length` tokens must be read again, since its keys in the cache are rotated
-        by other angles than LongRoPE has for that length."""
+        """Return whether a sequence that grows to `length` tokens must be read again.
+
+        Its keys in the cache may be rotated by other angles than LongRoPE has for that length.
+        """
         return cache[0].length > 0 and cache[0].uses_long_rope != self.rope.is_long(length)
 
     def kv_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """An empty cache for `batch_size` sequences of up to `max_length` tokens, in the model's dtype and place."""
+        """Make an empty cache in the model's dtype for `batch_size` sequences of up to `max_length` tokens."""
         shape = (batch_size, self.config.n_query_groups, max_length, self.config.head_size)
         new = partial(torch.zeros, shape, device=self.wte.weight.device, dtype=self.dtype)
         return [LayerCache(new(), new()) for _ in self.h]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the hidden states: the embedding's, or if it is quantized its scales'."""
+        """The dtype of the hidden states: the embedding's, or if it is quantized its scales'."""
         return next(p.dtype for p in self.wte.parameters() if p.is_floating_point())
 
 

@@ -1,4 +1,4 @@
-"""What a batch tells the model besides token ids: where samples begin, and which positions are supervised."""
+"""The inputs of a batch besides token ids: where samples begin, and which positions are supervised."""
 
 from dataclasses import dataclass
 

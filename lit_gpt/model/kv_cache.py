@@ -12,7 +12,7 @@ class LayerCache:
         self.length = 0
         self.uses_long_rope = False  # whether the keys are rotated as those of a long sequence; see GPT.needs_reread
 
-    positions: Tensor | None = None  # of new tokens: after those seen; see OneMore
+    positions: Tensor | None = None  # of new tokens: after those seen; see DecodeCache
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of new tokens, return those of all."""
@@ -59,7 +59,7 @@ KVCache = list[LayerCache]
 
 
 def row_view(cache: KVCache, row: int) -> KVCache:
-    """A cache of one sequence, in the place that a row of another has."""
+    """Return a cache of one sequence, in the memory of a row of another."""
     return [LayerCache(layer.k[row : row + 1], layer.v[row : row + 1]) for layer in cache]
 
 

@@ -17,7 +17,7 @@ MAX_LOGITS = 2**22
 def summed_cross_entropy(
     head: nn.Module, hidden: Tensor, labels: Tensor, postprocess: Callable[[Tensor], Tensor] = lambda logits: logits
 ) -> Tensor:
-    """Sum over n tokens of the cross-entropy of `postprocess(head(hidden))`, in nats.
+    """Return the sum over n tokens of the cross-entropy of `postprocess(head(hidden))`, in nats.
 
     Args:
         head: any module from (n, n_embd) to (n, vocabulary).
@@ -40,22 +40,22 @@ def summed_cross_entropy(
 def log_probabilities(
     head: nn.Module, hidden: Tensor, labels: Tensor, postprocess: Callable[[Tensor], Tensor] = lambda logits: logits
 ) -> tuple[Tensor, Tensor]:
-    """The log-probability of each label, float32 (n,), and whether it is the likeliest, bool (n,); arguments as above.
+    """Return the log-probability of each label, float32 (n,), and whether it is the likeliest token, bool (n,).
 
-    Of equal logits the first is the likeliest, as for `argmax`.
+    Of equal logits the first is the likeliest, as for `argmax`. The arguments are those of `summed_cross_entropy`.
     """
-    found = []
+    results = []
     for rows, row_labels in _chunks(head, hidden, labels, trained=False):
         logits = postprocess(head(rows)).float()
         log_p = -F.cross_entropy(logits, row_labels, reduction="none")
-        found.append((log_p, logits.argmax(-1) == row_labels))
-    if not found:
+        results.append((log_p, logits.argmax(-1) == row_labels))
+    if not results:
         return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.bool)
-    return tuple(map(torch.cat, zip(*found, strict=True)))
+    return tuple(map(torch.cat, zip(*results, strict=True)))
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy, float32, and its gradient in the logits' dtype; both computed in float32."""
+    """Return the summed cross-entropy, float32, and its gradient in the logits' dtype; both computed in float32."""
     p = logits.float().softmax(-1)
     log_sum = logits.amax(-1).float() - p.amax(-1).log()  # the likeliest token's probability is never too small
     at = labels.unsqueeze(1)
@@ -70,7 +70,7 @@ def _chunks(head: nn.Module, hidden: Tensor, labels: Tensor, trained: bool) -> l
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Takes the gradients piece by piece in the forward pass, while each piece's logits are at hand.
+    """Takes the gradients chunk by chunk in the forward pass, while each chunk's logits are at hand.
 
     The loss is a scalar, so the gradient that comes from above is one factor and can be multiplied on later. Unlike
     checkpointing this computes no logits twice.

@@ -20,18 +20,18 @@ class Routing:
     counts: list[int]  # rows of each expert, 0 for one that no token goes to
 
     @classmethod
-    def to(cls, chosen: Tensor, n_expert: int) -> "Routing":
-        """To the experts `chosen`, int64 (N, k)."""
+    def from_topk(cls, chosen: Tensor, n_expert: int) -> "Routing":
+        """Route tokens to the experts `chosen`, int64 (N, k)."""
         experts, order = chosen.flatten().sort(stable=True)
         return cls(order, order.argsort(), rows_per_expert(experts, n_expert))
 
     def dispatch(self, x: Tensor) -> Tensor:
-        """The rows of tokens (N, size), sorted: (N * k, size)."""
+        """Return the rows of tokens (N, size) sorted by expert, (N * k, size)."""
         k = len(self.order) // len(x)
         return _Permute.apply(x.unsqueeze(1).expand(-1, k, -1).flatten(0, 1), self.order, self.places)
 
     def combine(self, y: Tensor, weights: Tensor) -> Tensor:
-        """From sorted rows (N * k, size) the sum of each token's, weighted by (N, k): (N, size)."""
+        """Return each token's sum of its sorted rows (N * k, size), weighted by (N, k): (N, size)."""
         by_token = _Permute.apply(y, self.places, self.order).view(*weights.shape, -1)
         return (weights.to(y.dtype).unsqueeze(1) @ by_token).squeeze(1)
 
@@ -64,7 +64,7 @@ class _Permute(torch.autograd.Function):
 
 
 def grouped_product(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-    """Each expert's rows times its weight.
+    """Multiply each expert's rows by its weight.
 
     Args:
         x: (rows, in_features), sorted by expert.
@@ -97,16 +97,16 @@ class _GroupedProduct(torch.autograd.Function):
             x_grad = _by_expert(grad, weight, ctx.counts)
         if ctx.needs_input_grad[1]:
             weight_grad = torch.empty_like(weight)
-            for found, rows, grads in zip(weight_grad, x.split(ctx.counts), grad.split(ctx.counts), strict=True):
-                torch.mm(grads.t(), rows, out=found)  # 0 for no rows
+            for expert_grad, rows, grads in zip(weight_grad, x.split(ctx.counts), grad.split(ctx.counts), strict=True):
+                torch.mm(grads.t(), rows, out=expert_grad)  # 0 for no rows
         return x_grad, weight_grad, None
 
 
 def _by_expert(x: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
     y = x.new_empty(len(x), matrices.size(-1))
-    for rows, matrix, found in zip(x.split(counts), matrices, y.split(counts), strict=True):
+    for rows, matrix, out in zip(x.split(counts), matrices, y.split(counts), strict=True):
         if len(rows):
-            torch.mm(rows, matrix, out=found)
+            torch.mm(rows, matrix, out=out)
     return y
 
 
@@ -120,7 +120,7 @@ class Experts(nn.Module):
         nn.init.uniform_(self.weight, -(in_features**-0.5), in_features**-0.5)  # as nn.Linear's
 
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
-        """x: (rows, in_features), sorted by expert; returns (rows, out_features)."""
+        """Apply each expert to its rows: x (rows, in_features), sorted by expert, to (rows, out_features)."""
         return grouped_product(x, self.weight, routes.counts)
 
 
@@ -134,9 +134,9 @@ class Router(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """From tokens (N, n_embd) the weights of each one's experts, float32 (N, k), and the way to them."""
+        """Return the weights of each token's experts, float32 (N, k), and the routing of tokens (N, n_embd) to them."""
         probabilities = F.linear(x, self.weight).softmax(-1, dtype=torch.float32)
         weights, chosen = probabilities.topk(self.n_expert_per_token)
         if self.norm_weights:
             weights = weights / weights.sum(-1, keepdim=True)
-        return weights, Routing.to(chosen, self.n_expert)
+        return weights, Routing.from_topk(chosen, self.n_expert)

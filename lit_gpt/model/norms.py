@@ -11,7 +11,7 @@ from lit_gpt.model.config import Config
 
 
 class RMSNorm(nn.Module):
-    """Zhang & Sennrich 2019; the mean square is taken in float32."""
+    """RMSNorm (Zhang & Sennrich 2019); the mean square is taken in float32."""
 
     offset = 0.0  # added to the weight
 
@@ -25,7 +25,7 @@ class RMSNorm(nn.Module):
 
 
 class UnitOffsetRMSNorm(RMSNorm):
-    """Gemma's, whose stored weight is the distance from 1."""
+    """Gemma's RMSNorm, whose stored weight is the distance from 1."""
 
     offset = 1.0
 
@@ -39,6 +39,7 @@ NORMS = {
 
 
 def norm(config: Config, size: int | None = None) -> nn.Module:
+    """Return a new norm of the class that the config names, over n_embd or `size` elements."""
     return NORMS[config.norm_class](size or config.n_embd, eps=config.norm_eps)
 
 
@@ -55,7 +56,7 @@ class QKNorm(nn.Module):
             self.q, self.k = (norm(config, width) for width in self.widths)
 
     def forward(self, *qk: Tensor) -> tuple[Tensor, Tensor]:
-        """Normed queries and keys, of the shapes that they had: (B, T, heads * head_size)."""
+        """Return normed queries and keys, of the shapes that they had: (B, T, heads * head_size)."""
         parts = zip((self.q, self.k), qk, self.widths, strict=True)
         # under autocast norms give float32, in which attention would be slow
         return tuple(norm(x.unflatten(-1, (-1, width))).flatten(-2).to(x.dtype) for norm, x, width in parts)

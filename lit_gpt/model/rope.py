@@ -21,11 +21,11 @@ class RotaryEmbedding(nn.Module):
         self.original = config.rope_scaling["original_max_position_embeddings"] if self.frequencies.ndim == 2 else None
 
     def is_long(self, length: int) -> bool:
-        """Whether LongRoPE rotates a sequence of so many tokens as a long one."""
+        """Return whether LongRoPE rotates a sequence of so many tokens as a long one."""
         return self.original is not None and length > self.original
 
     def forward(self, positions: Tensor, lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Cosine and sine for int64 `positions` (T,): each (T, rope_n_elem) of `dtype`.
+        """Return cosine and sine for int64 `positions` (T,): each (T, rope_n_elem) of `dtype`.
 
         Args:
             positions: or (B, 1), of rows that are each at another; then the result is (B, 1, rope_n_elem).
@@ -45,7 +45,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def rope_frequencies(config: Config) -> tuple[Tensor, float]:
-    """Angle per position of each rotated pair, float32 (rope_n_elem / 2,), and the factor on cosine and sine."""
+    """Return the angle per position of each rotated pair, float32 (rope_n_elem / 2,), and the factor on cos and sin."""
     with torch.device("cpu"):  # also for a model on the meta device: these are computed, not loaded
         n, base = config.rope_n_elem, config.rope_base
         frequencies = 1.0 / base ** (torch.arange(0, n, 2, dtype=torch.int64).float() / n)

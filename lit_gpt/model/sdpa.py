@@ -12,7 +12,7 @@ from lit_gpt.model.inputs import Segments
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams) -> Tensor:
-    """Causal attention of queries that are the last T of S positions.
+    """Compute causal attention of queries that are the last T of S positions.
 
     Args:
         q: (B, n_head, T, head_size). k, v: (B, n_query_groups, S, head_size).
@@ -31,8 +31,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams) -> Tensor:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, seen: Tensor | None = None) -> Tensor:
-    """Attention of queries (B, n_head, T, head_size) to the keys that they see: bool (T, S) or (B, 1, T, S); None: to
-    all."""
+    """Compute attention of queries (B, n_head, T, head_size) to the keys that they see.
+
+    Args:
+        seen: bool (T, S) or (B, 1, T, S); None: all.
+    """
     if scores.softcap is not None:
         return sdpa_by_matmul(q, k, v, scores, seen)
     gqa = q.size(1) != k.size(1)
@@ -40,7 +43,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, seen: Tensor | No
 
 
 def sdpa_one_query(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, seen: Tensor | None = None) -> Tensor:
-    """The same for one query of each row."""
+    """Compute attention of one query of each row; arguments as of `sdpa`, with T = 1."""
     if q.device.type != "cpu":
         return sdpa(q, k, v, scores, seen)
     # torch's own kernel takes many times as long there, and so do products in narrow types
@@ -49,18 +52,19 @@ def sdpa_one_query(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, seen: T
 
 
 def sdpa_by_matmul(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, seen: Tensor | None) -> Tensor:
+    """Compute attention by two matrix products, which knows soft caps; arguments as of `sdpa`."""
     grouped = q.unflatten(1, (k.size(1), -1))  # (B, n_query_groups, heads of a group, T, head_size)
-    found = (grouped.flatten(2, 3) @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scores.scale
+    logits = (grouped.flatten(2, 3) @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scores.scale
     if scores.softcap is not None:
-        found = scores.softcap * torch.tanh(found / scores.softcap)
-    found = found.unflatten(2, grouped.shape[2:4])
+        logits = scores.softcap * torch.tanh(logits / scores.softcap)
+    logits = logits.unflatten(2, grouped.shape[2:4])
     if seen is not None:
-        found = found.masked_fill(~(seen if seen.ndim == 2 else seen.unsqueeze(1)), -torch.inf)
-    return (found.softmax(-1).to(v.dtype).flatten(2, 3) @ v).view_as(q)
+        logits = logits.masked_fill(~(seen if seen.ndim == 2 else seen.unsqueeze(1)), -torch.inf)
+    return (logits.softmax(-1).to(v.dtype).flatten(2, 3) @ v).view_as(q)
 
 
 def decode_attention(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, positions: Tensor) -> Tensor:
-    """Attention of one query of each row to the places up to its position.
+    """Compute attention of one query of each row to the places up to its position.
 
     Args:
         q: (B, n_head, 1, head_size). k, v: (B, n_query_groups, S, head_size).
@@ -72,15 +76,15 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, posit
         return sdpa_one_query(q, k, v, scores, seen[:, None, None])
     # written for the compiler to make one loop of it
     grouped = q.unflatten(1, (k.size(1), -1)).float()  # (B, n_query_groups, heads of a group, 1, head_size)
-    found = (grouped * k.unsqueeze(2).float()).sum(-1) * scores.scale  # (B, n_query_groups, heads of a group, S)
+    logits = (grouped * k.unsqueeze(2).float()).sum(-1) * scores.scale  # (B, n_query_groups, heads of a group, S)
     if scores.softcap is not None:
-        found = scores.softcap * torch.tanh(found / scores.softcap)
-    weights = found.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+        logits = scores.softcap * torch.tanh(logits / scores.softcap)
+    weights = logits.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
     return (weights.unsqueeze(-1) * v.unsqueeze(2).float()).sum(-2).to(q.dtype).view_as(q)
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, segments: Segments) -> Tensor:
-    """Causal attention within each sample of a packed row; shapes as in `attend`, with B = 1 and S = T."""
+    """Compute causal attention within each sample of a packed row; shapes as in `attend`, with B = 1 and S = T."""
     if scores.softcap is None and flash_supports(q):
         return attend_varlen(q, k, v, scores, segments)
     if use_blockwise(q, scores):
@@ -90,17 +94,17 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, segments
 
 
 def use_blockwise(q: Tensor, scores: ScoreParams) -> bool:
-    """Whether to attend by products of whole matrices: where torch's own kernel is slow, or knows no soft cap."""
+    """Return whether to attend by whole matrix products: where torch's own kernel is slow, or knows no soft cap."""
     return trains_on_cpu(q) or scores.softcap is not None
 
 
 def trains_on_cpu(q: Tensor) -> bool:
-    """Whether a backward pass will follow where torch's own attention has a slow one."""
+    """Return whether a backward pass will follow where torch's own attention has a slow one."""
     return q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled()
 
 
 def flash_supports(q: Tensor) -> bool:
-    """Whether flash attention computes in this dtype, head size and on this device."""
+    """Return whether flash attention computes in this dtype, head size and on this device."""
     if policy().simulate_cuda:
         return q.size(-1) <= 256
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.size(-1) % 8 or q.size(-1) > 256:
@@ -109,6 +113,7 @@ def flash_supports(q: Tensor) -> bool:
 
 
 def attend_varlen(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, segments: Segments) -> Tensor:
+    """Compute `attend_packed` by flash attention for samples of varying length."""
     from torch.nn.attention.varlen import varlen_attn
 
     heads = q.size(1)
