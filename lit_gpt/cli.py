@@ -89,7 +89,7 @@ def run(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
     values: dict[str, Any] = {}
     try:
-        types = groups() if groups else tuple(get_type_hints(main)[name] for name in inspect.signature(main).parameters)
+        types = groups() if groups else annotated_groups(main)
         values = parse(main.__globals__, sys.argv[1:], types, aliases)
         main.__globals__.update({name: values[name] for name in own_constants(main.__globals__)})
         main(*(build(group, values) for group in types))
@@ -113,6 +113,12 @@ def run(
         fail(f"{path}: {error.strerror}" if path else error.strerror, 1)
     except KeyboardInterrupt:
         fail("interrupted", 128 + signal.SIGINT)
+
+
+def annotated_groups(main: Callable[..., None]) -> tuple[type, ...]:
+    """Return the dataclasses of arguments that a script's main function annotates its parameters with."""
+    types = get_type_hints(main)
+    return tuple(types[name] for name in inspect.signature(main).parameters)
 
 
 def peek(name: str, default: str) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from helpers.pages import BASE, SLURM, blocks, commands, in_process, is_plan, run_page
 from helpers.paths import ROOT
-from lit_gpt.cli import parse
+from lit_gpt.cli import annotated_groups, parse
 from lit_gpt.distributed import heartbeat
 from lit_gpt.errors import UserError
 from lit_gpt.text import prompt_style
@@ -225,7 +225,8 @@ def test_defaults_and_links(page):
     """Rows `--flag | default` have the script's own default; links lead to files and headings that exist."""
     text = page.read_text(encoding="utf-8")
     script = (ROOT / "finetune" / f"{SCRIPT_OF.get(page.name, 'lora')}.py").resolve()
-    defaults = vars(parse(runpy.run_path(str(script)), []))
+    names = runpy.run_path(str(script))
+    defaults = parse(names, [], annotated_groups(names["main"]))
     # a page of a launcher has a table of the launcher's flags
     table = text.partition("## Hyperparameters that matter")[2].partition("\n## ")[0]
     for name, value in re.findall(r"^\| `--(\w+)` \| (\S+) \|", table, re.MULTILINE):
