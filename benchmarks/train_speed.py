@@ -106,8 +106,8 @@ def check() -> list[str]:
     if model:
         check_model()
     for flag in ("micro_batch", "tuned_row", "litgpt_micro_batch"):
-        if batch_size % getattr(flag):
-            raise UsageError(f"--{flag} {getattr(flag)}: expected a divisor of --batch_size {batch_size}")
+        if batch_size % settings()[flag]:
+            raise UsageError(f"--{flag} {settings()[flag]}: expected a divisor of --batch_size {batch_size}")
     if not Path("/proc/self/status").exists():
         raise UserError("memory is read from /proc, which only Linux has")
     return names

@@ -10,14 +10,13 @@ import json
 import random
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 from lit_gpt.cli import NonNegativeInt, PositiveInt, run
 
-out_dir: Path = Path("data")  # folder to write
-train_rows: PositiveInt = 300  # messages to train on
-test_rows: PositiveInt = 40  # messages held out
-seed: NonNegativeInt = 1  # of the choice of words
+out_dir: Path = Path("data")  # Write to this folder.
+train_rows: PositiveInt = 300  # Make so many messages to train on.
+test_rows: PositiveInt = 40  # Hold out so many messages.
+seed: NonNegativeInt = 1  # Seed the choice of words.
 
 INSTRUCTION = 'Write this booking as JSON: {"name": "...", "people": ..., "day": "...", "time": "H:MM"}'
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
@@ -109,15 +108,15 @@ def make_rows(rng: random.Random, names: list[str], sentences: list[str], n: int
     return list(rows.values())
 
 
-def main(hp: SimpleNamespace) -> None:
-    rng = random.Random(hp.seed)
+def main() -> None:
+    rng = random.Random(seed)
     for split, names, sentences, n in (
-        ("train", TRAIN_NAMES, TRAIN_SENTENCES, hp.train_rows),
-        ("test", TEST_NAMES, TEST_SENTENCES, hp.test_rows),
+        ("train", TRAIN_NAMES, TRAIN_SENTENCES, train_rows),
+        ("test", TEST_NAMES, TEST_SENTENCES, test_rows),
     ):
         rows = make_rows(rng, rng.sample(names, len(names)), sentences, n)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        path = hp.out_dir / f"bookings_{split}.jsonl"
+        path = out_dir / f"bookings_{split}.jsonl"
         path.write_text(text, encoding="utf-8", newline="\n")
         print(f"wrote {n} rows to {path}")
 

@@ -20,7 +20,7 @@ from lit_gpt.distributed import heartbeat
 from lit_gpt.errors import UserError
 from lit_gpt.text import prompt_style
 from lit_gpt.training import checks, objectives
-from lit_gpt.training.args import BatchArgs, TrainArgs
+from lit_gpt.training.args import BatchArgs, OptimizationArgs, TrainArgs
 
 PAGES = sorted((ROOT / "tutorials").glob("*.md"))
 PLAN = ROOT / "scripts/plan.py"
@@ -69,12 +69,12 @@ def probe_with_another_column() -> None:
     in_process((FINETUNE + "--out_dir out/x --probe_path probe.csv").split()[1:])
 
 
-def two_ranks(**flags) -> Callable[[], None]:
+def two_ranks(batch: BatchArgs, optimization: OptimizationArgs) -> Callable[[], None]:
     """What two ranks refuse, asked of the check itself."""
 
     def check() -> None:
         with pytest.raises(UserError) as refused:
-            checks.check_batch(TrainArgs(batch=BatchArgs(**flags)), world_size=2)
+            checks.check_batch(TrainArgs(batch=batch, optimization=optimization), world_size=2)
         print(f"error: {refused.value}")
 
     return check
@@ -115,8 +115,8 @@ MISTAKES = {
     ],
     "many_devices.md": [
         lost_rank,
-        two_ranks(batch_size=5),
-        two_ranks(batch_size=4, optimizer_in_backward=True),
+        two_ranks(BatchArgs(batch_size=5), OptimizationArgs()),
+        two_ranks(BatchArgs(batch_size=4), OptimizationArgs(optimizer_in_backward=True)),
     ],
     "many_devices_torchrun.md": [
         ({"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, FINETUNE + "--out_dir out/x")
