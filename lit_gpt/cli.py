@@ -24,6 +24,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -44,7 +45,7 @@ from lit_gpt.errors import UsageError, UserError
 Fraction = restricted_number_type("Fraction", float, [(">=", 0.0), ("<", 1.0)])
 # The formats of lit_gpt/quantization/formats.py.
 Quantizer = Literal["int8", "int4", "nf4", "nf4-dq"]
-# What lit_gpt/training/activation_checkpointing.py can keep for the backward pass.
+# What lit_gpt/training/memory/checkpointing.py can keep for the backward pass.
 Checkpointing = Literal["auto", "none", "selective", "full", "offload"]
 
 EXPECTED = {
@@ -123,7 +124,7 @@ def annotated_groups(main: Callable[..., None]) -> tuple[type, ...]:
 
 def peek(name: str, default: str) -> str:
     """Return the value of a flag that decides which other flags there are, before the command line is parsed."""
-    given = [b for a, b in zip(sys.argv, sys.argv[1:], strict=False) if a == f"--{name}"]
+    given = [value for flag, value in pairwise(sys.argv) if flag == f"--{name}"]
     given += [a.partition("=")[2] for a in sys.argv if a.startswith(f"--{name}=")]
     return given[-1] if given else default
 

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and the columns of the one that a run adds to.
+"""Files written whole or not at all, and the JSON objects that are read.
 
 Nothing here imports torch: scripts/report.py answers at once.
 """

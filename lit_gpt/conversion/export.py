@@ -102,7 +102,7 @@ def to_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None) -> dict[str,
     """Export a converted checkpoint as a file that llama.cpp loads. Returns the figures of its comparison.
 
     Args:
-        dtype: of the matrices, a key of gguf_writer.KINDS; None: as the checkpoint's.
+        dtype: of the matrices, a key of gguf.writer.KINDS; None: as the checkpoint's.
     """
     from lit_gpt.conversion.gguf import writer
 

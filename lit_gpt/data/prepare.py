@@ -1,7 +1,8 @@
 """What the prepare scripts share: rows to messages, messages to tokens, tokens to the data folder, with an audit.
 
 The rows are read once: each is checked, rendered and tokenized into temporary files. Then splits are assigned, and
-their files are written from spans of these. Memory holds a few rows at a time, and of each a record of 34 bytes.
+their files are written from spans of these. Memory holds a few rows at a time, and of each
+its record (24 bytes) and its offset (8).
 """
 
 from pathlib import Path

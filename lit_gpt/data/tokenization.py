@@ -20,7 +20,7 @@ from lit_gpt.text.tokenizer import Tokenizer
 
 BATCH_ROWS, BATCH_CHARACTERS = 256, 1 << 20  # what is tokenized at once
 KEPT, EMPTY, REFUSED, UNSUPERVISED, DUPLICATE = range(5)  # what becomes of a row
-# A row's record: its status and what the audit counts, 26 bytes. Memory grows with rows by this and their offsets only.
+# A row's record: its status and what the audit counts, 24 bytes. Memory grows with rows by this and their offsets only.
 FIELDS = {
     "status": "u1", "truncated": "u1", "content_dropped": "u1", "missing_eos": "u1",
     "prompt_mismatch": "<i4", "not_verbatim": "<i4", "supervised": "<i4", "digest": "<u8",

@@ -54,7 +54,7 @@ def windows(hf: dict[str, Any], kinds: list[str]) -> dict[str, Any]:
 
 
 def activation(name: str) -> str:
-    """The key of lit_gpt.model.gpt.ACTIVATIONS for transformers' name of an activation."""
+    """The key of lit_gpt.kernels.fused.ACTIVATIONS for transformers' name of an activation."""
     return {"swish": "silu", **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh")}.get(
         name, name
     )

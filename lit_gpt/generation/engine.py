@@ -1,7 +1,6 @@
 """The decoder loop, the only one: prompts are read in packs, then each row grows by one token at a time."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,10 +13,6 @@ from lit_gpt.model.kv_cache import KVCache, PackedPrefillCache, copy_cache, row_
 from lit_gpt.text.messages import Message, Tools
 from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    pass
-
 
 PREFILL_CHUNK = 512  # tokens of a prompt that are read at once, so that a long one needs no more memory than that
 

@@ -6,17 +6,14 @@ to its weights. Running it is one call: no operator of torch, and no compiling.
 
 from itertools import chain
 from operator import is_
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lit_gpt.generation.sequence import Row
+from lit_gpt.generation.tape import TYPES, Tape, Unsupported
 from lit_gpt.kernels import build
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.kv_cache import KVCache
-
-if TYPE_CHECKING:
-    from lit_gpt.generation.sequence import Row
-from lit_gpt.generation.tape import TYPES, Tape, Unsupported
 
 
 class NativeStep:
@@ -44,7 +41,7 @@ class NativeStep:
             raise Unsupported("a device, dtype or mode")
         self.tape, self.seen = Tape(self.library, self.model, n), versions(self.model)
 
-    def __call__(self, rows: list["Row"], cache: KVCache) -> Tensor:
+    def __call__(self, rows: list[Row], cache: KVCache) -> Tensor:
         """Float32 (len(rows), padded_vocab_size), which the next call overwrites."""
         places, lengths = [row.cache for row in rows], [len(row.ids) for row in rows]
         if lengths != [length + 1 for length in self.lengths] or not all(map(is_, places, self.places)):
@@ -71,5 +68,6 @@ def versions(model: GPT) -> Versions:
 
 
 def changed(before: Versions, now: Versions) -> bool:
-    pairs = zip(before, now, strict=False)
-    return len(before) != len(now) or any(old is not new or m != n for (old, m), (new, n) in pairs)
+    if len(before) != len(now):
+        return True
+    return any(old is not new or m != n for (old, m), (new, n) in zip(before, now, strict=True))

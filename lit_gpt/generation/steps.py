@@ -1,7 +1,6 @@
 """Chooses the fastest step of one token that the model and its device allow."""
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -11,9 +10,6 @@ from lit_gpt.generation.sequence import Row, Step, eager_step
 from lit_gpt.generation.tape import Unsupported
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.kv_cache import KVCache
-
-if TYPE_CHECKING:
-    pass
 
 
 class FastStep:

@@ -1,7 +1,7 @@
 """GGUF, the one-file format of llama.cpp: its Llama models as a checkpoint folder.
 
-The tensors are presented under their Hugging Face names, so that `hf_files.convert` does the rest. Metadata becomes
-config.json and the tokenizer's files. What the file says and this module does not know is refused, not guessed.
+The tensors are presented under their Hugging Face names, so that `conversion.hf.convert` does the rest. Metadata
+becomes config.json and the tokenizer's files. What the file says and this module does not know is refused, not guessed.
 """
 
 import json
