@@ -149,7 +149,7 @@ def merge(checkpoint_dir: Path, lora_path: Path, out_dir: Path) -> float:
         base = BaseCheckpoint.open(checkpoint_dir).quantized_as(source.record.get("quantize"), lora_path).build()
         without = logits.float32_logits(base, source.golden.idx)
         found = source.golden.compare(reader, what, *logits.rounding(source.model.dtype), base=without)
-        use = f'from lit_gpt import GPT\n\nmodel = load_model("{out_dir.name}")'
+        use = f'from lit_gpt import load_model\n\nmodel = load_model("{out_dir.name}")'
         source.finish(folder, out_dir, found, use, "lit-gpt", format="merged")
     return found["logits_difference"]
 

@@ -435,7 +435,7 @@ def test_the_template_and_end_tokens_of_a_finetune_go_along(bases, tmp_path):
 # --- what goes along, and what comes of it
 
 
-def test_card_figures_and_further_finetuning(cli, bases, tmp_path):
+def test_card_figures_and_further_finetuning(cli, bases, tmp_path, monkeypatch):
     base = tmp_path / "checkpoints" / "owner" / "name"
     shutil.copytree(bases["llama"], base)
     (base / "README.md").write_text("---\nlanguage: en\nlicense: llama3.2\n---\n# A model\n")
@@ -460,6 +460,15 @@ def test_card_figures_and_further_finetuning(cli, bases, tmp_path):
         assert figures["tokenizer"] == Tokenizer(base).fingerprint and len(figures["template"]) == 64
         assert figures["base"] and all(figures["sha256"].values()) and figures["versions"]["transformers"]
     assert len(json.loads((tmp_path / "peft" / "export.json").read_text())["adapter"]) == 64
+
+    # the code on the card loads what it is the card of, from beside its folder
+    for folder in ("merged", "hf"):
+        code = (tmp_path / folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        names: dict = {}
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            exec(code, names)
+        assert isinstance(names["model"], torch.nn.Module)
 
     # the adapter, there and back, goes on where it was
     back = {"peft_dir": tmp_path / "peft", "out_dir": tmp_path / "back", "checkpoint_dir": base}
