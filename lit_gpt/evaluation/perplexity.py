@@ -1,18 +1,19 @@
 """Perplexity: how well a model predicts a text, or the supervised tokens of prepared data."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_gpt.data import dataset as data
 from lit_gpt.data import packing
 from lit_gpt.errors import UsageError
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.inputs import Targets
+from lit_gpt.training.objectives import SupervisedFinetuning
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,6 @@ def score_text(model: GPT, ids: Tensor, length: int, context: int) -> Score:
     return total
 
 
-@torch.no_grad()
 def score_data(model: GPT, dataset: data.Dataset, samples: int | None = None, row_tokens: int = 1024) -> Score:
     """The score of the supervised tokens of prepared data, each sample on its own: `exp` of the validation loss.
 
@@ -89,15 +89,5 @@ def score_data(model: GPT, dataset: data.Dataset, samples: int | None = None, ro
     """
     indices = list(range(len(dataset)))[:samples]
     parts = packing.micro_batches(indices, dataset.lengths, None, row_tokens)
-    return score_rows(model, ([dataset[i] for i in part] for part in parts), model.wte.weight.device)
-
-
-@torch.no_grad()
-def score_rows(model: nn.Module, rows: Iterable[Sequence[data.Sample]], device: torch.device) -> Score:
-    """The score of the supervised tokens of packed rows, each given as its samples. Also what validation is made of."""
-    nats, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
-    for samples in rows:
-        row = packing.pack(samples).to(device)
-        nats += model(row.idx, segments=row.segments, targets=row.targets)
-        tokens += len(row.targets.labels)
-    return Score(nats.item(), tokens)
+    rows = ([dataset[i] for i in part] for part in parts)
+    return Score(*SupervisedFinetuning().score(model, rows, model.wte.weight.device))
