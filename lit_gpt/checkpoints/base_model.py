@@ -12,15 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lit_gpt.checkpoints import base_model, io
 from lit_gpt.checkpoints import folder as checkpoint
-from lit_gpt.checkpoints.io import check_state
+from lit_gpt.checkpoints import io
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.hardware import on_meta, page_out
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT
-from lit_gpt.quantization import formats
-from lit_gpt.quantization import modules as modules_module
+from lit_gpt.quantization import formats, modules
 from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
 
@@ -49,7 +47,7 @@ def build_model(
         tied = {name.replace("wte.", "lm_head."): tensor for name, tensor in state.items() if name.startswith("wte.")}
         state = state | tied
     expected = model.state_dict()
-    check_state(expected, state, source)
+    io.check_state(expected, state, source)
     # a quantized layer has tensors of dtypes that the model's does not bear on
     cast = {name: tensor.to(device, expected[name].dtype if dtype else None) for name, tensor in state.items()}
     model.load_state_dict(cast, strict=True, assign=True)
@@ -67,9 +65,7 @@ class BaseCheckpoint:
     fingerprint: str  # of the weights before they were quantized
     quantize: str | None = None  # a format of lit_gpt.quantization.formats
     is_quantized: bool = False  # the file is quantized already
-    codes_fingerprint: str | None = (
-        None  # fingerprint of its tensors, if they are others than rounding to the nearest gives
-    )
+    codes_fingerprint: str | None = None  # of its tensors, if they are others than rounding to the nearest gives
 
     @classmethod
     def open(cls, checkpoint_dir: Path, quantize: str | None = None) -> "BaseCheckpoint":
@@ -79,8 +75,9 @@ class BaseCheckpoint:
             UsageError: the folder is quantized already.
             UserError: it is no converted checkpoint, or its weights are not those that were calibrated.
         """
-        state, config = checkpoint.load_state(checkpoint_dir, quantized=True), Config.from_checkpoint(checkpoint_dir)
+        checkpoint.check_checkpoint_dir(checkpoint_dir)
         found = checkpoint.quantization(checkpoint_dir)
+        state, config = checkpoint.read_state(checkpoint_dir), Config.from_checkpoint(checkpoint_dir)
         if not found:
             base = cls(Path(checkpoint_dir), config, state, checkpoint.fingerprint(state), quantize)
             for tensor in state.values() if quantize else ():
@@ -145,10 +142,10 @@ class BaseCheckpoint:
         """The model, in evaluation mode; see load_model."""
         source = self.checkpoint_dir / "lit_model.pth"
         if not self.quantize:
-            return base_model.build_model(self.config, dict(self.state), dtype, device, source)
+            return build_model(self.config, dict(self.state), dtype, device, source)
         dtype = dtype or self.dtype
         state = dict(self.state if self.is_quantized else self.quantized(dtype, device))
-        return base_model.build_model(self.config, state, dtype, device, source, self.attach)
+        return build_model(self.config, state, dtype, device, source, self.attach)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,7 +153,7 @@ class BaseCheckpoint:
         return self.state["ln_f.weight"].dtype
 
     def attach(self, model: GPT) -> GPT:
-        return modules_module.attach(model, self.quantize)
+        return modules.attach(model, self.quantize)
 
     def skeleton(self, dtype: torch.dtype) -> GPT:
         with on_meta():
@@ -168,14 +165,14 @@ class BaseCheckpoint:
         Raises:
             UserError: weights that are not numbers.
         """
-        modules = dict(self.skeleton(dtype).named_modules())
+        layers = dict(self.skeleton(dtype).named_modules())
         for name, tensor in self.state.items():
             path, _, kind = name.rpartition(".")
-            module = modules.get(path)
-            if kind != "weight" or not isinstance(module, modules_module.Quantized):
+            layer = layers.get(path)
+            if kind != "weight" or not isinstance(layer, modules.Quantized):
                 yield name, tensor
                 continue
-            found = formats.encode(tensor, module.format, dtype, device and torch.device(device), done=page_out)
+            found = formats.encode(tensor, layer.format, dtype, device and torch.device(device), done=page_out)
             if not all(part.isfinite().all() for part in found.values() if part.is_floating_point()):
                 raise UserError(f"{self.checkpoint_dir / 'lit_model.pth'}: {name} holds values that are not numbers")
             yield from ((f"{path}.{key}", part) for key, part in found.items())

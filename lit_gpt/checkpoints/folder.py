@@ -81,19 +81,28 @@ def quantization(checkpoint_dir: Path) -> dict[str, Any] | None:
     return found
 
 
-def load_state(checkpoint_dir: Path, quantized: bool = False) -> dict[str, Tensor]:
-    """The state dict of a converted checkpoint, mapped from lit_model.pth.
-
-    Args:
-        quantized: take a quantized one, too.
-    """
-    check_checkpoint_dir(checkpoint_dir)
-    found = quantization(checkpoint_dir)
-    if found and not quantized:
+def refuse_quantized(checkpoint_dir: Path) -> None:
+    """Refuse a folder that scripts/quantize.py wrote. Raises UserError."""
+    if found := quantization(checkpoint_dir):
         raise UserError(
             f"--checkpoint_dir {checkpoint_dir}: is quantized ({found['quantize']}); expected the folder that it was "
             "made from"
         )
+
+
+def load_state(checkpoint_dir: Path) -> dict[str, Tensor]:
+    """Load the state dict of a converted checkpoint that is not quantized, mapped from lit_model.pth.
+
+    Raises:
+        UserError: not such a folder.
+    """
+    check_checkpoint_dir(checkpoint_dir)
+    refuse_quantized(checkpoint_dir)
+    return read_state(checkpoint_dir)
+
+
+def read_state(checkpoint_dir: Path) -> dict[str, Tensor]:
+    """Map the tensors of lit_model.pth, quantized or not. Raises UserError if it holds anything else."""
     path = Path(checkpoint_dir) / "lit_model.pth"
     state = load(path)
     if not all(isinstance(tensor, Tensor) for tensor in state.values()):

@@ -44,7 +44,7 @@ class Source:
     def of(cls, checkpoint_dir: Path, adapter: Path | None = None, quantized: bool = False) -> "Source":
         """The checkpoint, or with `quantized` as the file's base was. Raises UserError if one cannot be used."""
         if not quantized:
-            checkpoint.load_state(checkpoint_dir)  # refuses a quantized one
+            checkpoint.refuse_quantized(checkpoint_dir)
         source, record, style = BaseCheckpoint.open(checkpoint_dir), None, None
         if adapter:
             record = finetuned_file.read_file(adapter, lora.NAME, source.fingerprint)

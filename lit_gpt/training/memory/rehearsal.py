@@ -42,8 +42,9 @@ def probe_longest_row(worker: Worker, batches: Batches, planner: MemoryPlanner, 
     Returns:
         the bytes of the step beside the loaded model, planned and measured, for summary.json. Both are told.
     """
-    samples = [batches.dataset[i] for i in batches.longest_row()]
-    lengths = [batches.dataset.lengths[i] - 1 for i in batches.longest_row()]
+    longest = batches.longest_row()
+    samples = [batches.dataset[i] for i in longest]
+    lengths = [batches.dataset.lengths[i] - 1 for i in longest]
     plan = configure_memory(worker, planner, lengths, batches.objective.weight(samples), compiled)
     start = time.perf_counter()
     worker.dry_run_step(batches.row([batches.dataset[i] for i in batches.shortest_row()]))
