@@ -26,7 +26,7 @@ def main(sampling: SamplingArgs, model: ModelArgs) -> None:
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
     from lit_gpt.generation.chat import Chat, converse
     from lit_gpt.hardware import DTYPES, default_device
-    from lit_gpt.methods.finetuned_model import load_finetuned, method_of
+    from lit_gpt.methods.finetuned_model import build_finetuned, method_of
     from lit_gpt.methods.multi_lora import LoRAPool
     from lit_gpt.quantization.modules import is_quantized
     from lit_gpt.text.prompt_style import PromptStyle
@@ -37,7 +37,7 @@ def main(sampling: SamplingArgs, model: ModelArgs) -> None:
     own = style = named or base.prompt_style
     switchable = True
     if finetuned_path:
-        gpt, record = load_finetuned(checkpoint_dir, finetuned_path, None, **device, quantize=model.quantize)
+        gpt, record = build_finetuned(base, finetuned_path, None, **device)
         base = base.quantized_as(record.get("quantize"), finetuned_path)
         method = method_of(record, finetuned_path)
         switchable = method.merges

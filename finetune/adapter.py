@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lit_gpt.cli import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, run
 from lit_gpt.methods.hyperparameters import AdapterConfig
-from lit_gpt.training.args import TrainArgs
+from lit_gpt.training.args import ALIASES, TrainArgs
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")
 data_dir: Path = Path("data/alpaca")
@@ -36,4 +36,4 @@ def main(config: AdapterConfig, args: TrainArgs) -> None:
 
 
 if __name__ == "__main__":
-    run(main, aliases={"lora_path": "finetuned_path", "keep": "keep_states"})
+    run(main, aliases=ALIASES)

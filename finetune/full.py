@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lit_gpt.cli import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, run
 from lit_gpt.methods.hyperparameters import FullConfig
-from lit_gpt.training.args import TrainArgs
+from lit_gpt.training.args import ALIASES, TrainArgs
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")
 data_dir: Path = Path("data/alpaca")
@@ -32,4 +32,4 @@ def main(config: FullConfig, args: TrainArgs) -> None:
 
 
 if __name__ == "__main__":
-    run(main, aliases={"lora_path": "finetuned_path", "keep": "keep_states"})
+    run(main, aliases=ALIASES)

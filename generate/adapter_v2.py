@@ -21,16 +21,9 @@ temperature: NonNegativeFloat = 0.8
 def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
     from lit_gpt.generation.answer import read_prompt
     from lit_gpt.generation.answerer import Answerer
-    from lit_gpt.hardware import DTYPES, default_device
-    from lit_gpt.methods.finetuned_model import load_finetuned
-    from lit_gpt.text.prompt_style import PromptStyle
-    from lit_gpt.text.tokenizer import Tokenizer
 
     prompts = read_prompt(prompt, sampling, model, checkpoint_dir=checkpoint_dir, adapter_path=adapter_path)
-    device = DTYPES[model.precision], default_device()
-    gpt, record = load_finetuned(checkpoint_dir, adapter_path, "adapter_v2", *device, model.quantize)
-    style, tokenizer = PromptStyle.from_dict(record["prompt_style"]), Tokenizer(checkpoint_dir)
-    prompts.answer(Answerer(gpt, tokenizer, style, sampling, model.compile))
+    prompts.answer(Answerer.from_finetuned(checkpoint_dir, adapter_path, "adapter_v2", sampling, model))
 
 
 if __name__ == "__main__":

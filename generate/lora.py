@@ -27,27 +27,22 @@ def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
     from lit_gpt.generation.answerer import Answerer
     from lit_gpt.hardware import DTYPES, default_device
     from lit_gpt.methods import lora
-    from lit_gpt.methods.finetuned_model import load_finetuned
     from lit_gpt.methods.multi_lora import LoRAPool
     from lit_gpt.quantization.modules import is_quantized
-    from lit_gpt.text.prompt_style import PromptStyle
-    from lit_gpt.text.tokenizer import Tokenizer
 
     own = {"checkpoint_dir": checkpoint_dir, "lora_path": lora_path, "merge": merge}
-    prompts, tokenizer = read_prompt(prompt, sampling, model, **own), Tokenizer(checkpoint_dir)
-    device = {"dtype": DTYPES[model.precision], "device": default_device()}
+    prompts = read_prompt(prompt, sampling, model, **own)
     if any(paths := prompts.lora_paths):
         if merge:
             raise UsageError(f"--merge true: lines of {prompt.prompt_file} have a LoRA of their own; leave it out")
         base = BaseCheckpoint.open(checkpoint_dir, model.quantize)
-        style = base.prompt_style
+        style, device = base.prompt_style, {"dtype": DTYPES[model.precision], "device": default_device()}
         loras = LoRAPool.beside(base, [path or lora_path for path in paths], style, **device)
-        return prompts.answer(Answerer(loras.model, tokenizer, style, sampling, model.compile, loras, lora_path))
-    gpt, record = load_finetuned(checkpoint_dir, lora_path, lora.NAME, **device, quantize=model.quantize)
-    if merge or merge is None and not is_quantized(gpt):
-        lora.merge(gpt)
-    style = PromptStyle.from_dict(record["prompt_style"])
-    return prompts.answer(Answerer(gpt, tokenizer, style, sampling, model.compile))
+        return prompts.answer(Answerer(loras.model, base.tokenizer, style, sampling, model.compile, loras, lora_path))
+    answerer = Answerer.from_finetuned(checkpoint_dir, lora_path, lora.NAME, sampling, model)
+    if merge or merge is None and not is_quantized(answerer.model):
+        lora.merge(answerer.model)
+    return prompts.answer(answerer)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from lit_gpt.cli import PositiveFloat, peek, run
 from lit_gpt.methods.registry import config_class
-from lit_gpt.training.args import TrainArgs
+from lit_gpt.training.args import ALIASES, TrainArgs
 
 model: str | None = None  # Plan for this preset, such as falcon-7b (null: for the model of checkpoint_dir).
 method: str = "lora"  # Plan for this method (lora, adapter, adapter_v2, full), whose flags are taken too.
@@ -65,10 +65,8 @@ def table(plan: Any) -> list[tuple[str, int]]:
 
 def print_fitting_settings(planner: Any, gigabytes: float) -> None:
     """Print what larger and smaller rows would need, with each kind of activation checkpointing."""
-    from lit_gpt.training.memory.checkpointing import KINDS
-
     print(f"\nsettings and whether their peak stays within {gigabytes:g} GB")
-    for kind in KINDS if device == "cuda" else KINDS[:-1]:
+    for kind in planner.kinds:
         for tokens in (16384, 8192, 4096, 2048, 1024, 512):
             batch = replace(planner.args.batch, micro_batch_tokens=tokens, micro_batch_size=None)
             row = replace(planner, args=replace(planner.args, batch=batch)).worst_row()
@@ -81,4 +79,4 @@ def print_fitting_settings(planner: Any, gigabytes: float) -> None:
 
 
 if __name__ == "__main__":
-    run(main, lambda: (config_class(peek("method", method)), TrainArgs), aliases={"lora_path": "finetuned_path"})
+    run(main, lambda: (config_class(peek("method", method)), TrainArgs), aliases=ALIASES)

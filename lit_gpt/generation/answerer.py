@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lit_gpt.generation.args import SamplingArgs
+from lit_gpt.checkpoints.base_model import BaseCheckpoint
+from lit_gpt.generation.args import ModelArgs, SamplingArgs
 from lit_gpt.generation.engine import check_context, prompt_ids
 from lit_gpt.generation.sequence import Step
 from lit_gpt.generation.steps import FastStep
+from lit_gpt.hardware import DTYPES, default_device
+from lit_gpt.methods.finetuned_model import build_finetuned
 from lit_gpt.methods.multi_lora import LoRAPool
 from lit_gpt.model.gpt import GPT
 from lit_gpt.text.messages import Message, Tools
@@ -32,6 +35,22 @@ class Answerer:
     compile: bool = False
     loras: LoRAPool | None = None
     lora_path: Path | None = None
+
+    @classmethod
+    def from_finetuned(
+        cls, checkpoint_dir: Path, path: Path, method: str, sampling: SamplingArgs, args: ModelArgs
+    ) -> "Answerer":
+        """Load a base with a finetuned file attached, whose prompt style it answers in.
+
+        Args:
+            method: name of the only method to admit.
+
+        Raises:
+            UserError: the folder is no converted checkpoint, or the file does not fit it.
+        """
+        base = BaseCheckpoint.open(checkpoint_dir, args.quantize)
+        model, record = build_finetuned(base, path, method, DTYPES[args.precision], default_device())
+        return cls(model, base.tokenizer, PromptStyle.from_dict(record["prompt_style"]), sampling, args.compile)
 
     def step(self) -> Step:
         return FastStep(self.model, self.compile)

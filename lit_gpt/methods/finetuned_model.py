@@ -74,7 +74,17 @@ def load_finetuned(
     Raises:
         UserError: the file does not fit the base, or the base is quantized otherwise than when it was trained.
     """
-    base = BaseCheckpoint.open(checkpoint_dir, quantize)
+    return build_finetuned(BaseCheckpoint.open(checkpoint_dir, quantize), path, method, dtype, device)
+
+
+def build_finetuned(
+    base: BaseCheckpoint,
+    path: Path,
+    method: str | None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> tuple[GPT, dict[str, Any]]:
+    """Build an opened base with a finetuned file attached, and return the file's record, too; see `load_finetuned`."""
     record = read_file(path, method, base.fingerprint)
     method_of(record, path)  # before the model takes its time
     model = base.quantized_as(record.get("quantize"), path).build(dtype, device)

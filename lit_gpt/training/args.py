@@ -10,6 +10,8 @@ from typing import Any, Literal
 from lit_gpt.cli import Checkpointing, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Quantizer
 from lit_gpt.distributed.args import DeviceArgs
 
+ALIASES = {"lora_path": "finetuned_path", "keep": "keep_states"}  # spellings of before
+
 
 @dataclass(frozen=True)
 class PathArgs:

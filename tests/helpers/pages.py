@@ -115,6 +115,9 @@ def option(argv: list[str], *names: str) -> str | None:
     return found[-1] if found else None
 
 
+DATA_DIR = ("--out_dir", "--destination_path")  # where scripts/prepare_alpaca.py and prepare_json.py write
+
+
 def free_port() -> int:
     """Return a port of the loopback that nothing listens on."""
     with socket.socket() as probe:
@@ -304,7 +307,7 @@ def run_page(name: str, wanted: list[str], place: Path, llama: Path, capfd) -> R
     wanted = [command for command in wanted if not is_plan(command)]
     if not any("download.py" in command for command in wanted):
         shutil.copytree(llama, BASE)
-    made = any("prepare_alpaca.py" in command and "destination" not in command for command in wanted)
+    made = any("prepare_" in c and option(shlex.split(c), *DATA_DIR) in (None, "data/alpaca") for c in wanted)
     for folder, seed in (("other", 1),) if made else (("alpaca", 0), ("other", 1)):
         argv = ["--json_path", "alpaca.jsonl", "--destination_path", f"data/{folder}", "--seed", str(seed)]
         assert in_process(["scripts/prepare_json.py", "--checkpoint_dir", str(llama), *argv]) == 0

@@ -91,15 +91,10 @@ def finetune(config: ScaleConfig, args: TrainArgs) -> None:
 def generate(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
     from lit_gpt.generation.answer import read_prompt
     from lit_gpt.generation.answerer import Answerer
-    from lit_gpt.hardware import DTYPES
-    from lit_gpt.methods.finetuned_model import load_finetuned
-    from lit_gpt.text.prompt_style import PromptStyle
-    from lit_gpt.text.tokenizer import Tokenizer
 
     folder = Path(os.environ["CHECKPOINT_DIR"])
-    gpt, record = load_finetuned(folder, finetuned_path, Scale.name, DTYPES[model.precision])
-    style = PromptStyle.from_dict(record["prompt_style"])
-    read_prompt(prompt, sampling, model).answer(Answerer(gpt, Tokenizer(folder), style, sampling))
+    answerer = Answerer.from_finetuned(folder, finetuned_path, Scale.name, sampling, model)
+    read_prompt(prompt, sampling, model).answer(answerer)
 
 
 if __name__ == "__main__":

@@ -251,7 +251,7 @@ def test_conversion_cut_short_leaves_the_folder_unconverted(cli, downloaded, mon
     [
         ("generate/base.py", {"prompt": "a"}, "a lower --batch_size or a lower --max_new_tokens or --quantize nf4"),
         ("generate/base.py", {"prompt": "a", "quantize": "int8"}, "a lower --batch_size or a lower --max_new_tokens"),
-        ("chat/base.py", {}, "a lower --context or a lower --max_new_tokens or --quantize nf4"),
+        ("chat/base.py", {"max_new_tokens": 9}, "a lower --context or a lower --max_new_tokens or --quantize nf4"),
         ("scripts/quantize.py", {"out_dir": "x"}, "a lower --calibration_tokens"),
         ("scripts/merge_lora.py", {"out_dir": "x"}, None),
     ],
@@ -259,7 +259,9 @@ def test_conversion_cut_short_leaves_the_folder_unconverted(cli, downloaded, mon
 def test_out_of_memory_on_a_cpu(cli, llama, tmp_path, monkeypatch, script, flags, advice):
     """One line, and nothing is advised that the script has no flag for."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(checkpoint, "load_state", lambda *_, **__: torch.empty(10**15, dtype=torch.uint8))
+    if script == "scripts/merge_lora.py":
+        flags = flags | {"lora_path": lora_file(tmp_path, llama)}
+    monkeypatch.setattr(checkpoint, "read_state", lambda *_: torch.empty(10**15, dtype=torch.uint8))
     said = cli(script, checkpoint_dir=llama, **flags).refused("out of memory: tried to allocate 1,000,000,000 MB")
     assert said.partition("; try ")[2] == (advice or "") and not (tmp_path / "x").exists()
 

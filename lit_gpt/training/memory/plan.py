@@ -22,6 +22,7 @@ from lit_gpt.model.gpt import GPT
 from lit_gpt.quantization import modules
 from lit_gpt.training import optimizers
 from lit_gpt.training.args import OptimizationArgs, TrainArgs
+from lit_gpt.training.checks import length_limit
 from lit_gpt.training.memory.checkpointing import KINDS, apply_activation_checkpointing
 from lit_gpt.training.memory.tracker import MemoryTracker
 from lit_gpt.training.objectives import Objective
@@ -144,12 +145,17 @@ class MemoryPlanner:
         If nothing fits, the last of both.
         """
         asked = self.args.memory.activation_checkpointing
-        kinds = (KINDS if self.cuda else KINDS[:-1]) if asked == "auto" else (asked,)
+        kinds = self.kinds if asked == "auto" else (asked,)
         for kind, row in itertools.product(kinds, rows):
             plan = self.plan(row, kind)
             if self.fits(plan):
                 break
         return kind, row, plan
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of activation checkpointing that the device admits: on a CPU there is nowhere to offload to."""
+        return KINDS if self.cuda else KINDS[:-1]
 
     def fits(self, plan: Plan) -> bool:
         return 1.1 * plan.peak < self.memory
@@ -164,8 +170,7 @@ class MemoryPlanner:
 
     def worst_row(self) -> Row:
         """Return the largest row that the flags admit: samples as long as may be, all their tokens supervised."""
-        batch, longest = self.args.batch, self.config.block_size
-        longest = min(batch.max_seq_length or longest, longest)
+        batch, longest = self.args.batch, length_limit(self.args, self.config)
         n = batch.micro_batch_size or max(1, (batch.micro_batch_tokens or self.row_tokens()) // longest)
         return [longest] * n, n * longest
 
