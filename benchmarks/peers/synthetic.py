@@ -68,7 +68,8 @@ def main(model: str, fields: dict, rows: int, seed: int, folder: str) -> None:
             name: write_split(destination / f"{name}.safetensors", n, hf["vocab_size"], longest, generator)
             for name, n in zip(dataset.SPLITS, (rows, 4), strict=True)
         }
-        dataset.write_meta(destination, audits, Tokenizer(checkpoint_dir), PromptStyle("plain", "", template_writes_bos=False))
+        style = PromptStyle("plain", "", template_writes_bos=False)
+        dataset.write_meta(destination, audits, Tokenizer(checkpoint_dir), style)
 
 
 if __name__ == "__main__":
