@@ -99,8 +99,10 @@ void multiply(int rows, int columns, int depth, const word *A, long a_row, long 
     }
 }
 
-// Makes of 16 vectors of words their transpose, exchanging one bit of the numbers of row and column after another.
+// Makes of 16 vectors of words their transpose; in wide registers by exchanging one bit of the numbers of row and
+// column after another.
 inline void transpose(v16u *rows) {
+#ifdef __AVX512F__
     const v16u lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int bit = 1; bit < 16; bit *= 2)
         for (int i = 0; i < 16; i++)
@@ -109,6 +111,13 @@ inline void transpose(v16u *rows) {
                 rows[i] = __builtin_shuffle(a, b, (lane & ~bit) + upper);
                 rows[i + bit] = __builtin_shuffle(a, b, (lane | bit) + upper);
             }
+#else  // shuffles wider than the machine's registers are taken apart into single words
+    uint32_t from[16][16], to[16][16];
+    memcpy(from, rows, sizeof from);
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 16; j++) to[i][j] = from[j][i];
+    memcpy(rows, to, sizeof to);
+#endif
 }
 
 template <class E> struct Zeros : std::vector<E> {
