@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def with_alibi(q: Tensor, k: Tensor, v: Tensor, scale: float, positions: Tensor) -> tuple[Tensor, ...]:
+def with_alibi(q: Tensor, k: Tensor, v: Tensor, scale: float, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v with 8 more elements per head, which add ALiBi's bias to the scores (Press et al. 2022).
 
     The bias is -slope * (query's position - key's). Softmax does not see what all keys have in common, so it may be

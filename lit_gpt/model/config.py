@@ -78,7 +78,7 @@ class Config:
 
     @property
     def rope_n_elem(self) -> int:
-        """Elements of each head that are rotated."""
+        """Return how many elements of each head are rotated."""
         return int(self.rotary_percentage * self.head_size)
 
     def window(self, layer: int) -> int | None:
@@ -87,7 +87,7 @@ class Config:
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
-        """Rows of query, key and value in the fused projection."""
+        """Return the rows of query, key and value in the fused projection."""
         kv = self.n_query_groups * self.head_size
         return self.n_head * self.head_size, kv, kv
 

@@ -13,7 +13,7 @@ from lit_gpt.kernels.policy import policy
 
 @dataclass(frozen=True)
 class Routing:
-    """Rows of N tokens, once for each of the k experts that a token goes to, sorted by expert."""
+    """Sorts the rows of N tokens, each repeated for the k experts that it goes to, by expert."""
 
     order: Tensor  # int64 (N * k,): which of the rows as they come, k for each token, is in each place
     places: Tensor  # int64 (N * k,): its inverse, the place of each of those rows
@@ -49,7 +49,7 @@ def rows_per_expert(experts: Tensor, n_expert: int) -> list[int]:
 
 
 class _Permute(torch.autograd.Function):
-    """x[order], whose gradient is a permutation too, where autograd would add up."""
+    """Gives x[order], with a permutation as its gradient, where autograd would add up."""
 
     @staticmethod
     def forward(ctx, x, order, inverse):

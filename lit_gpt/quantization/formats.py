@@ -37,7 +37,7 @@ KernelArguments = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # codes, 
 
 
 class Format(ABC):
-    """How the rows of a weight are kept as a few named tensors, and computed again from them."""
+    """Keeps the rows of a weight as a few named tensors, and computes them again from these."""
 
     @abstractmethod
     def layout(self, rows: int, columns: int) -> Layout:
@@ -58,6 +58,11 @@ class Format(ABC):
     def pack(self, tensors: Tensors) -> Tensors:
         """Finish what can be done only when all rows are encoded."""
         return tensors
+
+    def stored(self, tensors: Tensors, rows: int, columns: int, dtype: torch.dtype) -> Tensors:
+        """Return the tensors of all rows as they are kept, with `dtype` where the layout leaves it open."""
+        layout = self.layout(rows, columns)
+        return {key: tensor.to(layout[key][1] or dtype) for key, tensor in self.pack(tensors).items()}
 
     def unpack(self, tensors: Tensors) -> Tensors:
         """Undo `pack`: return tensors whose first dimension is the rows."""
@@ -128,7 +133,8 @@ class FourBit(Format):
         Rounding and a least-squares fit take turns, from several clipped ranges; the best result of each group is
         taken. The plain range would do worse.
         """
-        best, least = (), None
+        best: tuple[Tensor, ...] = ()
+        least: Tensor | float = torch.inf
         for clip in self.CLIPS:
             params = self.init_params(groups, clip)
             for _ in range(self.ROUNDS):
@@ -136,9 +142,9 @@ class FourBit(Format):
             params = self.round_params(*params)
             error = self.values(self.codes(groups, *params), *params).sub_(groups).square_().mul_(importance)
             error = error.sum(-1, keepdim=True)
-            better = error < (torch.inf if least is None else least)
+            better = error < least
             best = tuple(torch.where(better, *pair) for pair in zip(params, best or params, strict=True))
-            least = error if least is None else torch.minimum(error, least)
+            least = torch.where(better, error, least)
         return best
 
     def tensors(self, codes: Tensor, *params: Tensor) -> Tensors:
@@ -331,14 +337,14 @@ def encode(
     """
     quantizer, device = FORMATS[name], device or weight.device
     encoded: Tensors = {}
-    for span in row_chunks(*weight.shape, device, cut=8):  # it takes several tensors of that size
+    rows, columns = weight.shape
+    for span in row_chunks(rows, columns, device, cut=8):  # it takes several tensors of that size
         for key, part in quantizer.encode(weight[span].to(device, torch.float32)).items():
             if key not in encoded:
-                encoded[key] = part.new_empty(len(weight), *part.shape[1:])
+                encoded[key] = part.new_empty(rows, *part.shape[1:])
             encoded[key][span] = part
         done(weight[span])
-    layout = quantizer.layout(*weight.shape)
-    return {key: tensor.to(layout[key][1] or dtype) for key, tensor in quantizer.pack(encoded).items()}
+    return quantizer.stored(encoded, rows, columns, dtype)
 
 
 @torch.no_grad()

@@ -90,20 +90,21 @@ def test_save_and_load(tiny: Tiny, tmp_path):
     trained = finetuned_file.trained_state(model)
     finetuned_file.save_file(path, "lora", base, trained, hyperparameters=vars(EVERYTHING), prompt_style=STYLE)
     again = load_model(tiny.folder)
-    finetuned_model.attach_file(again, path, "lora", base)
+    finetuned_model.attach_record(again, path, finetuned_file.read_file(path, "lora", base))
     with torch.no_grad():
         assert torch.equal(again.eval()(idx), model(idx))
     assert set(torch.load(path)["state"]) == {name for name, _ in model.named_parameters() if "lora" in name}
     with pytest.raises(UserError, match="another base"):
-        finetuned_model.attach_file(again, path, "lora", "0123")
+        finetuned_file.read_file(path, "lora", "0123")
 
 
 def test_a_file_whose_tensors_are_of_another_rank(tiny: Tiny, tmp_path):
     trained = finetuned_file.trained_state(attached(tiny))
     record = {"hyperparameters": vars(replace(EVERYTHING, r=8)), "prompt_style": STYLE}
-    finetuned_file.save_file(tmp_path / "f.pth", "lora", "b", trained, **record)
+    path = tmp_path / "f.pth"
+    finetuned_file.save_file(path, "lora", "b", trained, **record)
     with pytest.raises(UserError, match="does not fit the model"):
-        finetuned_model.attach_file(load_model(tiny.folder), tmp_path / "f.pth", "lora", "b")
+        finetuned_model.attach_record(load_model(tiny.folder), path, finetuned_file.read_file(path, "lora", "b"))
 
 
 def test_fingerprints_tell_models_apart(tiny: Tiny):
