@@ -68,10 +68,10 @@ class BaseCheckpoint:
     checkpoint_dir: Path
     config: Config
     state: Mapping[str, Tensor]
-    fingerprint: str  # of the weights before they were quantized
+    fingerprint: str  # identifies the weights before they were quantized
     quantize: str | None = None  # a format of lit_gpt.quantization.formats
     is_quantized: bool = False  # the file is quantized already
-    codes_fingerprint: str | None = None  # of a calibrated file's tensors, which rounding to the nearest does not give
+    codes_fingerprint: str | None = None  # identifies a calibrated file, whose codes are not just the nearest
 
     @classmethod
     def open(cls, checkpoint_dir: Path, quantize: str | None = None) -> "BaseCheckpoint":
@@ -198,7 +198,7 @@ def load_model(
     """Load the model of a converted checkpoint folder, in evaluation mode.
 
     Args:
-        dtype: of the weights; None: as stored.
+        dtype: what the weights are cast to; None: they stay as stored.
         device: None: the CPU, where weights kept in the stored dtype stay mapped from the file.
         quantize: a format of lit_gpt.quantization.formats, for a folder that is not quantized already.
 

@@ -43,7 +43,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, lengths: tup
 
     Args:
         q: (B, n_head, T, head_size). k, v: (B, n_query_groups, T, head_size).
-        lengths: of the samples; their sum is T.
+        lengths: how long the samples are; their sum is T.
 
     Returns:
         (B, n_head, T, head_size). Scores and softmax are float32, or float64 for such input.

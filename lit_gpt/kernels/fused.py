@@ -52,7 +52,7 @@ def low_rank_update(
         y: (T, out_features), of the dtype of the arithmetic; what made it must not have kept it.
         x: (T, in_features).
         A: (len(parts) * r, in_features), float32: an A for each part, one below the other.
-        B: (sum of the parts' lengths, r), float32, likewise.
+        B: (sum of the parts' lengths, r), float32: a B for each part, one below the other.
         parts: (start, stop) of columns.
         dropout: probability, rounded to 1 / DROPOUT_STEPS.
     """
@@ -250,17 +250,14 @@ class Activation:
         return self.function(x)
 
 
+aten = torch.ops.aten
 ACTIVATIONS = {
     activation.name: activation
     for activation in (
-        Activation("gelu", F.gelu, torch.ops.aten.gelu_backward),
-        Activation(
-            "gelu_tanh",
-            partial(F.gelu, approximate="tanh"),
-            partial(torch.ops.aten.gelu_backward, approximate="tanh"),
-        ),
-        Activation("relu", F.relu, partial(torch.ops.aten.threshold_backward, threshold=0)),
-        Activation("silu", F.silu, torch.ops.aten.silu_backward),
+        Activation("gelu", F.gelu, aten.gelu_backward),
+        Activation("gelu_tanh", partial(F.gelu, approximate="tanh"), partial(aten.gelu_backward, approximate="tanh")),
+        Activation("relu", F.relu, partial(aten.threshold_backward, threshold=0)),
+        Activation("silu", F.silu, aten.silu_backward),
     )
 }
 

@@ -16,8 +16,8 @@ def with_alibi(q: Tensor, k: Tensor, v: Tensor, scale: float, positions: Tensor)
 
     Args:
         q: (B, n_head, T, head_size). k, v: (B, n_query_groups, S, head_size).
-        scale: of the scores.
-        positions: of the keys, int64 (S,).
+        scale: what multiplies the scores.
+        positions: int64 (S,), where each key is.
     """
     slopes = (alibi_slopes(q.size(1), q.device) / scale).to(q.dtype)
     far, near = (positions // 256 * 256).to(k.dtype), (positions % 256).to(k.dtype)

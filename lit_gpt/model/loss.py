@@ -23,7 +23,7 @@ def summed_cross_entropy(
         head: any module from (n, n_embd) to (n, vocabulary).
         hidden: (n, n_embd).
         labels: int64 (n,).
-        postprocess: from what the head gives to logits.
+        postprocess: makes logits of the head's output.
 
     Returns:
         float32 scalar. Logits are turned to float32 before the softmax.

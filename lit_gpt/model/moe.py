@@ -117,7 +117,7 @@ class Experts(nn.Module):
         super().__init__()
         self.n_expert, self.in_features, self.out_features = n_expert, in_features, out_features
         self.weight = nn.Parameter(torch.empty(n_expert, out_features, in_features))
-        nn.init.uniform_(self.weight, -(in_features**-0.5), in_features**-0.5)  # as nn.Linear's
+        nn.init.uniform_(self.weight, -(in_features**-0.5), in_features**-0.5)  # as nn.Linear does
 
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
         """Apply each expert to its rows: x (rows, in_features), sorted by expert, to (rows, out_features)."""

@@ -30,8 +30,8 @@ class RotaryEmbedding(nn.Module):
 
         Args:
             positions: or (B, 1), of rows that are each at another; then the result is (B, 1, rope_n_elem).
-            lengths: of the sequences that are packed into the T positions; of a single one, or of each row, with what
-                precedes them.
+            lengths: how long the sequences are that are packed into the T positions; or a single one, or each row, with
+                what precedes it.
         """
         # not a buffer: it must stay float32 whatever the model is cast to, and needs no place in a checkpoint
         self.frequencies = frequencies = self.frequencies.to(positions.device)

@@ -95,13 +95,11 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, segments
 
 
 def use_blockwise(q: Tensor, scores: ScoreParams) -> bool:
-    """Return whether to attend by whole matrix products: where torch's own kernel is slow, or knows no soft cap."""
-    return trains_on_cpu(q) or scores.softcap is not None
+    """Return whether to attend by whole matrix products.
 
-
-def trains_on_cpu(q: Tensor) -> bool:
-    """Return whether a backward pass will follow where torch's own attention has a slow one."""
-    return q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled()
+    torch's own kernel knows no soft cap, and its backward pass is slow on a CPU.
+    """
+    return scores.softcap is not None or (q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled())
 
 
 def flash_supports(q: Tensor) -> bool:

@@ -104,8 +104,14 @@ class FourBit(Format):
     """
 
     PARAMS: tuple[str, ...]  # names of a group's parameters
+    PARAMS_DTYPE: torch.dtype | None = None  # None: that of the model's other weights
     CLIPS = (1.0, 0.9, 0.8)
     ROUNDS = 4
+
+    def layout(self, rows: int, columns: int) -> Layout:
+        groups = -(-columns // GROUP)
+        codes = (rows, groups * GROUP // 2), torch.uint8
+        return {"weight": codes} | {name: ((rows, groups), self.PARAMS_DTYPE) for name in self.PARAMS}
 
     @abstractmethod
     def init_params(self, groups: Tensor, clip: float) -> tuple[Tensor, ...]:
@@ -156,11 +162,6 @@ class Int4(FourBit):
     """Asymmetric 4 bits: w = scale * code + zero in each group, code from 0 to 15; bfloat16 parameters as in Int8."""
 
     PARAMS = ("scale", "zero")
-
-    def layout(self, rows: int, columns: int) -> Layout:
-        groups = -(-columns // GROUP)
-        params = ((rows, groups), None)
-        return {"weight": ((rows, groups * GROUP // 2), torch.uint8), "scale": params, "zero": params}
 
     def encode(self, w: Tensor) -> Tensors:
         groups = split_groups(w)
@@ -221,14 +222,11 @@ class NF4(FourBit):
 
     VALUES = normal_float()
     PARAMS = ("absmax",)
+    PARAMS_DTYPE = torch.float32
 
     def table(self, device: torch.device | None = None) -> Tensor:
         """Return the values of the 16 codes, float32 (16,)."""
         return torch.tensor(self.VALUES, dtype=torch.float32, device=device)
-
-    def layout(self, rows: int, columns: int) -> Layout:
-        groups = -(-columns // GROUP)
-        return {"weight": ((rows, groups * GROUP // 2), torch.uint8), "absmax": ((rows, groups), torch.float32)}
 
     def encode(self, w: Tensor) -> Tensors:
         groups = split_groups(w)
@@ -332,7 +330,7 @@ def encode(
 
     Args:
         name: a key of FORMATS.
-        dtype: of the tensors whose dtype the format leaves open.
+        dtype: what the tensors have whose dtype the format leaves open.
         done: called with each chunk of the weight when it is no longer needed.
     """
     quantizer, device = FORMATS[name], device or weight.device

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lit_gpt.quantization.formats import GROUP, FourBit, Tensors
 
-DAMPING = 0.01  # of the mean of the inputs' squares: what least squares add, so that they do not follow noise
+DAMPING = 0.01  # share of the mean of the inputs' squares, added lest least squares follow noise
 
 
 @dataclass
@@ -44,7 +44,7 @@ def quantize(weight: Tensor, stats: Statistics, quantizer: FourBit, dtype: torch
     """Return the tensors of a layer's weight (out, in), float32, fitted to its statistics; these are used up.
 
     Args:
-        dtype: of the tensors whose dtype the format leaves open.
+        dtype: what the tensors have whose dtype the format leaves open.
     """
     squares = stats.inputs.diagonal()
     squares += DAMPING * squares.mean() + torch.finfo(torch.float32).tiny

@@ -1,4 +1,4 @@
-"""Layers whose weights are kept in a quantized format, and their attachment to a GPT."""
+"""Layers whose weights are kept in a quantized format."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

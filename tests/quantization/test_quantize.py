@@ -42,12 +42,12 @@ FORMATS = list(formats.FORMATS)
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
-    """So that a weight of a test is worked on in several."""
+    """Make chunks so small that a test's weight is cut into several."""
     monkeypatch.setattr(formats, "CPU_CHUNK", 8000)
 
 
 def weight(rows: int = 30, columns: int = 200, dtype=torch.float32) -> torch.Tensor:
-    """Rows of different size, an outlier, a row of zeros, one of a constant; 200 columns do not fill the last group."""
+    """Return rows of different size, an outlier, a row of zeros, one of a constant; the last group is not full."""
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(rows, columns, generator=generator) * torch.logspace(-3, 0, rows).unsqueeze(1)
     w[3, 5] *= 40
@@ -71,10 +71,10 @@ def test_int8_is_off_by_half_a_step_at_most():
 
 def test_int4_is_off_by_half_a_step_or_cut_and_better_than_the_groups_range():
     w = weight(columns=192)
-    found = formats.encode(w, "int4", torch.float32)
-    back = formats.decode(found, "int4", w.size(1), torch.float32)
+    encoded = formats.encode(w, "int4", torch.float32)
+    back = formats.decode(encoded, "int4", w.size(1), torch.float32)
     for i, (group, mine) in enumerate(zip(groups_of(w), groups_of(back), strict=True)):
-        scale, zero = found["scale"][:, i : i + 1], found["zero"][:, i : i + 1]
+        scale, zero = encoded["scale"][:, i : i + 1], encoded["zero"][:, i : i + 1]
         expected = scale * ((group - zero) / scale.clamp(min=1e-30)).round().clamp(0, 15) + zero
         assert torch.allclose(mine, expected, rtol=0, atol=1e-7)
         low, high = group.amin(1, keepdim=True), group.amax(1, keepdim=True)
@@ -86,7 +86,7 @@ def test_int4_is_off_by_half_a_step_or_cut_and_better_than_the_groups_range():
 
 
 def test_nf4_values_are_those_of_the_paper():
-    """Quantiles of the normal distribution (appendix E), as listed there; zero is one of them."""
+    """They are the quantiles of the normal distribution that appendix E lists; zero is one of them."""
     listed = [
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
@@ -112,18 +112,18 @@ def test_nf4_is_the_nearest_value_times_the_blocks_absmax():
 
 
 def test_double_quantization_of_the_absmax():
-    """In blocks of 256, 8 bits, after their mean is taken off; off by half a step at most."""
+    """Blocks of 256 have 8 bits each after their mean is taken off, and are off by half a step at most."""
     w = weight(rows=150)
     plain, double = formats.encode(w, "nf4", torch.float32), formats.encode(w, "nf4-dq", torch.float32)
     absmax = plain["absmax"].flatten()
     assert double["absmax"].dtype == torch.int8 and torch.equal(plain["weight"], double["weight"])
     assert torch.allclose(double["absmax_mean"], absmax.mean())
-    found = formats.FORMATS["nf4-dq"].unpack(double)["absmax"].flatten()
+    actual = formats.FORMATS["nf4-dq"].unpack(double)["absmax"].flatten()
     blocks = (absmax - absmax.mean()).split(256)
     steps = torch.stack([block.abs().max() / 127 for block in blocks])
     assert len(blocks) == 3 and torch.allclose(double["absmax_scale"], steps)
     steps = steps.repeat_interleave(256)[: len(absmax)]
-    assert ((found - absmax).abs() <= steps * 0.501).all() and not torch.equal(found, absmax)
+    assert ((actual - absmax).abs() <= steps * 0.501).all() and not torch.equal(actual, absmax)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -132,9 +132,9 @@ def test_the_kernels_of_bitsandbytes_give_the_same(name, dtype, monkeypatch):
     pytest.importorskip("bitsandbytes", reason="an extra")
     assert formats.bitsandbytes()
     with use_policy(cpp=False):
-        found = there_and_back(weight(), name, dtype)
+        actual = there_and_back(weight(), name, dtype)
         monkeypatch.setattr(formats, "bitsandbytes", lambda: None)
-        assert torch.equal(found, there_and_back(weight(), name, dtype))
+        assert torch.equal(actual, there_and_back(weight(), name, dtype))
 
 
 @pytest.mark.skipif(not ops.available(), reason="needs a C++ compiler")
@@ -143,18 +143,18 @@ def test_the_kernels_of_bitsandbytes_give_the_same(name, dtype, monkeypatch):
 @pytest.mark.parametrize("name", FORMATS)
 def test_our_kernels_give_the_same_as_the_formulas(name, columns, dtype):
     w = weight(rows=37, columns=columns)
-    found = there_and_back(w, name, dtype)
+    actual = there_and_back(w, name, dtype)
     with use_policy(cpp=False):
-        assert torch.equal(found, there_and_back(w, name, dtype))
+        assert torch.equal(actual, there_and_back(w, name, dtype))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_scales_in_float16(name):
-    """As in a model that is loaded in it; no kernel takes them."""
+    """A model that is loaded in float16 has them; no kernel takes them."""
     tensors = formats.encode(weight(), name, torch.float16)
-    found = formats.decode(tensors, name, 200, torch.float32)
+    actual = formats.decode(tensors, name, 200, torch.float32)
     with use_policy(cpp=False):
-        assert torch.equal(found, formats.decode(tensors, name, 200, torch.float32))
+        assert torch.equal(actual, formats.decode(tensors, name, 200, torch.float32))
 
 
 def test_bitsandbytes_that_fails_to_load_is_named(monkeypatch, tmp_path, capsys):
@@ -237,7 +237,7 @@ def quantized(tiny: Tiny, name: str, dtype=torch.float32) -> GPT:
 
 
 def plain_like(model: GPT) -> GPT:
-    """A model without quantization that has the quantized one's weights."""
+    """Return a model without quantization that has the quantized one's weights."""
     plain = GPT(model.config).to(model.dtype).eval()
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
@@ -282,7 +282,7 @@ ATTACH = {
 
 @pytest.mark.parametrize("method", ATTACH)
 def test_methods_on_a_quantized_base(llama, method):
-    """Fresh they give the base's logits exactly; gradients are those over its dequantized weights."""
+    """Freshly attached methods give the base's logits exactly; gradients are those over its dequantized weights."""
     idx = torch.arange(3, 43).unsqueeze(0)
     targets = Targets(torch.arange(39), idx[0, 1:])
     base = load_model(llama, quantize="nf4")
@@ -333,7 +333,7 @@ def test_lora_merges_into_the_dequantized_weights(tiny: Tiny):
 
 @pytest.fixture
 def stored(cli, llama, tmp_path):
-    """A quantized checkpoint folder."""
+    """Return a quantized checkpoint folder."""
     result = cli(
         "scripts/quantize.py", checkpoint_dir=llama, out_dir=tmp_path / "q", quantize="nf4", rounding="nearest"
     )
@@ -354,7 +354,7 @@ def test_a_stored_model_is_the_one_quantized_on_the_fly(cli, llama, tmp_path, na
 
 @pytest.mark.subprocess
 def test_qlora_from_start_to_end(cli, flags, llama, stored, monkeypatch):
-    """It learns; killed and resumed it ends with the same bits; on the stored checkpoint it gives the same; the file
+    """A run learns; killed and resumed it ends with the same bits; on the stored checkpoint it gives the same; the file
     answers as trained, and merged it is the same function."""
     monkeypatch.setattr(formats, "CPU_CHUNK", 2**22)  # as in the process that is killed
     result = cli("finetune/lora.py", **flags, quantize="nf4")
@@ -461,20 +461,20 @@ def test_the_plan_knows_the_quantized_size(cli, stored):
     tables, blocks = 2 * config.padded_vocab_size * config.n_embd, 12 * config.n_embd**2 * config.n_layer
     assert small["parameters"] == plain["parameters"] and small["trainable"] == plain["trainable"]
     assert plain["weights"] - small["weights"] == pytest.approx(tables + blocks * (2 - 4.5 / 8), rel=0.02)
-    found = json.loads(cli("scripts/plan.py", checkpoint_dir=stored, **flags).out)
+    plan = json.loads(cli("scripts/plan.py", checkpoint_dir=stored, **flags).out)
     model = load_model(stored, torch.bfloat16)
-    held = sum(p.nbytes for p in model.parameters()) + 4 * found["trainable"]
-    assert held < found["weights"] < held + 5 * 64 * 8  # the row's ids are counted, too
+    held = sum(p.nbytes for p in model.parameters()) + 4 * plan["trainable"]
+    assert held < plan["weights"] < held + 5 * 64 * 8  # the row's ids are counted, too
 
 
 @pytest.mark.subprocess
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
 def test_loading_needs_one_blocks_size_beside_the_result():
-    """Of resident memory, pages of the mapped file included; 4 layers in bf16, quantized on the fly."""
+    """Measure resident memory, pages of the mapped file included, with 4 layers in bf16, quantized on the fly."""
     argv = [sys.executable, ROOT / "benchmarks/quantize_memory.py", "--n_layer=4", "--n_embd=1536", "--vocabulary=300"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    found = json.loads(subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout)
-    plain, small = found["bf16"], found["nf4"]
+    measured = json.loads(subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout)
+    plain, small = measured["bf16"], measured["nf4"]
     assert small["weights"] < 0.3 * plain["weights"]
-    assert small["peak"] < small["weights"] + found["block"]
+    assert small["peak"] < small["weights"] + measured["block"]
     assert small["resident"] < 0.35 * plain["weights"]

@@ -13,8 +13,8 @@ constexpr bool VNNI = false;
 
 enum Format { FLOAT32, BFLOAT16, INT8, NIBBLES_FLOAT32, NIBBLES_BFLOAT16 };
 
-// The weights: `multiply` gives y[b * y_row + r] for their rows r from `begin` to `end` and n rows of x, and `expand` a
-// row of what is not floating point.
+// The weights: `multiply` gives y[b * y_row + r] for their rows r from `begin` to `end` and n rows of x, and `expand`
+// dequantizes a row.
 
 // A weight in floating point.
 template <class T> struct Plain {
@@ -29,7 +29,7 @@ template <class T> struct Plain {
 // Rounds n numbers to int16, whose range the largest fills. Returns the step between two of them: NaN, if some are not
 // finite.
 inline float quantize_to_int16(const float *x, long n, int16_t *to) {
-    int32_t most = 0;  // of the numbers without their signs, whose bits are ordered as they are
+    int32_t most = 0;  // the largest without its sign, for bits are ordered as the numbers are
     for (long i = 0; i < n; i++) {
         int32_t bits;
         memcpy(&bits, x + i, 4);
@@ -48,7 +48,7 @@ struct QuantizedRows {
     static constexpr long BLOCK = 512;
     long columns, blocks;
     std::vector<int16_t> numbers;
-    std::vector<float> steps;  // of each block
+    std::vector<float> steps;  // one for each block
 
     QuantizedRows(const float *x, long n, long columns)
         : columns(columns), blocks((columns + BLOCK - 1) / BLOCK), numbers(n * columns), steps(n * blocks) {
@@ -172,7 +172,7 @@ template <class S> struct Nibbles {
         fast ? multiply_quantized(columns, x, n, y_row, by_rows) : multiply_exactly(columns, x, n, y_row, by_rows);
     }
 
-    // of n rows of x, for their products with the zeros
+    // The sums of the groups of n rows of x, for their products with the zeros.
     std::vector<float> sums_of_groups(const float *x, long n, long columns) const {
         std::vector<float> sums(n * groups);
         for (long i = 0; zero && i < n * groups; i++) {
@@ -184,7 +184,7 @@ template <class S> struct Nibbles {
         return sums;
     }
 
-    // what the groups' zeros add to a product
+    // What the groups' zeros add to a product.
     float from_zeros(long r, const float *sums) const { return zero ? dot(zero + r * groups, sums, groups) : 0; }
 
     template <class ByRows>
@@ -197,7 +197,7 @@ template <class S> struct Nibbles {
         by_rows([&](auto B, long b, long r, float *to) { row<B>(r, table, &ordered[b * size], size, to, y_row); });
     }
 
-    // a row of x in the order in which `row` meets the codes
+    // Lays out a row of x in the order in which `row` meets the codes.
     void order(const float *x, long columns, float *ordered) const {
         const int block = 8 * LANES;
         float padded[block] = {};
@@ -209,7 +209,7 @@ template <class S> struct Nibbles {
         }
     }
 
-    // products of row r of the weight with B rows of x
+    // Multiplies row r of the weight with B rows of x: y[i * y_row].
     template <int B> void row(long r, const float *table, const float *x, long x_row, float *y, long y_row) const {
         const uint8_t *at = w + r * groups * 32;
         const S *by = scale + r * groups;
