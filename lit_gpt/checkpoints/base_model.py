@@ -4,7 +4,7 @@ Quantizing goes tensor by tensor, from the mapped file to what is kept, so that 
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,35 +17,41 @@ from lit_gpt.checkpoints import io
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.hardware import on_meta, page_out
 from lit_gpt.model.config import Config
-from lit_gpt.model.gpt import GPT
-from lit_gpt.quantization import formats, modules
+from lit_gpt.model.gpt import GPT, quantize
+from lit_gpt.quantization import formats
+from lit_gpt.quantization.modules import Quantized
 from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
 
 
+def skeleton(config: Config, dtype: torch.dtype | None, format: str | None) -> GPT:
+    """Return a GPT without contents, quantized if a format is given."""
+    with on_meta():
+        model = GPT(config).to(dtype)
+        return quantize(model, format) if format else model
+
+
 def build_model(
     config: Config,
-    state: dict[str, Tensor],
+    state: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     source: Path | str = "the state dict",
-    attach: Callable[[GPT], GPT] | None = None,
+    quantized: str | None = None,
 ) -> GPT:
-    """A GPT that holds the given tensors, in evaluation mode.
+    """Return a GPT that holds the given tensors, in evaluation mode.
 
     Args:
         source: names the tensors in errors.
-        attach: makes of a GPT on the meta device what the tensors are for.
+        quantized: the format that the tensors are in, if they are quantized.
 
     Raises:
         UserError: missing or unexpected names, or shapes that the configuration contradicts.
     """
-    with on_meta():
-        model = GPT(config).to(dtype)
-        model = attach(model) if attach else model
+    model = skeleton(config, dtype, quantized)
     if config.tie_embeddings:
         tied = {name.replace("wte.", "lm_head."): tensor for name, tensor in state.items() if name.startswith("wte.")}
-        state = state | tied
+        state = {**state, **tied}
     expected = model.state_dict()
     io.check_state(expected, state, source)
     # a quantized layer has tensors of dtypes that the model's does not bear on
@@ -57,15 +63,15 @@ def build_model(
 
 @dataclass(frozen=True)
 class BaseCheckpoint:
-    """A converted checkpoint, opened as it is to be used: config, mapped tensors, tokenizer, prompt style."""
+    """Holds a converted checkpoint, opened as it is to be used: config, mapped tensors, tokenizer, prompt style."""
 
     checkpoint_dir: Path
     config: Config
     state: Mapping[str, Tensor]
-    fingerprint: str  # of the weights before they were quantized
+    fingerprint: str  # identifies the weights before they were quantized
     quantize: str | None = None  # a format of lit_gpt.quantization.formats
     is_quantized: bool = False  # the file is quantized already
-    codes_fingerprint: str | None = None  # of its tensors, if they are others than rounding to the nearest gives
+    codes_fingerprint: str | None = None  # identifies a calibrated file, whose codes are not just the nearest
 
     @classmethod
     def open(cls, checkpoint_dir: Path, quantize: str | None = None) -> "BaseCheckpoint":
@@ -76,57 +82,57 @@ class BaseCheckpoint:
             UserError: it is no converted checkpoint, or its weights are not those that were calibrated.
         """
         checkpoint.check_checkpoint_dir(checkpoint_dir)
-        found = checkpoint.quantization(checkpoint_dir)
+        record = checkpoint.quantization(checkpoint_dir)
         state, config = checkpoint.read_state(checkpoint_dir), Config.from_checkpoint(checkpoint_dir)
-        if not found:
+        if not record:
             base = cls(Path(checkpoint_dir), config, state, checkpoint.fingerprint(state), quantize)
             for tensor in state.values() if quantize else ():
                 page_out(tensor)
             return base
         if quantize:
             raise UsageError(
-                f"--quantize {quantize}: {checkpoint_dir} is quantized already ({found['quantize']}); leave the flag "
+                f"--quantize {quantize}: {checkpoint_dir} is quantized already ({record['quantize']}); leave the flag "
                 "out, or give the folder that it was made from"
             )
-        codes = found.get("codes")
-        if codes and codes != checkpoint.fingerprint(state):
+        calibrated = record.get("codes")
+        if calibrated and calibrated != checkpoint.fingerprint(state):
             raise UserError(
                 f"{Path(checkpoint_dir) / 'lit_model.pth'}: not the weights that lit_quantize.json tells of; "
                 "quantize again"
             )
-        return cls(Path(checkpoint_dir), config, state, found["source"], found["quantize"], True, codes)
+        return cls(Path(checkpoint_dir), config, state, record["source"], record["quantize"], True, calibrated)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The folder's tokenizer, read when first asked for."""
+        """Read the folder's tokenizer, when first asked for."""
         return Tokenizer(self.checkpoint_dir)
 
     @cached_property
     def prompt_style(self) -> PromptStyle:
-        """The folder's prompt style, read when first asked for."""
+        """Read the folder's prompt style, when first asked for."""
         return PromptStyle.from_checkpoint(self.checkpoint_dir, self.tokenizer)
 
     @property
     def quantization(self) -> str | None:
-        """By which a finetuned file knows how its base is quantized: the format, of a calibrated one also the codes."""
+        """Return what a finetuned file records of its base: the format, and with calibration the fingerprint."""
         return f"{self.quantize}:{self.codes_fingerprint}" if self.codes_fingerprint else self.quantize
 
     def quantized_as(self, trained_on: str | None, path: Path) -> "BaseCheckpoint":
-        """This base, quantized as a finetuned file has it; one that was trained on full weights takes any.
+        """Return this base, quantized as a finetuned file's was; a file that was trained on full weights takes any.
 
         Args:
-            trained_on: the `quantization` of its base.
+            trained_on: the `quantization` of the file's base.
 
         Raises:
-            UserError: this one is quantized otherwise, or is to be.
+            UserError: this base is quantized otherwise, or is to be.
         """
-        if trained_on in (None, self.quantization):
+        if trained_on is None or trained_on == self.quantization:
             return self
-        name, _, codes = trained_on.partition(":")
-        if codes:
+        name, _, calibrated = trained_on.partition(":")
+        if calibrated:
             raise UserError(
-                f"{path}: trained on the calibrated {name} checkpoint of fingerprint {codes}, which --checkpoint_dir "
-                f"{self.checkpoint_dir} is not; give the folder that scripts/quantize.py wrote"
+                f"{path}: trained on the calibrated {name} checkpoint of fingerprint {calibrated}, which "
+                f"--checkpoint_dir {self.checkpoint_dir} is not; give the folder that scripts/quantize.py wrote"
             )
         if self.quantize is None:
             return replace(self, quantize=name)
@@ -139,47 +145,40 @@ class BaseCheckpoint:
         raise UserError(f"{path}: trained on a base in {name}, and {where} {here}; use {mend}")
 
     def build(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> GPT:
-        """The model, in evaluation mode; see load_model."""
-        source = self.checkpoint_dir / "lit_model.pth"
-        if not self.quantize:
-            return build_model(self.config, dict(self.state), dtype, device, source)
-        dtype = dtype or self.dtype
-        state = dict(self.state if self.is_quantized else self.quantized(dtype, device))
-        return build_model(self.config, state, dtype, device, source, self.attach)
+        """Return the model, in evaluation mode; see load_model."""
+        state = self.state
+        if self.quantize:
+            dtype = dtype or self.dtype
+            state = state if self.is_quantized else dict(self.quantized(dtype, device))
+        return build_model(self.config, state, dtype, device, self.checkpoint_dir / "lit_model.pth", self.quantize)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights that are not quantized, as stored."""
+        """Return the stored dtype of the weights that are not quantized."""
         return self.state["ln_f.weight"].dtype
 
-    def attach(self, model: GPT) -> GPT:
-        return modules.attach(model, self.quantize)
-
-    def skeleton(self, dtype: torch.dtype) -> GPT:
-        with on_meta():
-            return self.attach(GPT(self.config).to(dtype))
-
     def quantized(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Iterator[tuple[str, Tensor]]:
-        """The state dict of the quantized model, tensor by tensor; what is not quantized comes as it is stored.
+        """Yield the state dict of the quantized model, tensor by tensor; what is not quantized comes as it is stored.
 
         Raises:
             UserError: weights that are not numbers.
         """
-        layers = dict(self.skeleton(dtype).named_modules())
+        layers = dict(skeleton(self.config, dtype, self.quantize).named_modules())
         for name, tensor in self.state.items():
             path, _, kind = name.rpartition(".")
             layer = layers.get(path)
-            if kind != "weight" or not isinstance(layer, modules.Quantized):
+            if kind != "weight" or not isinstance(layer, Quantized):
                 yield name, tensor
                 continue
-            found = formats.encode(tensor, layer.format, dtype, device and torch.device(device), done=page_out)
-            if not all(part.isfinite().all() for part in found.values() if part.is_floating_point()):
+            place = torch.device(device) if device else None
+            encoded = formats.encode(tensor, layer.format, dtype, place, done=page_out)
+            if not all(part.isfinite().all() for part in encoded.values() if part.is_floating_point()):
                 raise UserError(f"{self.checkpoint_dir / 'lit_model.pth'}: {name} holds values that are not numbers")
-            yield from ((f"{path}.{key}", part) for key, part in found.items())
+            yield from ((f"{path}.{key}", part) for key, part in encoded.items())
 
     def write_quantized(self, folder: Path, tensors: Iterable[tuple[str, Tensor]], calibrated: bool) -> None:
         """Write the tensors of a quantized model into a checkpoint folder that has all but the weights."""
-        layout = self.skeleton(self.dtype).state_dict()
+        layout = skeleton(self.config, self.dtype, self.quantize).state_dict()
         for name in [name for name in layout if name.startswith("wte.")] if self.config.tie_embeddings else ():
             del layout[name.replace("wte.", "lm_head.")]
         path = folder / "lit_model.pth"
@@ -199,7 +198,7 @@ def load_model(
     """Load the model of a converted checkpoint folder, in evaluation mode.
 
     Args:
-        dtype: of the weights; None: as stored.
+        dtype: what the weights are cast to; None: they stay as stored.
         device: None: the CPU, where weights kept in the stored dtype stay mapped from the file.
         quantize: a format of lit_gpt.quantization.formats, for a folder that is not quantized already.
 

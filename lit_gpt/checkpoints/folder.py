@@ -43,10 +43,10 @@ def check_checkpoint_dir(checkpoint_dir: Path, converted: bool = True) -> None:
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """A short hash of a state dict, by which a finetuned file knows its base.
+    """Return a short hash of a state dict, by which a finetuned file knows its base.
 
-    Reads names, shapes, dtypes and 16 spread-out rows of each tensor: enough to tell any two models apart that were
-    trained apart, in milliseconds for a mapped file of any size.
+    It covers names, shapes, dtypes and 16 spread-out rows of each tensor: enough to tell any two models apart that
+    were trained apart, in milliseconds for a mapped file of any size.
     """
     digest = hashlib.sha256()
     for name in sorted(state):
@@ -59,33 +59,36 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 def quantization(checkpoint_dir: Path) -> dict[str, Any] | None:
-    """What lit_quantize.json says: `quantize`, the format, and `source`, the fingerprint before. None: not quantized.
+    """Read lit_quantize.json: `quantize`, the format, and `source`, the fingerprint of the full weights.
+
+    Returns:
+        None for a folder that is not quantized.
 
     Raises:
-        UserError: of another format version, or of a format that is not known here.
+        UserError: the file is not readable, of another version, or of a format that is not known here.
     """
     path = Path(checkpoint_dir) / "lit_quantize.json"
     if not path.exists():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        version, name = found["format_version"], found["quantize"]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        version, name = record["format_version"], record["quantize"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not readable as what scripts/quantize.py writes; quantize again") from None
     if version != QUANTIZED_VERSION:
         raise UserError(f"{path}: format version {version!r}, expected {QUANTIZED_VERSION}; quantize again")
     if name not in list(FORMATS):  # a dictionary would refuse what cannot be hashed
         raise UserError(f"{path}: the quantization {name!r} is not known; expected one of {', '.join(FORMATS)}")
-    if not isinstance(found.get("source"), str):
+    if not isinstance(record.get("source"), str):
         raise UserError(f"{path}: source: expected the fingerprint of the full weights; quantize again")
-    return found
+    return record
 
 
 def refuse_quantized(checkpoint_dir: Path) -> None:
     """Refuse a folder that scripts/quantize.py wrote. Raises UserError."""
-    if found := quantization(checkpoint_dir):
+    if record := quantization(checkpoint_dir):
         raise UserError(
-            f"--checkpoint_dir {checkpoint_dir}: is quantized ({found['quantize']}); expected the folder that it was "
+            f"--checkpoint_dir {checkpoint_dir}: is quantized ({record['quantize']}); expected the folder that it was "
             "made from"
         )
 

@@ -1,4 +1,4 @@
-"""Reading and writing checkpoints: mapped from the file, atomic, strict, and without running any code they hold.
+"""Read and write checkpoints: mapped from the file, atomic, strict, and without running any code they hold.
 
 A checkpoint folder holds the Hugging Face files as downloaded (config.json, the tokenizer's) and, once converted,
 `lit_model.pth` (the GPT's state dict), `lit_config.json` and `prompt_style.json`; if scripts/quantize.py wrote it, also
@@ -27,14 +27,14 @@ SAFETENSORS = {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}  # the
 
 
 def save(path: Path, contents: dict[str, Any]) -> None:
-    """torch.save that leaves the old file or the new one, never half of either."""
+    """Write a dictionary by torch.save, whole or not at all."""
     with atomic(path) as temporary, named_write_errors(path):
         torch.save(contents, temporary)
 
 
 @contextmanager
 def named_write_errors(path: Path) -> Iterator[None]:
-    """Names the file that torch.save could not write, which reports it as a RuntimeError."""
+    """Raise UserError with the file's name where torch.save, which raises RuntimeError, cannot write it."""
     try:
         yield
     except RuntimeError as error:
@@ -42,7 +42,7 @@ def named_write_errors(path: Path) -> Iterator[None]:
 
 
 def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """The same for a safetensors file."""
+    """Write a safetensors file, whole or not at all."""
     with atomic(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
@@ -54,11 +54,11 @@ def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str,
 def save_safetensors_streamed(
     path: Path, layout: Mapping[str, Tensor], contents: Mapping[str, Iterable[bytes | memoryview]]
 ) -> None:
-    """The same for tensors whose bytes come piece by piece.
+    """Write a safetensors file of tensors whose bytes come piece by piece, whole or not at all.
 
     Args:
         layout: tensors of the shapes and dtypes to write, on the meta device, those of the widest numbers first.
-        contents: the bytes of each.
+        contents: the bytes of each tensor, by its name.
     """
     header, end = {}, 0
     for name, tensor in layout.items():
@@ -74,7 +74,7 @@ def save_safetensors_streamed(
 
 
 def load(path: Path, mmap: bool = True) -> dict[str, Any]:
-    """The contents of a file written by torch.save; tensors stay mapped from the file. No code in it is run.
+    """Return the contents of a file written by torch.save, with tensors mapped from the file. No code in it is run.
 
     Raises:
         UserError: the file is missing, truncated, or holds anything but tensors and plain values.
@@ -139,18 +139,18 @@ def reserve_disk(sparse: Path) -> None:
             ) from None
 
 
-def check_state(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: Path | str) -> None:
+def check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: Path | str) -> None:
     """Refuse a state dict that is not exactly what a model expects.
 
     Raises:
         UserError: names up to three offending tensors.
     """
-    problems = [f"lacks {name}" for name in expected if name not in found]
-    problems += [f"holds unexpected {name}" for name in found if name not in expected]
+    problems = [f"lacks {name}" for name in expected if name not in state]
+    problems += [f"holds unexpected {name}" for name in state if name not in expected]
     problems += [
-        f"has {name} as {tuple(found[name].shape)} where {tuple(tensor.shape)} is expected"
+        f"has {name} as {tuple(state[name].shape)} where {tuple(tensor.shape)} is expected"
         for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
+        if name in state and state[name].shape != tensor.shape
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""

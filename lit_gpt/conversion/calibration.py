@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lit_gpt.checkpoints.base_model import BaseCheckpoint
+from lit_gpt.checkpoints.base_model import BaseCheckpoint, skeleton
 from lit_gpt.data import dataset
 from lit_gpt.data.sources import READERS, Source
 from lit_gpt.errors import UsageError, UserError
@@ -175,7 +175,7 @@ def block_of(base: BaseCheckpoint, layer: int, dtype: torch.dtype, device: torch
 
 def streams(base: BaseCheckpoint, ids: Tensor, dtype: torch.dtype, quantize: bool) -> list[Tensor]:
     """Compute the hidden states before the first block, (B, T, n_embd) for each batch of sequences."""
-    model = base.skeleton(dtype) if quantize else model_of(base)
+    model = skeleton(base.config, dtype, base.quantize) if quantize else model_of(base)
     state = {name: tensor for name, tensor in base.state.items() if name.startswith(("wte.", "wpe."))}
     pairs = replace(base, state=state).quantized(dtype, ids.device) if quantize else state.items()
     for name, tensor in pairs:

@@ -125,7 +125,7 @@ def next_logits(
         choose(pack[:1])
         prefill_packed(model, pack)
     for row in rows:
-        if model.needs_reread(row.cache, len(row.ids)):
+        if model.needs_reread(row.cache[0], len(row.ids)):
             truncate(row.cache, 0)
         # alone, the last piece gives the logits; else all rows add one token together
         read_to = len(row.ids) - (PREFILL_CHUNK if len(rows) == 1 else 1)

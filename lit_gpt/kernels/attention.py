@@ -25,11 +25,12 @@ SHORT = 512
 
 @dataclass(frozen=True)
 class ScoreParams:
-    """How a query scores the keys, before the softmax.
+    """Says how a query scores the keys, before the softmax.
 
-    scale: of the product of query and key.
-    window: how many positions a query sees, its own included; None: all before it.
-    softcap: c, by which a score s becomes c * tanh(s / c) (Gemma Team 2024, Gemma 2); None: it does not.
+    Attributes:
+        scale: multiplies the product of query and key.
+        window: how many positions a query sees, its own included; None: all before it.
+        softcap: c, by which a score s becomes c * tanh(s / c) (Gemma Team 2024, Gemma 2); None: it does not.
     """
 
     scale: float
@@ -42,7 +43,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, lengths: tup
 
     Args:
         q: (B, n_head, T, head_size). k, v: (B, n_query_groups, T, head_size).
-        lengths: of the samples; their sum is T.
+        lengths: how long the samples are; their sum is T.
 
     Returns:
         (B, n_head, T, head_size). Scores and softmax are float32, or float64 for such input.
@@ -116,7 +117,7 @@ class _Attention(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Block:
-    """Queries from `begin` to `end`, which see keys from `first` on; `kept`: their probabilities are."""
+    """Holds queries from `begin` to `end`, which see keys from `first` on, and whether their probabilities are kept."""
 
     begin: int
     end: int
@@ -140,7 +141,7 @@ def _blocks(lengths: tuple[int, ...], scores: ScoreParams) -> Iterator[_Block]:
 
 
 class _Probabilities:
-    """Softmax of the scores of a block's queries, in float32 or wider."""
+    """Computes the softmax of the scores of a block's queries, in float32 or wider."""
 
     def __init__(self, q: Tensor, k: Tensor, scores: ScoreParams) -> None:
         self.q, self.k, self.heads = q, k, q.size(1) // k.size(1)
@@ -171,7 +172,7 @@ class _Probabilities:
 
     @cached_property
     def later(self) -> Tensor:
-        """The mask of a block: -inf where a key comes after the query, else 0."""
+        """Return the mask of a block: -inf where a key comes after the query, else 0."""
         shape = QUERY_BLOCK, QUERY_BLOCK
         return torch.full(shape, -torch.inf, dtype=_wide(self.q), device=self.q.device).triu_(1)
 
@@ -181,7 +182,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _by_group(x: Tensor, k: Tensor) -> Tensor:
-    """Lay out x (B, heads, T, head_size) by the groups of k: (B * n_query_groups, T * heads of a group, head_size)."""
+    """Return x (B, heads, T, head_size) by groups of k, as (B * n_query_groups, T * heads of a group, head_size)."""
     B, G, T, size = k.shape
     return x.view(B, G, -1, T, size).transpose(2, 3).reshape(B * G, -1, size)
 

@@ -48,6 +48,7 @@ def library(name: str) -> ctypes.CDLL | None:
 
 
 def cache_folder() -> Path:
+    """Return the folder of the compiled libraries, and make it if there is none."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_gpt"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -65,7 +66,7 @@ def fingerprint(compiler: str, name: str) -> str:
 
 
 def compile_to(path: Path, compiler: str, source: Path) -> None:
-    """Compile to a name of its own first: several processes may do so at once, and one may be killed."""
+    """Compile a source, first to a file of its own: several processes may do so at once, and one may be killed."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
     os.close(descriptor)
     try:

@@ -31,7 +31,7 @@ def functions(name: str) -> dict[str, tuple[list[Any], Any]]:
 def _exported(name: str) -> str:
     """Return the source of the macro BOTH, if there is one, and of the block extern "C", without comments."""
     source = re.sub(r"//.*", "", (SOURCES / f"{name}.cpp").read_text()).replace("\\\n", "\n")
-    return source[re.search(r'#define BOTH|extern "C"', source).start() :]
+    return re.split(r'#define BOTH|extern "C"', source, maxsplit=1)[1]
 
 
 def _argument_type(parameter: str) -> Any:

@@ -52,7 +52,7 @@ def low_rank_update(
         y: (T, out_features), of the dtype of the arithmetic; what made it must not have kept it.
         x: (T, in_features).
         A: (len(parts) * r, in_features), float32: an A for each part, one below the other.
-        B: (sum of the parts' lengths, r), float32, likewise.
+        B: (sum of the parts' lengths, r), float32: a B for each part, one below the other.
         parts: (start, stop) of columns.
         dropout: probability, rounded to 1 / DROPOUT_STEPS.
     """
@@ -144,7 +144,7 @@ def fair_words(n: int, seed: Tensor) -> Tensor:
     Args:
         seed: int64 (1,). A tensor, for torch.compile takes two calls of the same arguments to be one.
     """
-    return torch.from_numpy(np.random.SFC64(seed.item()).random_raw(n).view(np.int64))
+    return torch.from_numpy(np.random.SFC64(int(seed.item())).random_raw(n).view(np.int64))
 
 
 @fair_words.register_fake
@@ -238,7 +238,8 @@ class _RMSNorm(torch.autograd.Function):
 class Activation:
     """An elementwise function.
 
-    gradient: from the gradient of its result and its input to the gradient of its input.
+    Attributes:
+        gradient: returns the gradient of the input, from the gradient of the result and the input.
     """
 
     name: str
@@ -249,14 +250,14 @@ class Activation:
         return self.function(x)
 
 
-_tanh = {"approximate": "tanh"}
+aten = torch.ops.aten
 ACTIVATIONS = {
     activation.name: activation
     for activation in (
-        Activation("gelu", F.gelu, torch.ops.aten.gelu_backward),
-        Activation("gelu_tanh", partial(F.gelu, **_tanh), partial(torch.ops.aten.gelu_backward, **_tanh)),
-        Activation("relu", F.relu, partial(torch.ops.aten.threshold_backward, threshold=0)),
-        Activation("silu", F.silu, torch.ops.aten.silu_backward),
+        Activation("gelu", F.gelu, aten.gelu_backward),
+        Activation("gelu_tanh", partial(F.gelu, approximate="tanh"), partial(aten.gelu_backward, approximate="tanh")),
+        Activation("relu", F.relu, partial(aten.threshold_backward, threshold=0)),
+        Activation("silu", F.silu, aten.silu_backward),
     )
 }
 
@@ -306,16 +307,16 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx, qkv, cos, sin, *heads):
         ctx.save_for_backward(cos, sin)
         ctx.heads = heads
-        return _apply_rotary(qkv, cos, sin, *heads)
+        return _apply_rotary(qkv, cos, sin, 1.0, *heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return _apply_rotary(grad, cos, sin, *ctx.heads, sign=-1.0), None, None, None, None
+        return _apply_rotary(grad, cos, sin, -1.0, *ctx.heads), None, None, None, None
 
 
-def _apply_rotary(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int, sign: float = 1.0) -> Tensor:
+def _apply_rotary(qkv: Tensor, cos: Tensor, sin: Tensor, sign: float, heads: int, head_size: int) -> Tensor:
     n = cos.size(-1)
     if ops.supports(qkv, cos):
         angles = (x.expand(*qkv.shape[:2], n).contiguous() for x in (cos, sin))

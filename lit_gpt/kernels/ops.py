@@ -266,7 +266,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v."""
     grads = _attention_grads(grad, q, k)
-    by_head = [q.new_empty(q.shape, dtype=torch.float32) for _ in range(2)]  # of keys and values, not yet summed
+    by_head = [q.new_empty(q.shape, dtype=torch.float32) for _ in range(2)]  # what keys and values get, not yet summed
     heads = (_Heads.of(x) for x in (q, k, v, grad))
     sizes = _Sizes.of(q, k, scale, window, lengths)
     _call("attention", "attention_backward", q, sizes, *heads, log_sums, *map(_Heads.of, grads), *by_head)

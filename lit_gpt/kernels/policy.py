@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class KernelPolicy:
-    """What the choice of kernels may rely on.
+    """Says what the choice of kernels may rely on.
 
     Attributes:
         cpp: whether the C++ kernels may serve; else torch's formulas do.

@@ -41,9 +41,9 @@ class AdapterPrompt(nn.Module):
 
     def __init__(self, attention: CausalSelfAttention, config: AdapterConfig) -> None:
         super().__init__()
-        new = {"device": next(attention.parameters()).device, "dtype": torch.float32}
-        self.prompt = nn.Parameter(torch.randn(config.prompt_length, attention.qkv.in_features, **new))
-        self.gate = nn.Parameter(torch.zeros(attention.n_head, **new))
+        device, size = next(attention.parameters()).device, attention.qkv.in_features
+        self.prompt = nn.Parameter(torch.randn(config.prompt_length, size, device=device, dtype=torch.float32))
+        self.gate = nn.Parameter(torch.zeros(attention.n_head, device=device, dtype=torch.float32))
 
     def forward(self, q: Tensor, attention: CausalSelfAttention) -> Tensor:
         """Return what queries (B, n_head, T, head_size) find in the prompt, gated, in the same shape and dtype."""
@@ -65,9 +65,10 @@ class AdapterPrompt(nn.Module):
 
 def attach(model: GPT, config: AdapterConfig) -> GPT:
     """Give the layers from `start_layer` on their prompts, in place, and let only what is attached train."""
-    if config.start_layer >= len(model.h):
-        raise UsageError(f"--adapter_start_layer {config.start_layer}: the model has only {len(model.h)} layers")
-    for block in model.h[config.start_layer :]:
-        block.attn.prefix = AdapterPrompt(block.attn, config)
+    attentions = [module for module in model.modules() if isinstance(module, CausalSelfAttention)]
+    if config.start_layer >= len(attentions):
+        raise UsageError(f"--adapter_start_layer {config.start_layer}: the model has only {len(attentions)} layers")
+    for attention in attentions[config.start_layer :]:
+        attention.prefix = AdapterPrompt(attention, config)
     mark_trainable(model)
     return model

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from lit_gpt.kernels import fused
 from lit_gpt.methods import adapter
 from lit_gpt.methods.hyperparameters import AdapterConfig
-from lit_gpt.methods.method import Method, mark_trainable
+from lit_gpt.methods.method import LinearWrapper, Method, mark_trainable
 from lit_gpt.methods.recording import DecodingTape
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.moe import Experts, Routing
@@ -34,21 +34,20 @@ class AdapterV2(Method):
         return attach(model, self.config)
 
 
-class ScaledLinear(nn.Module):
-    """A linear layer, or what wraps one, with a scale and a bias per output. Both are kept in float32.
-
-    Args:
-        experts: how many there are, in a layer of experts; the first dimension of scale and bias then.
-    """
+class ScaledLayer(LinearWrapper):
+    """Holds a scale and a bias for each output of a layer in float32: (out_features,), or (n_expert, out_features)."""
 
     trained_parameters = ("scale", "shift")
 
-    def __init__(self, linear: nn.Module, *experts: int) -> None:
-        super().__init__()
-        self.linear, self.in_features, self.out_features = linear, linear.in_features, linear.out_features
-        device = next(linear.parameters()).device
-        self.scale = nn.Parameter(torch.ones(*experts, linear.out_features, device=device, dtype=torch.float32))
-        self.shift = nn.Parameter(torch.zeros(*experts, linear.out_features, device=device, dtype=torch.float32))
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__(linear)
+        shape, device = (*self.experts, self.out_features), next(linear.parameters()).device
+        self.scale = nn.Parameter(torch.ones(shape, device=device, dtype=torch.float32))
+        self.shift = nn.Parameter(torch.zeros(shape, device=device, dtype=torch.float32))
+
+
+class ScaledLinear(ScaledLayer):
+    """A linear layer, or what wraps one, whose output is scaled and shifted."""
 
     def forward(self, x: Tensor) -> Tensor:
         return fused.scaled(self.linear(x), self.scale, self.shift)
@@ -60,12 +59,8 @@ class ScaledLinear(nn.Module):
         return y
 
 
-class ScaledExperts(ScaledLinear):
-    """A layer of experts with a scale and a bias (n_expert, out_features) on what each expert gives."""
-
-    def __init__(self, linear: Experts) -> None:
-        super().__init__(linear, linear.n_expert)
-        self.n_expert = linear.n_expert
+class ScaledExperts(ScaledLayer):
+    """A layer of experts, each of whose outputs is scaled and shifted."""
 
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
         rows = self.linear(x, routes).split(routes.counts)

@@ -42,21 +42,6 @@ def attach_record(model: GPT, path: Path, record: dict[str, Any]) -> Method:
     return method
 
 
-def attach_file(model: GPT, path: Path, method: str | None, base: str) -> dict[str, Any]:
-    """Attach a finetuned file to the base that it was trained on, and return its record.
-
-    Args:
-        method: name of the only method to admit; None: any.
-        base: fingerprint of the base.
-
-    Raises:
-        UserError: the file is of another method, format version or base, or contradicts itself.
-    """
-    record = read_file(path, method, base)
-    attach_record(model, path, record)
-    return record
-
-
 def load_finetuned(
     checkpoint_dir: Path,
     path: Path,

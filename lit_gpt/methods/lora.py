@@ -18,11 +18,11 @@ from lit_gpt.errors import UserError
 from lit_gpt.hardware import on_meta
 from lit_gpt.kernels import fused
 from lit_gpt.methods.hyperparameters import LoRAConfig
-from lit_gpt.methods.method import Method, mark_trainable
+from lit_gpt.methods.method import LinearWrapper, Method, experts_of, mark_trainable
 from lit_gpt.methods.recording import DecodingTape
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT
-from lit_gpt.model.moe import Experts, Router, Routing, grouped_product
+from lit_gpt.model.moe import Experts, Routing, grouped_product
 from lit_gpt.quantization.modules import Quantized, QuantizedLinear, weight_of
 
 NAME = "lora"
@@ -47,48 +47,30 @@ class LoRA(Method):
             layer.merged()
 
 
-class LoRALinear(nn.Module):
-    """A linear layer with low-rank updates of some of its rows.
+class LoRALayer(LinearWrapper):
+    """Holds low-rank updates of some rows of a layer, in float32; for products they are cast to the input's dtype.
 
     Args:
         linear: the base, a module from (..., in_features) to (..., out_features).
         parts: (start, stop) of the rows of each projection within the layer that is adapted; each has its own A and B,
             while the product with all A's is one.
-        experts: how many there are, in a layer of experts; the first dimension of A and B then.
-
-    The update is kept in float32 and cast to the input's dtype for its products.
     """
 
     trained_parameters = ("lora_A", "lora_B")
 
-    def __init__(self, linear: nn.Module, parts: list[tuple[int, int]], config: LoRAConfig, *experts: int) -> None:
-        super().__init__()
-        self.linear, self.parts, self.r = linear, parts, config.r
+    def __init__(self, linear: nn.Module, parts: list[tuple[int, int]], config: LoRAConfig) -> None:
+        super().__init__(linear)
+        self.parts, self.r, self.dropout = parts, config.r, config.dropout
         self.scale = config.alpha / config.r
-        self.dropout = config.dropout
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        new = {"device": next(linear.parameters()).device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(*experts, len(parts) * config.r, linear.in_features, **new))
-        self.lora_B = nn.Parameter(torch.zeros(*experts, sum(stop - start for start, stop in parts), config.r, **new))
+        self.sizes = [stop - start for start, stop in parts]
+        shapes = (*self.experts, len(parts) * self.r, self.in_features), (*self.experts, sum(self.sizes), self.r)
+        device = next(linear.parameters()).device
+        self.lora_A, self.lora_B = (nn.Parameter(torch.zeros(s, device=device, dtype=torch.float32)) for s in shapes)
         nn.init.kaiming_uniform_(self.lora_A.detach().flatten(0, -2), a=math.sqrt(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows, dropout = x.reshape(-1, self.in_features), self.dropout if self.training else 0.0
-        y = self.linear(rows)  # of rows it is no view even with a bias, and views are dear to change in place
-        y = fused.low_rank_update(y, rows, self.lora_A, self.lora_B, self.parts, self.scale, dropout)
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def record(self, tape: DecodingTape, x: Tensor, name: str) -> Tensor:
-        """Add the layer to a decoding tape."""
-        low = tape.lora_down(self.lora_A.to(tape.dtype), x, by_row=False)
-        y = tape.linear(self.linear, x, name)
-        for part, (rows, B) in enumerate(zip(self.parts, self.split_B(), strict=True)):
-            tape.lora_up(y, low, part * self.r, (B * self.scale).to(tape.dtype).t().contiguous(), rows, by_row=False)
-        return y
 
     def split_B(self) -> tuple[Tensor, ...]:
         """Return the B (..., stop - start, r) of each part."""
-        return self.lora_B.split([stop - start for start, stop in self.parts], dim=-2)
+        return self.lora_B.split(self.sizes, dim=-2)
 
     def merged(self) -> Tensor:
         """Return the base's weight plus the updates, in the weight's shape, computed in float32.
@@ -104,12 +86,26 @@ class LoRALinear(nn.Module):
         return weight.to(base.dtype)
 
 
-class LoRAExperts(LoRALinear):
-    """A layer of experts with low-rank updates: A and B are (n_expert, ...), and each expert has its own."""
+class LoRALinear(LoRALayer):
+    """A linear layer with low-rank updates."""
 
-    def __init__(self, linear: nn.Module, parts: list[tuple[int, int]], config: LoRAConfig) -> None:
-        super().__init__(linear, parts, config, linear.n_expert)
-        self.n_expert = linear.n_expert
+    def forward(self, x: Tensor) -> Tensor:
+        rows, dropout = x.reshape(-1, self.in_features), self.dropout if self.training else 0.0
+        y = self.linear(rows)  # of rows it is no view even with a bias, and views are dear to change in place
+        y = fused.low_rank_update(y, rows, self.lora_A, self.lora_B, self.parts, self.scale, dropout)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def record(self, tape: DecodingTape, x: Tensor, name: str) -> Tensor:
+        """Add the layer to a decoding tape."""
+        low = tape.lora_down(self.lora_A.to(tape.dtype), x, by_row=False)
+        y = tape.linear(self.linear, x, name)
+        for part, (rows, B) in enumerate(zip(self.parts, self.split_B(), strict=True)):
+            tape.lora_up(y, low, part * self.r, (B * self.scale).to(tape.dtype).t().contiguous(), rows, by_row=False)
+        return y
+
+
+class LoRAExperts(LoRALayer):
+    """A layer of experts with low-rank updates: A and B are (n_expert, ...), and each expert has its own."""
 
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
         """Return (rows, out_features) of x (rows, in_features), whose rows are sorted by expert."""
@@ -123,7 +119,7 @@ def attach(model: GPT, config: LoRAConfig) -> GPT:
     """Wrap the chosen projections of `model`, in place, and let only the updates train."""
     for path, parts in targets(model, config):
         layer = model.get_submodule(path)
-        wrapper = LoRAExperts if hasattr(layer, "n_expert") else LoRALinear
+        wrapper = LoRAExperts if experts_of(layer) else LoRALinear
         model.set_submodule(path, wrapper(layer, parts, config))
     mark_trainable(model)
     return model
@@ -134,25 +130,23 @@ def targets(model: GPT, config: LoRAConfig) -> Iterator[tuple[str, list[tuple[in
     q, k, v = model.config.qkv_sizes
     spans = {"query": (0, q), "key": (q, q + k), "value": (q + k, q + k + v)}
     qkv = [span for name, span in spans.items() if getattr(config, name)]
+    n, inner = model.config.n_embd, model.config.intermediate_size
+    # gate and up have an update each; which experts a token goes to stays the base's choice
+    mlp = {"fc": [(0, inner)], "gate_up": [(0, inner), (inner, 2 * inner)], "proj": [(0, n)]} if config.mlp else {}
     for layer, block in enumerate(model.h):
         if qkv:
             yield f"h.{layer}.attn.qkv", qkv
         if config.projection:
-            yield f"h.{layer}.attn.proj", [(0, block.attn.proj.out_features)]
-        for name, linear in block.mlp.named_children() if config.mlp else ():
-            if isinstance(linear, Router):  # which experts a token goes to stays the base's choice
-                continue
-            n = linear.out_features
-            halves = [(0, n // 2), (n // 2, n)] if name == "gate_up" else [(0, n)]  # gate and up have an update each
-            yield f"h.{layer}.mlp.{name}", halves
+            yield f"h.{layer}.attn.proj", [(0, n)]
+        yield from ((f"h.{layer}.mlp.{name}", parts) for name, parts in mlp.items() if hasattr(block.mlp, name))
     if config.head:
-        yield "lm_head", [(0, model.lm_head.out_features)]
+        yield "lm_head", [(0, model.config.padded_vocab_size)]
 
 
 def updates(
-    model: GPT, config: LoRAConfig, state: Mapping[str, Tensor], source: Path | str
+    base: Config, config: LoRAConfig, state: Mapping[str, Tensor], source: Path | str
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield the path of each layer that a finetuned file's tensors adapt, and A and B, so that B A is its update.
+    """Yield the path of each layer of a base that a finetuned file adapts, and A and B, so that B A is its update.
 
     A is (len(parts) * r, in_features), and B (out_features, len(parts) * r) with the scale in it and zeros where a
     part's rows and another's columns meet; before them is the number of experts, in a layer of experts.
@@ -160,24 +154,20 @@ def updates(
     Raises:
         UserError: the tensors contradict the configuration.
     """
-    layers, shapes = {path: (model.get_submodule(path), parts) for path, parts in targets(model, config)}, {}
-    for path, (layer, parts) in layers.items():
-        experts = (layer.n_expert,) if hasattr(layer, "n_expert") else ()
-        shapes[f"{path}.lora_A"] = *experts, len(parts) * config.r, layer.in_features
-        shapes[f"{path}.lora_B"] = *experts, sum(stop - start for start, stop in parts), config.r
-    io.check_state({name: torch.empty(s, device="meta") for name, s in shapes.items()}, state, source)
-    for path, (layer, parts) in layers.items():
-        A, found = state[f"{path}.lora_A"], state[f"{path}.lora_B"]
-        B = found.new_zeros(*found.shape[:-2], layer.out_features, len(parts) * config.r)
-        sizes = [stop - start for start, stop in parts]
-        for i, ((start, stop), part) in enumerate(zip(parts, found.split(sizes, dim=-2), strict=True)):
-            B[..., start:stop, i * config.r : (i + 1) * config.r] = part * (config.alpha / config.r)
+    with on_meta():
+        model = attach(GPT(base), config)
+    io.check_state({name: p for name, p in model.named_parameters() if p.requires_grad}, state, source)
+    for path, layer in lora_layers(model).items():
+        A, stacked = state[f"{path}.lora_A"], state[f"{path}.lora_B"]
+        B = stacked.new_zeros(*layer.experts, layer.out_features, len(layer.parts) * layer.r)
+        for i, ((start, stop), part) in enumerate(zip(layer.parts, stacked.split(layer.sizes, dim=-2), strict=True)):
+            B[..., start:stop, i * layer.r : (i + 1) * layer.r] = part * layer.scale
         yield path, A, B
 
 
-def lora_layers(model: GPT) -> dict[str, LoRALinear]:
+def lora_layers(model: GPT) -> dict[str, LoRALayer]:
     """Return the layers that LoRA is attached to, by their paths."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
 
 
 def merge(model: GPT) -> GPT:
@@ -188,12 +178,14 @@ def merge(model: GPT) -> GPT:
     """
     config = merged_config(model)
     for path, layer in lora_layers(model).items():
-        if not isinstance(layer.linear, nn.Linear | Experts | QuantizedLinear):
+        linear = layer.linear
+        if not isinstance(linear, nn.Linear | Experts | QuantizedLinear):
             raise UserError(f"LoRA cannot be merged into {path}, which another method has changed; leave it apart")
-        linear, weight = layer.linear, layer.merged()
-        if isinstance(linear, Quantized):
-            linear, weight = nn.Linear(*weight.shape[::-1], bias=False, device="meta"), weight.to(model.dtype)
-            linear.bias = layer.linear.bias
+        weight = layer.merged()
+        if isinstance(linear, QuantizedLinear):
+            weight, bias = weight.to(model.dtype), linear.bias
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            linear.bias = bias
         linear.weight = nn.Parameter(weight, requires_grad=False)
         model.set_submodule(path, linear)
     model.config = config
@@ -217,12 +209,12 @@ def write_merged(path: Path, model: GPT) -> None:
 
 def stored_dtype(layer: nn.Module, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that a layer's tensors have once merged: `dtype` if the layer is quantized now, else its own."""
-    layer = layer.linear if isinstance(layer, LoRALinear) else layer
-    return dtype if isinstance(layer, Quantized) else layer.weight.dtype
+    layer = layer.linear if isinstance(layer, LoRALayer) else layer
+    return dtype if isinstance(layer, Quantized) else layer.get_parameter("weight").dtype
 
 
 def merged_tensor(name: str, layer: nn.Module) -> Tensor:
     """Return the weight or bias `name` of a layer, with the layer's update added if it has one."""
     if not name.endswith(".weight"):
-        return (layer.linear if isinstance(layer, LoRALinear) else layer).bias
-    return layer.merged() if isinstance(layer, LoRALinear) else weight_of(layer)
+        return (layer.linear if isinstance(layer, LoRALayer) else layer).get_parameter("bias")
+    return layer.merged() if isinstance(layer, LoRALayer) else weight_of(layer)

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lit_gpt.errors import UsageError, UserError
 from lit_gpt.hardware import DTYPES
 from lit_gpt.methods import finetuned_file
 from lit_gpt.model.gpt import GPT
+from lit_gpt.model.moe import Experts
 
 
 class Method(ABC):
@@ -108,6 +109,25 @@ class Method(ABC):
 
     def hold_merge(self, model: GPT) -> None:  # noqa: B027 (nothing to hold unless a method merges)
         """Hold, one after another, the tensors that merging holds. The memory plan counts them."""
+
+
+class LinearWrapper(nn.Module):
+    """Takes the place of a linear layer, of a layer of experts, or of another wrapper, and changes its output.
+
+    Attributes:
+        experts: (n_expert,) for a layer of experts, the first dimension of what its wrapper adds; else ().
+    """
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear, self.experts = linear, experts_of(linear)
+        sizes = cast(Experts, linear)  # for mypy, to which all attributes of modules are tensors or modules
+        self.in_features, self.out_features = sizes.in_features, sizes.out_features
+
+
+def experts_of(layer: nn.Module) -> tuple[int, ...]:
+    """Return (n_expert,) for a layer of experts, wrapped or not, and () for any other layer."""
+    return (layer.n_expert,) if isinstance(layer, Experts) else getattr(layer, "experts", ())
 
 
 def mark_trainable(model: nn.Module) -> None:

@@ -16,6 +16,7 @@ from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.errors import UserError
 from lit_gpt.methods import finetuned_file, lora
 from lit_gpt.methods.finetuned_model import method_of
+from lit_gpt.methods.method import LinearWrapper, experts_of
 from lit_gpt.methods.recording import DecodingTape
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.moe import Routing, grouped_product, rows_per_expert
@@ -40,20 +41,22 @@ class RowAdapters:
         self.same = numbers[0] if len(set(numbers)) == 1 else None
 
 
-class MultiLoRALinear(nn.Module):
-    """A linear layer with an update B A from each of n LoRAs, of which each row takes the chosen one's.
+class MultiLoRALayer(LinearWrapper):
+    """Holds an update B A of a layer from each of n LoRAs, of which each row takes the chosen one's.
 
-    A is (n, rank, in_features) and B (n, out_features, rank), where rank is the largest of all. Lower ranks are filled
-    up with zeros, and a LoRA that leaves the layer as it is has zeros only.
+    A is (n, rank, in_features) and B (n, out_features, rank), where rank is the largest of all; a layer of experts has
+    n_expert of both for each LoRA. Lower ranks are filled up with zeros, and a LoRA that leaves the layer as it is has
+    zeros only.
     """
 
+    A: Tensor
+    B: Tensor
+
     def __init__(self, linear: nn.Module, choice: RowAdapters, n: int) -> None:
-        super().__init__()
-        self.linear, self.choice = linear, choice
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.experts = (linear.n_expert,) if hasattr(linear, "n_expert") else ()
-        self.register_buffer("A", torch.zeros(n, *self.experts, 0, linear.in_features), persistent=False)
-        self.register_buffer("B", torch.zeros(n, *self.experts, linear.out_features, 0), persistent=False)
+        super().__init__(linear)
+        self.choice = choice
+        self.register_buffer("A", torch.zeros(n, *self.experts, 0, self.in_features), persistent=False)
+        self.register_buffer("B", torch.zeros(n, *self.experts, self.out_features, 0), persistent=False)
 
     def add(self, A: Tensor, B: Tensor) -> None:
         """Add a LoRA's A and B, of the shapes that `lora.updates` gives, in the model's dtype and on its device."""
@@ -65,6 +68,10 @@ class MultiLoRALinear(nn.Module):
     def add_none(self) -> None:
         """Add a LoRA that leaves the layer as it is."""
         self.add(self.A.new_zeros(self.A.shape[1:]), self.B.new_zeros(self.B.shape[1:]))
+
+
+class MultiLoRALinear(MultiLoRALayer):
+    """A linear layer with updates from several LoRAs."""
 
     def record(self, tape: DecodingTape, x: Tensor, name: str) -> Tensor:
         """Add the layer to a decoding tape."""
@@ -83,25 +90,20 @@ class MultiLoRALinear(nn.Module):
         return self.linear(x) + (x @ A.mT) @ B.mT
 
 
-class MultiLoRAExperts(MultiLoRALinear):
-    """A layer of experts with updates from several LoRAs: A and B are (n, n_expert, ...)."""
-
-    def __init__(self, linear: nn.Module, choice: RowAdapters, n: int) -> None:
-        super().__init__(linear, choice, n)
-        self.n_expert = linear.n_expert
+class MultiLoRAExperts(MultiLoRALayer):
+    """A layer of experts with updates from several LoRAs."""
 
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
         """Return (rows, out_features) of x (rows, in_features), whose rows are sorted by expert."""
-        chosen, order = self.choice.rows, routes.order
-        owners = chosen[order // (len(order) // len(chosen))]  # of each place
-        experts = torch.arange(self.n_expert, device=x.device).repeat_interleave(
-            torch.tensor(routes.counts, device=x.device)
-        )
+        chosen, order, n_expert = self.choice.rows, routes.order, len(routes.counts)
+        owners = chosen[order // (len(order) // len(chosen))]  # the LoRA of each place
+        counts = torch.tensor(routes.counts, device=x.device)
+        experts = torch.arange(n_expert, device=x.device).repeat_interleave(counts)
         # an expert under a LoRA is one expert, under another another
-        pairs, places = (owners * self.n_expert + experts).sort(stable=True)
-        counts = rows_per_expert(pairs, len(self.A) * self.n_expert)
-        low = grouped_product(x[places], self.A.flatten(0, 1), counts)
-        return self.linear(x, routes).index_add(0, places, grouped_product(low, self.B.flatten(0, 1), counts))
+        pairs, places = (owners * n_expert + experts).sort(stable=True)
+        per_pair = rows_per_expert(pairs, len(self.A) * n_expert)
+        low = grouped_product(x[places], self.A.flatten(0, 1), per_pair)
+        return self.linear(x, routes).index_add(0, places, grouped_product(low, self.B.flatten(0, 1), per_pair))
 
 
 class LoRAPool:
@@ -115,8 +117,9 @@ class LoRAPool:
     def __init__(self, model: GPT, base: BaseCheckpoint, style: PromptStyle, fixed: bool = False) -> None:
         self.model, self.base, self.fixed = model, base, fixed
         self.choice = RowAdapters(model.wte.weight.device)
-        self.styles, self.numbers = [style], {}  # by number; numbers by file
-        self.layers: dict[str, MultiLoRALinear] = {}
+        self.styles = [style]  # by number
+        self.numbers: dict[Path, int] = {}  # by file
+        self.layers: dict[str, MultiLoRALayer] = {}
 
     @classmethod
     def beside(
@@ -149,14 +152,14 @@ class LoRAPool:
         Raises:
             UserError: the files want different formats, and `--quantize` has not named one.
         """
-        formats = {found: path for path, found in trained.items() if base.quantize is None}
-        if len(quantized := formats.keys() - {None}) > 1:
-            one, other = sorted(quantized)[:2]
+        formats = {format: path for path, format in trained.items() if base.quantize is None}
+        if len(quantized := sorted(filter(None, formats))) > 1:
+            one, other = quantized[:2]
             raise UserError(
                 f"{formats[one]}: trained on a base in {one}, {formats[other]} on one in {other}; use one at a time"
             )
-        for path, found in trained.items():
-            base = base.quantized_as(found, path)
+        for path, format in trained.items():
+            base = base.quantized_as(format, path) if path else base
         if len(formats) > 1:
             path = formats[base.quantize]
             raise UserError(f"{path}: trained on a base in {base.quantize}; add --quantize {base.quantize} for all")
@@ -174,10 +177,10 @@ class LoRAPool:
         record, model = read(path, self.base), self.model
         if self.base.quantized_as(trained_on := record.get("quantize"), path).quantize != self.base.quantize:
             raise UserError(f"{path}: trained on a base in {trained_on}; start with --quantize {trained_on}")
-        place = {"dtype": model.dtype, "device": self.choice.rows.device}
+        device = self.choice.rows.device
         config, added = method_of(record, path).config, set[str]()
-        for name, A, B in lora.updates(model, config, record["state"], path):
-            self.layer(name).add(A.to(**place), B.to(**place))
+        for name, A, B in lora.updates(model.config, config, record["state"], path):
+            self.layer(name).add(A.to(device, model.dtype), B.to(device, model.dtype))
             added.add(name)
         for name in self.layers.keys() - added:
             self.layers[name].add_none()
@@ -185,11 +188,11 @@ class LoRAPool:
         self.styles.append(self.styles[0] if self.fixed else PromptStyle.from_dict(record["prompt_style"]))
         return self.numbers[key]
 
-    def layer(self, name: str) -> MultiLoRALinear:
+    def layer(self, name: str) -> MultiLoRALayer:
         """Return the layer at a path of the model, and wrap it first if no LoRA has adapted it yet."""
         if name not in self.layers:
             linear = self.model.get_submodule(name)
-            wrapper = MultiLoRAExperts if hasattr(linear, "n_expert") else MultiLoRALinear
+            wrapper = MultiLoRAExperts if experts_of(linear) else MultiLoRALinear
             self.layers[name] = wrapper(linear, self.choice, len(self.styles))
             self.model.set_submodule(name, self.layers[name])
         return self.layers[name]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def with_alibi(q: Tensor, k: Tensor, v: Tensor, scale: float, positions: Tensor) -> tuple[Tensor, ...]:
+def with_alibi(q: Tensor, k: Tensor, v: Tensor, scale: float, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k and v with 8 more elements per head, which add ALiBi's bias to the scores (Press et al. 2022).
 
     The bias is -slope * (query's position - key's). Softmax does not see what all keys have in common, so it may be
@@ -16,8 +16,8 @@ def with_alibi(q: Tensor, k: Tensor, v: Tensor, scale: float, positions: Tensor)
 
     Args:
         q: (B, n_head, T, head_size). k, v: (B, n_query_groups, S, head_size).
-        scale: of the scores.
-        positions: of the keys, int64 (S,).
+        scale: what multiplies the scores.
+        positions: int64 (S,), where each key is.
     """
     slopes = (alibi_slopes(q.size(1), q.device) / scale).to(q.dtype)
     far, near = (positions // 256 * 256).to(k.dtype), (positions % 256).to(k.dtype)

@@ -8,7 +8,7 @@ from lit_gpt.kernels.attention import ScoreParams
 from lit_gpt.model.alibi import with_alibi
 from lit_gpt.model.config import Config
 from lit_gpt.model.inputs import Segments
-from lit_gpt.model.kv_cache import DecodeCache, LayerCache, PackedPrefillCache
+from lit_gpt.model.kv_cache import AnyCache, DecodeCache
 from lit_gpt.model.norms import QKNorm
 from lit_gpt.model.rope import Rotation
 from lit_gpt.model.sdpa import attend, attend_packed, decode_attention
@@ -16,6 +16,8 @@ from lit_gpt.model.sdpa import attend, attend_packed, decode_attention
 
 class CausalSelfAttention(nn.Module):
     """Attention with one query head per head and `n_query_groups` key and value heads (Ainslie et al. 2023, GQA)."""
+
+    prefix: nn.Module | None  # adds to the attention output; see lit_gpt.methods.adapter
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
@@ -28,26 +30,19 @@ class CausalSelfAttention(nn.Module):
         self.qkv = nn.Linear(config.n_embd, sum(self.sizes), bias=config.qkv_bias)
         self.qk_norm = QKNorm(config) if config.qk_norm else None
         self.proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
-        self.register_module("prefix", None)  # adds to the attention output; see lit_gpt.methods.adapter
+        self.register_module("prefix", None)
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        segments: Segments | None,
-        cache: LayerCache | DecodeCache | PackedPrefillCache | None,
-    ) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, cache: AnyCache | None) -> Tensor:
         """Return the attention output (B, T, n_head * head_size) for q, k, v as `project_qkv` gives them."""
         if cache is not None:
             k, v = cache.append(k, v)
         heads = q, k, v
         if self.alibi:
             positions = segments.positions if segments else torch.arange(k.size(2), device=k.device)
-            heads = with_alibi(q, k, v, self.scores.scale, positions)
+            heads = with_alibi(*heads, self.scores.scale, positions)
         if segments is not None:
             y = attend_packed(*heads, self.scores, segments)
-        elif cache is not None and cache.positions is not None:
+        elif isinstance(cache, DecodeCache):
             y = decode_attention(*heads, self.scores, cache.positions)
         else:
             y = attend(*heads, self.scores)
@@ -69,4 +64,5 @@ class CausalSelfAttention(nn.Module):
             qkv = torch.cat((*self.qk_norm(q, k), v), dim=-1)
         if rotation is not None:
             qkv = fused.rotate(qkv, *rotation, self.n_head + self.n_query_groups, self.head_size)
-        return tuple(y.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for y in qkv.split(self.sizes, dim=-1))
+        q, k, v = (y.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for y in qkv.split(self.sizes, dim=-1))
+        return q, k, v

@@ -33,12 +33,12 @@ class Config:
     rotary_percentage: float = 1.0
     rope_base: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
-    local_rope_base: float | None = None  # of layers with the window, which then scale nothing; None: as elsewhere
+    local_rope_base: float | None = None  # for layers with the window, which then scale nothing; None: rope_base
     unrotated_layers: list[int] = field(default_factory=list)  # these have no positions (Kazemnejad et al. 2023, NoPE)
     # attention
     sliding_window: int | None = None  # a token sees this many, itself included
     global_layers: list[int] = field(default_factory=list)  # these see all tokens in spite of the window
-    attention_scale: float | None = None  # of the scores; None: head_size ** -0.5
+    attention_scale: float | None = None  # multiplies the scores; None: head_size ** -0.5
     attention_softcap: float | None = None  # see lit_gpt.kernels.attention.ScoreParams
     qk_norm: str | None = None  # over the "projection"s of queries and keys, each "head", or "heads": own weights each
     # block
@@ -48,16 +48,16 @@ class Config:
     norm_eps: float = 1e-5
     pre_norm: bool = True  # attention and MLP read norms of the stream
     post_norm: bool = False  # norms of what attention and MLP give are added to it
-    residual_scale: float = 1.0  # of what attention and MLP add, with sequential residuals
+    residual_scale: float = 1.0  # multiplies what attention and MLP add, with sequential residuals
     mlp_class: str = "GptNeoxMLP"  # or SwiGLU, MoE
     activation: str = "gelu"  # a key of lit_gpt.kernels.fused.ACTIVATIONS
     intermediate_size: int = 0  # 0: 4 * n_embd; of MoE: each expert's
-    n_expert: int = 0  # of MoE
+    n_expert: int = 0  # how many experts an MoE has
     n_expert_per_token: int = 0
     norm_expert_weights: bool = True  # the weights of a token's experts sum to 1
-    bias: bool = False  # of the MLP's linear layers
+    bias: bool = False  # the MLP's linear layers have one
     qkv_bias: bool = False
-    proj_bias: bool = False  # of the attention's output projection
+    proj_bias: bool = False  # the attention's output projection has one
     # the ends
     embedding_scale: float = 1.0
     head_bias: bool = False
@@ -78,7 +78,7 @@ class Config:
 
     @property
     def rope_n_elem(self) -> int:
-        """Elements of each head that are rotated."""
+        """Return how many elements of each head are rotated."""
         return int(self.rotary_percentage * self.head_size)
 
     def window(self, layer: int) -> int | None:
@@ -87,7 +87,7 @@ class Config:
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:
-        """Rows of query, key and value in the fused projection."""
+        """Return the rows of query, key and value in the fused projection."""
         kv = self.n_query_groups * self.head_size
         return self.n_head * self.head_size, kv, kv
 

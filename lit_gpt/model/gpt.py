@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_gpt.errors import UserError
+from lit_gpt.errors import UsageError, UserError
 from lit_gpt.model.attention import CausalSelfAttention
 from lit_gpt.model.config import Config
 from lit_gpt.model.inputs import Segments, Targets
-from lit_gpt.model.kv_cache import DecodeCache, KVCache, LayerCache, PackedPrefillCache
+from lit_gpt.model.kv_cache import AnyCache, DecodeCache, KVCache, LayerCache, PackedPrefillCache
 from lit_gpt.model.loss import log_probabilities, summed_cross_entropy
 from lit_gpt.model.mlp import MLPS
 from lit_gpt.model.norms import norm
 from lit_gpt.model.rope import RotaryEmbedding, Rotation
+from lit_gpt.quantization.modules import QuantizedEmbedding, QuantizedLinear
 
 
 class GPT(nn.Module):
@@ -91,20 +92,21 @@ class GPT(nn.Module):
         """Return the last block's output (B, T, n_embd), before norm and head; see `forward` for arguments and errors.
 
         Args:
-            length: that the sequence is about to reach, whose angles are to hold. None: it ends with `idx`.
+            length: how long the sequence is about to become, which decides on its angles. None: it ends with `idx`.
         """
+        first = cache[0] if cache else None
         if segments is not None:
             positions, lengths = segments.positions, segments.lengths
-        elif cache and isinstance(cache[0], DecodeCache):
-            positions, lengths = cache[0].positions.unsqueeze(1), cache[0].lengths
+        elif isinstance(first, DecodeCache):
+            positions, lengths = first.positions.unsqueeze(1), first.lengths
         else:
-            start = cache[0].length if cache else 0
+            start = first.length if isinstance(first, LayerCache) else 0
             end = start + idx.size(1)
             length = length or end
-            if cache and self.needs_reread(cache, length):
-                raise ValueError(f"with {length} tokens other angles hold: forget the cache and give all tokens")
-            if cache:
-                cache[0].uses_long_rope = self.rope.is_long(length)
+            if isinstance(first, LayerCache):
+                if self.needs_reread(first, length):
+                    raise ValueError(f"with {length} tokens other angles hold: forget the cache and give all tokens")
+                first.uses_long_rope = self.rope.is_long(length)
             positions, lengths = torch.arange(start, end, device=idx.device), (length,)
         x = self.embed(idx, positions, lengths)  # (B, T, n_embd)
         rotations = self.rotations(positions, lengths, x.dtype)
@@ -138,12 +140,12 @@ class GPT(nn.Module):
         kinds = [everywhere if self.config.window(layer) is None else within for layer in layers]
         return [None if layer in unrotated else kinds[layer] for layer in layers]
 
-    def needs_reread(self, cache: KVCache, length: int) -> bool:
+    def needs_reread(self, cache: LayerCache, length: int) -> bool:
         """Return whether a sequence that grows to `length` tokens must be read again.
 
         Its keys in the cache may be rotated by other angles than LongRoPE has for that length.
         """
-        return cache[0].length > 0 and cache[0].uses_long_rope != self.rope.is_long(length)
+        return cache.length > 0 and cache.uses_long_rope != self.rope.is_long(length)
 
     def kv_cache(self, batch_size: int, max_length: int) -> KVCache:
         """Make an empty cache in the model's dtype for `batch_size` sequences of up to `max_length` tokens."""
@@ -153,7 +155,7 @@ class GPT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the hidden states: the embedding's, or if it is quantized its scales'."""
+        """Return the dtype of the hidden states: the embedding's, or if it is quantized its scales'."""
         return next(p.dtype for p in self.wte.parameters() if p.is_floating_point())
 
 
@@ -176,21 +178,14 @@ class Block(nn.Module):
         self.execution = BlockExecution()
 
     def forward(
-        self,
-        x: Tensor,
-        rotation: Rotation | None,
-        segments: Segments | None,
-        cache: LayerCache | DecodeCache | PackedPrefillCache | None,
+        self, x: Tensor, rotation: Rotation | None, segments: Segments | None, cache: AnyCache | None
     ) -> Tensor:
         return self.execution.run(self, x, rotation, segments, cache)
 
     def compute(
-        self,
-        x: Tensor,
-        rotation: Rotation | None,
-        segments: Segments | None,
-        cache: LayerCache | DecodeCache | PackedPrefillCache | None,
+        self, x: Tensor, rotation: Rotation | None, segments: Segments | None, cache: AnyCache | None
     ) -> Tensor:
+        """Return the block's output for the arguments of `forward`, as a plain block computes it."""
         n_1, q, k, v = self.execution.pre_attention(self, x, rotation)
         y = self.attn.attend(q, k, v, segments, cache)
         del q, k, v  # not to be held where no backward pass follows
@@ -205,16 +200,16 @@ class Block(nn.Module):
 
     def post_attention(self, x: Tensor, n_1: Tensor, y: Tensor) -> Tensor:
         """Return the block's output, from its input, the normed input, and what attention gives."""
-        apply = self.execution.apply
+        apply, scale = self.execution.apply, self.scale
         h = self.post_norm_1(self.attn.proj(y))
-        if self.parallel:
-            return x + h + self.post_norm_2(self.mlp(n_1 if self.norm_2 is None else apply(self.norm_2, x), apply))
-        x = torch.add(x, h, alpha=self.scale)
-        return torch.add(x, self.post_norm_2(self.mlp(apply(self.norm_2, x), apply)), alpha=self.scale)
+        if not self.parallel:
+            x = torch.add(x, h, alpha=scale)
+        h_2 = self.post_norm_2(self.mlp(n_1 if self.norm_2 is None else apply(self.norm_2, x), apply))
+        return x + h + h_2 if self.parallel else torch.add(x, h_2, alpha=scale)
 
 
 class BlockExecution:
-    """How a block runs: as it is written. Derived classes checkpoint its activations or compile its parts."""
+    """Runs a block as it is written. Derived classes checkpoint its activations or compile its parts."""
 
     def run(self, block: Block, *inputs: Any) -> Tensor:
         """Return the output of the block for the arguments of its `forward`."""
@@ -229,3 +224,22 @@ class BlockExecution:
     def apply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply a norm or an activation, whose output is cheap to compute again."""
         return function(x)
+
+
+def quantize(model: GPT, format: str) -> GPT:
+    """Quantize a model's linear layers and embedding, in place, before any method is attached to it.
+
+    Args:
+        format: a key of lit_gpt.quantization.formats.FORMATS.
+
+    Raises:
+        UsageError: the model has routed experts, which would stay as they are.
+    """
+    if model.config.n_expert:
+        raise UsageError(f"--quantize {format}: {model.config.name} has routed experts, which cannot be quantized yet")
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            model.set_submodule(path, QuantizedLinear(module, "int8" if path == "lm_head" else format))
+    model.set_submodule("wte", QuantizedEmbedding(model.wte))
+    model.tie_weights()
+    return model

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Targets:
-    """Which positions of a row are supervised, and with which token."""
+    """Says which positions of a row are supervised, and with which token."""
 
     positions: Tensor  # int64 (n,), into the flattened (B * T,) hidden states
     labels: Tensor  # int64 (n,)
@@ -16,7 +16,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Segments:
-    """Where the samples that are packed into one row begin and end. Attention never crosses a boundary."""
+    """Says where the samples that are packed into one row begin and end. Attention never crosses a boundary."""
 
     lengths: tuple[int, ...]
     offsets: Tensor  # int32 (n + 1,), from 0 to the row's length

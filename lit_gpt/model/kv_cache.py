@@ -5,14 +5,12 @@ from torch import Tensor
 
 
 class LayerCache:
-    """Keys and values of one layer for the tokens seen so far."""
+    """Holds the keys and values of one layer for the tokens seen so far."""
 
     def __init__(self, k: Tensor, v: Tensor) -> None:
         self.k, self.v = k, v  # (B, n_query_groups, max_length, head_size)
         self.length = 0
         self.uses_long_rope = False  # whether the keys are rotated as those of a long sequence; see GPT.needs_reread
-
-    positions: Tensor | None = None  # of new tokens: after those seen; see DecodeCache
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of new tokens, return those of all."""
@@ -23,12 +21,14 @@ class LayerCache:
 
 
 class DecodeCache:
-    """A layer's cache to which each row adds one token at a position of its own; nothing but tensors changes in it.
+    """Holds a layer's keys and values, to which each row adds one token at a position of its own.
+
+    Nothing but tensors changes in it.
 
     Args:
-        k, v: as in LayerCache.
-        positions: int64 (B,).
-        lengths: of the rows, the new tokens included.
+        k, v: (B, n_query_groups, max_length, head_size).
+        positions: int64 (B,), of the new tokens.
+        lengths: how many tokens each row has, the new one included.
     """
 
     def __init__(self, k: Tensor, v: Tensor, positions: Tensor, lengths: tuple[int, ...] = ()) -> None:
@@ -42,9 +42,7 @@ class DecodeCache:
 
 
 class PackedPrefillCache:
-    """The caches of sequences that are packed into a row, empty so far, each of which its samples are added to."""
-
-    positions: Tensor | None = None
+    """Adds a row of packed sequences to the caches, empty so far, of each sequence."""
 
     def __init__(self, caches: tuple[LayerCache, ...], lengths: tuple[int, ...]) -> None:
         self.caches, self.lengths = caches, lengths
@@ -56,6 +54,7 @@ class PackedPrefillCache:
 
 
 KVCache = list[LayerCache]
+AnyCache = LayerCache | DecodeCache | PackedPrefillCache
 
 
 def row_view(cache: KVCache, row: int) -> KVCache:
@@ -71,6 +70,6 @@ def copy_cache(source: KVCache, target: KVCache) -> None:
 
 
 def truncate(cache: KVCache, length: int) -> None:
-    """Keep the first `length` tokens alone."""
+    """Drop all but the first `length` tokens."""
     for layer in cache:
         layer.length = min(layer.length, length)

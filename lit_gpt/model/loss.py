@@ -23,7 +23,7 @@ def summed_cross_entropy(
         head: any module from (n, n_embd) to (n, vocabulary).
         hidden: (n, n_embd).
         labels: int64 (n,).
-        postprocess: from what the head gives to logits.
+        postprocess: makes logits of the head's output.
 
     Returns:
         float32 scalar. Logits are turned to float32 before the softmax.
@@ -51,7 +51,8 @@ def log_probabilities(
         results.append((log_p, logits.argmax(-1) == row_labels))
     if not results:
         return hidden.new_zeros(0, dtype=torch.float32), hidden.new_zeros(0, dtype=torch.bool)
-    return tuple(map(torch.cat, zip(*results, strict=True)))
+    log_ps, are_likeliest = zip(*results, strict=True)
+    return torch.cat(log_ps), torch.cat(are_likeliest)
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +66,7 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _chunks(head: nn.Module, hidden: Tensor, labels: Tensor, trained: bool) -> list[tuple[Tensor, Tensor]]:
     limit = MAX_LOGITS if hidden.device.type == "cpu" and not trained else 8 * MAX_LOGITS
-    size = max(1, limit // head.out_features)
+    size = max(1, limit // head.out_features)  # type: ignore[operator]  # torch: attributes are tensors or modules
     return list(zip(hidden.split(size), labels.split(size), strict=True))
 
 

@@ -32,14 +32,11 @@ class GptNeoxMLP(nn.Module):
         self.activation = activation(config)
 
     def forward(self, x: Tensor, apply: Apply = plainly) -> Tensor:
-        return self.proj(apply(self.inner, self.fc(x)))
-
-    def inner(self, x: Tensor) -> Tensor:
-        return self.activation(x)
+        return self.proj(apply(self.activation, self.fc(x)))
 
 
 class SwiGLU(nn.Module):
-    """Shazeer 2020, GLU Variants Improve Transformer; gate and up are one product, the gate's rows first."""
+    """A gated MLP (Shazeer 2020, GLU Variants Improve Transformer): gate and up in one product, the gate first."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from lit_gpt.kernels.policy import policy
 
 @dataclass(frozen=True)
 class Routing:
-    """Rows of N tokens, once for each of the k experts that a token goes to, sorted by expert."""
+    """Sorts the rows of N tokens, each repeated for the k experts that it goes to, by expert."""
 
     order: Tensor  # int64 (N * k,): which of the rows as they come, k for each token, is in each place
     places: Tensor  # int64 (N * k,): its inverse, the place of each of those rows
@@ -49,7 +49,7 @@ def rows_per_expert(experts: Tensor, n_expert: int) -> list[int]:
 
 
 class _Permute(torch.autograd.Function):
-    """x[order], whose gradient is a permutation too, where autograd would add up."""
+    """Gives x[order], with a permutation as its gradient, where autograd would add up."""
 
     @staticmethod
     def forward(ctx, x, order, inverse):
@@ -117,7 +117,7 @@ class Experts(nn.Module):
         super().__init__()
         self.n_expert, self.in_features, self.out_features = n_expert, in_features, out_features
         self.weight = nn.Parameter(torch.empty(n_expert, out_features, in_features))
-        nn.init.uniform_(self.weight, -(in_features**-0.5), in_features**-0.5)  # as nn.Linear's
+        nn.init.uniform_(self.weight, -(in_features**-0.5), in_features**-0.5)  # as nn.Linear does
 
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
         """Apply each expert to its rows: x (rows, in_features), sorted by expert, to (rows, out_features)."""

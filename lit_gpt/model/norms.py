@@ -1,5 +1,6 @@
 """Normalization layers, by their names in Config."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -30,7 +31,7 @@ class UnitOffsetRMSNorm(RMSNorm):
     offset = 1.0
 
 
-NORMS = {
+NORMS: dict[str, Callable[..., nn.Module]] = {
     "LayerNorm": nn.LayerNorm,
     "BiaslessLayerNorm": partial(nn.LayerNorm, bias=False),
     "RMSNorm": RMSNorm,
@@ -44,16 +45,16 @@ def norm(config: Config, size: int | None = None) -> nn.Module:
 
 
 class QKNorm(nn.Module):
-    """Norms of queries and keys (Dehghani et al. 2023), over the whole projections or over each head."""
+    """Norms queries and keys (Dehghani et al. 2023), over the whole projections or over each head."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         sizes, head_size = config.qkv_sizes[:2], config.head_size
         self.widths = sizes if config.qk_norm == "projection" else (head_size, head_size)
-        if config.qk_norm == "heads":
-            self.q, self.k = (LayerNorms(n // head_size, head_size, config.norm_eps) for n in sizes)
-        else:
-            self.q, self.k = (norm(config, width) for width in self.widths)
+        self.q, self.k = (
+            LayerNorms(n // head_size, head_size, config.norm_eps) if config.qk_norm == "heads" else norm(config, width)
+            for n, width in zip(sizes, self.widths, strict=True)
+        )
 
     def forward(self, *qk: Tensor) -> tuple[Tensor, Tensor]:
         """Return normed queries and keys, of the shapes that they had: (B, T, heads * head_size)."""

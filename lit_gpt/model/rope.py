@@ -12,25 +12,26 @@ Rotation = tuple[Tensor, Tensor]  # cosine and sine, see RotaryEmbedding
 
 
 class RotaryEmbedding(nn.Module):
-    """Angles that rotate the two halves of the rotated elements against each other."""
+    """Computes the angles that rotate the two halves of the rotated elements against each other."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         # float32 (rope_n_elem / 2,); with LongRoPE two rows, the second for sequences beyond the original context
         self.frequencies, self.attention_factor = rope_frequencies(config)
-        self.original = config.rope_scaling["original_max_position_embeddings"] if self.frequencies.ndim == 2 else None
+        scaling = config.rope_scaling
+        self.original = scaling["original_max_position_embeddings"] if scaling and self.frequencies.ndim == 2 else None
 
     def is_long(self, length: int) -> bool:
         """Return whether LongRoPE rotates a sequence of so many tokens as a long one."""
         return self.original is not None and length > self.original
 
-    def forward(self, positions: Tensor, lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def forward(self, positions: Tensor, lengths: tuple[int, ...], dtype: torch.dtype) -> Rotation:
         """Return cosine and sine for int64 `positions` (T,): each (T, rope_n_elem) of `dtype`.
 
         Args:
             positions: or (B, 1), of rows that are each at another; then the result is (B, 1, rope_n_elem).
-            lengths: of the sequences that are packed into the T positions; of a single one, or of each row, with what
-                precedes them.
+            lengths: how long the sequences are that are packed into the T positions; or a single one, or each row, with
+                what precedes it.
         """
         # not a buffer: it must stay float32 whatever the model is cast to, and needs no place in a checkpoint
         self.frequencies = frequencies = self.frequencies.to(positions.device)
@@ -41,7 +42,8 @@ class RotaryEmbedding(nn.Module):
             frequencies = rows[0] if len(rows) == 1 else torch.cat(list(each)).view(*positions.shape, -1)
         angles = positions[..., None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
-        return tuple((f(angles) * self.attention_factor).to(dtype) for f in (torch.cos, torch.sin))
+        cos, sin = ((f(angles) * self.attention_factor).to(dtype) for f in (torch.cos, torch.sin))
+        return cos, sin
 
 
 def rope_frequencies(config: Config) -> tuple[Tensor, float]:
@@ -64,12 +66,12 @@ def rope_frequencies(config: Config) -> tuple[Tensor, float]:
 
 
 def rope_linear(frequencies: Tensor, scaling: dict, config: Config) -> tuple[Tensor, float]:
-    """Position interpolation (Chen et al. 2023)."""
+    """Interpolate positions (Chen et al. 2023)."""
     return frequencies / scaling["factor"], 1.0
 
 
 def rope_llama3(frequencies: Tensor, scaling: dict, config: Config) -> tuple[Tensor, float]:
-    """Llama 3.1: long waves are interpolated, short ones kept, those between blended."""
+    """Interpolate long waves, keep short ones, and blend those between, as Llama 3.1 does."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
@@ -77,7 +79,7 @@ def rope_llama3(frequencies: Tensor, scaling: dict, config: Config) -> tuple[Ten
 
 
 def rope_yarn(frequencies: Tensor, scaling: dict, config: Config) -> tuple[Tensor, float]:
-    """YaRN (Peng et al. 2023), equations 17 to 22."""
+    """Interpolate by wavelength with YaRN (Peng et al. 2023), equations 17 to 22."""
     n, factor = config.rope_n_elem, scaling["factor"]
     original = scaling.get("original_max_position_embeddings") or config.block_size
 
@@ -93,6 +95,7 @@ def rope_yarn(frequencies: Tensor, scaling: dict, config: Config) -> tuple[Tenso
 
 
 def yarn_attention_factor(scaling: dict) -> float:
+    """Return YaRN's factor on cos and sin, from its own field or from the fields that DeepSeek's files have."""
     if scaling.get("attention_factor") is not None:
         return scaling["attention_factor"]
 
@@ -105,12 +108,13 @@ def yarn_attention_factor(scaling: dict) -> float:
 
 
 def rope_longrope(frequencies: Tensor, scaling: dict, config: Config) -> tuple[Tensor, float]:
-    """LongRoPE (Ding et al. 2024): a divisor found by search for each pair, up to the original context and beyond it.
+    """Divide each frequency by one factor up to the original context, and another beyond (Ding et al. 2024, LongRoPE).
 
-    Returns frequencies (2, rope_n_elem / 2).
+    Returns:
+        Frequencies (2, rope_n_elem / 2), and the factor on cos and sin.
 
     Raises:
-        UserError: not a divisor for each pair.
+        UserError: the configuration does not hold a divisor for each pair.
     """
     original = scaling["original_max_position_embeddings"]
     divisors = [torch.tensor(scaling[key], dtype=torch.float32) for key in ("short_factor", "long_factor")]

@@ -43,7 +43,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, seen: Tensor | No
 
 
 def sdpa_one_query(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, seen: Tensor | None = None) -> Tensor:
-    """Compute attention of one query of each row; arguments as of `sdpa`, with T = 1."""
+    """Compute attention of one query of each row; the arguments are those of `sdpa`, with T = 1."""
     if q.device.type != "cpu":
         return sdpa(q, k, v, scores, seen)
     # torch's own kernel takes many times as long there, and so do products in narrow types
@@ -52,7 +52,7 @@ def sdpa_one_query(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, seen: T
 
 
 def sdpa_by_matmul(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, seen: Tensor | None) -> Tensor:
-    """Compute attention by two matrix products, which knows soft caps; arguments as of `sdpa`."""
+    """Compute attention by two matrix products, soft caps included; the arguments are those of `sdpa`."""
     grouped = q.unflatten(1, (k.size(1), -1))  # (B, n_query_groups, heads of a group, T, head_size)
     logits = (grouped.flatten(2, 3) @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scores.scale
     if scores.softcap is not None:
@@ -84,23 +84,22 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, posit
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, segments: Segments) -> Tensor:
-    """Compute causal attention within each sample of a packed row; shapes as in `attend`, with B = 1 and S = T."""
+    """Compute causal attention within each sample of a packed row. The shapes are those of `attend`, B = 1, S = T."""
     if scores.softcap is None and flash_supports(q):
         return attend_varlen(q, k, v, scores, segments)
     if use_blockwise(q, scores):
         return attention.attention(q, k, v, scores, segments.lengths)
-    parts = zip(*(x.split(segments.lengths, dim=2) for x in (q, k, v)), strict=True)
+    lengths = segments.lengths
+    parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
     return torch.cat([attend(*part, scores) for part in parts], dim=2)
 
 
 def use_blockwise(q: Tensor, scores: ScoreParams) -> bool:
-    """Return whether to attend by whole matrix products: where torch's own kernel is slow, or knows no soft cap."""
-    return trains_on_cpu(q) or scores.softcap is not None
+    """Return whether to attend by whole matrix products.
 
-
-def trains_on_cpu(q: Tensor) -> bool:
-    """Return whether a backward pass will follow where torch's own attention has a slow one."""
-    return q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled()
+    torch's own kernel knows no soft cap, and its backward pass is slow on a CPU.
+    """
+    return scores.softcap is not None or (q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled())
 
 
 def flash_supports(q: Tensor) -> bool:
@@ -119,8 +118,9 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, segments
     heads = q.size(1)
     # every release that has varlen_attn takes equal head counts; grouped ones came later
     k, v = (x.repeat_interleave(heads // x.size(1), dim=1) for x in (k, v))
-    rows = (x.squeeze(0).transpose(0, 1).contiguous() for x in (q, k, v))  # (T, n_head, head_size)
-    longest, span = max(segments.lengths), (-1 if scores.window is None else scores.window - 1, 0)
-    options = {"scale": scores.scale, "window_size": span}
-    y = varlen_attn(*rows, segments.offsets, segments.offsets, longest, longest, **options)
+    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (q, k, v))  # (T, n_head, head_size)
+    ends, longest = segments.offsets, max(segments.lengths)
+    span = -1 if scores.window is None else scores.window - 1, 0
+    y = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scores.scale, window_size=span)
+    assert isinstance(y, Tensor)  # a pair only where the sums of exponentials are asked for
     return y.transpose(0, 1).unsqueeze(0)

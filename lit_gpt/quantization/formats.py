@@ -37,7 +37,7 @@ KernelArguments = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # codes, 
 
 
 class Format(ABC):
-    """How the rows of a weight are kept as a few named tensors, and computed again from them."""
+    """Keeps the rows of a weight as a few named tensors, and computes them again from these."""
 
     @abstractmethod
     def layout(self, rows: int, columns: int) -> Layout:
@@ -58,6 +58,11 @@ class Format(ABC):
     def pack(self, tensors: Tensors) -> Tensors:
         """Finish what can be done only when all rows are encoded."""
         return tensors
+
+    def stored(self, tensors: Tensors, rows: int, columns: int, dtype: torch.dtype) -> Tensors:
+        """Return the tensors of all rows as they are kept, with `dtype` where the layout leaves it open."""
+        layout = self.layout(rows, columns)
+        return {key: tensor.to(layout[key][1] or dtype) for key, tensor in self.pack(tensors).items()}
 
     def unpack(self, tensors: Tensors) -> Tensors:
         """Undo `pack`: return tensors whose first dimension is the rows."""
@@ -99,8 +104,14 @@ class FourBit(Format):
     """
 
     PARAMS: tuple[str, ...]  # names of a group's parameters
+    PARAMS_DTYPE: torch.dtype | None = None  # None: that of the model's other weights
     CLIPS = (1.0, 0.9, 0.8)
     ROUNDS = 4
+
+    def layout(self, rows: int, columns: int) -> Layout:
+        groups = -(-columns // GROUP)
+        codes = (rows, groups * GROUP // 2), torch.uint8
+        return {"weight": codes} | {name: ((rows, groups), self.PARAMS_DTYPE) for name in self.PARAMS}
 
     @abstractmethod
     def init_params(self, groups: Tensor, clip: float) -> tuple[Tensor, ...]:
@@ -128,7 +139,8 @@ class FourBit(Format):
         Rounding and a least-squares fit take turns, from several clipped ranges; the best result of each group is
         taken. The plain range would do worse.
         """
-        best, least = (), None
+        best: tuple[Tensor, ...] = ()
+        least: Tensor | float = torch.inf
         for clip in self.CLIPS:
             params = self.init_params(groups, clip)
             for _ in range(self.ROUNDS):
@@ -136,9 +148,9 @@ class FourBit(Format):
             params = self.round_params(*params)
             error = self.values(self.codes(groups, *params), *params).sub_(groups).square_().mul_(importance)
             error = error.sum(-1, keepdim=True)
-            better = error < (torch.inf if least is None else least)
+            better = error < least
             best = tuple(torch.where(better, *pair) for pair in zip(params, best or params, strict=True))
-            least = error if least is None else torch.minimum(error, least)
+            least = torch.where(better, error, least)
         return best
 
     def tensors(self, codes: Tensor, *params: Tensor) -> Tensors:
@@ -150,11 +162,6 @@ class Int4(FourBit):
     """Asymmetric 4 bits: w = scale * code + zero in each group, code from 0 to 15; bfloat16 parameters as in Int8."""
 
     PARAMS = ("scale", "zero")
-
-    def layout(self, rows: int, columns: int) -> Layout:
-        groups = -(-columns // GROUP)
-        params = ((rows, groups), None)
-        return {"weight": ((rows, groups * GROUP // 2), torch.uint8), "scale": params, "zero": params}
 
     def encode(self, w: Tensor) -> Tensors:
         groups = split_groups(w)
@@ -215,14 +222,11 @@ class NF4(FourBit):
 
     VALUES = normal_float()
     PARAMS = ("absmax",)
+    PARAMS_DTYPE = torch.float32
 
     def table(self, device: torch.device | None = None) -> Tensor:
         """Return the values of the 16 codes, float32 (16,)."""
         return torch.tensor(self.VALUES, dtype=torch.float32, device=device)
-
-    def layout(self, rows: int, columns: int) -> Layout:
-        groups = -(-columns // GROUP)
-        return {"weight": ((rows, groups * GROUP // 2), torch.uint8), "absmax": ((rows, groups), torch.float32)}
 
     def encode(self, w: Tensor) -> Tensors:
         groups = split_groups(w)
@@ -326,19 +330,19 @@ def encode(
 
     Args:
         name: a key of FORMATS.
-        dtype: of the tensors whose dtype the format leaves open.
+        dtype: what the tensors have whose dtype the format leaves open.
         done: called with each chunk of the weight when it is no longer needed.
     """
     quantizer, device = FORMATS[name], device or weight.device
     encoded: Tensors = {}
-    for span in row_chunks(*weight.shape, device, cut=8):  # it takes several tensors of that size
+    rows, columns = weight.shape
+    for span in row_chunks(rows, columns, device, cut=8):  # it takes several tensors of that size
         for key, part in quantizer.encode(weight[span].to(device, torch.float32)).items():
             if key not in encoded:
-                encoded[key] = part.new_empty(len(weight), *part.shape[1:])
+                encoded[key] = part.new_empty(rows, *part.shape[1:])
             encoded[key][span] = part
         done(weight[span])
-    layout = quantizer.layout(*weight.shape)
-    return {key: tensor.to(layout[key][1] or dtype) for key, tensor in quantizer.pack(encoded).items()}
+    return quantizer.stored(encoded, rows, columns, dtype)
 
 
 @torch.no_grad()

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from lit_gpt.quantization.formats import GROUP, FourBit, Tensors
 
-DAMPING = 0.01  # of the mean of the inputs' squares: what least squares add, so that they do not follow noise
+DAMPING = 0.01  # share of the mean of the inputs' squares, added lest least squares follow noise
 
 
 @dataclass
 class Statistics:
-    """Sums over all tokens of outer products with a layer's inputs b from the quantized stream, (..., in_features).
+    """Holds sums over all tokens of outer products with a layer's inputs b from the quantized stream.
 
     All are float32. The layer is to reproduce from b what it gives for the exact inputs a.
     """
@@ -44,7 +44,7 @@ def quantize(weight: Tensor, stats: Statistics, quantizer: FourBit, dtype: torch
     """Return the tensors of a layer's weight (out, in), float32, fitted to its statistics; these are used up.
 
     Args:
-        dtype: of the tensors whose dtype the format leaves open.
+        dtype: what the tensors have whose dtype the format leaves open.
     """
     squares = stats.inputs.diagonal()
     squares += DAMPING * squares.mean() + torch.finfo(torch.float32).tiny
@@ -53,9 +53,8 @@ def quantize(weight: Tensor, stats: Statistics, quantizer: FourBit, dtype: torch
         triangle = torch.full_like(triangle, torch.nan)
     shift = torch.cholesky_solve(torch.addmm(stats.lost, weight, stats.missing).T, triangle).T
     codes, params = gptq(weight + shift, squares, torch.cholesky_inverse(triangle), quantizer)
-    layout = quantizer.layout(*weight.shape)
-    tensors = quantizer.pack(quantizer.tensors(codes, *params))
-    return {key: tensor.to(layout[key][1] or dtype) for key, tensor in tensors.items()}
+    rows, columns = weight.shape
+    return quantizer.stored(quantizer.tensors(codes, *params), rows, columns, dtype)
 
 
 def gptq(weight: Tensor, squares: Tensor, inverse: Tensor, quantizer: FourBit) -> tuple[Tensor, list[Tensor]]:
@@ -83,7 +82,7 @@ def gptq(weight: Tensor, squares: Tensor, inverse: Tensor, quantizer: FourBit) -
         params = quantizer.fit_params(block.T.contiguous(), triangle.diagonal() ** -2)
         for of_all_groups, of_this in zip(group_params, params, strict=True):
             of_all_groups[:, g : g + 1] = of_this
-        params = [x.squeeze(1) for x in params]
+        params = tuple(x.squeeze(1) for x in params)
         for i, place in enumerate(places.tolist()):
             picked = quantizer.codes(block[i], *params)
             codes[place] = picked

@@ -1,4 +1,4 @@
-"""Layers whose weights are kept in a quantized format, and their attachment to a GPT."""
+"""Layers whose weights are kept in a quantized format."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from lit_gpt.errors import UsageError
 from lit_gpt.quantization.formats import FORMATS, Tensors, decode, dequantized_chunks, encode
 
 
@@ -18,6 +17,9 @@ class Quantized(nn.Module):
 
     They are filled from the weight, unless that is on the meta device and has no contents yet.
     """
+
+    weight: nn.Parameter  # the codes
+    scale: nn.Parameter  # in int8 and int4
 
     def __init__(self, module: nn.Linear | nn.Embedding, format: str) -> None:
         super().__init__()
@@ -115,25 +117,9 @@ def keep_dequantized(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             layer.dequantized_cache = None
 
 
-def attach(model: nn.Module, format: str) -> nn.Module:
-    """Quantize a GPT, in place, before any method is attached to it.
-
-    Raises:
-        UsageError: The model has routed experts, which would stay as they are.
-    """
-    if model.config.n_expert:
-        raise UsageError(f"--quantize {format}: {model.config.name} has routed experts, which cannot be quantized yet")
-    for path, module in list(model.h.named_modules()):
-        if isinstance(module, nn.Linear):
-            model.h.set_submodule(path, QuantizedLinear(module, format))
-    model.wte, model.lm_head = QuantizedEmbedding(model.wte), QuantizedLinear(model.lm_head, "int8")
-    model.tie_weights()
-    return model
-
-
 def weight_of(module: nn.Module) -> Tensor:
     """Return a layer's weight as it is, or dequantized to float32 if it is quantized."""
-    return module.dequantize() if isinstance(module, Quantized) else module.weight.detach()
+    return module.dequantize() if isinstance(module, Quantized) else module.get_parameter("weight").detach()
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -146,6 +132,8 @@ def count_parameters(model: nn.Module) -> int:
     counts: dict[nn.Parameter, int] = {}
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False):
-            quantized = isinstance(module, Quantized) and key in module.keys
-            counts[parameter] = (module.rows * module.columns * (key == "weight")) if quantized else parameter.numel()
+            if isinstance(module, Quantized) and key in module.keys:
+                counts[parameter] = module.rows * module.columns if key == "weight" else 0
+            else:
+                counts[parameter] = parameter.numel()
     return sum(counts.values())

@@ -1,48 +1,28 @@
-"""The operations with gradients of their own against plain formulas: results, gradients, what is kept."""
+"""The operations with gradients of their own against plain formulas: results and gradients."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 
 from helpers.compare import off
-from helpers.steps import random_row, step
 from helpers.tiny_models import Tiny
-from lit_gpt import GPT
 from lit_gpt.checkpoints.base_model import load_model
-from lit_gpt.families.registry import config_from_name
 from lit_gpt.kernels import attention, fused, ops
 from lit_gpt.kernels.attention import ScoreParams
-from lit_gpt.methods import adapter_v2, lora
-from lit_gpt.methods.adapter import AdapterConfig
+from lit_gpt.methods import lora
 from lit_gpt.model import inputs as inputs_module
-from lit_gpt.model.inputs import Targets
 from lit_gpt.model.loss import summed_cross_entropy
-from lit_gpt.training.memory import checkpointing
-from lit_gpt.training.memory.checkpointing import KINDS, apply_activation_checkpointing
 
 NARROW, WIDE = torch.bfloat16, torch.float64
 PARTS = [(0, 5), (9, 16)]
-ALL = lora.LoRAConfig(r=4, dropout=0.1, key=True, projection=True, mlp=True, head=True)
-
-
-@pytest.fixture(params=[True, False], ids=["kernels", "formulas"])
-def with_kernels(request, monkeypatch) -> bool:
-    """All holds with the C++ kernels and without; where there is no compiler, without alone."""
-    if request.param and not ops.available():
-        pytest.skip("no C++ compiler")
-    monkeypatch.setattr(ops, "available", lambda: request.param)
-    return request.param
 
 
 def results(f: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The result, and the gradients of the inputs that want one; `inputs` of float32 and float64 keep their dtype."""
+    """Return the result and the gradients of the inputs that want one; float32 and float64 inputs keep their dtype."""
     given = [x.detach().to(dtype if x.dtype == NARROW else x.dtype).requires_grad_(x.requires_grad) for x in inputs]
     y = f(*given)
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(9), dtype=WIDE).to(NARROW).to(y.dtype))
@@ -50,14 +30,14 @@ def results(f: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) 
 
 
 def holds(ours: Callable[..., Tensor], plain: Callable[..., Tensor], inputs: list[Tensor]) -> None:
-    """In float32 the same; in bfloat16 no farther from the truth than the plain formula. `inputs`: bfloat16."""
+    """Assert the same in float32, and in bfloat16, as which inputs come, no more error than the plain formula's."""
     exact = results(plain, [x.detach().to(WIDE).requires_grad_(x.requires_grad) for x in inputs], WIDE)
-    for found, expected in zip(results(ours, inputs, torch.float32), exact, strict=True):
-        assert off(found, expected) < 1e-5
-    for found, rival, expected in zip(
+    for actual, expected in zip(results(ours, inputs, torch.float32), exact, strict=True):
+        assert off(actual, expected) < 1e-5
+    for actual, rival, expected in zip(
         results(ours, inputs, NARROW), results(plain, inputs, NARROW), exact, strict=True
     ):
-        assert found.dtype == rival.dtype and off(found.double(), expected) <= 1.2 * off(rival.double(), expected)
+        assert actual.dtype == rival.dtype and off(actual.double(), expected) <= 1.2 * off(rival.double(), expected)
 
 
 def inputs(*shapes: tuple[int, ...], frozen: tuple[int, ...] = ()) -> list[Tensor]:
@@ -69,7 +49,7 @@ def inputs(*shapes: tuple[int, ...], frozen: tuple[int, ...] = ()) -> list[Tenso
 
 
 def mask_of(x: Tensor, dropout: float) -> Tensor:
-    """What the update multiplies x with if it is called with this seed, float64. It depends on the dtype's size."""
+    """Return what the update multiplies x with, float64, for this seed. It depends on the dtype's size."""
     torch.manual_seed(5)
     kept = 1024 - round(dropout * 1024)
     bits = fused.random_bits(x.numel(), kept, x.device)
@@ -103,13 +83,13 @@ def test_low_rank_update(dtype, dropout, frozen):
     )
     ours = results(lambda *a: our_update(*a, dropout), given, dtype)
     plain = results(lambda *a: plain_update(*a, mask), given, dtype)
-    for found, rival, expected in zip(ours, plain, exact, strict=True):
-        assert found.dtype == rival.dtype
-        assert off(found.double(), expected) <= (1e-5 if dtype != NARROW else 1.2 * off(rival.double(), expected))
+    for actual, rival, expected in zip(ours, plain, exact, strict=True):
+        assert actual.dtype == rival.dtype
+        assert off(actual.double(), expected) <= (1e-5 if dtype != NARROW else 1.2 * off(rival.double(), expected))
 
 
 def kernel_mask(rows: int, size: int, threshold: int, seed: int = 5) -> Tensor:
-    """What the kernel keeps of x (rows, size), 1 or 0: the low-rank product with the identity of ones."""
+    """Return what the kernel keeps of x (rows, size), 1 or 0: the low-rank product of ones with the identity."""
     torch.manual_seed(seed)
     seed, ones, zeros = torch.randint(2**63 - 1, (1,)), torch.ones(rows, size), torch.zeros(rows, 8)
     return ops.lora_(zeros, ones, torch.eye(size), torch.zeros(8, size), seed, threshold, [0], [8], 1.0)
@@ -139,9 +119,9 @@ def test_low_rank_update_kernel(dtype, dropout, rank, size):
 
     assert ops.supports_lora(*given[:2], parts)
     exact = results(plain, [t.detach().double().requires_grad_() for t in given], WIDE)
-    for found, rival, expected in zip(results(ours, given, dtype), results(plain, given, dtype), exact, strict=True):
-        assert found.dtype == rival.dtype
-        assert off(found.double(), expected) <= (1e-5 if dtype != NARROW else 1.2 * off(rival.double(), expected))
+    for actual, rival, expected in zip(results(ours, given, dtype), results(plain, given, dtype), exact, strict=True):
+        assert actual.dtype == rival.dtype
+        assert off(actual.double(), expected) <= (1e-5 if dtype != NARROW else 1.2 * off(rival.double(), expected))
 
 
 @pytest.mark.skipif(not ops.available(), reason="no C++ compiler")
@@ -167,10 +147,10 @@ def test_scaled(dtype):
         return (y + shift.to(y.dtype)) * scale.to(y.dtype)
 
     exact = results(plain, [x.detach().double().requires_grad_() for x in given], WIDE)
-    for found, rival, expected in zip(results(fused.scaled, given, dtype), results(plain, given, dtype), exact,
+    for actual, rival, expected in zip(results(fused.scaled, given, dtype), results(plain, given, dtype), exact,
                                       strict=True):  # fmt: skip
-        assert found.dtype == rival.dtype
-        assert off(found.double(), expected) <= (1e-5 if dtype != NARROW else 1.2 * off(rival.double(), expected))
+        assert actual.dtype == rival.dtype
+        assert off(actual.double(), expected) <= (1e-5 if dtype != NARROW else 1.2 * off(rival.double(), expected))
 
 
 def test_low_rank_update_gradcheck():
@@ -180,7 +160,7 @@ def test_low_rank_update_gradcheck():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_dropout_strikes_each_element_alike(dtype):
-    """The rate of a million elements within five standard deviations, and no element bound to another."""
+    """The rate of a million elements is within five standard deviations, and no element is bound to another."""
     torch.manual_seed(0)
     n, kept = 2**20 + 7, 1024 - 51
     ones = torch.ones(n, dtype=dtype)
@@ -236,18 +216,18 @@ def test_lora_layer_drops_only_when_it_trains(training):
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, lengths: tuple[int, ...]) -> Tensor:
-    found = []
+    outputs = []
     for part in zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True):
         q, k, v = part
         seen = torch.ones(q.size(2), q.size(2), dtype=torch.bool).tril()
         seen = seen if scores.window is None else seen.triu(1 - scores.window)
         if scores.softcap is None:
-            found.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scores.scale, enable_gqa=True))
+            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scores.scale, enable_gqa=True))
             continue
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
         s = scores.softcap * torch.tanh(q @ k.mT * scores.scale / scores.softcap)
-        found.append(s.masked_fill(~seen, -torch.inf).softmax(-1) @ v)
-    return torch.cat(found, dim=2)
+        outputs.append(s.masked_fill(~seen, -torch.inf).softmax(-1) @ v)
+    return torch.cat(outputs, dim=2)
 
 
 @pytest.mark.parametrize("groups", [6, 2, 1])
@@ -259,7 +239,7 @@ def test_attention(groups, scores, lengths, with_kernels):
     packed = inputs((batch, T, (6 + 2 * groups) * 16))[0]
 
     def from_packed(f: Callable) -> Callable[[Tensor], Tensor]:
-        """Heads as views of one projection, as in the model."""
+        """Return heads as views of one projection, as the model has them."""
 
         def run(x: Tensor) -> Tensor:
             q, k, v = x.view(batch, T, -1, 16).split([6, groups, groups], dim=2)
@@ -282,7 +262,7 @@ def test_attention_gradcheck(monkeypatch):
 
 
 def test_training_attends_as_evaluation(tiny: Tiny):
-    """The model's own choice between the two, on rows of one and of several samples."""
+    """The model itself chooses between the two, on rows of one and of several samples."""
     gpt, idx = load_model(tiny.folder).requires_grad_(True), torch.randint(96, (1, 40))
     for segments in (None, inputs_module.Segments.of([13, 27])):
         with torch.no_grad():
@@ -292,7 +272,7 @@ def test_training_attends_as_evaluation(tiny: Tiny):
 
 @torch.no_grad()
 def test_attention_is_in_the_precision_of_the_arithmetic(tiny: Tiny):
-    """bfloat16 over float32 weights, as full finetuning has it; norms give float32 there."""
+    """Full finetuning computes in bfloat16 over float32 weights; norms give float32 there."""
     gpt = load_model(tiny.folder)
     rotation = gpt.rotations(torch.arange(9), (9,), torch.float32)[0]
     with torch.autocast("cpu", NARROW):
@@ -330,9 +310,9 @@ def test_gated(f, size, with_kernels):
     assert with_kernels or torch.equal(fused.gated(x, f), plain(x))
     assert gradcheck(lambda x: fused.gated(x, f), [x[:, :3].detach().double().requires_grad_()])
     extreme = torch.tensor([[-1e10, -200.0, 200.0, 1e10, -1.0, 1.0, 1.0, 1.0]], requires_grad=True)
-    for found, expected in zip(results(lambda x: fused.gated(x, f), [extreme], torch.float32),
+    for actual, expected in zip(results(lambda x: fused.gated(x, f), [extreme], torch.float32),
                                results(plain, [extreme], torch.float32), strict=True):  # fmt: skip
-        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert actual == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 def plain_rotation(x: Tensor, cos: Tensor, sin: Tensor, heads: int, size: int) -> Tensor:
@@ -402,122 +382,3 @@ def test_loss_of_a_certain_and_of_an_impossible_token():
     loss.backward()
     assert loss.item() == 190
     assert torch.allclose(logits.grad, torch.tensor([[0.0, 0, 0], [1, -1, 0]]), atol=1e-30)
-
-
-# in a model
-
-
-def test_steps_are_deterministic_and_keeping_less_changes_nothing(tiny: Tiny):
-    torch.manual_seed(0)
-    gpt, row = lora.attach(load_model(tiny.folder), ALL), random_row()
-    for layer in lora.lora_layers(gpt).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.1)
-    first = step(gpt, row)
-    assert all(torch.equal(a, b) for a, b in zip(first, step(gpt, row), strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(first, step(gpt, row, seed=1), strict=True))
-    plain = [block.forward for block in gpt.h]
-    for kind in KINDS:
-        apply_activation_checkpointing(gpt, kind)
-        assert all(torch.equal(a, b) for a, b in zip(first, step(gpt, row), strict=True)), kind
-        if kind != "selective":  # that stays, for its parts are of other modules
-            for block, forward in zip(gpt.h, plain, strict=True):
-                block.forward = forward
-
-
-@pytest.mark.parametrize("method", ["adapter_v2", "full"])
-def test_keeping_less_changes_nothing_for_other_methods(tiny: Tiny, method):
-    """In bfloat16 over float32 weights too."""
-    row = random_row()
-    for kind in KINDS[1:]:
-        torch.manual_seed(0)
-        gpt = load_model(tiny.folder)
-        gpt = adapter_v2.attach(gpt, AdapterConfig(start_layer=1)) if method == "adapter_v2" else gpt.requires_grad_()
-        for arithmetic in (nullcontext(), torch.autocast("cpu", NARROW, cache_enabled=False)):
-            with arithmetic:
-                first = step(gpt, row)
-        apply_activation_checkpointing(gpt, kind)
-        with arithmetic:
-            assert all(torch.equal(a, b) for a, b in zip(first, step(gpt, row), strict=True)), kind
-
-
-def test_what_is_offloaded_is_the_blocks_inputs(tiny: Tiny, monkeypatch):
-    torch.manual_seed(0)
-    gpt, row, moved = lora.attach(load_model(tiny.folder), ALL), random_row(), []
-    to_host = checkpointing.to_host
-    monkeypatch.setattr(checkpointing, "to_host", lambda x: moved.append(x.shape) or to_host(x))
-    apply_activation_checkpointing(gpt, "offload")
-    step(gpt, row)
-    assert moved == [(1, row.idx.numel(), gpt.config.n_embd)] * gpt.config.n_layer
-
-
-@pytest.mark.skipif(not ops.available(), reason="no C++ compiler")
-@pytest.mark.parametrize("name", ["SmolLM2-135M", "gemma-2b", "Qwen3-0.6B"])
-def test_a_step_with_kernels_has_the_gradients_of_one_without(name, monkeypatch):
-    """In float32 the same; in bfloat16 as far from float32's as the plain path's at most."""
-    small = dict(n_layer=2, padded_vocab_size=96, n_embd=128, intermediate_size=192)
-    torch.manual_seed(0)
-    gpt = lora.attach(GPT(config_from_name(name, **small)), replace(ALL, dropout=0.0))
-    for layer in lora.lora_layers(gpt).values():
-        torch.nn.init.normal_(layer.lora_B, std=0.1)
-    row, ways = random_row((9, 131, 5)), {}
-    for dtype in (torch.float32, NARROW):
-        for parameter in gpt.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
-        for there in (True, False):
-            monkeypatch.setattr(ops, "available", lambda there=there: there)
-            ways[dtype, there] = step(gpt, row)
-    exact = ways[torch.float32, False]
-    for found, expected in zip(ways[torch.float32, True], exact, strict=True):
-        assert off(found, expected) < 1e-5
-    ours, plain = ([off(*pair) for pair in zip(ways[NARROW, there], exact, strict=True)] for there in (True, False))
-    assert sum(ours) <= 1.1 * sum(plain) and max(ours) <= 1.2 * max(plain)
-
-
-@pytest.mark.parametrize("kind", ["fake", "meta"])
-def test_a_step_without_contents(kind, with_kernels):
-    """As when memory is predicted."""
-    mode = FakeTensorMode() if kind == "fake" else torch.device("meta")
-    row = random_row()
-    with mode:
-        gpt = lora.attach(GPT(config_from_name("SmolLM2-135M", n_layer=2)), ALL)
-        idx, at, labels, offsets, positions = (
-            torch.empty(x.shape, dtype=x.dtype)
-            for x in (row.idx, row.targets.positions, row.targets.labels, row.segments.offsets, row.segments.positions)
-        )
-        segments = inputs_module.Segments(row.segments.lengths, offsets, positions)
-        gpt.train()(idx, segments=segments, targets=Targets(at, labels)).backward()
-    assert all(p.grad.shape == p.shape for p in gpt.parameters() if p.requires_grad)
-
-
-@pytest.mark.parametrize("spare", ["none", "selective"])
-def test_a_block_keeps_what_it_must(with_kernels, spare, monkeypatch):
-    """Bytes per token that a block of Llama's kind with LoRA keeps for the backward pass, as counted by hand."""
-    config = config_from_name("SmolLM2-135M", n_layer=2)
-    gpt, row = lora.attach(GPT(config).bfloat16(), lora.LoRAConfig(key=True, projection=True, mlp=True)), random_row()
-    kept: dict[int, int] = {}
-
-    def note(saved: Tensor | checkpointing.Recompute) -> Tensor | checkpointing.Recompute:
-        storage = (saved.x if isinstance(saved, checkpointing.Recompute) else saved).untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return saved
-
-    pack = checkpointing.RecomputedOutputs.pack
-    monkeypatch.setattr(checkpointing.RecomputedOutputs, "pack", lambda self, tensor: note(pack(self, tensor)))
-    apply_activation_checkpointing(gpt, spare)
-    x = torch.randn(1, row.idx.size(1), config.n_embd).bfloat16().requires_grad_()
-    rotation = gpt.rope(row.segments.positions, row.segments.lengths, x.dtype)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        gpt.train().h[0](x, rotation, row.segments, None)
-    weights = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
-    found = sum(size for pointer, size in kept.items() if pointer not in weights) / row.idx.numel()
-    n, inner, qkv, r = config.n_embd, config.intermediate_size, sum(config.qkv_sizes), 8
-    elements = 2 * n + 2 * n + qkv + n + 3 * inner  # norms, what they give, q k v, what is found, gate up and product
-    elements -= 2 * n + inner if spare == "selective" else 0
-    masks, low, rest = (3 * n + inner) / 8, 7 * r * 2, 2 * 4 + 4 * config.head_size
-    if with_kernels:  # a seed for a mask, and of the probabilities each query's sum
-        masks, low, rest = 0, 7 * r * 4, rest + 4 * config.n_head
-    blocks = attention._blocks(row.segments.lengths, ScoreParams(1.0))
-    probabilities = 2 * config.n_head * sum((b.end - b.begin) * (b.end - b.first) for b in blocks) / row.idx.numel()
-    probabilities = 0 if with_kernels else probabilities
-    assert found < 1.01 * (2 * elements + masks + low + rest + probabilities)

@@ -29,7 +29,7 @@ def compute(cache: Path, **env: str) -> subprocess.CompletedProcess:
 
 
 def compiler(folder: Path, before: str) -> str:
-    """A g++ that does something first."""
+    """Write a g++ that does something first."""
     path = folder / "compiler"
     path.write_text(f'#!/bin/sh\n{before}\nexec g++ "$@"\n')
     path.chmod(0o755)
@@ -55,9 +55,9 @@ def test_without_them_the_formulas_serve(tmp_path, broken):
         "failing": {"CXX": shutil.which("false")},
         "folder": {"CXX": shutil.which("true"), "XDG_CACHE_HOME": "/dev/null"},
     }[broken]
-    found = compute(tmp_path, **env)
-    assert found.stdout.startswith("False 0.99")
-    (line,) = found.stderr.splitlines()
+    result = compute(tmp_path, **env)
+    assert result.stdout.startswith("False 0.99")
+    (line,) = result.stderr.splitlines()
     assert "the CPU goes without the faster kernels" in line and ("g++" in line if broken == "none" else True)
 
 
@@ -72,8 +72,8 @@ def test_killed_while_it_compiles(tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not list((tmp_path / "lit_gpt").glob("*.so"))
-    found = compute(tmp_path)
-    assert found.stdout.startswith("True 0.99") and found.stderr == ""
+    result = compute(tmp_path)
+    assert result.stdout.startswith("True 0.99") and result.stderr == ""
 
 
 @needs_compiler
@@ -81,5 +81,5 @@ def test_a_damaged_library_is_compiled_again(tmp_path):
     whole = compute(tmp_path)
     for path in (tmp_path / "lit_gpt").iterdir():
         path.write_bytes(b"")
-    found = compute(tmp_path)
-    assert (found.stdout, found.stderr) == (whole.stdout, "")
+    result = compute(tmp_path)
+    assert (result.stdout, result.stderr) == (whole.stdout, "")

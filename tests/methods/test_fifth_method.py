@@ -63,5 +63,5 @@ def test_it_goes_all_the_way(scale_flags, tmp_path, monkeypatch):
 
 def test_the_plan_knows_it(scale_flags, monkeypatch):
     monkeypatch.setenv("ACTION", "plan")
-    found = json.loads(finish(model="pythia-70m", method="scale", max_seq_length=64, scale_start_layer=2, json="true"))
-    assert found["trainable"] == 4 * 512 and found["merge"] > 0
+    plan = json.loads(finish(model="pythia-70m", method="scale", max_seq_length=64, scale_start_layer=2, json="true"))
+    assert plan["trainable"] == 4 * 512 and plan["merge"] > 0

@@ -22,7 +22,7 @@ from lit_gpt.model.inputs import Targets
 
 
 def attached(tiny: Tiny, config: lora.LoRAConfig = EVERYTHING, scramble: bool = True) -> GPT:
-    """A model with LoRA whose B is not zero."""
+    """Return a model with LoRA whose B is not zero."""
     torch.manual_seed(1)
     model = lora.attach(load_model(tiny.folder), config)
     for layer in lora.lora_layers(model).values() if scramble else ():
@@ -46,7 +46,7 @@ def test_only_and_all_of_lora_trains(tiny: Tiny):
 
 @pytest.mark.parametrize("config", [EVERYTHING, *ONE_EACH], ids=["all", *SWITCHES])
 def test_each_projection_gets_its_own_update(llama_like: Tiny, config: lora.LoRAConfig):
-    """The change of each projection's output is scale * B A x of that projection, and nothing elsewhere."""
+    """Each projection's output changes by its own scale * B A x, and nothing else changes."""
     base, model = load_model(llama_like.folder), attached(llama_like, config)
     x = torch.randn(3, 64)
     q, k, v = base.config.qkv_sizes
@@ -64,7 +64,7 @@ def test_each_projection_gets_its_own_update(llama_like: Tiny, config: lora.LoRA
 
 @pytest.fixture
 def llama_like(tmp_path) -> Tiny:
-    """Grouped queries, so that query, key and value differ in size."""
+    """Return a model with grouped queries, so that query, key and value differ in size."""
     from lit_gpt.conversion import hf, hf_shards
 
     model = tiny_hf_model("llama", "llama3")
@@ -90,20 +90,21 @@ def test_save_and_load(tiny: Tiny, tmp_path):
     trained = finetuned_file.trained_state(model)
     finetuned_file.save_file(path, "lora", base, trained, hyperparameters=vars(EVERYTHING), prompt_style=STYLE)
     again = load_model(tiny.folder)
-    finetuned_model.attach_file(again, path, "lora", base)
+    finetuned_model.attach_record(again, path, finetuned_file.read_file(path, "lora", base))
     with torch.no_grad():
         assert torch.equal(again.eval()(idx), model(idx))
     assert set(torch.load(path)["state"]) == {name for name, _ in model.named_parameters() if "lora" in name}
     with pytest.raises(UserError, match="another base"):
-        finetuned_model.attach_file(again, path, "lora", "0123")
+        finetuned_file.read_file(path, "lora", "0123")
 
 
 def test_a_file_whose_tensors_are_of_another_rank(tiny: Tiny, tmp_path):
     trained = finetuned_file.trained_state(attached(tiny))
     record = {"hyperparameters": vars(replace(EVERYTHING, r=8)), "prompt_style": STYLE}
-    finetuned_file.save_file(tmp_path / "f.pth", "lora", "b", trained, **record)
+    path = tmp_path / "f.pth"
+    finetuned_file.save_file(path, "lora", "b", trained, **record)
     with pytest.raises(UserError, match="does not fit the model"):
-        finetuned_model.attach_file(load_model(tiny.folder), tmp_path / "f.pth", "lora", "b")
+        finetuned_model.attach_record(load_model(tiny.folder), path, finetuned_file.read_file(path, "lora", "b"))
 
 
 def test_fingerprints_tell_models_apart(tiny: Tiny):
@@ -145,7 +146,7 @@ def test_nothing_to_train_is_refused():
 
 
 def test_gradients_equal_peft(llama_like: Tiny):
-    """The same updates under PEFT: the same logits, and the same gradients of A and B."""
+    """The same updates under PEFT give the same logits, and the same gradients of A and B."""
     config = replace(EVERYTHING, head=False)
     model = attached(llama_like, config)
     names = {

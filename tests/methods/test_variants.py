@@ -54,7 +54,7 @@ def test_fresh_equals_base_exactly(tiny: Tiny, attach):
 
 
 def test_only_and_all_of_the_variant_trains(tiny: Tiny, attach):
-    """With evaluations before and between the steps; three steps, for the gates open in the first."""
+    """Train three steps, for the gates open in the first, and evaluate before and between them."""
     model = attached(tiny, attach, scramble=False)
     before = {name: p.clone() for name, p in model.named_parameters()}
     trains = set(finetuned_file.trained_state(model))
@@ -85,7 +85,7 @@ def test_save_and_load(tiny: Tiny, tmp_path, method):
 
 @torch.no_grad()
 def test_adapter_follows_the_papers_equation(tiny: Tiny):
-    """S^g = [softmax(S_prompt) g ; softmax(S_tokens)] (equation 6), the output S^g V, head by head."""
+    """Compute S^g = [softmax(S_prompt) g ; softmax(S_tokens)] (equation 6) and S^g V head by head."""
     model = attached(tiny, ATTACH["adapter"]).eval()
     attention, config = model.h[1].attn, model.config
     attention.prefix.gate.normal_()
@@ -108,8 +108,8 @@ def test_adapter_follows_the_papers_equation(tiny: Tiny):
         gated = score(q[head], pk[group]).softmax(-1) * attention.prefix.gate[head]
         outputs.append(torch.cat([gated, scores.softmax(-1)], dim=1) @ torch.cat([pv[group], v[group]]))
     expected = F.linear(torch.cat(outputs, dim=-1), attention.proj.weight, attention.proj.bias)
-    found = attention.proj(attention.attend(*attention.project_qkv(x, rotation), None, None))
-    assert off(found[0], expected) < 1e-5
+    actual = attention.proj(attention.attend(*attention.project_qkv(x, rotation), None, None))
+    assert off(actual[0], expected) < 1e-5
 
 
 @torch.no_grad()
@@ -133,7 +133,7 @@ def test_trainable_parameters_of_falcon_7b(method, expected):
 @pytest.mark.parametrize("moment", [2, 8])
 @pytest.mark.parametrize("method", ["adapter", "adapter_v2", "full"])
 def test_finetune_resume_and_generate(cli, flags, llama, method, moment):
-    """Killed and resumed it ends with the same bits; the result answers."""
+    """A run that is killed and resumed ends with the same bits, and what it leaves answers."""
     flags, script = method_flags(flags, method), f"finetune/{method}.py"
     result = cli(script, **flags)
     assert result.code == 0, result.err
@@ -155,9 +155,9 @@ def test_finetune_resume_and_generate(cli, flags, llama, method, moment):
 
 
 def test_full_finetuning_in_bf16_arithmetic(cli, flags, llama):
-    """float32 weights while it trains, the base's dtype in the result."""
+    """Weights are float32 while they train, and have the base's dtype in the result."""
     result = cli("finetune/full.py", **method_flags(flags, "full") | {"precision": "bf16"})
     assert result.code == 0, result.err
-    found, base = weights_of(flags["out_dir"], "full"), folder.load_state(llama)
-    assert found.keys() == base.keys() and all(found[k].dtype == base[k].dtype for k in base)
-    assert all(not torch.equal(found[k], base[k]) for k in base)
+    actual, base = weights_of(flags["out_dir"], "full"), folder.load_state(llama)
+    assert actual.keys() == base.keys() and all(actual[k].dtype == base[k].dtype for k in base)
+    assert all(not torch.equal(actual[k], base[k]) for k in base)

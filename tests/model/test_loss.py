@@ -18,7 +18,7 @@ EVERYTHING = lora.LoRAConfig(r=4, dropout=0.0, key=True, projection=True, mlp=Tr
 
 
 def ragged(n: int = 8) -> list[dataset.Sample]:
-    """Samples of 4 to 30 tokens; the first third of each is not supervised, and in one only the last token is."""
+    """Return samples of 4 to 30 tokens; the first third of each is not supervised, of one only the last token is."""
     generator = torch.Generator().manual_seed(0)
     samples = []
     for i in range(n):
@@ -122,7 +122,7 @@ def test_chunked_loss_equals_cross_entropy(monkeypatch, chunk, bias):
 
 
 def test_no_supervised_token_gives_a_zero_gradient(tiny: Tiny):
-    """What a rank feeds that has no sample left in the last step."""
+    """A rank that has no sample left feeds such a row in the last step."""
     model = lora.attach(load_model(tiny.folder), EVERYTHING)
     sample = dataset.Sample(torch.tensor([1, 2], dtype=torch.int32), torch.zeros(2, dtype=torch.uint8))
     assert all((g == 0).all() for g in gradients(model, [packing.pack([sample])], 1))
@@ -135,7 +135,7 @@ def test_rows_are_cut_as_asked():
 
 
 def test_order_of_samples():
-    """Every sample once an epoch, another order each epoch, and a shorter last step."""
+    """Every sample comes once an epoch, in another order each epoch, and the last step is shorter."""
     steps = [packing.step_samples(10, 4, seed=7, step=s, total=20) for s in range(5)]
     flat = [i for step in steps for i in step]
     assert sorted(flat[:10]) == sorted(flat[10:]) == list(range(10)) and flat[:10] != flat[10:]
@@ -144,7 +144,7 @@ def test_order_of_samples():
 
 
 def test_scores_are_those_of_the_logits(tiny: Tiny, monkeypatch):
-    """Each target's log-probability and whether it is the likeliest, piece by piece; none where none is asked."""
+    """Each target has its log-probability and whether it is the likeliest; without targets there is none."""
     monkeypatch.setattr("lit_gpt.model.loss.MAX_LOGITS", 500)
     model = load_model(tiny.folder)
     samples = ragged()

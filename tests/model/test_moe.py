@@ -37,8 +37,8 @@ def random_moe(config: Config) -> MoE:
 
 
 def by_token(layer: MoE, x: torch.Tensor, k: int, norm_weights: bool) -> torch.Tensor:
-    """Each token through its experts, one after the other."""
-    found = []
+    """Compute each token through its experts, one after the other."""
+    outputs = []
     for token in x:
         probabilities = F.softmax(layer.router.weight @ token, dim=0)
         chosen = probabilities.argsort(descending=True)[:k]
@@ -47,14 +47,14 @@ def by_token(layer: MoE, x: torch.Tensor, k: int, norm_weights: bool) -> torch.T
         for e in chosen:
             gate, up = (layer.gate_up.weight[e] @ token).chunk(2)
             y = y + probabilities[e] / total * (layer.proj.weight[e] @ (F.silu(gate) * up))
-        found.append(y)
-    return torch.stack(found)
+        outputs.append(y)
+    return torch.stack(outputs)
 
 
 @pytest.mark.parametrize("norm_weights", [True, False])
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_equals_the_plain_formula(tokens, norm_weights):
-    """Outputs and all gradients; with one token most experts have none."""
+    """Compare outputs and all gradients; with one token most experts have no rows."""
     layer = random_moe(replace(CONFIG, norm_expert_weights=norm_weights))
     x, direction = torch.randn(2, tokens, 16)
     results = []
@@ -64,7 +64,7 @@ def test_equals_the_plain_formula(tokens, norm_weights):
         y = f(leaf)
         y.backward(direction)
         results.append([y.detach(), leaf.grad, *(p.grad for p in layer.parameters())])
-    assert all(off(found, expected) < 1e-5 for found, expected in zip(*results, strict=True))
+    assert all(off(actual, expected) < 1e-5 for actual, expected in zip(*results, strict=True))
 
 
 def test_gradients_of_the_product():
@@ -112,11 +112,11 @@ def test_each_expert_has_a_scale_of_its_own():
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_plan_counts_what_a_step_holds(method):
-    """Whatever the router chooses: rows are as many."""
+    """Whatever the router chooses, there are as many rows."""
     config = replace(CONFIG, n_embd=64, intermediate_size=128, vocab_size=300, padded_vocab_size=300, head_size=16)
     experts = {"lora_mlp": "true"} if method == "lora" else {}
     planner, row = planner_of(config, method, precision="bf16", **experts), [40, 30, 20]
-    method, found = planner.method, planner.simulate(config, (row, 50), "none")
+    method, plan = planner.method, planner.simulate(config, (row, 50), "none")
     segments, idx = Segments.of(row), torch.randint(300, (1, sum(row)))
     targets = Targets(torch.arange(50), torch.randint(300, (50,)))
     with MemoryTracker() as live:
@@ -127,13 +127,13 @@ def test_the_plan_counts_what_a_step_holds(method):
         with method.autocast("bf16", "cpu"):
             loss = model(idx, segments=segments, targets=targets)
         loss.backward()
-    step = max(found.forward, found.backward_begins, found.backward_ends) - found.weights - found.optimizer
+    step = max(plan.forward, plan.backward_begins, plan.backward_ends) - plan.weights - plan.optimizer
     assert live.peak - held == pytest.approx(step, rel=0.02)
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
 def test_names_in_the_files_of_mixtral(tmp_path):
-    """As on the hub, a tensor for each projection of each expert."""
+    """Mixtral's files on the hub have a tensor for each projection of each expert."""
     tiny_hf_model("mixtral", "mixtral").save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     prefix = "model.layers.1.block_sparse_moe."

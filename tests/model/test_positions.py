@@ -21,7 +21,7 @@ from lit_gpt.model.sdpa import attend
 
 
 def test_files_saved_from_a_model_without_its_head(tmp_path):
-    """As GPT-2's on the hub: names without "transformer.", and the causal masks beside the weights."""
+    """GPT-2's on the hub are such: names without "transformer.", and the causal masks beside the weights."""
     model = tiny_hf_model("gpt2", "gpt2")
     model.save_pretrained(tmp_path)
     whole = load_file(tmp_path / "model.safetensors")
@@ -62,16 +62,16 @@ def test_slopes_of_alibi(heads):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.bfloat16, 0.003)])
 def test_alibi_far_from_the_beginning(dtype, tolerance):
-    """The bias keeps its precision in narrow types: against a mask in float64, at positions that bfloat16 lacks."""
+    """The bias keeps its precision in narrow types, at positions that bfloat16 lacks, against a mask in float64."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 12, 1500, 16).to(dtype)
     wide = with_alibi(q, k, v, 0.25, torch.arange(1500))
-    found = attend(*wide, ScoreParams(0.25))[..., -200:, :16]
+    actual = attend(*wide, ScoreParams(0.25))[..., -200:, :16]
     distance = torch.arange(1300, 1500)[:, None] - torch.arange(1500)
     bias = -alibi_slopes(12).double()[:, None, None] * distance
     bias = bias.masked_fill(distance < 0, -torch.inf)
     expected = F.scaled_dot_product_attention(q[:, :, -200:].double(), k.double(), v.double(), bias, scale=0.25)
-    assert off(found.double(), expected) < tolerance
+    assert off(actual.double(), expected) < tolerance
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_on_both_sides_of_the_original_context(longrope: Tiny):
 
 @torch.no_grad()
 def test_each_packed_sample_goes_by_its_own_length(longrope: Tiny):
-    """transformers takes the longest of a batch for all."""
+    """transformers takes the longest of a batch for all samples, so each is compared alone."""
     model, idx = load_model(longrope.folder), tokens(longrope.hf, rows=1, length=93)
     lengths = [20, 40, 33]
     alone = [longrope.hf(part).logits for part in idx.split(lengths, dim=1)]
@@ -42,7 +42,7 @@ def test_each_packed_sample_goes_by_its_own_length(longrope: Tiny):
 
 
 def test_an_answer_that_grows_beyond_it(longrope: Tiny):
-    """transformers reads all again then, and so does the loop."""
+    """transformers reads the whole sequence again then, and so does the loop."""
     model, prompt = load_model(longrope.folder), tokens(longrope.hf, rows=1, length=25)
     options = dict(do_sample=False, eos_token_id=None, pad_token_id=0, attention_mask=torch.ones_like(prompt))
     expected = longrope.hf.generate(prompt, max_new_tokens=20, **options)

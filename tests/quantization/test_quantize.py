@@ -1,4 +1,4 @@
-"""Quantization: each format against its definition, the layers against plain ones, and the scripts with it."""
+"""Quantized models, and the scripts with them."""
 
 import copy
 import json
@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from helpers.cli import spawn
@@ -26,206 +25,14 @@ from lit_gpt.checkpoints import io
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.errors import UsageError
 from lit_gpt.families.registry import config_from_name
-from lit_gpt.kernels import ops
-from lit_gpt.kernels.policy import use_policy
 from lit_gpt.methods import adapter as adapter_module
 from lit_gpt.methods import adapter_v2, finetuned_model, lora
 from lit_gpt.model.inputs import Targets
-from lit_gpt.model.loss import summed_cross_entropy
 from lit_gpt.quantization import formats, modules
 from lit_gpt.training.checks import check_quantized
 from lit_gpt.training.memory.checkpointing import apply_activation_checkpointing
-from lit_gpt.training.memory.tracker import MemoryTracker
 
 FORMATS = list(formats.FORMATS)
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
-    """So that a weight of a test is worked on in several."""
-    monkeypatch.setattr(formats, "CPU_CHUNK", 8000)
-
-
-def weight(rows: int = 30, columns: int = 200, dtype=torch.float32) -> torch.Tensor:
-    """Rows of different size, an outlier, a row of zeros, one of a constant; 200 columns do not fill the last group."""
-    generator = torch.Generator().manual_seed(0)
-    w = torch.randn(rows, columns, generator=generator) * torch.logspace(-3, 0, rows).unsqueeze(1)
-    w[3, 5] *= 40
-    w[7], w[9] = 0.0, 0.3
-    return w.to(dtype)
-
-
-def there_and_back(w: torch.Tensor, name: str, dtype=torch.float32) -> torch.Tensor:
-    return formats.decode(formats.encode(w, name, dtype), name, w.size(1), dtype)
-
-
-def groups_of(w: torch.Tensor) -> list[torch.Tensor]:
-    return list(w.split(formats.GROUP, dim=1))
-
-
-def test_int8_is_off_by_half_a_step_at_most():
-    w = weight()
-    step = w.abs().amax(1, keepdim=True) / 127 * (1 + 2**-7)  # of a scale rounded up to bfloat16
-    assert ((there_and_back(w, "int8") - w).abs() <= step / 2).all()
-
-
-def test_int4_is_off_by_half_a_step_or_cut_and_better_than_the_groups_range():
-    w = weight(columns=192)
-    found = formats.encode(w, "int4", torch.float32)
-    back = formats.decode(found, "int4", w.size(1), torch.float32)
-    for i, (group, mine) in enumerate(zip(groups_of(w), groups_of(back), strict=True)):
-        scale, zero = found["scale"][:, i : i + 1], found["zero"][:, i : i + 1]
-        expected = scale * ((group - zero) / scale.clamp(min=1e-30)).round().clamp(0, 15) + zero
-        assert torch.allclose(mine, expected, rtol=0, atol=1e-7)
-        low, high = group.amin(1, keepdim=True), group.amax(1, keepdim=True)
-        step = (high - low) / 15
-        nearest = step * ((group - low) / step.clamp(min=1e-30)).round() + low
-        errors = (mine - group).square().sum(1), (nearest - group).square().sum(1)
-        varied = (high > low).squeeze(1)
-        assert (errors[0] <= errors[1])[varied].all() and errors[0][varied].sum() < 0.95 * errors[1][varied].sum()
-
-
-def test_nf4_values_are_those_of_the_paper():
-    """Quantiles of the normal distribution (appendix E), as listed there; zero is one of them."""
-    listed = [
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
-        0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ]  # fmt: skip
-    assert torch.allclose(torch.tensor(formats.NF4.VALUES), torch.tensor(listed), rtol=0, atol=1e-6)
-
-
-def nearest_values(w: torch.Tensor, absmax: torch.Tensor) -> torch.Tensor:
-    values = torch.tensor(formats.NF4.VALUES)
-    parts = []
-    for group, m in zip(groups_of(w), absmax.T, strict=True):
-        scaled = group / m.clamp(min=1e-30).unsqueeze(1)
-        parts.append(values[(scaled.unsqueeze(-1) - values).abs().argmin(-1)] * m.unsqueeze(1))
-    return torch.cat(parts, dim=1)
-
-
-def test_nf4_is_the_nearest_value_times_the_blocks_absmax():
-    w = weight()
-    absmax = torch.stack([group.abs().amax(1) for group in groups_of(w)], dim=1)
-    assert torch.equal(formats.encode(w, "nf4", torch.bfloat16)["absmax"], absmax)
-    assert torch.allclose(there_and_back(w, "nf4"), nearest_values(w, absmax), rtol=0, atol=1e-7)
-
-
-def test_double_quantization_of_the_absmax():
-    """In blocks of 256, 8 bits, after their mean is taken off; off by half a step at most."""
-    w = weight(rows=150)
-    plain, double = formats.encode(w, "nf4", torch.float32), formats.encode(w, "nf4-dq", torch.float32)
-    absmax = plain["absmax"].flatten()
-    assert double["absmax"].dtype == torch.int8 and torch.equal(plain["weight"], double["weight"])
-    assert torch.allclose(double["absmax_mean"], absmax.mean())
-    found = formats.FORMATS["nf4-dq"].unpack(double)["absmax"].flatten()
-    blocks = (absmax - absmax.mean()).split(256)
-    steps = torch.stack([block.abs().max() / 127 for block in blocks])
-    assert len(blocks) == 3 and torch.allclose(double["absmax_scale"], steps)
-    steps = steps.repeat_interleave(256)[: len(absmax)]
-    assert ((found - absmax).abs() <= steps * 0.501).all() and not torch.equal(found, absmax)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["nf4", "nf4-dq"])
-def test_the_kernels_of_bitsandbytes_give_the_same(name, dtype, monkeypatch):
-    pytest.importorskip("bitsandbytes", reason="an extra")
-    assert formats.bitsandbytes()
-    with use_policy(cpp=False):
-        found = there_and_back(weight(), name, dtype)
-        monkeypatch.setattr(formats, "bitsandbytes", lambda: None)
-        assert torch.equal(found, there_and_back(weight(), name, dtype))
-
-
-@pytest.mark.skipif(not ops.available(), reason="needs a C++ compiler")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("columns", [64, 100, 200])
-@pytest.mark.parametrize("name", FORMATS)
-def test_our_kernels_give_the_same_as_the_formulas(name, columns, dtype):
-    w = weight(rows=37, columns=columns)
-    found = there_and_back(w, name, dtype)
-    with use_policy(cpp=False):
-        assert torch.equal(found, there_and_back(w, name, dtype))
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_scales_in_float16(name):
-    """As in a model that is loaded in it; no kernel takes them."""
-    tensors = formats.encode(weight(), name, torch.float16)
-    found = formats.decode(tensors, name, 200, torch.float32)
-    with use_policy(cpp=False):
-        assert torch.equal(found, formats.decode(tensors, name, 200, torch.float32))
-
-
-def test_bitsandbytes_that_fails_to_load_is_named(monkeypatch, tmp_path, capsys):
-    (tmp_path / "bitsandbytes").mkdir()
-    (tmp_path / "bitsandbytes" / "__init__.py").write_text("raise OSError('libcuda is too old')")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
-    formats.bitsandbytes.cache_clear()
-    try:
-        with use_policy(cpp=False):
-            there_and_back(weight(), "nf4")
-            there_and_back(weight(), "nf4")
-    finally:
-        formats.bitsandbytes.cache_clear()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "bitsandbytes" in line and "libcuda is too old" in line
-
-
-@pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4.5), ("nf4", 4.5), ("nf4-dq", 4.127)])
-def test_bits_per_weight(name, bits):
-    with torch.device("meta"):
-        layer = modules.QuantizedLinear(nn.Linear(1024, 4096, bias=False, dtype=torch.bfloat16), name)
-    held = 8 * sum(p.nbytes for p in layer.parameters()) / (1024 * 4096)
-    assert held == pytest.approx(bits, abs=0.02)
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_whatever_the_precision_the_weights_are_the_same(name):
-    """What is stored beside codes loses nothing in bfloat16, or is kept in float32."""
-    w = weight(dtype=torch.bfloat16)
-    narrow, wide = (formats.encode(w, name, dtype) for dtype in (torch.bfloat16, torch.float32))
-    exact = formats.decode(wide, name, w.size(1), torch.float32)
-    assert torch.equal(formats.decode(narrow, name, w.size(1), torch.float32), exact)
-    assert torch.equal(formats.decode(narrow, name, w.size(1), torch.bfloat16), exact.bfloat16())  # rounded once
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", FORMATS)
-def test_the_backward_pass_is_autograds_through_the_dequantized_weight(name, dtype):
-    linear = nn.Linear(200, 30, dtype=dtype)
-    linear.weight.data.copy_(weight())
-    layer = modules.QuantizedLinear(linear, name)
-    x = torch.randn(2, 5, 200, dtype=dtype, requires_grad=True)
-    y = layer(x)
-    expected = F.linear(x, layer.dequantize(dtype), linear.bias.detach())
-    assert torch.equal(y, expected)
-    grad = torch.randn_like(y)
-    (mine,), (theirs,) = torch.autograd.grad(y, x, grad), torch.autograd.grad(expected, x, grad)
-    assert off(mine.float(), theirs.float()) < (1e-12 if dtype == torch.float64 else 1e-2)
-
-
-def test_the_backward_pass_keeps_no_dequantized_weight():
-    layer = modules.QuantizedLinear(nn.Linear(512, 512, bias=False), "nf4")
-    x = torch.randn(8, 512, requires_grad=True)
-    with MemoryTracker() as live:
-        y = layer(x)
-        assert live.now <= y.nbytes + sum(p.nbytes for p in layer.parameters())
-        assert live.peak >= live.now + 4 * 512 * 512
-
-
-def test_a_head_that_is_used_piece_by_piece_is_dequantized_once(monkeypatch):
-    layer = modules.QuantizedLinear(nn.Linear(64, 96, bias=False), "int8")
-    hidden, labels = torch.randn(40, 64, requires_grad=True), torch.randint(96, (40,))
-    count, decode = [], modules.decode
-    monkeypatch.setattr(modules, "decode", lambda *args: count.append(1) or decode(*args))
-    monkeypatch.setattr("lit_gpt.model.loss.MAX_LOGITS", 960)  # 10 tokens
-    summed_cross_entropy(layer, hidden, labels).backward()
-    assert len(count) == 1 and layer.dequantized_cache is None
-    with torch.no_grad():
-        summed_cross_entropy(layer, hidden, labels)
-    assert len(count) == 2
 
 
 def quantized(tiny: Tiny, name: str, dtype=torch.float32) -> GPT:
@@ -237,7 +44,7 @@ def quantized(tiny: Tiny, name: str, dtype=torch.float32) -> GPT:
 
 
 def plain_like(model: GPT) -> GPT:
-    """A model without quantization that has the quantized one's weights."""
+    """Return a model without quantization that has the quantized one's weights."""
     plain = GPT(model.config).to(model.dtype).eval()
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
@@ -282,7 +89,7 @@ ATTACH = {
 
 @pytest.mark.parametrize("method", ATTACH)
 def test_methods_on_a_quantized_base(llama, method):
-    """Fresh they give the base's logits exactly; gradients are those over its dequantized weights."""
+    """Freshly attached methods give the base's logits exactly; gradients are those over its dequantized weights."""
     idx = torch.arange(3, 43).unsqueeze(0)
     targets = Targets(torch.arange(39), idx[0, 1:])
     base = load_model(llama, quantize="nf4")
@@ -333,7 +140,7 @@ def test_lora_merges_into_the_dequantized_weights(tiny: Tiny):
 
 @pytest.fixture
 def stored(cli, llama, tmp_path):
-    """A quantized checkpoint folder."""
+    """Return a quantized checkpoint folder."""
     result = cli(
         "scripts/quantize.py", checkpoint_dir=llama, out_dir=tmp_path / "q", quantize="nf4", rounding="nearest"
     )
@@ -354,7 +161,7 @@ def test_a_stored_model_is_the_one_quantized_on_the_fly(cli, llama, tmp_path, na
 
 @pytest.mark.subprocess
 def test_qlora_from_start_to_end(cli, flags, llama, stored, monkeypatch):
-    """It learns; killed and resumed it ends with the same bits; on the stored checkpoint it gives the same; the file
+    """A run learns; killed and resumed it ends with the same bits; on the stored checkpoint it gives the same; the file
     answers as trained, and merged it is the same function."""
     monkeypatch.setattr(formats, "CPU_CHUNK", 2**22)  # as in the process that is killed
     result = cli("finetune/lora.py", **flags, quantize="nf4")
@@ -461,20 +268,20 @@ def test_the_plan_knows_the_quantized_size(cli, stored):
     tables, blocks = 2 * config.padded_vocab_size * config.n_embd, 12 * config.n_embd**2 * config.n_layer
     assert small["parameters"] == plain["parameters"] and small["trainable"] == plain["trainable"]
     assert plain["weights"] - small["weights"] == pytest.approx(tables + blocks * (2 - 4.5 / 8), rel=0.02)
-    found = json.loads(cli("scripts/plan.py", checkpoint_dir=stored, **flags).out)
+    plan = json.loads(cli("scripts/plan.py", checkpoint_dir=stored, **flags).out)
     model = load_model(stored, torch.bfloat16)
-    held = sum(p.nbytes for p in model.parameters()) + 4 * found["trainable"]
-    assert held < found["weights"] < held + 5 * 64 * 8  # the row's ids are counted, too
+    held = sum(p.nbytes for p in model.parameters()) + 4 * plan["trainable"]
+    assert held < plan["weights"] < held + 5 * 64 * 8  # the row's ids are counted, too
 
 
 @pytest.mark.subprocess
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of memory")
 def test_loading_needs_one_blocks_size_beside_the_result():
-    """Of resident memory, pages of the mapped file included; 4 layers in bf16, quantized on the fly."""
+    """Measure resident memory, pages of the mapped file included, with 4 layers in bf16, quantized on the fly."""
     argv = [sys.executable, ROOT / "benchmarks/quantize_memory.py", "--n_layer=4", "--n_embd=1536", "--vocabulary=300"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    found = json.loads(subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout)
-    plain, small = found["bf16"], found["nf4"]
+    measured = json.loads(subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout)
+    plain, small = measured["bf16"], measured["nf4"]
     assert small["weights"] < 0.3 * plain["weights"]
-    assert small["peak"] < small["weights"] + found["block"]
+    assert small["peak"] < small["weights"] + measured["block"]
     assert small["resident"] < 0.35 * plain["weights"]

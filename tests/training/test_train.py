@@ -18,7 +18,6 @@ from helpers.paths import ROOT
 from helpers.runs import STEPS, final, metrics, wait_for_step
 from lit_gpt.checkpoints import folder as checkpoint
 from lit_gpt.checkpoints import io
-from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.methods import finetuned_model
 from lit_gpt.training import loop
 from lit_gpt.training.batches import Batches
@@ -256,14 +255,9 @@ def test_generate_and_merge_what_was_trained(cli, flags, llama, tmp_path):
     assert apart.code == merged.code == folder.code == 0, folder.err
     assert apart.out == merged.out == folder.out and apart.out.strip()
     cli("scripts/merge_lora.py", checkpoint_dir=llama, lora_path=path, out_dir=tmp_path / "merged").refused("already")
-    model, state = load_model(tmp_path / "merged"), checkpoint.load_state(llama)
     with pytest.raises(Exception, match="another base"):
-        finetuned_model.attach_file(
-            model, path, "lora", checkpoint.fingerprint(checkpoint.load_state(tmp_path / "merged"))
-        )
-    assert (
-        finetuned_model.attach_file(load_model(llama), path, "lora", checkpoint.fingerprint(state))["method"] == "lora"
-    )
+        finetuned_model.load_finetuned(tmp_path / "merged", path, "lora")
+    assert finetuned_model.load_finetuned(llama, path, "lora")[1]["method"] == "lora"
 
 
 def test_memory_runs_out_before_the_first_step(cli, flags, monkeypatch, data_dir):

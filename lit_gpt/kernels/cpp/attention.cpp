@@ -24,7 +24,7 @@ template <class T> struct Heads {
 
 struct Sizes {
     int batch, heads, groups, size, samples;
-    const int *offsets;  // of the samples in a row
+    const int *offsets;  // where the samples of a row begin, and where the last ends
     float scale;
     int window;  // positions that a query sees, its own included
 

@@ -51,8 +51,8 @@ struct Tape {
     long shared = 0;  // elements that the last operation shared out among the threads, if those were elements
     std::atomic<int> arrived{0}, round{0};
 
-    // An operation on n elements of each row; `follows`: of what other operations made it reads only its own share of n
-    // elements.
+    // An operation on n elements of each row; `follows`: it reads only its own share of what other operations
+    // made.
     template <class F> void elements(long n, bool follows, F f) {
         operations.push_back({[=](const Run &run) { f(run, run.share(n, 16)); }, !(follows && n == shared)});
         shared = n;
@@ -149,7 +149,7 @@ template <class T> struct Attention {
         return product;
     }
 
-    // of 16 elements
+    // 16 elements of the values' sum, weighted by the scores
     v16 weighted_sum(const float *scores, const T *values, long n) const {
         v16 even{}, odd{};
         long j = 0;

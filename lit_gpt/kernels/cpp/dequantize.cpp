@@ -18,13 +18,13 @@ void dequantize(long format, const void *w, const void *scale, const void *zero,
     });
 }
 
+#define BOTH(T, suffix)                                                                                           \
+    void dequantize_##suffix(long format, const void *w, const void *scale, const void *zero, const float *pairs, \
+                             long rows, long columns, T *y) {                                                     \
+        dequantize(format, w, scale, zero, pairs, rows, columns, y);                                              \
+    }
+
 extern "C" {
-void dequantize_f32(long format, const void *w, const void *scale, const void *zero, const float *pairs, long rows,
-                    long columns, float *y) {
-    dequantize(format, w, scale, zero, pairs, rows, columns, y);
-}
-void dequantize_bf16(long format, const void *w, const void *scale, const void *zero, const float *pairs, long rows,
-                     long columns, bf16 *y) {
-    dequantize(format, w, scale, zero, pairs, rows, columns, y);
-}
+BOTH(bf16, bf16)
+BOTH(float, f32)
 }

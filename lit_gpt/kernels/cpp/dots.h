@@ -1,6 +1,6 @@
 // Products of a few rows of numbers with those of a weight in floating point.
 #pragma once
-#if defined __AVX512BF16__ || defined __AVX512VNNI__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 

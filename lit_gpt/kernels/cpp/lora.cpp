@@ -12,10 +12,10 @@ const int TOKENS = 32;
 typedef std::vector<float> Buffer;
 
 // Which elements of x stay: those whose 16 random bits are below the threshold. They follow from the seed and the
-// place; of 32 neighbours the first 16 have the lower halves of 16 words, the others the upper ones.
+// place; of 32 neighbors the first 16 have the lower halves of 16 words, the others the upper ones.
 struct Dropout {
     uint64_t seed;
-    uint32_t threshold;  // of 2^16
+    uint32_t threshold;  // out of 2^16
 
     // f(first of up to 16 elements, how many, which stay) for a row
     template <class F> void each(long row, int size, F f) const {
@@ -101,7 +101,7 @@ template <class F> void gather(const std::vector<Buffer> &by_thread, long size, 
     }
 }
 
-// A_grad, B_grad: of the shapes of A and B; x_grad: through the update alone
+// A_grad and B_grad have the shapes of A and B; x_grad is the gradient through the update alone
 template <class T>
 void lora_backward(long rows, int in, const T *grad, const T *x, const float *A, const float *B, int B_rows,
                    float factor, Dropout dropout, Parts parts, const float *low, int out, T *x_grad, float *A_grad,

@@ -13,22 +13,8 @@ constexpr bool VNNI = false;
 
 enum Format { FLOAT32, BFLOAT16, INT8, NIBBLES_FLOAT32, NIBBLES_BFLOAT16 };
 
-// Multiplies like `dots` a weight's rows from `begin` to `end`: y[b * y_row + r]. A few rows at a time are made
-// float32, and stay in the cache for all of x.
-template <class Weight>
-inline void multiply_expanded(const Weight &weight, long begin, long end, long columns, const float *x, long n,
-                              float *y, long y_row) {
-    std::vector<float> few(4 * columns);
-    for (long r = begin; r < end; r += 4) {
-        long count = std::min(4l, end - r), bytes = weight.row_bytes(columns);
-        for (long i = 0; i < count; i++) weight.expand(r + i, columns, few.data() + i * columns);
-        for (long i = 0; i < 4 * bytes; i += 64) prefetch((const char *)weight.w, (r + 4) * bytes + i);
-        dots(few.data(), count, columns, x, n, y + r, y_row);
-    }
-}
-
-// The weights: `multiply` gives y[b * y_row + r] for their rows r from `begin` to `end` and n rows of x, and `expand` a
-// row of what is not floating point.
+// The weights: `multiply` gives y[b * y_row + r] for their rows r from `begin` to `end` and n rows of x, and `expand`
+// dequantizes a row.
 
 // A weight in floating point.
 template <class T> struct Plain {
@@ -43,7 +29,7 @@ template <class T> struct Plain {
 // Rounds n numbers to int16, whose range the largest fills. Returns the step between two of them: NaN, if some are not
 // finite.
 inline float quantize_to_int16(const float *x, long n, int16_t *to) {
-    int32_t most = 0;  // of the numbers without their signs, whose bits are ordered as they are
+    int32_t most = 0;  // the largest without its sign, for bits are ordered as the numbers are
     for (long i = 0; i < n; i++) {
         int32_t bits;
         memcpy(&bits, x + i, 4);
@@ -62,7 +48,7 @@ struct QuantizedRows {
     static constexpr long BLOCK = 512;
     long columns, blocks;
     std::vector<int16_t> numbers;
-    std::vector<float> steps;  // of each block
+    std::vector<float> steps;  // one for each block
 
     QuantizedRows(const float *x, long n, long columns)
         : columns(columns), blocks((columns + BLOCK - 1) / BLOCK), numbers(n * columns), steps(n * blocks) {
@@ -92,16 +78,25 @@ struct Bytes {
     const float *scale;
     bool fast;
 
-    long row_bytes(long columns) const { return columns; }
-
     void expand(long r, long columns, float *to) const {
         for (long k = 0; k < columns; k++) to[k] = scale[r] * w[r * columns + k];
     }
 
     void multiply(long begin, long end, long columns, const float *x, long n, float *y, long y_row) const {
         if (fast) return multiply_quantized(begin, end, columns, x, n, y, y_row);
-        if (n > 1) return multiply_expanded(*this, begin, end, columns, x, n, y, y_row);
+        if (n > 1) return multiply_expanded(begin, end, columns, x, n, y, y_row);
         for (long r = begin; r < end; r++) y[r] = scale[r] * dot(w + r * columns, x, columns);
+    }
+
+    // A few rows at a time are made float32, and stay in the cache for all of x.
+    void multiply_expanded(long begin, long end, long columns, const float *x, long n, float *y, long y_row) const {
+        std::vector<float> few(4 * columns);
+        for (long r = begin; r < end; r += 4) {
+            long count = std::min(4l, end - r);
+            for (long i = 0; i < count; i++) expand(r + i, columns, few.data() + i * columns);
+            for (long i = 0; i < 4 * columns; i += 64) prefetch(w, (r + 4) * columns + i);
+            dots(few.data(), count, columns, x, n, y + r, y_row);
+        }
     }
 
     void multiply_quantized(long begin, long end, long columns, const float *x, long n, float *y, long y_row) const {
@@ -111,6 +106,35 @@ struct Bytes {
     }
 };
 
+// LANES values of a table of 16 are looked up at once, by the lowest four bits of each code; and the scales of such
+// codes are `a` for the first 8 and `b` for others.
+#if defined __AVX2__ && !defined __AVX512F__  // a compiler would look up one after the other
+constexpr int LANES = 8;
+
+inline Vectors<8>::floats look_up(const float *table, Vectors<8>::words codes) {
+    __m256i lanes = (__m256i)codes;
+    __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), lanes),
+           high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), lanes);
+    return (Vectors<8>::floats)_mm256_blendv_ps(low, high, (__m256)_mm256_slli_epi32(lanes, 28));
+}
+
+inline Vectors<8>::floats scales_of_lanes(float a, float) { return Vectors<8>::floats{} + a; }
+#else
+constexpr int LANES = 16;
+
+inline v16 look_up(const float *table, v16u codes) {
+#ifdef __clang__
+    v16 values;
+    for (int i = 0; i < 16; i++) values[i] = table[codes[i] & 15];
+    return values;
+#else
+    return __builtin_shuffle(load<16>(table), codes);
+#endif
+}
+
+inline v16 scales_of_lanes(float a, float b) { return v16{a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b}; }
+#endif
+
 // Weights of 4 bits: w = scale * values[code] (+ zero), with a scale for each 64 of a row; two codes a byte, the first
 // in the upper half. `fast`: x is rounded to 16 bits, and values that are not whole to 15.
 template <class S> struct Nibbles {
@@ -119,13 +143,10 @@ template <class S> struct Nibbles {
     const float *pairs;  // the values of the codes of each byte
     bool fast;
     long groups;
-    typedef Vectors<16>::words words;
 
     Nibbles(const void *codes, const void *scale, const void *zero, const float *pairs, long columns, bool fast)
         : w((const uint8_t *)codes), scale((const S *)scale), zero((const S *)zero), pairs(pairs), fast(fast && VNNI),
           groups((columns + 63) / 64) {}
-
-    long row_bytes(long) const { return groups * 32; }
 
     void expand(long r, long columns, float *to) const {
         const uint8_t *at = w + r * groups * 32;
@@ -138,70 +159,87 @@ template <class S> struct Nibbles {
         }
     }
 
+    // Each row of x is computed in the order in which it would be alone, so that its bits do not depend on the others.
     void multiply(long begin, long end, long columns, const float *x, long n, float *y, long y_row) const {
-        if (fast) return multiply_quantized(begin, end, columns, x, n, y, y_row);
-        if (n > 1) return multiply_expanded(*this, begin, end, columns, x, n, y, y_row);
-        auto ordered = order(x, columns), sums = sums_of_groups(x, columns);
-        v16 table;
-        for (int code = 0; code < 16; code++) table[code] = pairs[2 * code + 1];
-        for (long r = begin; r < end; r++) y[r] = row(r, table, ordered.data()) + from_zeros(r, sums.data());
+        std::vector<float> sums = sums_of_groups(x, n, columns);
+        auto by_rows = [&](auto product) {
+            by_tiles(begin, end, groups * 32, n, [&](auto B, long b, long r) {
+                float *to = y + b * y_row + r;
+                product(B, b, r, to);
+                for (int i = 0; i < B; i++) to[i * y_row] += from_zeros(r, &sums[(b + i) * groups]);
+            });
+        };
+        fast ? multiply_quantized(columns, x, n, y_row, by_rows) : multiply_exactly(columns, x, n, y_row, by_rows);
     }
 
-    // of a row of x, for its products with the zeros
-    std::vector<float> sums_of_groups(const float *x, long columns) const {
-        std::vector<float> sums(groups);
-        for (long g = 0; zero && g < groups; g++) {
+    // The sums of the groups of n rows of x, for their products with the zeros.
+    std::vector<float> sums_of_groups(const float *x, long n, long columns) const {
+        std::vector<float> sums(n * groups);
+        for (long i = 0; zero && i < n * groups; i++) {
+            const float *from = x + i / groups * columns;
             float total = 0;
-            for (long k = 64 * g; k < std::min(columns, 64 * g + 64); k++) total += x[k];
-            sums[g] = total;
+            for (long k = i % groups * 64; k < std::min(columns, i % groups * 64 + 64); k++) total += from[k];
+            sums[i] = total;
         }
         return sums;
     }
 
-    // what the groups' zeros add to a product
+    // What the groups' zeros add to a product.
     float from_zeros(long r, const float *sums) const { return zero ? dot(zero + r * groups, sums, groups) : 0; }
 
-    // x in the order in which `row` meets the codes
-    std::vector<float> order(const float *x, long columns) const {
-        long blocks = (groups + 1) / 2;
-        std::vector<float> ordered(128 * blocks);
-        float padded[128] = {};
-        for (long b = 0; b < blocks; b++) {
-            const float *from = x + 128 * b;
-            if (long left = columns - 128 * b; left < 128) from = (const float *)memcpy(padded, from, 4 * left);
-            for (int word = 0; word < 16; word++)
-                for (int i = 0; i < 8; i++) ordered[128 * b + (i ^ 1) * 16 + word] = from[8 * word + i];
-        }
-        return ordered;
+    template <class ByRows>
+    void multiply_exactly(long columns, const float *x, long n, long y_row, ByRows by_rows) const {
+        long size = (groups + 1) / 2 * 128;
+        std::vector<float> ordered(n * size);
+        for (long b = 0; b < n; b++) order(x + b * columns, columns, &ordered[b * size]);
+        float table[16];
+        for (int code = 0; code < 16; code++) table[code] = pairs[2 * code + 1];
+        by_rows([&](auto B, long b, long r, float *to) { row<B>(r, table, &ordered[b * size], size, to, y_row); });
     }
 
-    float row(long r, v16 table, const float *x) const {
+    // Lays out a row of x in the order in which `row` meets the codes.
+    void order(const float *x, long columns, float *ordered) const {
+        const int block = 8 * LANES;
+        float padded[block] = {};
+        for (long k = 0; k < columns; k += block) {
+            const float *from = x + k;
+            if (columns - k < block) from = (const float *)memcpy(padded, from, 4 * (columns - k));
+            for (int word = 0; word < LANES; word++)
+                for (int i = 0; i < 8; i++) ordered[k + (i ^ 1) * LANES + word] = from[8 * word + i];
+        }
+    }
+
+    // Multiplies row r of the weight with B rows of x: y[i * y_row].
+    template <int B> void row(long r, const float *table, const float *x, long x_row, float *y, long y_row) const {
         const uint8_t *at = w + r * groups * 32;
         const S *by = scale + r * groups;
-        v16 total{};
-        for (long g = 0; g < groups; g += 2, at += 64, x += 128) {
+        typename Vectors<LANES>::floats totals[B] = {};
+        for (long g = 0; g < groups; g += LANES / 8, at += 4 * LANES, x += 8 * LANES) {
             bool both = g + 1 < groups;
-            words c{};
-            both ? memcpy(&c, at, 64) : memcpy(&c, at, 32);
-            v16 even{}, odd{};
-            for (int s = 0; s < 8; s += 2) {
-                even += look_up(table, c >> (4 * s)) * load<16>(x + 16 * s);
-                odd += look_up(table, c >> (4 * s + 4)) * load<16>(x + 16 * s + 16);
+            typename Vectors<LANES>::words c{};
+            LANES == 8 || both ? memcpy(&c, at, 4 * LANES) : memcpy(&c, at, 32);
+            auto scales = scales_of_lanes(to_float(by[g]), both ? to_float(by[g + 1]) : 0);
+            typename Vectors<LANES>::floats values[8];
+            for (int s = 0; s < 8; s++) values[s] = look_up(table, c >> (4 * s));
+            for (int i = 0; i < B; i++) {
+                typename Vectors<LANES>::floats even{}, odd{};
+                for (int s = 0; s < 8; s += 2) {
+                    even += values[s] * load<LANES>(x + i * x_row + LANES * s);
+                    odd += values[s + 1] * load<LANES>(x + i * x_row + LANES * (s + 1));
+                }
+                totals[i] += (even + odd) * scales;
             }
-            float a = to_float(by[g]), b = both ? to_float(by[g + 1]) : 0;
-            total += (even + odd) * v16{a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
         }
-        return sum(total);
+        for (int i = 0; i < B; i++) y[i * y_row] = sum<LANES>(totals[i]);
     }
 
     // In whole numbers, a group's places of even number before the others.
-    void multiply_quantized(long begin, long end, long columns, const float *x, long n, float *y, long y_row) const {
+    template <class ByRows>
+    void multiply_quantized(long columns, const float *x, long n, long y_row, ByRows by_rows) const {
 #ifdef __AVX512VNNI__
         const float unit = zero ? 1 : 16383;  // four products fit 32 bits
         std::vector<int16_t> numbers(64 * n * groups);
         std::vector<float> steps(n * groups);
-        std::vector<std::vector<float>> sums;
-        for (long b = 0; b < n; b++) sums.push_back(sums_of_groups(x + b * columns, columns));
         for (long i = 0; i < n * groups; i++) {
             long size = std::min(64l, columns - i % groups * 64);
             const float *from = x + i / groups * columns + i % groups * 64;
@@ -212,10 +250,8 @@ template <class S> struct Nibbles {
         int16_t values[32];  // twice, for the lowest five bits of a byte look them up
         for (int i = 0; i < 32; i++) values[i] = (int16_t)std::nearbyint(pairs[2 * (i % 16) + 1] * unit);
         __m512i table = _mm512_loadu_si512(values);
-        by_tiles(begin, end, row_bytes(columns), n, [&](auto B, long b, long r) {
-            float *to = y + b * y_row + r;
+        by_rows([&](auto B, long b, long r, float *to) {
             quantized_row<B>(r, table, &numbers[64 * b * groups], &steps[b * groups], to, y_row);
-            for (int i = 0; i < B; i++) to[i * y_row] += from_zeros(r, sums[b + i].data());
         });
 #endif
     }
@@ -240,17 +276,6 @@ template <class S> struct Nibbles {
         for (int i = 0; i < B; i++) y[i * y_row] = _mm512_reduce_add_ps(totals[i]);
     }
 #endif
-
-    // the values of the codes in the lowest bits
-    static v16 look_up(v16 table, words c) {
-#ifdef __clang__
-        v16 values;
-        for (int i = 0; i < 16; i++) values[i] = table[c[i] & 15];
-        return values;
-#else
-        return __builtin_shuffle(table, c);
-#endif
-    }
 };
 
 // `use` of the weight (rows, columns) in its format; `scale`, `zero` and `pairs` as the format has them.

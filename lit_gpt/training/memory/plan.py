@@ -18,8 +18,8 @@ from lit_gpt.distributed.args import DeviceArgs
 from lit_gpt.kernels.policy import use_policy
 from lit_gpt.methods.method import Method
 from lit_gpt.model.config import Config
-from lit_gpt.model.gpt import GPT
-from lit_gpt.quantization import modules
+from lit_gpt.model.gpt import GPT, quantize
+from lit_gpt.quantization.modules import count_parameters
 from lit_gpt.training import optimizers
 from lit_gpt.training.args import OptimizationArgs, TrainArgs
 from lit_gpt.training.checks import length_limit
@@ -179,9 +179,9 @@ class MemoryPlanner:
         method, precision = self.method, self.args.memory.precision
         with torch.device("meta"):
             base = GPT(config).to(method.weight_dtype(precision))
-            model = method.attach(modules.attach(base, self.quantize) if self.quantize else base)
+            model = method.attach(quantize(base, self.quantize) if self.quantize else base)
         apply_activation_checkpointing(model, checkpointing)
-        counts = modules.count_parameters(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
+        counts = count_parameters(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
         with FakeTensorMode(), MemoryTracker() as tracker, use_policy(contents=False, **self.simulated_device()):
             parameters = materialize(model)
             packed = self.objective.plan_row(*row)
