@@ -229,8 +229,6 @@ def test_refusals(cli, llama, tmp_path, monkeypatch, change, words, code):
     )
     beams = task.replace("animals_answer", "beams").replace("  until:", "  num_beams: 2\n  until:")
     (tmp_path / "t" / "beams.yaml").write_text(beams)
-    flags = dict(
-        checkpoint_dir=llama, tasks="animals_answer", include_path=tmp_path / "t", out=tmp_path / "r.json"
-    )
+    flags = dict(checkpoint_dir=llama, tasks="animals_answer", include_path=tmp_path / "t", out=tmp_path / "r.json")
     cli(SCRIPT, **flags | change).refused(*words, code=code)
     assert not (tmp_path / "r.json").exists()
