@@ -234,7 +234,7 @@ def parse(
     Raises:
         UsageError: an unknown flag or a value that the type does not admit, named in one line.
     """
-    flags = collect(script, groups)
+    flags, aliases = collect(script, groups), aliases or {}
     kinds = {name: flag.kind for name, flag in flags.items()}
     prog = Path(script["__file__"])
     parser = ArgumentParser(
@@ -251,9 +251,9 @@ def parse(
         if flag.group not in sections:
             sections[flag.group] = parser.add_argument_group(flag.group)
         add_flag(sections[flag.group], flag)
-    argv = [rename_flag(argument, aliases or {}) for argument in argv]
+    argv = [rename_flag(argument, aliases) for argument in argv]
     try:
-        values = vars(parser.parse_args(expand_config(argv, kinds, aliases or {})))
+        values = vars(parser.parse_args(expand_config(argv, kinds, aliases)))
     except Exception as error:  # jsonargparse has no common base for what a value can do wrong
         raise UsageError(explain(str(error), argv, kinds)) from None
     return {name: plain(values[name]) for name in kinds}

@@ -1,7 +1,6 @@
 """A probe for forgetting: rows that a finetune does not train on, and whose loss is measured before and after it."""
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from lit_gpt.text.tokenizer import Tokenizer
 WINDOW = 1024  # tokens: the longest piece of a text, and about what is computed at once
 
 
-class Probe(Sequence[dataset.Sample]):
+class Probe:
     """The rows of a .json, .jsonl, .csv or .parquet file: {"text": ...} or {"messages": [...]}.
 
     Of a text every token is supervised that has one before it; a long one is cut into pieces that share one token. Of

@@ -4,13 +4,16 @@ The large one, `lightning`, imports a trainer, torchmetrics and whatever these f
 what no run here uses.
 """
 
-try:
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING or find_spec("lightning_fabric"):
     from lightning_fabric import Fabric
     from lightning_fabric.loggers import TensorBoardLogger
     from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
     from lightning_fabric.strategies import DeepSpeedStrategy, ModelParallelStrategy
     from lightning_fabric.utilities.exceptions import MisconfigurationException
-except ImportError:
+else:
     from lightning.fabric import Fabric
     from lightning.fabric.loggers import TensorBoardLogger
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment

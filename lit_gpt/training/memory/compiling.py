@@ -4,8 +4,8 @@ On a CPU these are the C++ kernels of lit_gpt/kernels/cpp. On CUDA torch.compile
 matrix products and attention: of one block, for all layers and for rows of any length.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def compile_blocks(model: GPT, backend: str | Callable[..., Any] = "inductor") -
     compile for these would be to compile for every row. Only training is compiled: a validation is too short to pay.
     """
     stages = [torch.compile(stage, backend=backend) for stage in (Block.pre_attention, Block.post_attention)]
-    for block in model.h:
+    for block in cast(Iterable[Block], model.h):
         block.execution = CompiledExecution(block.execution, *stages)
 
 
