@@ -1,4 +1,4 @@
-"""Command lines: a script's annotated constants, and the groups of arguments that its `main` takes, are its flags.
+"""Reads command lines: a script's annotated constants, and the groups of arguments that `main` takes, are its flags.
 
     learning_rate: PositiveFloat = 3e-4  # Set the peak learning rate, reached after warmup_steps.
 
@@ -147,7 +147,7 @@ def fail(message: str, exit_code: int) -> None:
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of a script."""
+    """Describes a flag of a script."""
 
     name: str
     kind: Any

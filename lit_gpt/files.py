@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and the JSON objects that are read.
+"""Writes files whole or not at all, and reads JSON objects.
 
 Nothing here imports torch: scripts/report.py answers at once.
 """

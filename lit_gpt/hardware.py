@@ -1,4 +1,4 @@
-"""Devices, dtypes, and how much memory this process and its device hold."""
+"""Names devices and dtypes, and measures how much memory this process and its device hold."""
 
 import ctypes
 import mmap

@@ -19,7 +19,7 @@ REASONS = {
 
 @dataclass
 class Audit:
-    """What became of the rows: nothing is dropped or cut without being counted here."""
+    """Counts what became of the rows: nothing is dropped or cut without being counted here."""
 
     dropped: Counter[str] = field(default_factory=Counter)  # reason: rows
     lengths: Counter[int] = field(default_factory=Counter)  # tokens: kept rows of so many
@@ -27,7 +27,7 @@ class Audit:
     truncated: int = 0  # rows cut to max_seq_length
     missing_eos: int = 0  # rows whose answer lost its end token, or never had one
     prompt_mismatch: int = 0  # answers that do not follow the tokens which generation would see before them
-    not_verbatim: int = 0  # answers that the template does not show in full, and which are not learnt
+    not_verbatim: int = 0  # answers that the template does not show in full, and which are not learned
     content_dropped: int = 0  # rows of which the template leaves another message or a tool out
     unsupervised: int = 0  # rows in which no token is supervised
 

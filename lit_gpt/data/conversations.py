@@ -10,11 +10,11 @@ from lit_gpt.text.messages import Message, Tools, instruction_messages, read_mes
 
 
 class BadRow(UserError):
-    """A row that cannot be used."""
+    """Says why a row cannot be used."""
 
 
 class Conversation(NamedTuple):
-    """The messages and tools of a row."""
+    """Holds the messages and tools of a row."""
 
     where: str  # file and line
     messages: list[Message]

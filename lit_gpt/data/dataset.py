@@ -1,10 +1,10 @@
-"""Prepared data: rows tokenized once, kept on disk, mapped, and packed into the rows of training.
+"""Writes and reads prepared data: rows tokenized once, kept on disk and mapped.
 
 A data folder holds `train.safetensors` and `validation.safetensors`, each with
 
     tokens      int32 (total,)   the samples one after another
     offsets     int64 (n + 1,)   where each begins
-    supervised  uint8 (total,)   1 where the token is to be learnt
+    supervised  uint8 (total,)   1 where the token is to be learned
 
 and `data.json`: the audit, the prompt style and the tokenizer's fingerprint, which is checked when the data is used.
 """
@@ -40,7 +40,7 @@ def write_meta(folder: Path, audits: dict[str, Audit], tokenizer: Tokenizer, sty
 
 
 class Samples(Protocol):
-    """Prepared samples, of whatever kind an objective takes.
+    """Says what prepared samples have, of whatever kind an objective takes.
 
     Attributes:
         tokens: the ids of all samples.
@@ -59,14 +59,14 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample of which some tokens are to be learned."""
+    """Holds the tokens of a sample, and which of them are to be learned."""
 
     tokens: Tensor  # int32 (T,)
     supervised: Tensor  # uint8 (T,)
 
 
 class Dataset:
-    """One split of a data folder, mapped from disk.
+    """Maps one split of a data folder from disk.
 
     Raises:
         UserError: the folder is missing, damaged or empty.

@@ -1,5 +1,5 @@
-"""Rows as people have them: .json, .jsonl, .csv and .parquet files, data sets of the Hugging Face hub, and folders
-that `datasets` has saved. Each is a stream that holds one row, or a few, at a time.
+"""Streams rows from .json, .jsonl, .csv and .parquet files, data sets of the Hugging Face hub, and folders that
+`datasets` has saved, with one row, or a few, in memory at a time.
 
 A .json file is decoded by hand, one value after another: Python's json reads files whole, and ijson would be one more
 dependency, which knows no line numbers.
@@ -23,7 +23,7 @@ DATA_SET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 
 
 class Row(NamedTuple):
-    """A row's fields, or what is wrong with it."""
+    """Holds a row's fields, or what is wrong with it."""
 
     where: str  # file and line, for errors
     fields: dict[str, Any]
@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from.
+    """Names where rows come from, and yields them.
 
     Attributes:
         name: a file, a folder that `datasets` has saved, or OWNER/NAME on the hub, which `:SPLIT` or `:CONFIG:SPLIT`
@@ -87,6 +87,7 @@ def parse_sources(text: str) -> list[Source]:
 
 
 def row(where: str, value: Any) -> Row:
+    """Return the row of a JSON value."""
     if isinstance(value, dict):
         return Row(where, value)
     return Row(where, {}, f"expected an object, found {type(value).__name__}")
@@ -127,7 +128,7 @@ def json_rows(path: Path) -> Iterator[Row]:
 
 
 class Window:
-    """A piece of a JSON file, which moves on over the file as values are taken from it."""
+    """Holds a piece of a JSON file, and moves on over the file as values are taken from it."""
 
     def __init__(self, path: Path, file: TextIO) -> None:
         self.path, self.file, self.decoder = path, file, json.JSONDecoder()

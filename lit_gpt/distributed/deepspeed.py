@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO (Rajbhandari et al. 2020): its settings, and its shared-out tensors made whole and shared out again.
+"""Sets up DeepSpeed's ZeRO (Rajbhandari et al. 2020), gathers what it shares out, and shares it out again.
 
 Stage 2 shares out gradients and optimizer state among the ranks, stage 3 the weights too.
 """

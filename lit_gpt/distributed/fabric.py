@@ -1,8 +1,10 @@
-"""Lightning Fabric from its own small package, or else from the large one that holds it too.
+"""Imports Lightning Fabric from its own small package, or else from the large one that holds it too.
 
 The large one, `lightning`, imports a trainer, torchmetrics and whatever these find installed: seconds of each start for
 what no run here uses.
 """
+
+# ruff: noqa: F401 (for others to import from here)
 
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -19,13 +21,3 @@ else:
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
     from lightning.fabric.strategies import DeepSpeedStrategy, ModelParallelStrategy
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-__all__ = [
-    "DeepSpeedStrategy",
-    "Fabric",
-    "MisconfigurationException",
-    "ModelParallelStrategy",
-    "SLURMEnvironment",
-    "TensorBoardLogger",
-    "TorchElasticEnvironment",
-]

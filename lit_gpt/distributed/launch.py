@@ -1,4 +1,4 @@
-"""How a run spreads over devices, through Lightning Fabric: one, DDP, FSDP2, or DeepSpeed's ZeRO.
+"""Spreads a run over devices, through Lightning Fabric: one, DDP, FSDP2, or DeepSpeed's ZeRO.
 
 The rest of the project sees whole tensors: what is shared out among ranks is gathered and sharded again by sharding.py
 and deepspeed.py, so that a resume state does not depend on the strategy nor on the number of ranks.

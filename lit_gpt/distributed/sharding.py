@@ -1,4 +1,4 @@
-"""FSDP2: shards a model over ranks, and gathers whole tensors from the shards."""
+"""Shards a model over ranks by FSDP2, and gathers whole tensors from the shards."""
 
 import torch
 from torch import Tensor

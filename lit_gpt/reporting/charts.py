@@ -1,4 +1,4 @@
-"""Line charts, as report.html.jinja draws them in SVG: with the page's colors in light and dark, and no script.
+"""Computes line charts, which report.html.jinja draws in SVG, in the page's colors for light and dark.
 
 matplotlib's drawings would have colors of their own, and take a second to make.
 """
@@ -18,7 +18,7 @@ Text = Callable[[float], str]  # writes a value
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart.
+    """Holds a line of a chart.
 
     Attributes:
         series: the number of its color in the style sheet, `--series-0` and so on.
@@ -35,7 +35,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """An axis from its first tick to its last, which lie at `start` and `end` in the drawing."""
+    """Places values between the first tick and the last, which lie at `start` and `end` in the drawing."""
 
     ticks: list[float]
     start: int
@@ -50,7 +50,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines between two axes, in a drawing that a page scales to the width that it has."""
+    """Holds lines between two axes, in a drawing that a page scales to the width that it has."""
 
     WIDTH: ClassVar[int] = 400
     HEIGHT: ClassVar[int] = 250

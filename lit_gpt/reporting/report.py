@@ -1,4 +1,4 @@
-"""Runs side by side, as one HTML page that needs neither network nor script and can be printed."""
+"""Puts runs side by side in one HTML page that needs neither network nor script and can be printed."""
 
 import json
 import math
@@ -44,6 +44,7 @@ def report(out_dirs: list[Path], out: Path) -> None:
 
 
 def page(runs: list[RunRecord]) -> str:
+    """Return the page as HTML."""
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=folder, autoescape=True, trim_blocks=True, keep_trailing_newline=True)
     differing, shared = compare(runs)

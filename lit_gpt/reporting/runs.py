@@ -10,14 +10,15 @@ from typing import Any
 
 from lit_gpt.errors import UserError
 from lit_gpt.files import read_json
-from lit_gpt.reporting.metrics import COLUMNS
 
+# the columns of metrics.csv
+COLUMNS = ("step", "tokens", "loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes")
 Row = dict[str, float]  # of metrics.csv, without the columns that are empty, and "seconds" of training so far
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What an out_dir tells of its run.
+    """Holds what an out_dir tells of its run.
 
     Attributes:
         series: the number of the run's color.
@@ -32,11 +33,12 @@ class RunRecord:
     status: str
 
     def points(self, x: str, y: str) -> list[tuple[float, float]]:
+        """Return the values of two columns, where a row has both."""
         return [(row[x], row[y]) for row in self.rows if x in row and y in row]
 
     @property
     def best(self) -> tuple[float, float] | None:
-        """Step and value of the lowest validation loss."""
+        """Return the step and value of the lowest validation loss."""
         points = [p for p in self.points("step", "val_loss") if math.isfinite(p[1])]
         return min(points, key=lambda p: p[1], default=None)
 
@@ -61,6 +63,7 @@ def read_run(folder: Path, name: str, series: int) -> RunRecord:
 
 
 def read_metrics(path: Path) -> list[Row]:
+    """Read a metrics.csv, whose last line may be half-written."""
     with open(path, newline="", encoding="utf-8", errors="replace") as file:
         header, *lines = list(csv.reader(file)) or [[]]
     if not {"step", "tokens", "loss"} <= set(header):
@@ -99,6 +102,7 @@ def unfinished(folder: Path, rows: list[Row], planned: int | None) -> str:
 
 
 def duration(seconds: float) -> str:
+    """Return a time such as 3 min 20 s."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours >= 48:

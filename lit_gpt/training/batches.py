@@ -1,4 +1,4 @@
-"""Which samples each optimizer step trains on, and the rows that each rank makes of its share."""
+"""Decides which samples each optimizer step trains on, and which rows each rank makes of its share."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from lit_gpt.training.schedule import Schedule
 
 @dataclass(frozen=True)
 class Batch:
-    """What an optimizer step trains on, on the device or on its way there."""
+    """Holds what an optimizer step trains on, on the device or on its way there."""
 
     step: int
     rows: list[Any]  # this rank's
@@ -25,7 +25,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Batches:
-    """The batches of a run, by optimizer step; the same samples for any number of ranks."""
+    """Makes the batches of a run, by optimizer step; the same samples for any number of ranks."""
 
     dataset: Samples
     objective: Objective

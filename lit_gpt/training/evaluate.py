@@ -1,4 +1,4 @@
-"""Validation: the loss over all ranks, an answer to show, and the loss on a probe."""
+"""Validates: measures the loss over all ranks, shows an answer, and measures the loss on a probe."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

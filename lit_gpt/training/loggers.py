@@ -1,4 +1,4 @@
-"""Where a run can be followed besides metrics.csv: TensorBoard, Weights & Biases, MLflow, through Lightning's loggers.
+"""Sends metrics to TensorBoard, Weights & Biases or MLflow, besides metrics.csv, through Lightning's loggers.
 
 `out_dir/logger.json` names the run there, so that a resumed run goes on in the same one.
 """
@@ -60,11 +60,11 @@ OPENERS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
 
 
 class RunLogger:
-    """A run's logger. If it fails within the run, it warns at once and at the end, and the run goes on.
+    """Sends a run's metrics to a logger. If that fails within the run, it warns then and at the end; the run goes on.
 
     Args:
-        step: steps done already; 0 for a run that begins.
-        hyperparameters: told to the logger where the run begins.
+        step: how many steps are done already; 0 for a run that begins.
+        hyperparameters: sent where the run begins.
 
     Raises:
         UserError: it cannot be opened.
@@ -87,6 +87,7 @@ class RunLogger:
         return {"logger": self.name, "run": self.run}
 
     def log(self, step: int, values: dict[str, float]) -> None:
+        """Send the values of a step."""
         if self.failed_at is not None:
             return
         try:
@@ -97,7 +98,7 @@ class RunLogger:
             tqdm.write(f"warning: {message}; the run goes on, and metrics.csv holds all", file=sys.stderr)
 
     def close(self, status: str) -> None:
-        """End the run there: "success" or "failed"."""
+        """End the run in the logger, as "success" or "failed"."""
         try:
             self.logger.finalize(status)
             if self.name == "wandb":

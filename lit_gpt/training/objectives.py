@@ -1,4 +1,4 @@
-"""What a run trains for: what a prepared sample is, how samples become rows, and the loss.
+"""Defines what a run trains for: what a prepared sample is, how samples become rows, and the loss.
 
 The training loop knows no objective by name. Another one derives from Objective and is registered under a name.
 """
@@ -17,7 +17,7 @@ from lit_gpt.errors import UsageError
 
 
 class Objective(ABC):
-    """What a run trains for."""
+    """Defines what a run trains for."""
 
     name: ClassVar[str]
 
@@ -68,7 +68,7 @@ class Objective(ABC):
 
 
 class SupervisedFinetuning(Objective):
-    """The cross-entropy of the supervised tokens, in nats."""
+    """Trains for the cross-entropy of the supervised tokens, in nats."""
 
     name = "sft"
 
@@ -106,7 +106,11 @@ def register(objective: type[Objective]) -> None:
 
 
 def make_objective(name: str) -> Objective:
-    """Return the objective of a name. Raises UsageError if there is none."""
+    """Return the objective that `--objective` names.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
     if name not in OBJECTIVES:
         raise UsageError(f"--objective {name}: expected one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]()

@@ -1,5 +1,7 @@
-"""What a training run leaves besides weights: metrics.csv, hyperparameters.json, summary.json, loss.png; and what it
-shows while it goes: a progress bar, or lines where there is no terminal."""
+"""Writes what a training run leaves besides weights: metrics.csv, hyperparameters.json, summary.json, loss.png.
+
+While the run goes on, it shows a progress bar, or lines where there is no terminal.
+"""
 
 import csv
 import math
@@ -18,15 +20,15 @@ from lit_gpt.distributed.launch import all_reduce
 from lit_gpt.files import atomic, write_json
 from lit_gpt.hardware import peak_memory_bytes
 from lit_gpt.reporting.charts import smooth
-from lit_gpt.reporting.metrics import COLUMNS
+from lit_gpt.reporting.runs import COLUMNS
 from lit_gpt.training import loggers
 
 
 class Records:
-    """The records of one run. Only rank 0 writes and shows; all ranks take part in sums over ranks.
+    """Keeps the records of one run. Only rank 0 writes and shows; all ranks take part in sums over ranks.
 
     Args:
-        logger: name of a logger besides metrics.csv, or csv.
+        logger: the name of a logger besides metrics.csv, or csv.
         hyperparameters: what hyperparameters.json is to hold.
     """
 
@@ -55,6 +57,7 @@ class Records:
         self.fabric.barrier()
 
     def open_logger(self, step: int) -> None:
+        """Open the logger, if the run has one, after so many steps."""
         if self.logger_name != "csv":
             self.logger = loggers.RunLogger(self.logger_name, self.out_dir, step, self.hyperparameters)
             write_json(self.logger.path, self.logger.record())
@@ -74,6 +77,7 @@ class Records:
         return {"tokens": self.tokens, "seconds": self.seconds, "probed": self.probe_losses}
 
     def write_rows(self) -> None:
+        """Write all rows to metrics.csv."""
         with atomic(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()

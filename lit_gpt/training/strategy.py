@@ -1,4 +1,4 @@
-"""One rank's model behind its strategy (one device, DDP, FSDP2, DeepSpeed), and the optimizer of what trains."""
+"""Runs one rank's model behind its strategy (one device, DDP, FSDP2, DeepSpeed), and its optimizer."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -130,4 +130,5 @@ class Worker:
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that train."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

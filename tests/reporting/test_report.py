@@ -14,7 +14,7 @@ import pytest
 
 from helpers.paths import ROOT
 from lit_gpt.reporting.charts import smooth, thin, ticks
-from lit_gpt.reporting.metrics import COLUMNS
+from lit_gpt.reporting.runs import COLUMNS
 from lit_gpt.training.records import plot
 
 SCRIPT = "scripts/report.py"

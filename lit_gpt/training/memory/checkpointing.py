@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a block keeps for the backward pass, from all to nothing on the device.
+"""Checkpoints activations: decides what a block keeps for the backward pass, from all to nothing on the device.
 
 All kinds give the same gradients.
 """
@@ -103,7 +103,7 @@ class RecomputedOutputs(BlockExecution):
 
 @dataclass(frozen=True)
 class Recompute:
-    """How to compute a saved tensor again."""
+    """Computes a saved tensor again."""
 
     function: Callable[[Tensor], Tensor]
     x: Tensor

@@ -1,4 +1,4 @@
-"""What a run will need before it starts: parameters, and the memory of each of its phases.
+"""Plans what a run will need before it starts: parameters, and the memory of each of its phases.
 
 Nothing is guessed from formulas. The very step that training takes runs on tensors without contents (FakeTensorMode)
 while every storage that lives is counted. Blocks are alike, so two small models tell what each further block adds.
@@ -33,7 +33,7 @@ CPU_ROW = 2048  # tokens of a packed row on a CPU: its products gain little beyo
 
 @dataclass(frozen=True)
 class Plan:
-    """Parameters; and in bytes what is held throughout, and the peaks of the phases, what is held included."""
+    """Counts parameters, and in bytes what is held throughout and the peak of each phase, what is held included."""
 
     parameters: int
     trainable: int
