@@ -166,7 +166,7 @@ def refuse_unusable(
     if unsupervised and not args.allow_unsupervised:
         hint = ""
         if not_verbatim := sum(audit.not_verbatim for audit in audits.values()):
-            hint = f" (of {not_verbatim} answers the template leaves something out, and they are not learnt)"
+            hint = f" (of {not_verbatim} answers the template leaves something out, and they are not learned)"
         split = next(name for name, audit in audits.items() if audit.unsupervised)
         first = next(where for i, where in tokenization.noted(UNSUPERVISED) if taken[split][i])
         raise UserError(

@@ -97,13 +97,8 @@ def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
         show_answer, fabric, model, base.tokenizer, style, objective.prompt(validation[0]), args.watch.sample_tokens
     )
     evaluator = Evaluator(worker, validation, args.watch.eval_samples, batches.row_size, probe, show)
-    identity = {
-        "base": base.fingerprint,
-        "data": train.fingerprint,
-        "settings": method.settings,
-        "quantization": base.quantization,
-        "probe": probe and probe.fingerprint,
-    }
+    identity: dict[str, Any] = {"base": base.fingerprint, "data": train.fingerprint, "settings": method.settings}
+    identity |= {"quantization": base.quantization, "probe": probe and probe.fingerprint}
     states = ResumeStates(fabric, args.paths.out_dir, args.watch.keep_states, flags, identity)
     record = {"hyperparameters": method.settings, "prompt_style": style.to_dict(), "quantize": base.quantization}
     trainer = Trainer(args, worker, batches, schedule, evaluator, records, states, record)
