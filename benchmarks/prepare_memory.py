@@ -71,7 +71,7 @@ def main() -> None:
         if checkpoint_dir is None:
             make_checkpoint(folder / "checkpoint", generator)
         argv = [sys.executable, SCRIPT, "--checkpoint_dir", checkpoint_dir or folder / "checkpoint"]
-        argv += ["--json_path", folder / "rows.jsonl", "--destination_path", folder / "data"]
+        argv += ["--data_path", folder / "rows.jsonl", "--out_dir", folder / "data"]
         argv += ["--prompt_style", "chatml", "--deduplicate", "true"]
         start = time.perf_counter()
         subprocess.run(list(map(str, argv)), stdout=subprocess.DEVNULL, check=True)

@@ -3,7 +3,7 @@
     pip install "lit-gpt[eval]"
     python eval/lm_eval_harness.py --checkpoint_dir checkpoints/tiiuae/falcon-7b --tasks hellaswag,gsm8k
     python eval/lm_eval_harness.py --checkpoint_dir checkpoints/tiiuae/falcon-7b --tasks hellaswag,gsm8k \\
-        --finetuned_path out/lora/alpaca/lit_model_lora_finetuned.pth --out_path out/lora/alpaca/lm_eval.json
+        --finetuned_path out/lora/alpaca/lit_model_lora_finetuned.pth --out out/lora/alpaca/lm_eval.json
 
 Prints a table and writes the figures as JSON. Tasks bring their data from the Hugging Face hub, or from your own files.
 """
@@ -16,7 +16,7 @@ from lit_gpt.evaluation.args import HarnessArgs
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")
 finetuned_path: Path | None = None
 tasks: str = ""
-out_path: Path = Path("out/lm_eval.json")
+out: Path = Path("out/lm_eval.json")
 
 
 def main(args: HarnessArgs) -> None:
@@ -29,4 +29,4 @@ def main(args: HarnessArgs) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, aliases={"out_path": "out"})

@@ -1,4 +1,4 @@
-"""Command lines: a script's annotated constants, and the groups of arguments that its `main` takes, are its flags.
+"""Reads command lines: a script's annotated constants, and the groups of arguments that `main` takes, are its flags.
 
     learning_rate: PositiveFloat = 3e-4  # Set the peak learning rate, reached after warmup_steps.
 
@@ -65,7 +65,7 @@ SIZES = ("batch_size", "batch_tokens", "calibration_tokens", "window", "context"
 
 
 def tune_torch() -> None:
-    """Settings of torch on a CPU; to be called before it is imported."""
+    """Set what torch reads on a CPU when it is imported."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages, measured 5 % faster in training
     # Packed rows have ever new lengths, and each makes new matrix kernels of half a megabyte, about 60 in a row.
     # By default a thousand are kept.
@@ -130,7 +130,7 @@ def peek(name: str, default: str) -> str:
 
 
 def out_of_memory(what: str, flags: dict[str, Any]) -> str:
-    """Return the line that says so, and what there is to try of the flags that the script has."""
+    """Return the error line for memory that ran out, with those of the script's flags that could be lowered."""
     if "micro_batch_tokens" in flags:  # a finetune, whose --batch_size costs no memory
         tries = ["a lower --micro_batch_tokens", "--activation_checkpointing full"]
     else:
@@ -140,13 +140,14 @@ def out_of_memory(what: str, flags: dict[str, Any]) -> str:
 
 
 def fail(message: str, exit_code: int) -> None:
+    """Print one error line and end the process."""
     print("error: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(exit_code)
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag of a script."""
+    """Describes a flag of a script."""
 
     name: str
     kind: Any
@@ -179,37 +180,27 @@ def group_flags(group: type) -> Iterator[Flag]:
 
     The class variable `prefix` stands before the names of its fields.
     """
-    types, helps = get_type_hints(group), trailing_comments(source_of(group))
-    title = inspect.getdoc(group).splitlines()[0].rstrip(".")
+    types = get_type_hints(group)
+    try:
+        helps = trailing_comments(textwrap.dedent(inspect.getsource(group)))
+    except OSError:  # as in an interpreter
+        helps = {}
+    title = (inspect.getdoc(group) or group.__name__).splitlines()[0].rstrip(".")
     for field in dataclasses.fields(group):
         if dataclasses.is_dataclass(types[field.name]):
             yield from group_flags(types[field.name])
             continue
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        yield Flag(
-            getattr(group, "prefix", "") + field.name, types[field.name], default, helps.get(field.name, ""), title
-        )
-
-
-def source_of(group: type) -> str:
-    """Return the source of a class, or nothing where there is none at hand, as in an interpreter."""
-    try:
-        return textwrap.dedent(inspect.getsource(group))
-    except OSError:
-        return ""
+        name, text = getattr(group, "prefix", "") + field.name, helps.get(field.name, "")
+        yield Flag(name, types[field.name], default, text, title)
 
 
 def build(group: type, values: dict[str, Any]) -> Any:
     """Return the dataclass of arguments with the values of its flags."""
     types, prefix = get_type_hints(group), getattr(group, "prefix", "")
-    return group(
-        **{
-            field.name: build(types[field.name], values)
-            if dataclasses.is_dataclass(types[field.name])
-            else values[prefix + field.name]
-            for field in dataclasses.fields(group)
-        }
-    )
+    names = [field.name for field in dataclasses.fields(group)]
+    inner = {name: build(types[name], values) for name in names if dataclasses.is_dataclass(types[name])}
+    return group(**inner, **{name: values[prefix + name] for name in names if name not in inner})
 
 
 def flag_values(arguments: Any) -> dict[str, Any]:
@@ -223,6 +214,9 @@ def flag_values(arguments: Any) -> dict[str, Any]:
             name = getattr(arguments, "prefix", "") + field.name
             flags[name] = str(value) if isinstance(value, Path) else value
     return flags
+
+
+make_formatter = partial(RawDescriptionHelpFormatter, max_help_position=30, width=110)
 
 
 def parse(
@@ -240,14 +234,14 @@ def parse(
     Raises:
         UsageError: an unknown flag or a value that the type does not admit, named in one line.
     """
-    flags = collect(script, groups)
+    flags, aliases = collect(script, groups), aliases or {}
     kinds = {name: flag.kind for name, flag in flags.items()}
     prog = Path(script["__file__"])
     parser = ArgumentParser(
         prog=f"python {prog.parent.name}/{prog.name}",
         usage="%(prog)s [--flag value ...]",
         description=script["__doc__"],
-        formatter_class=partial(RawDescriptionHelpFormatter, max_help_position=30, width=110),
+        formatter_class=make_formatter,  # type: ignore[arg-type]  # argparse calls it, whatever it is
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -257,11 +251,9 @@ def parse(
         if flag.group not in sections:
             sections[flag.group] = parser.add_argument_group(flag.group)
         add_flag(sections[flag.group], flag)
-    argv = [rename_flag(argument, aliases or {}) for argument in argv]
+    argv = [rename_flag(argument, aliases) for argument in argv]
     try:
-        values = vars(parser.parse_args(expand_config(argv, kinds, aliases or {})))
-    except SystemExit:
-        raise
+        values = vars(parser.parse_args(expand_config(argv, kinds, aliases)))
     except Exception as error:  # jsonargparse has no common base for what a value can do wrong
         raise UsageError(explain(str(error), argv, kinds)) from None
     return {name: plain(values[name]) for name in kinds}
@@ -360,6 +352,7 @@ def explain(message: str, argv: list[str], types: dict[str, Any]) -> str:
 
 
 def expected(kind: Any) -> str:
+    """Return what values a flag of this type takes, in words."""
     if kind in EXPECTED:
         return EXPECTED[kind]
     choices = get_args(kind)
@@ -371,9 +364,10 @@ def expected(kind: Any) -> str:
         return "one of true, false, " + ", ".join(word for choice in choices for word in get_args(choice))
     if choices:
         return " or ".join("nothing (null)" if choice is type(None) else expected(choice) for choice in choices)
-    return "a path" if inspect.isclass(kind) and issubclass(kind, Path) else "text"
+    return "a path" if kind is Path else "text"
 
 
 def unknown_flag(flag: str, types: dict[str, Any]) -> str:
+    """Return the error line for a flag that a script does not have, with the nearest that it has."""
     near = difflib.get_close_matches(flag.lstrip("-"), types, n=1, cutoff=0.5)
     return f"unknown flag {flag}" + (f"; did you mean --{near[0]}?" if near else "; --help lists the flags")

@@ -1,16 +1,16 @@
-"""What the user can mend. `lit_gpt.cli.run` prints these as one line, without a traceback."""
+"""Defines the errors that the user can mend. `lit_gpt.cli.run` prints them as one line, without a traceback."""
 
 from importlib.util import find_spec
 
 
 class UserError(Exception):
-    """The message names the file, field or flag, says what was expected and what to do next."""
+    """Names the file, field or flag in its message, what was expected there and what to do next."""
 
     exit_code = 1
 
 
 class UsageError(UserError):
-    """A wrong or missing flag."""
+    """Tells of a wrong or missing flag."""
 
     exit_code = 2
 

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and the JSON objects that are read.
+"""Writes files whole or not at all, and reads JSON objects.
 
 Nothing here imports torch: scripts/report.py answers at once.
 """
@@ -75,12 +75,27 @@ def take_lock(opened: int, path: Path) -> None:
         pass  # a file system that has no locks
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raise UserError if the file is missing or holds something else."""
+def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Args:
+        missing_ok: return an empty one where there is no file.
+
+    Raises:
+        UserError: the file is missing, cannot be read, or holds something else.
+    """
+    if missing_ok and not path.is_file():
+        return {}
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error})") from None
+        raise UserError(f"{path}: expected JSON, but this is not a readable JSON file ({error})") from None
     if not isinstance(contents, dict):
-        raise UserError(f"{path}: expected a JSON object")
+        raise UserError(f"{path}: expected a JSON object, but it holds a {type(contents).__name__}")
     return contents
+
+
+def write_json(path: Path, contents: dict[str, Any]) -> None:
+    """Write an object to a JSON file, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Devices, dtypes, and how much memory this process and its device hold."""
+"""Names devices and dtypes, and measures how much memory this process and its device hold."""
 
 import ctypes
 import mmap
@@ -14,22 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MADV_PAGEOUT = 21  # of Linux 5.4 on
 
 
-class _Peak:
-    """The process's peak up to the last `reset_peak`, which the system then forgets."""
-
-    before_reset = 0
-
-
-_PEAK = _Peak()
+_peak_before_reset = 0  # the most memory held up to the last `reset_peak`, which the system then forgets
 
 
 def peak_memory_bytes() -> int:
     """Return the most memory held at once so far: allocated on the GPU if there is one, else resident."""
-    return max(_PEAK.before_reset, peak_since_reset())
+    return max(_peak_before_reset, peak_since_reset())
 
 
 def peak_since_reset() -> int:
@@ -37,7 +32,7 @@ def peak_since_reset() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if STATUS.exists():  # Linux
-        return field("VmHWM")
+        return status_field("VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
 
@@ -50,11 +45,12 @@ def device_memory(device: torch.device) -> int:
 
 
 def reset_peak(model: nn.Module) -> int:
-    """Begin a new peak; return the bytes that are held now, with all of the model's weights."""
+    """Start a new peak, and return how many bytes are held now, with all of the model's weights."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and not hasattr(parameter, "full_tensor"):
             parameter.detach().sum()  # reads what is mapped from a file
-    _PEAK.before_reset = peak_memory_bytes()
+    global _peak_before_reset
+    _peak_before_reset = peak_memory_bytes()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
@@ -63,11 +59,11 @@ def reset_peak(model: nn.Module) -> int:
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # what was freed but not given back is not held
     CLEAR.write_text("5")
-    return field("VmRSS")
+    return status_field("VmRSS")
 
 
-def field(name: str) -> int:
-    """Return a field of Linux's account of this process, in bytes."""
+def status_field(name: str) -> int:
+    """Return a field of /proc/self/status, in bytes."""
     return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name)) * 1024
 
 
@@ -94,12 +90,8 @@ def on_meta() -> Iterator[None]:
 
 class _NoInit(TorchFunctionMode):
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if getattr(func, "__module__", None) == nn.init.__name__:
-            return kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
-
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if getattr(func, "__module__", None) == nn.init.__name__ else func(*args, **kwargs)
 
 
 def default_device() -> torch.device:

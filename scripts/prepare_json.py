@@ -6,7 +6,7 @@
 Rows come from .json, .jsonl, .csv and .parquet files, from a folder that `datasets` has saved, or from the hub as
 OWNER/NAME, OWNER/NAME:SPLIT or OWNER/NAME:CONFIG:SPLIT. A row holds either instruction, input (may be absent) and
 output, or messages: a list of {"role", "content"}, and perhaps tools. Rows are streamed, so that files may be larger
-than memory. Prints an audit of what is supervised; refuses rows from which nothing could be learnt.
+than memory. Prints an audit of what is supervised; refuses rows from which nothing could be learned.
 """
 
 from pathlib import Path

@@ -18,6 +18,7 @@ from typing import Any
 
 from lit_gpt.cli import run
 from lit_gpt.errors import UserError
+from lit_gpt.files import read_json
 
 checkpoint_dir: Path = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct")  # Put the model here.
 out_dir: Path = Path("out/quickstart")  # Write all else to this folder.
@@ -66,8 +67,7 @@ def main() -> None:
     heading(f"4. Answer the {len(rows)} messages of {TEST}, which it has not seen")
     before = answers(rows, out_dir / "before.json", checkpoint_dir)
     after = answers(rows, lora_dir / "after.json", checkpoint_dir, lora_path)
-    training = json.loads((lora_dir / "summary.json").read_text(encoding="utf-8"))
-    result = {**compare(rows, before, after), "training": training}
+    result = {**compare(rows, before, after), "training": read_json(lora_dir / "summary.json")}
     write_json(out_dir / "result.json", result)
     show(result)
     heading("Write one yourself")
@@ -99,7 +99,7 @@ def done(path: Path) -> bool:
 
 
 def spell(*words: Any, **flags: Any) -> tuple[list[str], str]:
-    """A Python command as arguments, and as a reader would type it."""
+    """Return a Python command as arguments, and as a reader would type it."""
     python = Path(sys.executable)
     inside = python.is_relative_to(Path.cwd())
     groups = [[str(word)] for word in words] + [[f"--{name}", str(value)] for name, value in flags.items()]
@@ -130,8 +130,8 @@ def command(*words: Any, **flags: Any) -> None:
 
 
 def answers(rows: list[Row], path: Path, checkpoint_dir: Path, lora_path: Path | None = None) -> list[str]:
-    """The model's likeliest answer to each row; read from `path` if they are there."""
-    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Return the model's likeliest answer to each row, from the file `path` if it has them."""
+    saved = read_json(path, missing_ok=True)
     if list(saved) == [row["input"] for row in rows] and done(path):
         return list(saved.values())
     import torch
@@ -170,7 +170,7 @@ def exact_match(answer: str, reference: str) -> bool:
 
 
 def compare(rows: list[Row], before: list[str], after: list[str]) -> dict[str, Any]:
-    """The rows with both answers, and what percentage of each is exactly right."""
+    """Return the rows with both answers, and what percentage of each is exactly right."""
     rows = [{**row, "before": a, "after": b} for row, a, b in zip(rows, before, after, strict=True)]
     right = {side: sum(exact_match(row[side], row["output"]) for row in rows) for side in ("before", "after")}
     return {"exact_match": {side: round(100 * n / len(rows), 1) for side, n in right.items()}, "rows": rows}

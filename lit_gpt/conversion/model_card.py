@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from lit_gpt.files import read_json
 from lit_gpt.methods.registry import flag_prefixes
 from lit_gpt.text.tokenizer import Tokenizer, has_tokenizer
 
@@ -51,7 +52,7 @@ def write(
         "versions": versions(),
         "sha256": {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()},
     }
-    run, summary = read(run_dir / "hyperparameters.json"), read(run_dir / "summary.json")
+    run, summary = (read_json(run_dir / name, missing_ok=True) for name in ("hyperparameters.json", "summary.json"))
     run.pop("lora_path", None)  # a place on this machine
     base = Path(run.get("checkpoint_dir") or checkpoint_dir)
     licence = licence_of(base, folder)
@@ -97,7 +98,7 @@ def licence_of(base: Path, folder: Path) -> str | None:
 def training_data(run: dict[str, Any]) -> str:
     if not run.get("data_dir"):
         return ""
-    audit = read(Path(run["data_dir"]) / "data.json").get("audit", {})
+    audit = read_json(Path(run["data_dir"]) / "data.json", missing_ok=True).get("audit", {})
     rows = {f"{split}: {key}": audit[split][key] for split in audit for key in AUDIT if key in audit[split]}
     return table("Data", {"prepared data": Path(run["data_dir"]).name, **rows})
 
@@ -155,12 +156,3 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is none."""
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return contents if isinstance(contents, dict) else {}

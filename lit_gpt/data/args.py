@@ -1,4 +1,4 @@
-"""The arguments that the prepare scripts share, as flags. Nothing here imports torch."""
+"""Defines the flags that the prepare scripts share. Nothing here imports torch."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -19,7 +19,7 @@ REASONS = {
 
 @dataclass
 class Audit:
-    """What became of the rows: nothing is dropped or cut without being counted here."""
+    """Counts what became of the rows: nothing is dropped or cut without being counted here."""
 
     dropped: Counter[str] = field(default_factory=Counter)  # reason: rows
     lengths: Counter[int] = field(default_factory=Counter)  # tokens: kept rows of so many
@@ -27,7 +27,7 @@ class Audit:
     truncated: int = 0  # rows cut to max_seq_length
     missing_eos: int = 0  # rows whose answer lost its end token, or never had one
     prompt_mismatch: int = 0  # answers that do not follow the tokens which generation would see before them
-    not_verbatim: int = 0  # answers that the template does not show in full, and which are not learnt
+    not_verbatim: int = 0  # answers that the template does not show in full, and which are not learned
     content_dropped: int = 0  # rows of which the template leaves another message or a tool out
     unsupervised: int = 0  # rows in which no token is supervised
 
@@ -36,9 +36,9 @@ class Audit:
         """Count the rows of a split.
 
         Args:
-            records: of all rows, tokenization.RECORD (rows,).
-            lengths: tokens of each, int64 (rows,).
-            times: how often the split takes each, int8 (rows,).
+            records: those of all rows, tokenization.RECORD (rows,).
+            lengths: how many tokens each row has, int64 (rows,).
+            times: how often the split takes each row, int8 (rows,).
         """
         times, status = times.astype(np.int64), records["status"]
         dropped = {
@@ -58,6 +58,7 @@ class Audit:
         )
 
     def summary(self) -> dict[str, Any]:
+        """Return the figures for data.json and the printed table."""
         lengths, rows = sorted(self.lengths), self.lengths.total()
         tokens = sum(length * n for length, n in self.lengths.items())
         return {
@@ -77,12 +78,10 @@ class Audit:
         }
 
     def median(self) -> float:
-        """Of the lengths; between two, their mean."""
-        rows, seen, middle = self.lengths.total(), 0, []
-        for length in sorted(self.lengths):
-            seen += self.lengths[length]
-            if 2 * seen >= rows:
-                middle.append(length)
-            if 2 * seen > rows:
-                break
-        return sum(middle) / 2 if len(middle) > 1 else sum(middle)
+        """Return the median of the lengths; between two, their mean."""
+        if not self.lengths:
+            return 0
+        lengths, rows = np.array(sorted(self.lengths)), self.lengths.total()
+        ends = np.cumsum([self.lengths[length] for length in lengths])
+        low, high = lengths[np.searchsorted(ends, [rows / 2, rows // 2 + 1])].tolist()
+        return low if low == high else (low + high) / 2

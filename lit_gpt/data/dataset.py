@@ -1,26 +1,25 @@
-"""Prepared data: rows tokenized once, kept on disk, mapped, and packed into the rows of training.
+"""Writes and reads prepared data: rows tokenized once, kept on disk and mapped.
 
 A data folder holds `train.safetensors` and `validation.safetensors`, each with
 
     tokens      int32 (total,)   the samples one after another
     offsets     int64 (n + 1,)   where each begins
-    supervised  uint8 (total,)   1 where the token is to be learnt
+    supervised  uint8 (total,)   1 where the token is to be learned
 
 and `data.json`: the audit, the prompt style and the tokenizer's fingerprint, which is checked when the data is used.
 """
 
 import hashlib
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_gpt.data.audit import Audit
 from lit_gpt.errors import UserError
+from lit_gpt.files import read_json, write_json
 from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
 
@@ -37,17 +36,37 @@ def write_meta(folder: Path, audits: dict[str, Audit], tokenizer: Tokenizer, sty
         "audit": {name: audit.summary() for name, audit in audits.items()},
         **record,
     }
-    (folder / "data.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "data.json", meta)
+
+
+class Samples(Protocol):
+    """Says what prepared samples have, of whatever kind an objective takes.
+
+    Attributes:
+        tokens: the ids of all samples.
+        lengths: how many tokens each sample has.
+        fingerprint: which no other samples have.
+    """
+
+    tokens: Tensor
+    lengths: list[int]
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Sample:
+    """Holds the tokens of a sample, and which of them are to be learned."""
+
     tokens: Tensor  # int32 (T,)
     supervised: Tensor  # uint8 (T,)
 
 
-class Dataset(Sequence[Sample]):
-    """One split of a data folder, mapped from disk.
+class Dataset:
+    """Maps one split of a data folder from disk.
 
     Raises:
         UserError: the folder is missing, damaged or empty.
@@ -61,7 +80,7 @@ class Dataset(Sequence[Sample]):
             self.offsets = file.get_tensor("offsets")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not readable as prepared data ({error}); prepare it again") from None
-        self.lengths: list[int] = self.offsets.diff().tolist()
+        self.lengths = self.offsets.diff().tolist()
         contents = b"".join(hashlib.sha256(t.numpy()).digest() for t in (self.tokens, self.supervised, self.offsets))
         self.fingerprint = hashlib.sha256(contents).hexdigest()[:16]
         if not self.lengths:
@@ -76,18 +95,18 @@ class Dataset(Sequence[Sample]):
 
 
 def read_meta(data_dir: Path, tokenizer: Tokenizer, flag: str = "--data_dir") -> dict[str, Any]:
-    """The contents of data.json.
+    """Return the contents of data.json.
 
     Args:
-        flag: by which the folder was given.
+        flag: the one by which the folder was given.
 
     Raises:
         UserError: not a data folder, or one prepared with another tokenizer or by another format version.
     """
     path = Path(data_dir) / "data.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        meta = read_json(path)
+    except UserError:
         raise UserError(
             f"{flag} {data_dir}: not a folder of prepared data; make one with scripts/prepare_alpaca.py or "
             "scripts/prepare_json.py"

@@ -10,6 +10,8 @@ from torch import Tensor
 from lit_gpt.data.dataset import Sample
 from lit_gpt.model.inputs import Segments, Targets
 
+RowSize = tuple[int | None, int | None]  # samples of a row; where that is None, tokens that it holds at most
+
 
 @dataclass(frozen=True)
 class PackedRow:
@@ -21,7 +23,7 @@ class PackedRow:
 
     @classmethod
     def without_contents(cls, lengths: Sequence[int], supervised: int) -> "PackedRow":
-        """Return a row of samples of these lengths, of which `supervised` tokens are, as far as its shapes go."""
+        """Return a row of samples of these lengths with so many supervised tokens, true in its shapes only."""
         n = sum(lengths)
         offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32)
         idx, positions = (torch.zeros(n, dtype=torch.int64) for _ in range(2))
@@ -30,10 +32,11 @@ class PackedRow:
 
     @property
     def tokens(self) -> int:
-        """How many tokens the row feeds to the model."""
+        """Return how many tokens the row feeds to the model."""
         return self.idx.numel()
 
     def to(self, device: torch.device) -> "PackedRow":
+        """Return the row on a device, or on its way there."""
         if device.type == "cpu":
             return self
         s, t = self.segments, self.targets
@@ -45,7 +48,7 @@ class PackedRow:
 
 
 def pack(samples: Iterable[Sample]) -> PackedRow:
-    """One row of all samples. The last token of each is predicted but predicts nothing, so it is not fed."""
+    """Return one row of all samples. The last token of each is predicted but predicts nothing, so it is not fed."""
     samples = list(samples)
     idx = torch.cat([s.tokens[:-1] for s in samples]).long()
     labels = torch.cat([s.tokens[1:] for s in samples]).long()
@@ -55,28 +58,30 @@ def pack(samples: Iterable[Sample]) -> PackedRow:
 
 
 def supervised_count(samples: Iterable[Sample]) -> int:
-    """Tokens that a loss over these samples is the mean of."""
+    """Return how many tokens a loss over these samples is the mean of."""
     return sum(int(s.supervised[1:].sum()) for s in samples)
 
 
 @lru_cache(maxsize=4)
 def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
-    """The order of n samples in an epoch; the same for any number of devices."""
+    """Return the order of n samples in an epoch; the same for any number of devices."""
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     return torch.randperm(n, generator=generator).tolist()
 
 
 def step_samples(n: int, batch_size: int, seed: int, step: int, total: int) -> list[int]:
-    """The samples of optimizer step `step` (from 0), of n. Epochs follow each other without a gap, up to `total`."""
+    """Return which of n samples optimizer step `step` (from 0) takes; epochs follow without a gap, up to `total`."""
     positions = range(step * batch_size, min((step + 1) * batch_size, total))
     return [epoch_order(n, seed, p // n)[p % n] for p in positions]
 
 
-def micro_batches(indices: list[int], lengths: Sequence[int], size: int | None, tokens: int) -> Iterator[list[int]]:
-    """Split one step's samples into packed rows: of `size` samples, or if that is None of up to `tokens` tokens."""
+def micro_batches(
+    indices: list[int], lengths: Sequence[int], samples: int | None, tokens: int | None
+) -> Iterator[list[int]]:
+    """Split one step's samples into packed rows: of so many samples, or if that is None of up to so many tokens."""
     row: list[int] = []
     for i in indices:
-        full = len(row) == size if size else row and sum(lengths[j] for j in row) + lengths[i] > tokens
+        full = len(row) == samples if samples else row and sum(lengths[j] for j in row) + lengths[i] > (tokens or 0)
         if full:
             yield row
             row = []

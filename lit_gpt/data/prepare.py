@@ -1,15 +1,14 @@
-"""What the prepare scripts share: rows to messages, messages to tokens, tokens to the data folder, with an audit.
+"""Prepares data for finetuning: rows to messages, messages to tokens, tokens to the data folder, with an audit.
 
 The rows are read once: each is checked, rendered and tokenized into temporary files. Then splits are assigned, and
-their files are written from spans of these. Memory holds a few rows at a time, and of each
-its record (24 bytes) and its offset (8).
+their files are written from spans of these. Memory holds a few rows at a time, and of each its record (24 bytes) and
+its offset (8).
 """
 
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from lit_gpt.checkpoints.folder import check_checkpoint_dir
@@ -57,7 +56,7 @@ def prepare(
         tokenization = Tokenization(args, tokenizer, style, limit, folder, store)
         counts = tokenize_rows([*sources, *apart], args, columns, tokenization)
         times = assign_splits(sources, counts[: len(sources)], None if apart else args.validation_fraction, args.seed)
-        times = torch.cat((times, torch.full((sum(counts) - len(times),), VALIDATION, dtype=torch.int8))).numpy()
+        times = np.append(times, np.full(sum(counts[len(sources) :]), VALIDATION, np.int8))
         refuse_by_template(tokenization, times, args)
         records = tokenization.records()
         if args.deduplicate:
@@ -121,8 +120,8 @@ def tokenize_rows(
     return counts
 
 
-def assign_splits(sources: list[Source], counts: list[int], fraction: float | None, seed: int) -> Tensor:
-    """How often each row is taken, int8 (rows,): by its source's weight, or VALIDATION for a random `fraction`.
+def assign_splits(sources: list[Source], counts: list[int], fraction: float | None, seed: int) -> np.ndarray:
+    """Return how often each row is taken, int8 (rows,): by its source's weight, or VALIDATION for a random `fraction`.
 
     Raises:
         UserError: no row is left to train on.
@@ -134,7 +133,7 @@ def assign_splits(sources: list[Source], counts: list[int], fraction: float | No
         times.append(torch.full((n,), whole, dtype=torch.int8).index_fill(0, once_more, whole + 1))
     drawn = torch.cat(times)
     if fraction is None:
-        return drawn
+        return drawn.numpy()
     taken = drawn.nonzero().squeeze(1)
     if not len(taken):
         raise UserError(f"{', '.join(f'{s.name}={s.weight:g}' for s in sources)}: such weights take none of the rows")
@@ -142,7 +141,7 @@ def assign_splits(sources: list[Source], counts: list[int], fraction: float | No
     if held_out >= len(taken):
         raise UserError(f"--validation_fraction {fraction}: leaves none of the {len(taken)} rows to train on")
     drawn[taken[torch.randperm(len(taken), generator=generator)[:held_out]]] = VALIDATION
-    return drawn
+    return drawn.numpy()
 
 
 def refuse_by_template(tokenization: Tokenization, times: np.ndarray, args: PrepareArgs) -> None:
@@ -165,12 +164,9 @@ def refuse_unusable(
     """Refuse rows without a supervised token, unless `allow_unsupervised`, and splits without a row."""
     unsupervised = sum(audit.unsupervised for audit in audits.values())
     if unsupervised and not args.allow_unsupervised:
-        not_verbatim = sum(audit.not_verbatim for audit in audits.values())
-        hint = (
-            f" (of {not_verbatim} answers the template leaves something out, and they are not learnt)"
-            if not_verbatim
-            else ""
-        )
+        hint = ""
+        if not_verbatim := sum(audit.not_verbatim for audit in audits.values()):
+            hint = f" (of {not_verbatim} answers the template leaves something out, and they are not learned)"
         split = next(name for name, audit in audits.items() if audit.unsupervised)
         first = next(where for i, where in tokenization.noted(UNSUPERVISED) if taken[split][i])
         raise UserError(

@@ -1,7 +1,6 @@
-"""A probe for forgetting: rows that a finetune does not train on, and whose loss is measured before and after it."""
+"""Reads a probe for forgetting: rows that a finetune does not train on, with a loss before and after it."""
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,10 +15,10 @@ from lit_gpt.text.tokenizer import Tokenizer
 WINDOW = 1024  # tokens: the longest piece of a text, and about what is computed at once
 
 
-class Probe(Sequence[dataset.Sample]):
-    """The rows of a .json, .jsonl, .csv or .parquet file: {"text": ...} or {"messages": [...]}.
+class Probe:
+    """Makes samples of the rows of a .json, .jsonl, .csv or .parquet file: {"text": ...} or {"messages": [...]}.
 
-    Of a text every token is supervised that has one before it; a long one is cut into pieces that share one token. Of
+    In a text every token is supervised that has one before it; a long text is cut into pieces that share one token. In
     messages the answers are supervised, as in training, within the first `limit` tokens, which the model takes.
 
     Raises:
@@ -40,6 +39,7 @@ class Probe(Sequence[dataset.Sample]):
         self.fingerprint = hashlib.sha256(b"".join(t.numpy().tobytes() for t in contents)).hexdigest()[:16]
 
     def samples_of(self, row: Row) -> list[dataset.Sample]:
+        """Return the samples that a row gives."""
         try:
             if row.problem:
                 raise ValueError(row.problem)
@@ -53,13 +53,14 @@ class Probe(Sequence[dataset.Sample]):
             raise UserError(f"--probe_path {row.where}: {error}") from None
         self.cut += len(encoded.ids) > self.limit
         ids = torch.tensor(encoded.ids[: self.limit], dtype=torch.int32)
-        learnt = torch.tensor(encoded.supervised[: self.limit], dtype=torch.uint8)
-        if learnt[1:].any():
-            return [dataset.Sample(ids, learnt)]
+        supervised = torch.tensor(encoded.supervised[: self.limit], dtype=torch.uint8)
+        if supervised[1:].any():
+            return [dataset.Sample(ids, supervised)]
         self.dropped += 1
         return []
 
     def pieces(self, text: str) -> list[dataset.Sample]:
+        """Cut a text into samples."""
         ids, window = self.tokenizer.encode(text).to(torch.int32), min(WINDOW, self.limit)
         pieces = [ids[i : i + window] for i in range(0, len(ids) - 1, window - 1)]
         return [dataset.Sample(piece, torch.ones(len(piece), dtype=torch.uint8)) for piece in pieces]
@@ -71,5 +72,6 @@ class Probe(Sequence[dataset.Sample]):
         return self.samples[i]
 
     def describe(self) -> str:
+        """Return what the probe measures and leaves out, in words."""
         lost = f"{self.cut} conversations cut, {self.dropped} without an answer"
         return f"{self.supervised_tokens:,} supervised tokens; {lost}"

@@ -24,6 +24,7 @@ def print_audit(
 
 
 def marked(ids: list[int], supervised: list[int], tokenizer: Tokenizer) -> str:
+    """Return the text of a sample, with its supervised parts in brackets."""
     parts, start = [], 0
     for i in range(1, len(ids) + 1):
         if i == len(ids) or supervised[i] != supervised[start]:

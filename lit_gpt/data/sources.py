@@ -1,5 +1,8 @@
-"""Rows as people have them: .json, .jsonl, .csv and .parquet files, data sets of the Hugging Face hub, and folders
-that `datasets` has saved. Each is a stream that holds one row, or a few, at a time.
+"""Streams rows from .json, .jsonl, .csv and .parquet files, data sets of the Hugging Face hub, and folders that
+`datasets` has saved, with one row, or a few, in memory at a time.
+
+A .json file is decoded by hand, one value after another: Python's json reads files whole, and ijson would be one more
+dependency, which knows no line numbers.
 """
 
 import csv
@@ -13,13 +16,14 @@ from typing import Any, NamedTuple, TextIO
 
 from lit_gpt.errors import UserError
 
+NO_BLANK = re.compile(r"\S")
 BLOCK = 1 << 20  # characters of a .json file read at once
 MAX_ROW = 1 << 26  # characters of one row of a .json file
 DATA_SET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 
 
 class Row(NamedTuple):
-    """A row's fields, or what is wrong with it."""
+    """Holds a row's fields, or what is wrong with it."""
 
     where: str  # file and line, for errors
     fields: dict[str, Any]
@@ -28,19 +32,19 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Where rows come from.
+    """Names where rows come from, and yields them.
 
     Attributes:
         name: a file, a folder that `datasets` has saved, or OWNER/NAME on the hub, which `:SPLIT` or `:CONFIG:SPLIT`
             may follow; else the split is `train`.
-        weight: how often each row is taken; of a fraction, so many of the rows once more.
+        weight: how often each row is taken; for 2.5, twice, and half of the rows once more.
     """
 
     name: str
     weight: float = 1.0
 
     def rows(self) -> Iterator[Row]:
-        """The rows in their order, those that cannot be read among them.
+        """Yield the rows in their order, those that cannot be read among them.
 
         Raises:
             UserError: the source is missing, or malformed so that nothing after it can be read.
@@ -58,7 +62,7 @@ class Source:
 
 
 def parse_sources(text: str) -> list[Source]:
-    """The sources of a flag: `a.jsonl`, or several with weights, `a.jsonl,b.parquet=0.5,owner/name=2`.
+    """Return the sources that a flag names: `a.jsonl`, or several with weights, `a.jsonl,b.parquet=0.5,owner/name=2`.
 
     Raises:
         UserError: a weight is not a number above 0 and up to 100, or there is no source.
@@ -83,6 +87,7 @@ def parse_sources(text: str) -> list[Source]:
 
 
 def row(where: str, value: Any) -> Row:
+    """Return the row of a JSON value."""
     if isinstance(value, dict):
         return Row(where, value)
     return Row(where, {}, f"expected an object, found {type(value).__name__}")
@@ -105,7 +110,7 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
 
 
 def json_rows(path: Path) -> Iterator[Row]:
-    """The objects of a list, decoded one by one."""
+    """Yield the objects of a list, decoded one by one."""
     with open(path, encoding="utf-8-sig") as file:
         window = Window(path, file)
         if not (first := window.peek()):
@@ -123,32 +128,36 @@ def json_rows(path: Path) -> Iterator[Row]:
 
 
 class Window:
-    """A piece of a JSON file, which moves on over the file as values are taken from it."""
+    """Holds a piece of a JSON file, and moves on over the file as values are taken from it."""
 
     def __init__(self, path: Path, file: TextIO) -> None:
         self.path, self.file, self.decoder = path, file, json.JSONDecoder()
         self.text, self.at, self.line, self.ended = "", 0, 1, False
 
     def more(self) -> None:
-        """Forget what was taken and read a block."""
+        """Drop what was taken and read a block."""
         block = self.file.read(BLOCK)
         self.line += self.text.count("\n", 0, self.at)
         self.text, self.at, self.ended = self.text[self.at :] + block, 0, not block
 
     def peek(self) -> str:
-        """The next character that is no blank; "" at the end of the file."""
-        while True:
-            self.at = re.compile(r"\s*").match(self.text, self.at).end()
-            if self.at < len(self.text) or self.ended:
-                return self.text[self.at : self.at + 1]
+        """Return the next character that is no blank, or "" at the end of the file."""
+        while not (character := NO_BLANK.search(self.text, self.at)):
+            self.at = len(self.text)
+            if self.ended:
+                return ""
             self.more()
+        self.at = character.start()
+        return character[0]
 
     def take(self, character: str) -> None:
+        """Move on over a character that must come next."""
         if self.peek() != character:
             raise self.failure(f"Expecting '{character}'", self.at)
         self.at += 1
 
     def value(self) -> Any:
+        """Return the value that comes next, and move on over it."""
         self.peek()
         while True:
             try:
@@ -162,6 +171,7 @@ class Window:
                 raise self.failure("nested too deeply", self.at) from None
 
     def failure(self, message: str, place: int) -> UserError:
+        """Return an error that names the line of a place in the text."""
         line = self.line + self.text.count("\n", 0, place)
         return UserError(f"{self.path}: line {line}: not JSON: {message}")
 
@@ -173,9 +183,11 @@ def csv_rows(path: Path) -> Iterator[Row]:
         try:
             for fields in reader:
                 where = f"{path}: line {reader.line_num}"
-                whole = None not in fields and None not in fields.values()
-                expected = f"expected {len(reader.fieldnames)} columns as in the first line"
-                yield Row(where, fields) if whole else Row(where, {}, expected)
+                if None in fields or None in fields.values():
+                    columns = len(reader.fieldnames or ())
+                    yield Row(where, {}, f"expected {columns} columns as in the first line")
+                else:
+                    yield Row(where, fields)
         except csv.Error as error:
             raise UserError(f"{path}: line {reader.line_num}: not CSV: {error}") from None
 
@@ -198,7 +210,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def dataset_rows(name: str) -> Iterator[Row]:
-    """The rows of a data set on the hub, downloaded once into the cache of `datasets`, or of a folder that it saved."""
+    """Yield the rows of a data set on the hub, kept in the cache of `datasets`, or of a folder that it saved."""
     folder, _, split = name.partition(":")
     if not Path(folder).is_dir() and (Path(folder).exists() or not DATA_SET.fullmatch(name)):
         raise UserError(
@@ -211,14 +223,14 @@ def dataset_rows(name: str) -> Iterator[Row]:
         raise UserError(f"{name}: needs the package datasets: pip install 'lit-gpt[datasets]'") from None
     try:
         if Path(folder).is_dir():
-            found = datasets.load_from_disk(folder)
-            found = found[split or "train"] if isinstance(found, datasets.DatasetDict) else found
+            rows = datasets.load_from_disk(folder)
+            rows = rows[split or "train"] if isinstance(rows, datasets.DatasetDict) else rows
         else:
             config, _, last = split.rpartition(":")
-            found = datasets.load_dataset(folder, config or None, split=last or "train")
+            rows = datasets.load_dataset(folder, config or None, split=last or "train")
     except Exception as error:  # whatever the network, the data set or its loader does
         raise UserError(f"{name}: could not be loaded by datasets ({' '.join(str(error).split())[:300]})") from None
-    for i, fields in enumerate(found, 1):
+    for i, fields in enumerate(rows, 1):
         yield Row(f"{name}: row {i}", fields)
 
 
@@ -226,10 +238,10 @@ READERS = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows, ".parquet
 
 
 def source_file(repo_id: str, name: str) -> str:
-    """A file of a data set on the hub, downloaded once into the hub's cache.
+    """Return the path of a file of a data set on the hub, downloaded once into the hub's cache.
 
     Raises:
-        UserError: it cannot be had.
+        UserError: it cannot be downloaded.
     """
     from huggingface_hub import hf_hub_download
 

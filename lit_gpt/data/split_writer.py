@@ -2,7 +2,7 @@
 
 import os
 from array import array
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,10 @@ from lit_gpt.checkpoints.io import save_safetensors_streamed
 
 
 class SampleStore:
-    """The samples of all rows, one after another in two temporary files, of which a split takes those that it wants.
+    """Keeps the samples of all rows in two temporary files, from which each split takes those that it wants.
 
     Args:
-        folder: where the temporary files lie until `remove`.
+        folder: the place of the temporary files, until `remove`.
     """
 
     PARTS = {"tokens": np.int32, "supervised": np.uint8}
@@ -49,6 +49,7 @@ class SampleStore:
         return ids, supervised
 
     def flush(self) -> None:
+        """Let what was appended be read."""
         for file in self.files.values():
             file.flush()
 
@@ -58,12 +59,11 @@ class SampleStore:
         offsets = np.concatenate(([0], self.lengths()[rows].cumsum())).astype(np.int64)
         sizes = {"offsets": len(offsets), "tokens": int(offsets[-1]), "supervised": int(offsets[-1])}
         layout = {name: torch.empty(sizes[name], dtype=dtype, device="meta") for name, dtype in self.LAYOUT.items()}
-        contents = {"offsets": [offsets.tobytes()], **{name: self.spans(name, rows) for name in self.PARTS}}
+        contents = {
+            "offsets": [offsets.tobytes()],
+            **{name: map(partial(self.read, name), rows.tolist()) for name in self.PARTS},
+        }
         save_safetensors_streamed(path, layout, contents)
-
-    def spans(self, name: str, rows: np.ndarray) -> Iterator[bytes]:
-        for row in rows:
-            yield self.read(name, int(row))
 
     def remove(self) -> None:
         """Remove the temporary files."""

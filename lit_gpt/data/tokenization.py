@@ -56,6 +56,7 @@ class Tokenization:
             self.flush()
 
     def flush(self) -> None:
+        """Tokenize and store the rows that wait."""
         texts = [rendered.text for _, rendered, _ in self.batch if rendered]
         encodings = iter(self.style.encode(texts, self.tokenizer))
         for where, rendered, status in self.batch:
@@ -73,28 +74,28 @@ class Tokenization:
             masked = {i for answer in encoded.answers if not answer.train for i in range(answer.start, answer.stop)}
             supervised = [i not in masked for i in range(len(encoded.ids))]
         ids, supervised = encoded.ids[: self.limit], supervised[: self.limit]
-        mismatches = sum(answer.prompt_mismatch for answer in encoded.answers)
-        counts = (mismatches, encoded.not_verbatim)
-        truncated = len(encoded.ids) > self.limit
+        counts = {
+            "truncated": len(encoded.ids) > self.limit,
+            "content_dropped": encoded.content_dropped,
+            "prompt_mismatch": sum(answer.prompt_mismatch for answer in encoded.answers),
+            "not_verbatim": encoded.not_verbatim,
+        }
         if not any(supervised[1:]):  # the first token has nothing to be predicted from
-            return self.keep(where, [], [], UNSUPERVISED, truncated, encoded.content_dropped, False, *counts)
+            return self.keep(where, [], [], UNSUPERVISED, **counts)
         ends = [answer.stop - 1 for answer in encoded.answers if answer.start < answer.stop]
         missing = not ends or ends[-1] >= len(ids) or ids[ends[-1]] not in self.style.stop_ids
-        return self.keep(where, ids, supervised, KEPT, truncated, encoded.content_dropped, missing, *counts)
+        return self.keep(where, ids, supervised, KEPT, missing_eos=missing, **counts)
 
-    def keep(
-        self, where: str, ids: list[int], supervised: list[bool], status: int, truncated: bool = False,
-        content_dropped: bool = False, missing_eos: bool = False, prompt_mismatch: int = 0, not_verbatim: int = 0,
-    ) -> None:  # fmt: skip
+    def keep(self, where: str, ids: list[int], supervised: list[bool], status: int, **counts: int) -> None:
+        """Store the next row's sample and its record, in which `counts` are the fields of FIELDS by their names."""
         digest = 0
         if self.args.deduplicate and ids:  # of ten million, two different ones share 64 bits with a chance of 3e-6
             sample = array("i", ids).tobytes() + bytes(supervised)
             digest = int.from_bytes(blake2b(sample, digest_size=8).digest())
         if status in (REFUSED, UNSUPERVISED):
             self.notes.write(json.dumps([len(self.packed) // PACKED.size, status, where]) + "\n")
-        self.packed += PACKED.pack(
-            status, truncated, content_dropped, missing_eos, prompt_mismatch, not_verbatim, sum(supervised[1:]), digest
-        )
+        counts |= {"status": status, "supervised": sum(supervised[1:]), "digest": digest}
+        self.packed += PACKED.pack(*(counts.get(name, 0) for name in FIELDS))
         self.store.append(ids, supervised)
 
     def records(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How a run spreads over devices, as flags. Nothing here imports torch."""
+"""Defines the flags by which a run spreads over devices. Nothing here imports torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -18,5 +18,5 @@ class DeviceArgs:
 
     @property
     def ranks(self) -> int:
-        """Processes of the run, over all nodes."""
+        """Return how many processes the run has, over all nodes."""
         return self.devices * self.num_nodes

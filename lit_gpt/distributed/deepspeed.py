@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO (Rajbhandari et al. 2020): its settings, and its shared-out tensors made whole and shared out again.
+"""Sets up DeepSpeed's ZeRO (Rajbhandari et al. 2020), gathers what it shares out, and shares it out again.
 
 Stage 2 shares out gradients and optimizer state among the ranks, stage 3 the weights too.
 """
@@ -34,12 +34,12 @@ def config(stage: int, offload: bool, max_grad_norm: float | None = None) -> dic
 
 
 def is_partitioned(tensor: Tensor) -> bool:
-    """Whether a parameter is shared out by stage 3, or its float32 original by stage 2."""
+    """Return whether a parameter is shared out by stage 3, or its float32 original by stage 2."""
     return hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping")
 
 
-def get_full(parameter: nn.Parameter) -> Tensor:
-    """The float32 original of a parameter. All ranks must ask together."""
+def get_full(parameter: Tensor) -> Tensor:
+    """Return the float32 original of a parameter. All ranks must ask together."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     return safe_get_full_fp32_param(parameter)
@@ -57,7 +57,7 @@ def set_full(parameter: nn.Parameter, contents: Tensor) -> None:
 
 
 def optimizer_state(parameters: list[nn.Parameter], optimizer: Any) -> dict[str, Any]:
-    """As `torch.optim.Optimizer.state_dict` has it for an optimizer of these parameters."""
+    """Return the whole state of an optimizer of these parameters, as its `state_dict` on one device would."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     inner = unwrap(optimizer)
@@ -73,6 +73,7 @@ def optimizer_state(parameters: list[nn.Parameter], optimizer: Any) -> dict[str,
 
 
 def load_optimizer_state(parameters: list[nn.Parameter], optimizer: Any, state: dict[str, Any]) -> None:
+    """Share out a state that `optimizer_state` has returned, whatever the number of ranks then."""
     from deepspeed.utils import safe_set_full_optimizer_state
 
     for i, entries in state["state"].items():
@@ -85,7 +86,7 @@ def load_optimizer_state(parameters: list[nn.Parameter], optimizer: Any, state: 
 
 
 def clear_optimizer_state(optimizer: Any) -> None:
-    """Take the optimizer's state back to its beginning, where it stays allocated."""
+    """Set the optimizer's state to zero, and keep it allocated."""
     for entries in unwrap(optimizer).state.values():
         for entry in entries.values():
             if isinstance(entry, Tensor):
@@ -93,7 +94,7 @@ def clear_optimizer_state(optimizer: Any) -> None:
 
 
 def unwrap(optimizer: Any) -> torch.optim.Optimizer:
-    """PyTorch's optimizer, within DeepSpeed's, within Fabric's."""
+    """Return PyTorch's optimizer, which is within DeepSpeed's, within Fabric's."""
     while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
         optimizer = optimizer.optimizer
     return optimizer

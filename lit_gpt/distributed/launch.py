@@ -1,4 +1,4 @@
-"""How a run spreads over devices, through Lightning Fabric: one, DDP, FSDP2, or DeepSpeed's ZeRO.
+"""Spreads a run over devices, through Lightning Fabric: one, DDP, FSDP2, or DeepSpeed's ZeRO.
 
 The rest of the project sees whole tensors: what is shared out among ranks is gathered and sharded again by sharding.py
 and deepspeed.py, so that a resume state does not depend on the strategy nor on the number of ranks.
@@ -8,9 +8,10 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from lit_gpt.distributed import deepspeed
 from lit_gpt.distributed.args import DeviceArgs
@@ -32,17 +33,18 @@ def launch(args: DeviceArgs, trained: torch.dtype, frozen: torch.dtype, max_grad
 
     Args:
         trained, frozen: the dtypes of weights that train and that do not, to which FSDP brings each rank's share.
-        max_grad_norm: to which DeepSpeed, which does so itself, clips the gradient.
+        max_grad_norm: the norm to which DeepSpeed is to clip the gradient, as it does so itself.
 
     Raises:
         UsageError: a strategy or a number of devices that this machine cannot give, or that torchrun, `fabric run` or
             srun, if it has started this process, was not asked for.
     """
     check_launcher(args)
-    kind, strategy = default_device().type, args.strategy
+    kind = default_device().type
+    strategy: str | ModelParallelStrategy | DeepSpeedStrategy = args.strategy
     if strategy == "fsdp":
-        sizes = {"data_parallel_size": args.ranks, "tensor_parallel_size": 1}
-        strategy = ModelParallelStrategy(partial(shard, trained=trained, frozen=frozen), **sizes)
+        sharding = partial(shard, trained=trained, frozen=frozen)
+        strategy = ModelParallelStrategy(sharding, data_parallel_size=args.ranks, tensor_parallel_size=1)
     elif strategy == "deepspeed":
         if kind != "cuda":
             raise UsageError("--strategy deepspeed: DeepSpeed needs CUDA devices and this machine has none; try fsdp")
@@ -57,6 +59,7 @@ def launch(args: DeviceArgs, trained: torch.dtype, frozen: torch.dtype, max_grad
 
 
 def started_by_fabric_run() -> bool:
+    """Return whether `fabric run` has started this process."""
     return os.environ.get("LT_CLI_USED") == "1"
 
 
@@ -89,16 +92,17 @@ def check_launcher(args: DeviceArgs) -> None:
 
     They would wait for one another without end, or each train alone and write over the others' files.
     """
-    for name, environment in {"torchrun": TorchElasticEnvironment, "SLURM": SLURMEnvironment}.items():
-        if environment.detect():
-            try:
-                size = environment().world_size()
-            except RuntimeError as error:
-                raise UsageError(f"{name}: {error}") from None
-            if size != args.ranks:
-                wanted = f"--devices {args.devices} --num_nodes {args.num_nodes}"
-                raise UsageError(f"{wanted}: {name} has started {size} processes; give it and the script the same")
-            return
+    torchrun = TorchElasticEnvironment.detect()
+    if not torchrun and not SLURMEnvironment.detect():
+        return
+    name = "torchrun" if torchrun else "SLURM"
+    try:
+        size = (TorchElasticEnvironment() if torchrun else SLURMEnvironment()).world_size()
+    except RuntimeError as error:
+        raise UsageError(f"{name}: {error}") from None
+    if size != args.ranks:
+        wanted = f"--devices {args.devices} --num_nodes {args.num_nodes}"
+        raise UsageError(f"{wanted}: {name} has started {size} processes; give it and the script the same")
 
 
 def on_main(fabric: Fabric, action: Callable[[], None]) -> None:
@@ -111,3 +115,8 @@ def on_main(fabric: Fabric, action: Callable[[], None]) -> None:
             error = problem
     if fabric.broadcast(error is not None):
         raise error or SystemExit(1)  # rank 0 says why
+
+
+def all_reduce(fabric: Fabric, tensor: Tensor, op: str = "sum") -> Tensor:
+    """Return the sum of a tensor over all ranks, or their maximum ("max"). All ranks must ask together."""
+    return cast(Tensor, fabric.all_reduce(tensor, reduce_op=op))  # whose type is that of any collection

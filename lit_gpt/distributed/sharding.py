@@ -1,10 +1,10 @@
-"""FSDP2: shards a model over ranks, and gathers whole tensors from the shards."""
+"""Shards a model over ranks by FSDP2, and gathers whole tensors from the shards."""
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lit_gpt.distributed import deepspeed
 from lit_gpt.distributed.fabric import Fabric
@@ -12,7 +12,7 @@ from lit_gpt.model.gpt import GPT
 
 
 def shard(model: GPT, mesh: DeviceMesh, trained: torch.dtype, frozen: torch.dtype) -> GPT:
-    """FSDP2: each rank keeps its share of every block and gathers a block when it runs (Zhao et al. 2023).
+    """Shard a model: each rank keeps its share of every block, and gathers a block to run it (Zhao et al. 2023).
 
     The base is still mapped from its file, in the dtype that it is stored in. One block after another is cast and cut
     up, so that no rank ever holds more than its share and a block.
@@ -31,16 +31,14 @@ def build_device(strategy: str, fabric: Fabric) -> torch.device:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor that is sharded over ranks, or the tensor. All ranks must ask together."""
+    """Return the whole of a tensor that is sharded over ranks, else the tensor. All ranks must ask together."""
     if deepspeed.is_partitioned(tensor):
         return deepspeed.get_full(tensor)
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(parameter: Tensor, contents: Tensor) -> Tensor:
     """Return this rank's shard of a whole tensor, if the parameter is sharded over ranks; else the tensor."""
-    if not hasattr(parameter, "full_tensor"):
+    if not isinstance(parameter, DTensor):
         return contents
-    from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(contents.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -15,7 +15,7 @@ class HarnessArgs:
     finetuned_path: Path | None = None  # Attach what finetune/lora.py, adapter.py or adapter_v2.py wrote.
     tasks: str = ""  # Run these tasks or groups of lm-eval, with commas between.
     include_path: Path | None = None  # Read tasks of your own, as YAML, from this folder.
-    out_path: Path = Path("out/lm_eval.json")  # Write the figures to this file.
+    out: Path = Path("out/lm_eval.json")  # Write the figures to this file.
     num_fewshot: NonNegativeInt | None = None  # Solve so many examples before a question (null: as the task has it).
     limit: PositiveInt | None = None  # Take the first so many rows of each task (null: all).
     apply_chat_template: bool = False  # Render the questions in the prompt style of the checkpoint or the finetune.

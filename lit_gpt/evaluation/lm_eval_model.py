@@ -24,7 +24,7 @@ from lit_gpt.checkpoints.folder import check_checkpoint_dir
 from lit_gpt.data import dataset, packing
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.evaluation.args import HarnessArgs
-from lit_gpt.files import atomic
+from lit_gpt.files import atomic, read_json
 from lit_gpt.generation.engine import decode
 from lit_gpt.generation.sequence import Row
 from lit_gpt.generation.steps import FastStep
@@ -33,15 +33,15 @@ from lit_gpt.methods import finetuned_model
 from lit_gpt.model.gpt import GPT
 from lit_gpt.text.messages import Message
 from lit_gpt.text.prompt_style import PromptStyle, as_list, generation_stop_ids
-from lit_gpt.text.tokenizer import Tokenizer, find_tokenizer, read_json, read_settings
+from lit_gpt.text.tokenizer import Tokenizer, find_tokenizer, read_settings
 
 SAMPLING = {"do_sample", "temperature", "top_k", "top_p"}  # what a task may ask of generation, besides where to stop
 
 
 def evaluate(args: HarnessArgs) -> None:
-    """Evaluate what the flags of eval/lm_eval_harness.py name; print a table and write `--out_path`."""
-    if args.out_path.exists():
-        raise UserError(f"--out_path {args.out_path}: exists already; choose another or remove it")
+    """Evaluate what the flags of eval/lm_eval_harness.py name; print a table and write `--out`."""
+    if args.out.exists():
+        raise UserError(f"--out {args.out}: exists already; choose another or remove it")
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if not names:
         raise UsageError("--tasks: expected the name of a task, or several with commas between, such as hellaswag")
@@ -55,14 +55,14 @@ def evaluate(args: HarnessArgs) -> None:
     )  # fmt: skip
     results["hyperparameters"] = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
     results["requests_cut"] = harness.cut
-    with atomic(args.out_path) as temporary:
+    with atomic(args.out) as temporary:
         temporary.write_text(json.dumps(results, indent=2, default=handle_non_serializable) + "\n", encoding="utf-8")
     print(make_table(results))
     if results.get("groups"):
         print(make_table(results, "groups"))
     if harness.cut:
         print(f"{harness.cut} requests were longer than {harness.max_length} tokens and lost their beginning")
-    print(f"wrote {args.out_path}")
+    print(f"wrote {args.out}")
 
 
 def load_harness(args: HarnessArgs) -> "Harness":
@@ -270,7 +270,7 @@ def end_tokens(checkpoint_dir: Path) -> list[int]:
     """The ids at which transformers ends an answer."""
     if (checkpoint_dir / "generation_config.json").is_file():
         return generation_stop_ids(checkpoint_dir)
-    return as_list(read_json(checkpoint_dir / "config.json").get("eos_token_id"))
+    return as_list(read_json(checkpoint_dir / "config.json", missing_ok=True).get("eos_token_id"))
 
 
 def load_tasks(names: list[str], include_path: Path | None) -> tuple[TaskManager, list[Any]]:

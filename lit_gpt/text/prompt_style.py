@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt.errors import UsageError, UserError
+from lit_gpt.files import read_json
 from lit_gpt.text import supervision
 from lit_gpt.text.chat_template import Template
 from lit_gpt.text.messages import Message, Tools
 from lit_gpt.text.supervision import REASONING, Encoded, Rendered
-from lit_gpt.text.tokenizer import CHAT_TEMPLATE_DIR, Encoding, Tokenizer, read_json, read_text
+from lit_gpt.text.tokenizer import CHAT_TEMPLATE_DIR, Encoding, Tokenizer, read_text
 
 FIELDS = {"own_bos": "template_writes_bos"}  # names of fields in files, where they differ
 FILE = "prompt_style.json"
@@ -126,14 +127,14 @@ class PromptStyle:
         (folder / "chat_template.jinja").write_text(self.for_others(tokenizer), encoding="utf-8")
         shutil.rmtree(folder / CHAT_TEMPLATE_DIR, ignore_errors=True)
         settings = folder / "tokenizer_config.json"
-        fields = read_json(settings)
+        fields = read_json(settings, missing_ok=True)
         if fields.pop("chat_template", None) is not None:
             settings.write_text(json.dumps(fields, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def write_stops(self, folder: Path) -> None:
         """Have generation_config.json name the ids that end an answer."""
         path = folder / "generation_config.json"
-        fields = read_json(path)
+        fields = read_json(path, missing_ok=True)
         stops = list(dict.fromkeys((*self.stop_ids, *generation_stop_ids(folder))))
         if stops != generation_stop_ids(folder):
             path.write_text(json.dumps(fields | {"eos_token_id": stops}, indent=2) + "\n", encoding="utf-8")
@@ -232,7 +233,8 @@ def present(message: Message) -> Message:
 
 def generation_stop_ids(checkpoint_dir: Path) -> list[int]:
     """The end tokens that the checkpoint's generation_config.json names."""
-    return as_list(read_json(Path(checkpoint_dir) / "generation_config.json").get("eos_token_id"))
+    settings = read_json(Path(checkpoint_dir) / "generation_config.json", missing_ok=True)
+    return as_list(settings.get("eos_token_id"))
 
 
 def as_list(ids: int | list[int] | None) -> list[int]:

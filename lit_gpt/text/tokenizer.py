@@ -17,6 +17,7 @@ import torch
 from tokenizers import AddedToken, decoders
 
 from lit_gpt.errors import UserError
+from lit_gpt.files import read_json
 
 FILES = ("tokenizer.json", "tokenizer.model")
 NAMED = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
@@ -210,7 +211,7 @@ class Tokenizer:
             token = content(settings[f"{name}_token"])
             return token, token and self.token_id(token)
         for file in ("generation_config.json", "config.json"):
-            ids = read_json(self.checkpoint_dir / file).get(f"{name}_token_id")
+            ids = read_json(self.checkpoint_dir / file, missing_ok=True).get(f"{name}_token_id")
             first = ids[0] if isinstance(ids, list) and ids else ids
             if isinstance(first, int) and (token := self._tokens.id_to_token(first)) is not None:
                 return token, first
@@ -294,17 +295,6 @@ def sentencepiece_vocabulary(model: Any, stated: dict[int, AddedToken]) -> token
     return tokens
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, empty where there is no file."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise UserError(f"{path}: expected JSON ({error}); download the file again") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, found a {type(values).__name__}; download the file again")
-    return values
-
-
 def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -314,9 +304,9 @@ def read_text(path: Path) -> str:
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, overruled by special_tokens_map.json where transformers still reads that."""
-    settings = read_json(folder / "tokenizer_config.json")
+    settings = read_json(folder / "tokenizer_config.json", missing_ok=True)
     if "added_tokens_decoder" not in settings:
-        settings = {**settings, **read_json(folder / "special_tokens_map.json")}
+        settings = {**settings, **read_json(folder / "special_tokens_map.json", missing_ok=True)}
     return {key: value for key, value in settings.items() if value != ""}
 
 
@@ -329,7 +319,7 @@ def stated_tokens(folder: Path, settings: dict[str, Any]) -> tuple[dict[int, Add
     if "added_tokens_decoder" in settings:
         return {int(i): added_token(value) for i, value in settings["added_tokens_decoder"].items()}, special
     named = {token.content for token in special}
-    added = read_json(folder / "added_tokens.json").items()
+    added = read_json(folder / "added_tokens.json", missing_ok=True).items()
     return {i: AddedToken(token, special=token in named, normalized=token not in named) for token, i in added}, special
 
 

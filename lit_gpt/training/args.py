@@ -1,4 +1,4 @@
-"""The arguments of a finetuning run, by group. Every field is a flag of all finetune scripts (see lit_gpt.cli).
+"""Defines the arguments of a finetuning run, by group. Every field is a flag of all finetune scripts (see lit_gpt.cli).
 
 Nothing here imports torch. The groups are frozen: what a run changes on its way, it keeps elsewhere.
 """

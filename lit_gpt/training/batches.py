@@ -1,11 +1,12 @@
-"""Which samples each optimizer step trains on, and the rows that each rank makes of its share."""
+"""Decides which samples each optimizer step trains on, and which rows each rank makes of its share."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lit_gpt.data.packing import micro_batches, step_samples
+from lit_gpt.data.dataset import Samples
+from lit_gpt.data.packing import RowSize, micro_batches, step_samples
 from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.training.args import BatchArgs
 from lit_gpt.training.objectives import Objective
@@ -14,32 +15,38 @@ from lit_gpt.training.schedule import Schedule
 
 @dataclass(frozen=True)
 class Batch:
-    """What an optimizer step trains on, on the device or on its way there."""
+    """Holds what an optimizer step trains on, on the device or on its way there."""
 
     step: int
-    rows: list[Any]  # of this rank
-    weight: int  # of all ranks' samples: what the summed loss is divided by
+    rows: list[Any]  # this rank's
+    weight: int  # all ranks' together: what the summed loss is divided by
     tokens: int  # fed to all ranks
 
 
+@dataclass(frozen=True)
 class Batches:
-    """The batches of a run, by optimizer step; the same samples for any number of ranks."""
+    """Makes the batches of a run, by optimizer step; the same samples for any number of ranks."""
 
-    def __init__(
-        self, dataset: Any, objective: Objective, args: BatchArgs, seed: int, schedule: Schedule, fabric: Fabric
-    ) -> None:
-        self.dataset, self.objective, self.args, self.seed = dataset, objective, args, seed
-        self.schedule, self.fabric = schedule, fabric
+    dataset: Samples
+    objective: Objective
+    args: BatchArgs
+    seed: int
+    schedule: Schedule
+    fabric: Fabric
+
+    @property
+    def row_size(self) -> RowSize:
+        """Return how many samples a row takes, or if that is None, how many tokens it holds."""
+        return self.args.micro_batch_size, self.args.micro_batch_tokens
 
     def indices(self, step: int) -> list[int]:
         """Return the samples of a step, counted from 0, of all ranks."""
         return step_samples(len(self.dataset), self.args.batch_size, self.seed, step, self.schedule.samples)
 
     def batch(self, step: int) -> Batch:
-        """Return what a step trains on. Beyond the last, nothing."""
+        """Return what a step trains on; beyond the last step, nothing."""
         indices, dataset = self.indices(step), self.dataset
-        size = self.args.micro_batch_size, self.args.micro_batch_tokens
-        rows = rank_rows(dataset, indices, size, self.objective, self.fabric)
+        rows = rank_rows(dataset, indices, self.row_size, self.objective, self.fabric)
         weight = self.objective.weight(dataset[i] for i in indices)
         return Batch(step, [self.row(row) for row in rows], weight, sum(dataset.lengths[i] - 1 for i in indices))
 
@@ -52,23 +59,21 @@ class Batches:
         lengths, longest = self.dataset.lengths, list[int]()
         for step in range(min(self.schedule.steps, math.ceil(len(lengths) / self.args.batch_size))):
             share = self.indices(step)[self.fabric.global_rank :: self.fabric.world_size]
-            rows = micro_batches(share, lengths, self.args.micro_batch_size, self.args.micro_batch_tokens)
+            rows = micro_batches(share, lengths, *self.row_size)
             longest = max([longest, *rows], key=lambda row: sum(lengths[i] for i in row))
         return longest or [0]
 
     def shortest_row(self) -> list[int]:
+        """Return the shortest sample, as a row of its own."""
         return [min(range(len(self.dataset)), key=self.dataset.lengths.__getitem__)]
 
 
 def rank_rows(
-    dataset: Any, indices: list[int], size: tuple[int | None, int | None], objective: Objective, fabric: Fabric
+    dataset: Samples, indices: list[int], size: RowSize, objective: Objective, fabric: Fabric
 ) -> list[list[Any]]:
     """Return the samples of each of this rank's rows.
 
     Every rank gets as many rows, for they compute together; where one has none left, an idle row.
-
-    Args:
-        size: how many samples a row takes, or if that is None, how many tokens it holds.
     """
     shares = [
         list(micro_batches(indices[rank :: fabric.world_size], dataset.lengths, *size))

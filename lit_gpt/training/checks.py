@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from lit_gpt.data.dataset import Dataset
+from lit_gpt.data.dataset import Samples
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.methods.method import Method
 from lit_gpt.model.config import Config
@@ -43,11 +43,12 @@ def check_quantized(args: TrainArgs, method: Method, quantize: str | None) -> No
 
 
 def check_offload(args: TrainArgs, on_cuda: bool) -> None:
+    """Refuse to offload where there is nothing to offload from."""
     if args.memory.activation_checkpointing == "offload" and not on_cuda:
         raise UsageError("--activation_checkpointing offload: there is no GPU to move activations away from; try full")
 
 
-def check_lengths(args: TrainArgs, limit: int, *splits: Dataset) -> None:
+def check_lengths(args: TrainArgs, limit: int, *splits: Samples) -> None:
     """Refuse data with samples of more than `limit` tokens."""
     longest = max(max(split.lengths) for split in splits)
     if longest > limit:

@@ -1,13 +1,16 @@
-"""Validation: the loss over all ranks, an answer to show, and the loss on a probe."""
+"""Validates: measures the loss over all ranks, shows an answer, and measures the loss on a probe."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
 
+from lit_gpt.data.dataset import Samples
+from lit_gpt.data.packing import RowSize
 from lit_gpt.data.probe import WINDOW, Probe
 from lit_gpt.distributed.fabric import Fabric
+from lit_gpt.distributed.launch import all_reduce
 from lit_gpt.generation.engine import generate
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.model.gpt import GPT
@@ -17,28 +20,24 @@ from lit_gpt.training.batches import rank_rows
 from lit_gpt.training.objectives import Objective, SupervisedFinetuning
 from lit_gpt.training.strategy import Worker
 
-Size = tuple[int | None, int | None]  # of a row: samples, or if that is None tokens
 
-
+@dataclass
 class Evaluator:
     """Measures what a model has learned, and what it has forgotten.
 
     Attributes:
+        samples: validate on so many; None: on all.
+        show: shows an answer of the model.
         losses: validation losses that this process has measured, by step.
     """
 
-    def __init__(
-        self,
-        worker: Worker,
-        dataset: Any,
-        samples: int | None,
-        size: Size,
-        probe: Probe | None,
-        show: Callable[[], None],
-    ) -> None:
-        self.worker, self.dataset, self.samples, self.size = worker, dataset, samples, size
-        self.probe, self.show = probe, show
-        self.losses: dict[int, float] = {}
+    worker: Worker
+    dataset: Samples
+    samples: int | None
+    size: RowSize
+    probe: Probe | None
+    show: Callable[[], None]
+    losses: dict[int, float] = field(default_factory=dict)
 
     def validate(self, step: int) -> float:
         """Return the validation loss after a step, and show an answer."""
@@ -53,14 +52,14 @@ class Evaluator:
             return None
         return self.loss(self.probe, list(range(len(self.probe))), (None, WINDOW), SupervisedFinetuning())
 
-    def loss(self, dataset: Any, indices: list[int], size: Size, objective: Objective) -> float:
+    def loss(self, dataset: Samples, indices: list[int], size: RowSize, objective: Objective) -> float:
         """Return the mean loss over samples, over all ranks."""
         fabric, model = self.worker.fabric, self.worker.wrapped
         model.eval()
         with self.worker.autocast():
             total, weight = objective.score(model, rank_rows(dataset, indices, size, objective, fabric), fabric.device)
         sums = torch.tensor([total, weight], device=fabric.device, dtype=torch.float64)
-        total, weight = fabric.all_reduce(sums, reduce_op="sum")
+        total, weight = all_reduce(fabric, sums)
         return (total / weight).item()
 
 

@@ -1,9 +1,8 @@
-"""Where a run can be followed besides metrics.csv: TensorBoard, Weights & Biases, MLflow, through Lightning's loggers.
+"""Sends metrics to TensorBoard, Weights & Biases or MLflow, besides metrics.csv, through Lightning's loggers.
 
 `out_dir/logger.json` names the run there, so that a resumed run goes on in the same one.
 """
 
-import json
 import os
 import sys
 import uuid
@@ -14,20 +13,21 @@ from tqdm import tqdm
 
 from lit_gpt.distributed.fabric import TensorBoardLogger
 from lit_gpt.errors import UserError, require
+from lit_gpt.files import read_json
 
 FILE = "logger.json"
-PACKAGES = {  # module and what pip calls it
-    "tensorboard": ("tensorboard", "tensorboard"),
-    "wandb": ("wandb", "wandb"),
-    "mlflow": ("mlflow", "mlflow"),
+PACKAGES = {  # that each needs; Lightning has the loggers of the last two
+    "csv": (),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb", "lightning"),
+    "mlflow": ("mlflow", "lightning"),
 }
 
 
 def check_installed(logger: str) -> None:
-    if logger != "csv":
-        require(*PACKAGES[logger], f"--logger {logger}")
-    if logger in ("wandb", "mlflow"):
-        require("lightning", "lightning", f"--logger {logger}")  # whose loggers these are
+    """Refuse a logger that is not installed."""
+    for package in PACKAGES[logger]:
+        require(package, package, f"--logger {logger}")
 
 
 def _tensorboard(out_dir: Path, run: str | None, step: int) -> tuple[Any, str]:
@@ -60,11 +60,11 @@ OPENERS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
 
 
 class RunLogger:
-    """A run's logger. If it fails while the run goes, that is told at once and at the end, and the run goes on.
+    """Sends a run's metrics to a logger. If that fails within the run, it warns then and at the end; the run goes on.
 
     Args:
-        step: steps done already; 0 for a run that begins.
-        hyperparameters: told to the logger where the run begins.
+        step: how many steps are done already; 0 for a run that begins.
+        hyperparameters: sent where the run begins.
 
     Raises:
         UserError: it cannot be opened.
@@ -73,8 +73,8 @@ class RunLogger:
     def __init__(self, name: str, out_dir: Path, step: int, hyperparameters: dict[str, Any]) -> None:
         self.name, self.path = name, out_dir / FILE
         self.failed_at: int | None = None  # the first step that is missing there
-        known = read(self.path)
-        run = known["run"] if known.get("logger") == name else None
+        known = read_json(self.path, missing_ok=True)
+        run = known.get("run") if known.get("logger") == name else None
         try:
             self.logger, self.run = OPENERS[name](out_dir, run, step)
             if run is None:
@@ -83,10 +83,11 @@ class RunLogger:
             raise UserError(f"--logger {name}: cannot be opened: {reason(error)}; --logger csv needs nothing") from None
 
     def record(self) -> dict[str, str]:
-        """The contents of logger.json."""
+        """Return the contents of logger.json."""
         return {"logger": self.name, "run": self.run}
 
     def log(self, step: int, values: dict[str, float]) -> None:
+        """Send the values of a step."""
         if self.failed_at is not None:
             return
         try:
@@ -97,7 +98,7 @@ class RunLogger:
             tqdm.write(f"warning: {message}; the run goes on, and metrics.csv holds all", file=sys.stderr)
 
     def close(self, status: str) -> None:
-        """End the run there: "success" or "failed"."""
+        """End the run in the logger, as "success" or "failed"."""
         try:
             self.logger.finalize(status)
             if self.name == "wandb":
@@ -106,14 +107,6 @@ class RunLogger:
             print(f"warning: --logger {self.name} could not be closed: {reason(error)}", file=sys.stderr)
         if self.failed_at is not None:
             print(f"warning: --logger {self.name} has nothing from step {self.failed_at} on", file=sys.stderr)
-
-
-def read(path: Path) -> dict[str, str]:
-    """The contents of logger.json, empty if it is not there or not readable."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
 
 
 def reason(error: Exception) -> str:

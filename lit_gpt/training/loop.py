@@ -1,9 +1,8 @@
-"""The training loop, the only one."""
+"""Runs the training loop, the only one."""
 
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,11 +23,11 @@ from lit_gpt.training.strategy import Worker
 
 @dataclass
 class Trainer:
-    """A run: what takes its steps, and what watches them.
+    """Takes the steps of a run, with what watches them.
 
     Attributes:
-        record: of the finetuned file that the run leaves: its hyperparameters, prompt style and quantization.
-        step: optimizer steps done.
+        record: what the finetuned file says of the run: hyperparameters, prompt style, the base's quantization.
+        step: how many optimizer steps are done.
         prefetched: the next batch, made while the device still computes.
     """
 
@@ -77,8 +76,10 @@ class Trainer:
             this rank's share of that mean, a float32 scalar on the device; the norm of the gradient over all ranks, if
             it is known; and the tokens fed to all ranks.
         """
-        worker, batch = self.worker, self.next_batch()
-        seed_step(self.args.optimization.seed, self.step, worker.fabric.global_rank)
+        worker, batch = self.worker, self.prefetched or self.batches.batch(self.step)
+        # a step's random numbers depend on its number alone: nothing between steps disturbs them, nor resuming
+        seed = (self.args.optimization.seed * 1_000_003 + self.step) * 1_009 + worker.fabric.global_rank
+        torch.manual_seed(seed % 2**63)
         worker.set_learning_rate(self.schedule.learning_rate(self.step))
         worker.wrapped.train()
         total = torch.zeros((), device=worker.fabric.device)
@@ -88,22 +89,20 @@ class Trainer:
         self.prefetched = self.batches.batch(self.step + 1)  # while a GPU still computes: nothing has waited for it
         return total, norm, batch.tokens
 
-    def next_batch(self) -> Batch:
-        if self.prefetched is None or self.prefetched.step != self.step:
-            return self.batches.batch(self.step)
-        return self.prefetched
-
     def log(self, evaluating: bool) -> None:
+        """Write a row of metrics.csv, with the validation loss if `evaluating`."""
         losses = self.records.losses()
         self.check_finite(losses)
         row = self.records.log(self.step, losses, self.schedule.learning_rate(self.step - 1))
         self.records.write(row | {"val_loss": self.validate()} if evaluating else row)
 
     def validate(self) -> float:
+        """Return the validation loss after this step, and show an answer."""
         with self.records.pause_timer():
             return self.evaluator.validate(self.step)
 
     def measure_probe(self) -> None:
+        """Record the loss on the probe, if there is one."""
         with self.records.pause_timer():
             loss = self.evaluator.probe_loss()
         if loss is not None:
@@ -150,20 +149,11 @@ class Trainer:
         return worker.fabric.print(f"resumed after step {self.step} from {path}")
 
     def profiler(self) -> AbstractContextManager[Any]:
-        """Return a profiler of the first steps, which writes a trace for Perfetto; or nothing, unless asked for one."""
-        if not self.args.watch.profile_steps or self.worker.fabric.global_rank:
+        """Return what traces the steps after the first one and writes a trace for Perfetto, if that is asked for."""
+        steps, path = self.args.watch.profile_steps, self.args.paths.out_dir / "trace.json.gz"
+        if not steps or self.worker.fabric.global_rank:
             return nullcontext()
-        return profile_steps(self.args.watch.profile_steps, self.args.paths.out_dir / "trace.json.gz")
-
-
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed a step's random numbers by the step alone, so that nothing between steps disturbs them, nor resuming."""
-    torch.manual_seed(((seed * 1_000_003 + step) * 1_009 + rank) % 2**63)
-
-
-def profile_steps(steps: int, path: Path) -> torch.profiler.profile:
-    """Return a profiler that traces the steps after the first one and writes the trace, which Perfetto opens."""
-    return torch.profiler.profile(
-        schedule=torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1),
-        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
-    )
+        return torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=0, warmup=1, active=steps, repeat=1),
+            on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+        )

@@ -1,4 +1,4 @@
-"""What a run trains for: what a prepared sample is, how samples become rows, and the loss.
+"""Defines what a run trains for: what a prepared sample is, how samples become rows, and the loss.
 
 The training loop knows no objective by name. Another one derives from Objective and is registered under a name.
 """
@@ -11,18 +11,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lit_gpt.data.dataset import SPLITS, Dataset, Sample
+from lit_gpt.data.dataset import SPLITS, Dataset, Sample, Samples
 from lit_gpt.data.packing import PackedRow, pack, supervised_count
 from lit_gpt.errors import UsageError
 
 
 class Objective(ABC):
-    """What a run trains for. A dataset has a length, samples by index, their `lengths` and a `fingerprint`."""
+    """Defines what a run trains for."""
 
     name: ClassVar[str]
 
     @abstractmethod
-    def datasets(self, data_dir: Path) -> tuple[Any, Any]:
+    def datasets(self, data_dir: Path) -> tuple[Samples, Samples]:
         """Open the samples to train and to validate on.
 
         Raises:
@@ -42,7 +42,7 @@ class Objective(ABC):
         """
 
     @abstractmethod
-    def idle(self, dataset: Any) -> Any:
+    def idle(self, dataset: Samples) -> Any:
         """Return a short sample of no weight, for a rank that has no row left while others compute."""
 
     @abstractmethod
@@ -68,7 +68,7 @@ class Objective(ABC):
 
 
 class SupervisedFinetuning(Objective):
-    """The cross-entropy of the supervised tokens, in nats."""
+    """Trains for the cross-entropy of the supervised tokens, in nats."""
 
     name = "sft"
 
@@ -82,7 +82,7 @@ class SupervisedFinetuning(Objective):
     def weight(self, samples: Iterable[Sample]) -> int:
         return supervised_count(samples)
 
-    def idle(self, dataset: Sequence[Sample]) -> Sample:
+    def idle(self, dataset: Samples) -> Sample:
         tokens = dataset[0].tokens[:2]
         return Sample(tokens, torch.zeros_like(dataset[0].supervised[:2]))
 
@@ -106,7 +106,11 @@ def register(objective: type[Objective]) -> None:
 
 
 def make_objective(name: str) -> Objective:
-    """Return the objective of a name. Raises UsageError if there is none."""
+    """Return the objective that `--objective` names.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
     if name not in OBJECTIVES:
         raise UsageError(f"--objective {name}: expected one of {', '.join(OBJECTIVES)}")
     return OBJECTIVES[name]()

@@ -1,4 +1,4 @@
-"""Optimizers by name with their arguments checked, and the step taken within the backward pass."""
+"""Makes optimizers by name, with their arguments checked, and takes steps within the backward pass."""
 
 import importlib
 import inspect
@@ -52,6 +52,7 @@ def optimizer_for(parameters: list[nn.Parameter], args: OptimizationArgs) -> "to
 
 
 def parts(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of an InBackward, else the optimizer alone."""
     return optimizer.optimizers if isinstance(optimizer, InBackward) else [optimizer]
 
 
@@ -67,12 +68,13 @@ def allocate(optimizer: Any) -> None:
 
 
 def clear_state(optimizer: Any) -> None:
-    """Take the optimizer's state back to its beginning."""
+    """Remove the optimizer's state."""
     for part in parts(optimizer):
         part.state.clear()
 
 
 def find_class(name: str) -> type[torch.optim.Optimizer]:
+    """Return the class that `--optimizer` names."""
     module, _, cls = OPTIMIZERS.get(name, name).rpartition(".")
     if not module:
         known = ", ".join(OPTIMIZERS)
@@ -99,6 +101,7 @@ class InBackward:
 
     @staticmethod
     def take(optimizer: torch.optim.Optimizer) -> None:
+        """Take the step of one parameter."""
         optimizer.step()
         optimizer.zero_grad()
 
@@ -117,7 +120,7 @@ class InBackward:
         """Done already."""
 
     def state_dict(self) -> dict[str, Any]:
-        """As one optimizer of all the parameters has it, so that a run may be resumed with the other."""
+        """Return the state as one optimizer of all parameters has it, so that a run may be resumed with the other."""
         states = [optimizer.state_dict() for optimizer in self.optimizers]
         group = states[0]["param_groups"][0] | {"params": list(range(len(states)))}
         return {"state": {i: s["state"][0] for i, s in enumerate(states) if s["state"]}, "param_groups": [group]}

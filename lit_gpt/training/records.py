@@ -1,8 +1,9 @@
-"""What a training run leaves besides weights: metrics.csv, hyperparameters.json, summary.json, loss.png; and what it
-shows while it goes: a progress bar, or lines where there is no terminal."""
+"""Writes what a training run leaves besides weights: metrics.csv, hyperparameters.json, summary.json, loss.png.
+
+While the run goes on, it shows a progress bar, or lines where there is no terminal.
+"""
 
 import csv
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -15,18 +16,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lit_gpt.distributed.fabric import Fabric
-from lit_gpt.files import atomic
+from lit_gpt.distributed.launch import all_reduce
+from lit_gpt.files import atomic, write_json
 from lit_gpt.hardware import peak_memory_bytes
 from lit_gpt.reporting.charts import smooth
-from lit_gpt.reporting.metrics import COLUMNS
+from lit_gpt.reporting.runs import COLUMNS
 from lit_gpt.training import loggers
 
 
 class Records:
-    """The records of one run. Only rank 0 writes and shows; all ranks take part in sums over ranks.
+    """Keeps the records of one run. Only rank 0 writes and shows; all ranks take part in sums over ranks.
 
     Args:
-        logger: name of a logger besides metrics.csv, or csv.
+        logger: the name of a logger besides metrics.csv, or csv.
         hyperparameters: what hyperparameters.json is to hold.
     """
 
@@ -43,11 +45,11 @@ class Records:
         self.paused = 0.0  # seconds since the last row that were not training
         self.last_row_at = 0.0
         self.bar = tqdm(disable=True)
-        self.memory: dict[str, int] = {}  # of a step beside the model, planned and measured
+        self.memory: dict[str, int] = {}  # bytes of a step beside the model, planned and measured
         self.probe_losses: list[float] = []  # at the start and at the end
 
     def start(self) -> None:
-        """Begin: write what the run is made of, and the empty metrics."""
+        """Begin the records: write what the run is made of, and the empty metrics."""
         if self.main:
             self.open_logger(0)
             write_json(self.out_dir / "hyperparameters.json", self.hyperparameters)
@@ -55,12 +57,13 @@ class Records:
         self.fabric.barrier()
 
     def open_logger(self, step: int) -> None:
+        """Open the logger, if the run has one, after so many steps."""
         if self.logger_name != "csv":
             self.logger = loggers.RunLogger(self.logger_name, self.out_dir, step, self.hyperparameters)
             write_json(self.logger.path, self.logger.record())
 
     def resume(self, step: int, progress: dict[str, Any]) -> None:
-        """Continue the records of a run that is resumed after `step`; what it wrote beyond that is dropped."""
+        """Continue the records of a run that is resumed after `step`, without what it wrote beyond that."""
         self.tokens, self.seconds = progress["tokens"], progress["seconds"]
         self.probe_losses = progress.get("probed", [])
         with open(self.path, newline="", encoding="utf-8") as file:
@@ -74,6 +77,7 @@ class Records:
         return {"tokens": self.tokens, "seconds": self.seconds, "probed": self.probe_losses}
 
     def write_rows(self) -> None:
+        """Write all rows to metrics.csv."""
         with atomic(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
@@ -108,11 +112,11 @@ class Records:
 
     def losses(self) -> list[tuple[int, float]]:
         """Return (step, loss) of each step since the last `log`, summed over ranks. Waits for the device."""
-        losses = self.fabric.all_reduce(torch.stack([loss for _, loss in self.pending]), reduce_op="sum").tolist()
+        losses = all_reduce(self.fabric, torch.stack([loss for _, loss in self.pending])).tolist()
         return [(step, loss) for (step, _), loss in zip(self.pending, losses, strict=True)]
 
     def log(self, step: int, losses: list[tuple[int, float]], lr: float) -> dict[str, Any]:
-        """Close the account of the steps since the last call; returns its row, to which a val_loss may be added."""
+        """Sum up the steps since the last call in a row of metrics.csv, to which a val_loss may be added."""
         now = time.perf_counter()
         elapsed, self.last_row_at = now - self.last_row_at - self.paused, now
         tokens = self.new_tokens
@@ -151,9 +155,13 @@ class Records:
             self.logger.log(step, {"probe_loss": loss})
 
     def finish(self, method: str, objective: str, trainable: int, quantization: str | None) -> None:
-        """Write summary.json and loss.png. `quantization` is the base's."""
+        """Write summary.json and loss.png, and print the figures.
+
+        Args:
+            quantization: the format of the base's weights; None: they are not quantized.
+        """
         validations = [float(row["val_loss"]) for row in self.rows if row["val_loss"] != ""]
-        summary = {
+        summary: dict[str, Any] = {
             "method": method,
             "objective": objective,
             "base_quantization": quantization,
@@ -184,13 +192,8 @@ class Records:
         )
 
 
-def write_json(path: Path, contents: dict[str, Any]) -> None:
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
-
-
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """The learning curves, over tokens: each logged training loss, their running mean, and the validation loss."""
+    """Draw the learning curves, over tokens: each logged training loss, their running mean, and the validation loss."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,7 +1,7 @@
-"""Resume states: `state/step_00000100.pth` in out_dir, each a finetuned file with what resuming needs besides.
+"""Writes and reads resume states: `state/step_00000100.pth` in out_dir, a finetuned file with what resuming needs.
 
-A state is written whole or not at all. The newest `--keep_states` stay, and so does the best: that
-with the lowest validation loss, among those saved when one was measured.
+A state is written whole or not at all. The newest `--keep_states` stay, and so does the best: that with the lowest
+validation loss, among those saved when one was measured.
 """
 
 from dataclasses import dataclass
@@ -22,19 +22,18 @@ FREE_TO_CHANGE = {
     "finetuned_path", "logger", "probe_path", "quantize",
 }  # fmt: skip
 
-
 FORMAT_VERSION = 2  # of the part of a state that resuming needs
 
 
 @dataclass
 class ResumeStates:
-    """The resume states of one run.
+    """Keeps the resume states of one run.
 
     Attributes:
-        flags: the run's flags, of which those that bear on its weights are locked.
-        identity: of what the run trains on: base, its quantization, data, the method's settings. Only the same may go
-            on from a state.
         keep: how many of the newest states stay.
+        flags: the run's flags, of which those that bear on its weights are locked.
+        identity: what the run trains on: base, its quantization, data, the method's settings. Only a run with the same
+            may continue from a state.
         best: step and validation loss of the best state.
     """
 
@@ -56,7 +55,7 @@ class ResumeStates:
         """Write the state of `step`, and drop those that are neither among the newest nor the best.
 
         Args:
-            contents: of a finetuned file.
+            contents: the contents of a finetuned file.
             resume: what resuming needs besides.
         """
         if val_loss is not None and (self.best is None or val_loss < self.best[1]):
@@ -83,8 +82,8 @@ class ResumeStates:
         """Read the newest whole state if there is one, checked to be of this run.
 
         Raises:
-            UserError: it is of a run with other hyperparameters, base or data, or of another format; or there are
-                states, none of them whole.
+            UserError: it belongs to a run with other hyperparameters, base or data, or has another format; or there
+                are states, none of them whole.
         """
         paths = self.fabric.broadcast(self.paths())
         for path in paths:
@@ -102,6 +101,7 @@ class ResumeStates:
         return None
 
     def refuse_other_run(self, path: Path, contents: dict[str, Any]) -> None:
+        """Refuse a state that another run has written, or an earlier release."""
         before = contents.get("resume", {})
         if before.get("format_version") != FORMAT_VERSION:
             raise UserError(

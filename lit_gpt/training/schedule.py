@@ -1,4 +1,4 @@
-"""How many optimizer steps a run takes, and the learning rate of each."""
+"""Says how many optimizer steps a run takes, and the learning rate of each."""
 
 import math
 from dataclasses import dataclass
@@ -9,11 +9,11 @@ from lit_gpt.training.args import BatchArgs, OptimizationArgs
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warmup, then half a cosine down to `floor`, or a constant.
+    """Raises the learning rate linearly, then lets it fall along half a cosine to `floor`, or stay.
 
     Attributes:
-        steps: optimizer steps of the run.
-        samples: samples that they take together.
+        steps: how many optimizer steps the run has.
+        samples: how many samples these take together.
     """
 
     steps: int

@@ -96,9 +96,8 @@ def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
     show = partial(
         show_answer, fabric, model, base.tokenizer, style, objective.prompt(validation[0]), args.watch.sample_tokens
     )
-    size = args.batch.micro_batch_size, args.batch.micro_batch_tokens
-    evaluator = Evaluator(worker, validation, args.watch.eval_samples, size, probe, show)
-    identity = {"base": base.fingerprint, "data": train.fingerprint, "settings": method.settings}
+    evaluator = Evaluator(worker, validation, args.watch.eval_samples, batches.row_size, probe, show)
+    identity: dict[str, Any] = {"base": base.fingerprint, "data": train.fingerprint, "settings": method.settings}
     identity |= {"quantization": base.quantization, "probe": probe and probe.fingerprint}
     states = ResumeStates(fabric, args.paths.out_dir, args.watch.keep_states, flags, identity)
     record = {"hyperparameters": method.settings, "prompt_style": style.to_dict(), "quantize": base.quantization}

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from lit_gpt.distributed.fabric import Fabric
+from lit_gpt.distributed.launch import all_reduce
 
 
 class StopSignals:
-    """SIGINT and SIGTERM, held until the step in hand is done. A second SIGINT interrupts at once."""
+    """Holds the signals within a block, and tells whether one came. A second SIGINT interrupts at once."""
 
     def __init__(self, fabric: Fabric) -> None:
         self.fabric, self.received = fabric, False
@@ -20,18 +21,17 @@ class StopSignals:
         return self
 
     def receive(self, number: int, frame: Any) -> None:
+        """Note a signal and say what will follow."""
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True
         print(f"\n{signal.Signals(number).name}: saving after this step", file=sys.stderr)
 
     def asked(self) -> bool:
-        """Whether any rank was told to stop; all ranks must ask together."""
+        """Return whether any rank was told to stop. All ranks must ask together."""
         if self.fabric.world_size == 1:
             return self.received
-        return bool(
-            self.fabric.all_reduce(torch.tensor(float(self.received), device=self.fabric.device), reduce_op="sum")
-        )
+        return bool(all_reduce(self.fabric, torch.tensor(float(self.received), device=self.fabric.device)))
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():

@@ -1,7 +1,7 @@
-"""One rank's model behind its strategy (one device, DDP, FSDP2, DeepSpeed), and the optimizer of what trains."""
+"""Runs one rank's model behind its strategy (one device, DDP, FSDP2, DeepSpeed), and its optimizer."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -16,12 +16,16 @@ from lit_gpt.training.args import OptimizationArgs
 from lit_gpt.training.objectives import Objective
 from lit_gpt.training.optimizers import InBackward, make_optimizer, optimizer_for
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine  # which takes seconds to import
+
 
 class Worker:
     """Runs forward, backward and optimizer steps of one rank.
 
     Attributes:
         model: the GPT itself; `wrapped` is the same behind Fabric's strategy.
+        engine: DeepSpeed's, if that is the strategy.
         parameters: those that train.
     """
 
@@ -30,9 +34,10 @@ class Worker:
     ) -> None:
         self.fabric, self.model, self.method, self.objective = fabric, model, method, objective
         self.precision, self.max_grad_norm = precision, args.max_grad_norm
-        self.by_deepspeed = isinstance(fabric.strategy, DeepSpeedStrategy)
-        if self.by_deepspeed:  # which wants both together
+        self.engine: DeepSpeedEngine | None = None
+        if isinstance(fabric.strategy, DeepSpeedStrategy):  # which wants both together
             self.wrapped, self.optimizer = fabric.setup(model, make_optimizer(trained(model), args))
+            self.engine = fabric.strategy.model
         else:
             self.wrapped = fabric.setup_module(model)
             optimizer = optimizer_for(trained(model), args)
@@ -47,7 +52,7 @@ class Worker:
         """Add a row's share to the gradients, and return its share of the loss, a float32 scalar on the device.
 
         Args:
-            weight: of the global batch, by which the summed loss is divided.
+            weight: the global batch's, by which the summed loss is divided.
             more: whether other rows follow before the optimizer steps, so that ranks need not meet yet.
         """
         with self.maybe_no_sync(more):
@@ -59,8 +64,8 @@ class Worker:
 
     def maybe_no_sync(self, more: bool) -> AbstractContextManager[Any]:
         """Return the context of a backward pass, in which ranks exchange gradients only if no more rows follow."""
-        if self.by_deepspeed:
-            self.fabric.strategy.model.set_gradient_accumulation_boundary(not more)
+        if self.engine:
+            self.engine.set_gradient_accumulation_boundary(not more)
             return nullcontext()
         return self.fabric.no_backward_sync(self.wrapped, enabled=more)
 
@@ -79,12 +84,13 @@ class Worker:
         norm = self.clip_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.by_deepspeed:  # clips by itself, see lit_gpt.distributed.deepspeed.config
-            return deepspeed.gradient_norm(self.wrapped, self.fabric.device)
+        if self.engine:  # clips by itself, see lit_gpt.distributed.deepspeed.config
+            return deepspeed.gradient_norm(self.engine, self.fabric.device)
         return norm
 
     def clip_gradients(self) -> Tensor | None:
-        if self.by_deepspeed or isinstance(self.optimizer, InBackward):
+        """Clip the gradients if asked for, and return the norm of all before that; see `step`."""
+        if self.engine or isinstance(self.optimizer, InBackward):
             return None
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = gather(nn.utils.get_total_norm(gradients, foreach=True))
@@ -94,7 +100,7 @@ class Worker:
 
     def dry_run_step(self, row: Any) -> None:
         """Take a step on a row that changes nothing, so that what runs out of memory does so now."""
-        if not self.by_deepspeed:  # which has made the optimizer's state already
+        if not self.engine:  # which has made the optimizer's state already
             optimizers.allocate(self.optimizer)
         self.wrapped.train()
         with self.maybe_no_sync(more=False):
@@ -103,16 +109,17 @@ class Worker:
             self.fabric.backward(loss * 0.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        (deepspeed.clear_optimizer_state if self.by_deepspeed else optimizers.clear_state)(self.optimizer)
+        (deepspeed.clear_optimizer_state if self.engine else optimizers.clear_state)(self.optimizer)
 
     def optimizer_state(self) -> dict[str, Any]:
         """Return the optimizer's state, whole, whatever the number of ranks. All ranks must ask together."""
-        if self.by_deepspeed:
+        if self.engine:
             return deepspeed.optimizer_state(self.parameters, self.optimizer)
         return tree_map(lambda leaf: gather(leaf) if isinstance(leaf, Tensor) else leaf, self.optimizer.state_dict())
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        if self.by_deepspeed:
+        """Continue from a state that `optimizer_state` has returned."""
+        if self.engine:
             return deepspeed.load_optimizer_state(self.parameters, self.optimizer, state)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for i, entries in state["state"].items():
@@ -123,4 +130,5 @@ class Worker:
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that train."""
     return [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -94,8 +94,8 @@ def test_chat_template_equals_transformers(llama, tmp_path):
 
 
 def test_prepare_json(cli, llama, tmp_path):
-    flags = {"checkpoint_dir": llama, "json_path": write_rows(tmp_path / "r.jsonl"), "prompt_style": "plain"}
-    result = cli("scripts/prepare_json.py", **flags, destination_path=tmp_path / "d", validation_fraction=0.2)
+    flags = {"checkpoint_dir": llama, "data_path": write_rows(tmp_path / "r.jsonl"), "prompt_style": "plain"}
+    result = cli("scripts/prepare_json.py", **flags, out_dir=tmp_path / "d", validation_fraction=0.2)
     assert result.code == 0 and "⟦the task" in result.out and "rows kept" in result.out
     train, validation = (dataset.Dataset(tmp_path / "d", split) for split in dataset.SPLITS)
     assert (len(train), len(validation)) == (16, 4)
@@ -105,7 +105,7 @@ def test_prepare_json(cli, llama, tmp_path):
     answers = {tokenizer.decode(s.tokens[s.supervised == 1]) for s in train}
     assert answers <= {row["output"] for row in ROWS}
     # the same command gives the same data
-    cli("scripts/prepare_json.py", **flags, destination_path=tmp_path / "e", validation_fraction=0.2)
+    cli("scripts/prepare_json.py", **flags, out_dir=tmp_path / "e", validation_fraction=0.2)
     assert all((tmp_path / "d" / n).read_bytes() == (tmp_path / "e" / n).read_bytes() for n in
                ("train.safetensors", "validation.safetensors", "data.json"))  # fmt: skip
 
@@ -120,7 +120,7 @@ def test_json_csv_and_messages_say_the_same(cli, llama, tmp_path):
     for name in ("r.json", "r.csv", "m.jsonl"):
         flags = {"instruction_column": "q", "output_column": "a"} if name != "m.jsonl" else {}
         out = tmp_path / name.replace(".", "_")
-        result = cli("scripts/prepare_json.py", checkpoint_dir=llama, json_path=tmp_path / name, destination_path=out,
+        result = cli("scripts/prepare_json.py", checkpoint_dir=llama, data_path=tmp_path / name, out_dir=out,
                      validation_path=tmp_path / name, **flags)  # fmt: skip
         assert result.code == 0, result.err
         seen.append(load_file(out / "train.safetensors"))
@@ -133,7 +133,7 @@ def test_alpaca_and_dolly_from_local_files(cli, llama, tmp_path):
     write_rows(tmp_path / "d.jsonl", dolly)
     for name in ("alpaca", "dolly"):
         out = tmp_path / name
-        flags = {"json_path": tmp_path / f"{name[0]}.jsonl", "destination_path": out, "max_seq_length": 200}
+        flags = {"data_path": tmp_path / f"{name[0]}.jsonl", "out_dir": out, "max_seq_length": 200}
         assert cli(f"scripts/prepare_{name}.py", checkpoint_dir=llama, **flags).code == 0
     one, other = (load_file(tmp_path / name / "train.safetensors") for name in ("alpaca", "dolly"))
     assert all(torch.equal(one[k], other[k]) for k in one)
@@ -142,12 +142,12 @@ def test_alpaca_and_dolly_from_local_files(cli, llama, tmp_path):
 def test_audit_counts_what_happens(cli, llama, tmp_path):
     rows = [*ROWS, {"instruction": "a", "output": " "}, {"instruction": "a", "output": "the cat " * 60},
             {"instruction": "the " * 100, "output": "b"}]  # fmt: skip
-    flags = {"checkpoint_dir": llama, "json_path": write_rows(tmp_path / "r.jsonl", rows), "prompt_style": "plain",
+    flags = {"checkpoint_dir": llama, "data_path": write_rows(tmp_path / "r.jsonl", rows), "prompt_style": "plain",
              "max_seq_length": 60, "validation_path": write_rows(tmp_path / "v.jsonl")}  # fmt: skip
-    result = cli("scripts/prepare_json.py", **flags, destination_path=tmp_path / "d")
+    result = cli("scripts/prepare_json.py", **flags, out_dir=tmp_path / "d")
     result.refused("1 rows have no supervised token", "--allow_unsupervised")
     assert not (tmp_path / "d").exists()
-    result = cli("scripts/prepare_json.py", **flags, destination_path=tmp_path / "d", allow_unsupervised=True)
+    result = cli("scripts/prepare_json.py", **flags, out_dir=tmp_path / "d", allow_unsupervised=True)
     assert result.code == 0
     audit = json.loads((tmp_path / "d" / "data.json").read_text())["audit"]["train"]
     assert audit["rows_kept"] == 21 and audit["rows_truncated"] == 2 and audit["rows_without_end_token"] == 1
@@ -156,10 +156,10 @@ def test_audit_counts_what_happens(cli, llama, tmp_path):
 
 def test_unmasked_inputs_are_supervised(cli, llama, tmp_path):
     (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m.content + eos_token + '\n' }}{% endfor %}")
-    flags = {"checkpoint_dir": llama, "json_path": write_rows(tmp_path / "r.jsonl")}
+    flags = {"checkpoint_dir": llama, "data_path": write_rows(tmp_path / "r.jsonl")}
     flags["prompt_style"] = tmp_path / "t.jinja"
-    cli("scripts/prepare_json.py", **flags, mask_inputs=False, destination_path=tmp_path / "d")
-    cli("scripts/prepare_json.py", **flags, destination_path=tmp_path / "e")
+    cli("scripts/prepare_json.py", **flags, mask_inputs=False, out_dir=tmp_path / "d")
+    cli("scripts/prepare_json.py", **flags, out_dir=tmp_path / "e")
     audits = [json.loads((tmp_path / n / "data.json").read_text())["audit"]["train"] for n in "de"]
     assert (
         audits[0]["tokens_supervised"] == audits[0]["tokens"] - audits[0]["rows_kept"] > audits[1]["tokens_supervised"]
@@ -177,7 +177,7 @@ def test_a_template_that_moves_text_is_reported(cli, llama, tmp_path):
         "{{ messages[0].content }}{% endif %}{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
     )
     rows = write_rows(tmp_path / "r.jsonl", [{"messages": CHAT}] * 4)
-    result = cli("scripts/prepare_json.py", checkpoint_dir=llama, json_path=rows, destination_path=tmp_path / "d",
+    result = cli("scripts/prepare_json.py", checkpoint_dir=llama, data_path=rows, out_dir=tmp_path / "d",
                  prompt_style=template)  # fmt: skip
     assert result.code == 0
     audit = json.loads((tmp_path / "d" / "data.json").read_text())["audit"]["train"]
@@ -205,25 +205,25 @@ def test_a_template_that_moves_text_is_reported(cli, llama, tmp_path):
 )
 def test_bad_rows(cli, llama, tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
-    flags = {"checkpoint_dir": llama, "json_path": tmp_path / name, "destination_path": tmp_path / "d"}
+    flags = {"checkpoint_dir": llama, "data_path": tmp_path / name, "out_dir": tmp_path / "d"}
     cli("scripts/prepare_json.py", **flags).refused(*words)
     assert not (tmp_path / "d").exists() and not list(tmp_path.glob(".d*"))
 
 
 def test_bad_paths(cli, llama, tmp_path):
     rows = write_rows(tmp_path / "r.jsonl")
-    flags = {"checkpoint_dir": llama, "json_path": rows, "destination_path": tmp_path}
+    flags = {"checkpoint_dir": llama, "data_path": rows, "out_dir": tmp_path}
     cli("scripts/prepare_json.py", **flags).refused("already exists", str(tmp_path))
-    flags["destination_path"] = tmp_path / "d"
-    cli("scripts/prepare_json.py", **flags | {"json_path": tmp_path / "no.jsonl"}).refused("no such file")
+    flags["out_dir"] = tmp_path / "d"
+    cli("scripts/prepare_json.py", **flags | {"data_path": tmp_path / "no.jsonl"}).refused("no such file")
     cli("scripts/prepare_json.py", checkpoint_dir=llama, data_path=rows).refused("--out_dir", code=2)
     (tmp_path / "latin.jsonl").write_bytes('{"instruction": "ä"}'.encode("latin-1"))
-    cli("scripts/prepare_json.py", **flags | {"json_path": tmp_path / "latin.jsonl"}).refused("not UTF-8")
+    cli("scripts/prepare_json.py", **flags | {"data_path": tmp_path / "latin.jsonl"}).refused("not UTF-8")
 
 
 def test_damaged_or_foreign_data(tmp_path, llama, tokenizer, cli):
-    cli("scripts/prepare_json.py", checkpoint_dir=llama, json_path=write_rows(tmp_path / "r.jsonl"),
-        destination_path=tmp_path / "d")  # fmt: skip
+    cli("scripts/prepare_json.py", checkpoint_dir=llama, data_path=write_rows(tmp_path / "r.jsonl"),
+        out_dir=tmp_path / "d")  # fmt: skip
     assert dataset.read_meta(tmp_path / "d", tokenizer)["format_version"] == dataset.FORMAT_VERSION
     path = tmp_path / "d" / "data.json"
     meta = json.loads(path.read_text())

@@ -10,15 +10,15 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 SCRIPT = "scripts/prepare_json.py"
 CASES = {
-    "plain": ({"json_path": "a.jsonl"}, "531aa362f4632769"),
-    "weights": ({"json_path": "a.jsonl=2.5,b.jsonl=0.5", "seed": 7}, "da17f02a393f662f"),
-    "duplicates": ({"json_path": "a.jsonl=1.5,b.jsonl", "deduplicate": True}, "51948fc7fc21eaff"),
+    "plain": ({"data_path": "a.jsonl"}, "531aa362f4632769"),
+    "weights": ({"data_path": "a.jsonl=2.5,b.jsonl=0.5", "seed": 7}, "da17f02a393f662f"),
+    "duplicates": ({"data_path": "a.jsonl=1.5,b.jsonl", "deduplicate": True}, "51948fc7fc21eaff"),
     "validation file": (
-        {"json_path": "a.jsonl", "validation_path": "b.jsonl", "deduplicate": True},
+        {"data_path": "a.jsonl", "validation_path": "b.jsonl", "deduplicate": True},
         "f55316f89e43936f",
     ),
-    "bad rows": ({"json_path": "bad.jsonl", "skip_bad_rows": True, "mask_inputs": False}, "921f375b3ab924de"),
-    "cut rows": ({"json_path": "a.jsonl", "max_seq_length": 60, "allow_unsupervised": True}, "f1de2ce45534b5ba"),
+    "bad rows": ({"data_path": "bad.jsonl", "skip_bad_rows": True, "mask_inputs": False}, "921f375b3ab924de"),
+    "cut rows": ({"data_path": "a.jsonl", "max_seq_length": 60, "allow_unsupervised": True}, "f1de2ce45534b5ba"),
 }
 
 
@@ -62,6 +62,6 @@ def test_prepared_files_equal_those_of_before(cli, llama, tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     make_inputs(tmp_path)
     (tmp_path / "config.json").write_bytes((llama / "config.json").read_bytes())
-    result = cli(SCRIPT, checkpoint_dir=tmp_path, prompt_style="chatml", destination_path=tmp_path / "d", **flags)
+    result = cli(SCRIPT, checkpoint_dir=tmp_path, prompt_style="chatml", out_dir=tmp_path / "d", **flags)
     assert result.code == 0, result.err
     assert digest(tmp_path / "d") == expected

@@ -9,10 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from helpers.cli import spawn
 from helpers.runs import of_method, same_run, wait_for_step, weights_of
 from lit_gpt.distributed import heartbeat
+from lit_gpt.distributed.fabric import DeepSpeedStrategy
+from lit_gpt.training.args import OptimizationArgs
+from lit_gpt.training.strategy import Worker
 
 SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("adapter", "adapter_v2")]
 METHODS = ["lora", *SLOW, "full"]
@@ -138,6 +142,20 @@ def test_deepspeed_takes_its_settings(stage, offload):
     assert (parsed.zero_config.offload_param is not None) == (stage == 3)
     assert not parsed.bfloat16_config.enabled and not parsed.float16_config.enabled
     assert parsed.gradient_accumulation_steps == 1 and parsed.zero_allow_untested_optimizer
+
+
+def test_deepspeed_itself_is_asked_for_the_gradient_norm():
+    """Fabric's wrapper passes the names that it does not know on to the GPT, not to DeepSpeed's engine."""
+    from lightning_fabric.wrappers import _FabricModule
+
+    model, engine = nn.Linear(2, 2), nn.Identity()
+    engine.get_global_grad_norm = lambda: 3.0
+    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)  # which would want CUDA
+    strategy._deepspeed_engine = engine
+    fabric = SimpleNamespace(strategy=strategy, device=torch.device("cpu"))
+    fabric.setup = lambda model, optimizer: (_FabricModule(engine, strategy, original_module=model), optimizer)
+    worker = Worker(fabric, model, None, None, OptimizationArgs(optimizer="sgd"), "fp32")
+    assert worker.step().item() == 3.0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refused where there is no CUDA device")

@@ -165,7 +165,7 @@ def test_two_tasks_give_the_figures_of_the_hf_model(cli, llama, tmp_path, monkey
     manager = TaskManager(include_path=str(TASKS), include_defaults=False)
     expected = simple_evaluate(hf(llama), tasks=names, task_manager=manager, num_fewshot=shots, **seeds)
     result = cli(SCRIPT, checkpoint_dir=llama, tasks=",".join(names), include_path=TASKS, num_fewshot=shots,
-                 out_path=tmp_path / "o" / "r.json", precision="fp32", log_samples="true")  # fmt: skip
+                 out=tmp_path / "o" / "r.json", precision="fp32", log_samples="true")  # fmt: skip
     assert result.code == 0, result.err
     found = json.loads((tmp_path / "o" / "r.json").read_text())
     for name in names:
@@ -214,7 +214,8 @@ def test_a_finetuned_file_gives_the_figures_of_its_export(cli, llama, tmp_path):
         ({"tasks": "beams"}, ["num_beams"], 1),
         ({"max_seq_length": 9999}, ["--max_seq_length 9999", "256"], 2),
         ({"max_seq_length": 12}, ["12 new tokens", "--max_seq_length 12"], 1),
-        ({"out_path": __file__}, ["--out_path", "exists already"], 1),
+        ({"out": __file__}, ["--out", "exists already"], 1),
+        ({"out_path": __file__}, ["--out", "exists already"], 1),  # the former spelling
         ({"checkpoint_dir": "nowhere"}, ["--checkpoint_dir nowhere"], 1),
     ],
 )
@@ -228,8 +229,6 @@ def test_refusals(cli, llama, tmp_path, monkeypatch, change, words, code):
     )
     beams = task.replace("animals_answer", "beams").replace("  until:", "  num_beams: 2\n  until:")
     (tmp_path / "t" / "beams.yaml").write_text(beams)
-    flags = dict(
-        checkpoint_dir=llama, tasks="animals_answer", include_path=tmp_path / "t", out_path=tmp_path / "r.json"
-    )
+    flags = dict(checkpoint_dir=llama, tasks="animals_answer", include_path=tmp_path / "t", out=tmp_path / "r.json")
     cli(SCRIPT, **flags | change).refused(*words, code=code)
     assert not (tmp_path / "r.json").exists()

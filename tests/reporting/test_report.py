@@ -14,7 +14,7 @@ import pytest
 
 from helpers.paths import ROOT
 from lit_gpt.reporting.charts import smooth, thin, ticks
-from lit_gpt.reporting.metrics import COLUMNS
+from lit_gpt.reporting.runs import COLUMNS
 from lit_gpt.training.records import plot
 
 SCRIPT = "scripts/report.py"
@@ -79,7 +79,7 @@ def report(cli, tmp_path):
 
     def run(*arguments) -> tuple[int, str, Page | None]:
         path = tmp_path / "report.html"
-        result = cli(SCRIPT, *arguments, report_path=path)
+        result = cli(SCRIPT, *arguments, out=path)
         assert "Traceback" not in result.err and result.err.count("error: ") == bool(result.code)
         return result.code, result.err, Page(path) if not result.code else None
 
@@ -169,10 +169,10 @@ def test_only_a_run_without_rows(report, tmp_path):
         (lambda run: run.rename(run.with_name("x")), ["a: no such folder"]),
         (lambda run: (run / "metrics.csv").unlink(), ["not the out_dir", "metrics.csv is missing"]),
         (lambda run: (run / "hyperparameters.json").unlink(), ["not the out_dir", "hyperparameters.json"]),
-        (lambda run: (run / "hyperparameters.json").write_text("{"), ["hyperparameters.json: expected a JSON object"]),
+        (lambda run: (run / "hyperparameters.json").write_text("{"), ["hyperparameters.json: expected JSON"]),
         (lambda run: (run / "metrics.csv").write_text("a,b\n1,2\n"), ["metrics.csv: expected the columns step"]),
         (lambda run: (run / "metrics.csv").write_text("step,tokens,loss\n1,x,3\n2,3,4\n"), ["metrics.csv: line 2"]),
-        (lambda run: (run.parent / "report.html").write_text("my thesis"), ["--report_path", "something else"]),
+        (lambda run: (run.parent / "report.html").write_text("my thesis"), ["--out", "something else"]),
     ],
 )
 def test_refusals(report, tmp_path, spoil, words):
@@ -189,8 +189,8 @@ def test_what_is_not_a_folder(report, tmp_path):
     code, err, _ = report()
     assert code == 2 and "expected the out_dir of a run" in err
     assert report(run, f"{run}/")[0] == 2
-    code, err, _ = report(run, "--report_paths", "x")
-    assert code == 2 and "unknown flag --report_paths; did you mean --report_path?" in err
+    code, err, _ = report(run, "--outs", "x")
+    assert code == 2 and "unknown flag --outs; did you mean --out?" in err
 
 
 @pytest.mark.subprocess
@@ -203,11 +203,17 @@ def test_it_needs_no_torch(tmp_path):
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
         "finally: print({'torch', 'lightning', 'numpy', 'matplotlib'} & sys.modules.keys())\n"
     )
-    for arguments, expected in (((), 2), ((run, "--report_path", page), 0)):
+    for arguments, expected in (((), 2), ((run, "--out", page), 0)):
         command = [sys.executable, "-c", code, *map(str, arguments)]
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert process.returncode == expected and process.stdout.endswith("set()\n"), process
     assert page.exists()
+
+
+def test_the_former_spelling_of_its_flag_is_taken(cli, tmp_path):
+    run, page = make_run(tmp_path / "a"), tmp_path / "page.html"
+    assert cli(SCRIPT, run, report_path=page).code == 0 and page.exists()
+    assert "--report_path" not in cli(SCRIPT, "--help").out
 
 
 def test_an_older_report_is_replaced(report, tmp_path):

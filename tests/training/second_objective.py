@@ -1,9 +1,14 @@
 """An objective of its own in one file: every token is learned, and long samples weigh as much as short ones.
 
-python tests/training/second_objective.py --objective even --checkpoint_dir ... (the flags of finetune/lora.py)
+    ACTION=finetune python tests/training/second_objective.py --objective even --checkpoint_dir ... --out_dir ...
+
+ACTION is finetune or plan, with the flags of finetune/lora.py or scripts/plan.py.
 """
 
+import os
+import runpy
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +47,14 @@ class EvenSamples(objectives.SupervisedFinetuning):
                 total = total + model(row.idx, segments=row.segments, targets=Targets(at[:0], at[:0]))
         return total
 
+    def plan_row(self, lengths: Sequence[int], weight: int) -> PackedRow:
+        return PackedRow.without_contents(lengths, sum(lengths))
+
 
 objectives.register(EvenSamples)
 
 
-def main(config: LoRAConfig, args: TrainArgs) -> None:
+def finetune(config: LoRAConfig, args: TrainArgs) -> None:
     from lit_gpt.methods.lora import LoRA
     from lit_gpt.training.setup import finetune
 
@@ -54,4 +62,7 @@ def main(config: LoRAConfig, args: TrainArgs) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    if os.environ["ACTION"] == "plan":
+        runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "plan.py"), run_name="__main__")
+    else:
+        run(finetune)

@@ -1,11 +1,11 @@
-"""Activation checkpointing: what a block keeps for the backward pass, from all to nothing on the device.
+"""Checkpoints activations: decides what a block keeps for the backward pass, from all to nothing on the device.
 
 All kinds give the same gradients.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def apply_activation_checkpointing(model: GPT, kind: str) -> None:
     offload: as full, with the input in host memory until then.
     """
     executions = {"selective": RecomputedOutputs, "full": FullCheckpointing, "offload": Offloading}
-    for block in model.h:
+    for block in cast(Iterable[Block], model.h):
         block.execution = executions.get(kind, BlockExecution)()
 
 
@@ -44,7 +44,7 @@ class Offloading(BlockExecution):
 
     def run(self, block: Block, *inputs: Any) -> Tensor:
         x, *shared = inputs  # by all blocks: these stay
-        with torch.autograd.graph.saved_tensors_hooks(lambda kept: to_host(kept), lambda kept: from_host(kept)):
+        with torch.autograd.graph.saved_tensors_hooks(to_host, from_host):
             return checkpoint(lambda x: block.compute(x, *shared), x, use_reentrant=False)
 
 
@@ -103,7 +103,7 @@ class RecomputedOutputs(BlockExecution):
 
 @dataclass(frozen=True)
 class Recompute:
-    """How to compute a saved tensor again."""
+    """Computes a saved tensor again."""
 
     function: Callable[[Tensor], Tensor]
     x: Tensor

@@ -1,11 +1,11 @@
-"""`--compile`: what makes a training step fast beyond torch's own operators.
+"""Compiles blocks for `--compile`, which makes a training step faster than torch's own operators do.
 
-On a CPU these are the C++ kernels of lit_gpt/kernels/cpp. On CUDA torch.compile makes kernels of what surrounds the
+On a CPU it uses the C++ kernels of lit_gpt/kernels/cpp. On CUDA torch.compile makes kernels of what surrounds the
 matrix products and attention: of one block, for all layers and for rows of any length.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def compile_blocks(model: GPT, backend: str | Callable[..., Any] = "inductor") -
     compile for these would be to compile for every row. Only training is compiled: a validation is too short to pay.
     """
     stages = [torch.compile(stage, backend=backend) for stage in (Block.pre_attention, Block.post_attention)]
-    for block in model.h:
+    for block in cast(Iterable[Block], model.h):
         block.execution = CompiledExecution(block.execution, *stages)
 
 
@@ -64,6 +64,7 @@ class CompiledExecution(BlockExecution):
 
 
 def run_stage(compiled: Callable[..., Any], block: Block, inputs: tuple[Any, ...]) -> Any:
+    """Run a compiled stage, which is compiled once for any number of tokens."""
     for tensor in inputs:
         for part in tensor if isinstance(tensor, tuple) else (tensor,):
             if part is not None:

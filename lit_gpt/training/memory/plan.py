@@ -1,11 +1,11 @@
-"""What a run will need before it starts: parameters, and the memory of each of its phases.
+"""Plans what a run will need before it starts: parameters, and the memory of each of its phases.
 
 Nothing is guessed from formulas. The very step that training takes runs on tensors without contents (FakeTensorMode)
 while every storage that lives is counted. Blocks are alike, so two small models tell what each further block adds.
 """
 
 import itertools
-from dataclasses import astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,7 @@ CPU_ROW = 2048  # tokens of a packed row on a CPU: its products gain little beyo
 
 @dataclass(frozen=True)
 class Plan:
-    """Parameters; and in bytes what is held throughout, and the peaks of the phases, what is held included."""
+    """Counts parameters, and in bytes what is held throughout and the peak of each phase, what is held included."""
 
     parameters: int
     trainable: int
@@ -62,7 +62,7 @@ class Plan:
 
     @property
     def activations(self) -> int:
-        """What is held at most until the backward pass begins, beside weights and optimizer."""
+        """Return what is held at most until the backward pass begins, beside weights and optimizer."""
         return max(self.forward, self.backward_begins) - self.weights - self.optimizer
 
     @property
@@ -70,7 +70,7 @@ class Plan:
         return max(self.train, self.evaluate, self.save)
 
     def resident(self) -> "Plan":
-        """What a process on the CPU holds for it: its heap has holes, and libraries want room to work in.
+        """Return what a process on the CPU holds for this: its heap has holes, and libraries want room to work in.
 
         Measured for the four methods on rows of 1,000 and 1,600 tokens of SmolLM2-135M: 3 to 25 % more than the tensors
         of a step themselves, or 2 to 5 % with every tensor in a mapping of its own, which is slow.
@@ -81,7 +81,7 @@ class Plan:
         return replace(self, **{name: kept + int(1.12 * n) + 25_000_000 for name, n in beside.items()})
 
     def sharded(self, args: DeviceArgs) -> "Plan":
-        """Return one rank's part by `--strategy`; activations are each rank's own."""
+        """Return one rank's part of the plan by `--strategy`; activations are each rank's own."""
         ranks, zero = args.ranks, args.strategy == "deepspeed"
         if ranks == 1 or args.strategy not in ("fsdp", "deepspeed"):
             return self
@@ -108,10 +108,10 @@ class MemoryPlanner:
     """Plans the memory of a run.
 
     Attributes:
-        args: the run's, as far as they bear on memory.
+        args: the arguments of the run.
         quantize: the format of the base's weights; None: they are not quantized.
         cuda: plan for a CUDA device; there need not be one.
-        memory: of the device, in bytes.
+        memory: how much the device has, in bytes.
     """
 
     config: Config
@@ -132,17 +132,16 @@ class MemoryPlanner:
         if self.config.n_layer <= few + 1:
             plan = self.simulate(self.config, row, checkpointing)
         else:
-            one, two = (
-                astuple(self.simulate(replace(self.config, n_layer=n), row, checkpointing)) for n in (few, few + 1)
-            )
-            *sums, _, _ = [a + (b - a) * (self.config.n_layer - few) for a, b in zip(one, two, strict=True)]
-            plan = Plan(*sums, merge=two[-2], block=two[2] - one[2])  # a merge goes block by block
+            one, two = (self.simulate(replace(self.config, n_layer=n), row, checkpointing) for n in (few, few + 1))
+            more, figures = self.config.n_layer - few, asdict(two)
+            plan = Plan(**{name: a + (figures[name] - a) * more for name, a in asdict(one).items()})
+            plan = replace(plan, merge=two.merge, block=two.weights - one.weights)  # a merge goes block by block
         return (plan if self.cuda else plan.resident()).sharded(self.args.devices)
 
     def choose_settings(self, rows: list[Row]) -> tuple[str, Row, Plan]:
         """Return the first activation checkpointing that the flags admit, and the first of `rows`, whose plan fits.
 
-        If nothing fits, the last of both.
+        If nothing fits, return the last of both.
         """
         asked = self.args.memory.activation_checkpointing
         kinds = self.kinds if asked == "auto" else (asked,)
@@ -154,7 +153,7 @@ class MemoryPlanner:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of activation checkpointing that the device admits: on a CPU there is nowhere to offload to."""
+        """Return the kinds of activation checkpointing that the device admits: a CPU has nowhere to offload to."""
         return KINDS if self.cuda else KINDS[:-1]
 
     def fits(self, plan: Plan) -> bool:
@@ -199,8 +198,10 @@ class MemoryPlanner:
             answer = tracker.during(lambda: answer_once(model, max(row[0]), self.args.watch.sample_tokens))
             merge = tracker.during(lambda: merge_once(model, method)) - tracker.now if method.merges else 0
         unseen = unseen_state(parameters, self.args.optimization.optimizer, self.cuda)
-        peaks = (forward, begins, ends, step, validate, answer, weights + states)
-        return Plan(*counts, weights, gradients, states + unseen, *(peak + unseen for peak in peaks), merge)
+        peaks = {"forward": forward, "backward_begins": begins, "backward_ends": ends, "step": step}
+        peaks |= {"validate": validate, "answer": answer, "save": weights + states}
+        peaks = {name: peak + unseen for name, peak in peaks.items()}
+        return Plan(*counts, weights, gradients, states + unseen, merge=merge, **peaks)
 
     def loss(self, model: GPT, row: Any) -> Tensor:
         with self.method.autocast(self.args.memory.precision, "cpu"):
@@ -214,15 +215,15 @@ class MemoryPlanner:
         return {"simulate_cuda": True, "cpp": False} if self.cuda else {}
 
 
-def materialize(model: nn.Module) -> list[nn.Parameter]:
-    """Put tensors that have a place but no contents for a model's meta ones; returns those that train."""
+def materialize(model: GPT) -> list[nn.Parameter]:
+    """Put tensors that have a place but no contents for a model's meta ones, and return those that train."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter not in made:
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in made:
                 like = torch.empty(parameter.shape, dtype=parameter.dtype)
                 made[parameter] = nn.Parameter(like, requires_grad=parameter.requires_grad)
-            module._parameters[name] = made.get(parameter)
+            module._parameters[name] = made[parameter]
     for rope in (model.rope, model.local_rope):
         rope.frequencies = torch.empty(rope.frequencies.shape)
     return [parameter for parameter in made.values() if parameter.requires_grad]
@@ -237,13 +238,9 @@ def answer_once(model: GPT, length: int, tokens: int) -> None:
 def merge_once(model: GPT, method: Method) -> None:
     """Hold what scripts/merge_lora.py holds in turn: merged weights, then, to compare, a float32 module and logits."""
     method.hold_merge(model)
-    largest = max((model.wte, model.h[0], model.lm_head), key=size)
+    largest = max((model.wte, model.h[0], model.lm_head), key=lambda part: sum(p.numel() for p in part.parameters()))
     widened = [p.float() for p in largest.parameters()]  # noqa: F841 (held together)
     torch.empty(3 * POSITIONS, model.config.padded_vocab_size)
-
-
-def size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def stand_in(args: OptimizationArgs) -> OptimizationArgs:

@@ -1,4 +1,4 @@
-"""A step that changes nothing, on the longest row of a run: what runs out of memory does so before the first step."""
+"""Rehearses a step on the longest row of a run: what runs out of memory does so before the first step."""
 
 import time
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from lit_gpt import hardware
+from lit_gpt.distributed.launch import all_reduce
 from lit_gpt.training.batches import Batches
 from lit_gpt.training.memory.checkpointing import KINDS, apply_activation_checkpointing
 from lit_gpt.training.memory.compiling import compile_blocks
@@ -20,13 +21,13 @@ def configure_memory(
 
     Args:
         lengths: tokens of each sample in the row.
-        weight: of the row.
+        weight: the row's, as the objective counts it.
     """
     fabric = worker.fabric
     kind, _, plan = planner.choose_settings([(list(lengths), weight)])
     if fabric.world_size > 1:  # ranks gather weights together, and so must run the same
         index = torch.tensor(KINDS.index(kind), device=fabric.device)
-        kind = KINDS[int(fabric.all_reduce(index, reduce_op="max"))]
+        kind = KINDS[int(all_reduce(fabric, index, "max"))]
     if not (compiled and kind == "selective"):  # what is compiled does so by itself
         apply_activation_checkpointing(worker.model, kind)
     if compiled:
@@ -40,7 +41,7 @@ def probe_longest_row(worker: Worker, batches: Batches, planner: MemoryPlanner, 
     """Configure memory for the longest row of an epoch and rehearse a step on it.
 
     Returns:
-        the bytes of the step beside the loaded model, planned and measured, for summary.json. Both are told.
+        the bytes of the step beside the loaded model, planned and measured, for summary.json; both are printed too.
     """
     longest = batches.longest_row()
     samples = [batches.dataset[i] for i in longest]
