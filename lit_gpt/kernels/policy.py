@@ -6,6 +6,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
+
+def multiplies_bf16() -> bool:
+    """Return whether torch's products of bfloat16 run by instructions of this CPU."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
 
 @dataclass(frozen=True)
 class KernelPolicy:
@@ -16,11 +23,13 @@ class KernelPolicy:
         simulate_cuda: choose as on a CUDA device, for a plan on fake CPU tensors.
         contents: whether tensors have contents. Without, what depends on contents takes its most even case, and copies
             to host memory are left out.
+        widen: whether a CPU computes products of 16 bits in float32; by default where it has no arithmetic for them.
     """
 
     cpp: bool = True
     simulate_cuda: bool = False
     contents: bool = True
+    widen: bool = not multiplies_bf16()
 
 
 _current: ContextVar[KernelPolicy] = ContextVar("lit_gpt kernel policy", default=KernelPolicy())  # noqa: B039 (frozen)

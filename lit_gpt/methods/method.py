@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.hardware import DTYPES
+from lit_gpt.kernels.linear import arithmetic
 from lit_gpt.methods import finetuned_file
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.moe import Experts
@@ -66,11 +67,13 @@ class Method(ABC):
     def autocast(self, precision: str, device_type: str) -> torch.autocast:
         """Return the context of a forward pass: arithmetic in `precision` if the weights have another dtype.
 
+        A CPU without such arithmetic keeps to the weights' own.
         It keeps no cache of cast weights: each is used once, and together they would take half the weights' memory
         again.
         """
-        enabled = self.weight_dtype(precision) != DTYPES[precision]
-        return torch.autocast(device_type, DTYPES[precision], enabled=enabled, cache_enabled=False)
+        dtype = DTYPES[precision]
+        enabled = self.weight_dtype(precision) != dtype == arithmetic(torch.device(device_type), dtype)
+        return torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=False)
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:
         """Return what trains, each tensor whole. All ranks must ask together."""

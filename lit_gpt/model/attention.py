@@ -9,6 +9,7 @@ from lit_gpt.model.alibi import with_alibi
 from lit_gpt.model.config import Config
 from lit_gpt.model.inputs import Segments
 from lit_gpt.model.kv_cache import AnyCache, DecodeCache
+from lit_gpt.model.linear import Linear
 from lit_gpt.model.norms import QKNorm
 from lit_gpt.model.rope import Rotation
 from lit_gpt.model.sdpa import attend, attend_packed, decode_attention
@@ -27,9 +28,9 @@ class CausalSelfAttention(nn.Module):
         self.scores = ScoreParams(scale, config.window(layer), config.attention_softcap)
         self.alibi = config.alibi
         # one product for all: rows of the queries, then of the keys, then of the values
-        self.qkv = nn.Linear(config.n_embd, sum(self.sizes), bias=config.qkv_bias)
+        self.qkv = Linear(config.n_embd, sum(self.sizes), bias=config.qkv_bias)
         self.qk_norm = QKNorm(config) if config.qk_norm else None
-        self.proj = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
+        self.proj = Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
         self.register_module("prefix", None)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, cache: AnyCache | None) -> Tensor:

@@ -16,6 +16,7 @@ from lit_gpt.model.attention import CausalSelfAttention
 from lit_gpt.model.config import Config
 from lit_gpt.model.inputs import Segments, Targets
 from lit_gpt.model.kv_cache import AnyCache, DecodeCache, KVCache, LayerCache, PackedPrefillCache
+from lit_gpt.model.linear import Linear
 from lit_gpt.model.loss import log_probabilities, summed_cross_entropy
 from lit_gpt.model.mlp import MLPS
 from lit_gpt.model.norms import norm
@@ -31,7 +32,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.learned_positions else None
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = norm(config)
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.head_bias)
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=config.head_bias)
         self.rope = RotaryEmbedding(config)
         self.local_rope = self.rope
         if config.local_rope_base is not None:

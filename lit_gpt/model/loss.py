@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_gpt.kernels.linear import arithmetic
 from lit_gpt.quantization.modules import keep_dequantized
 
 # Logits held at a time, in elements: 16 MiB in float32. Larger pieces are hardly faster on a CPU with a frozen head.
-# Where a piece must be worth more, reading the head's weights on other devices or adding to their gradient if they
-# train, eight times as many are held.
+# Where a piece must be worth more, reading the head's weights on other devices, widening them or adding to their
+# gradient if they train, eight times as many are held.
 MAX_LOGITS = 2**22
 
 
@@ -29,7 +30,7 @@ def summed_cross_entropy(
         float32 scalar. Logits are turned to float32 before the softmax.
     """
     parameters = [p for p in head.parameters() if p.requires_grad]
-    with keep_dequantized(head, hidden.dtype):
+    with keep_dequantized(head, arithmetic(hidden.device, hidden.dtype)):
         if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
             return _ChunkedLoss.apply(head, postprocess, labels, hidden, *parameters)
         chunks = _chunks(head, hidden, labels, trained=False)
@@ -65,7 +66,8 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(head: nn.Module, hidden: Tensor, labels: Tensor, trained: bool) -> list[tuple[Tensor, Tensor]]:
-    limit = MAX_LOGITS if hidden.device.type == "cpu" and not trained else 8 * MAX_LOGITS
+    cheap = hidden.device.type == "cpu" and arithmetic(hidden.device, hidden.dtype) == hidden.dtype and not trained
+    limit = MAX_LOGITS if cheap else 8 * MAX_LOGITS
     size = max(1, limit // head.out_features)  # type: ignore[operator]  # torch: attributes are tensors or modules
     return list(zip(hidden.split(size), labels.split(size), strict=True))
 

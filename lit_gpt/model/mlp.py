@@ -8,6 +8,7 @@ from lit_gpt.errors import UserError
 from lit_gpt.kernels import fused
 from lit_gpt.kernels.fused import ACTIVATIONS, Activation
 from lit_gpt.model.config import Config
+from lit_gpt.model.linear import Linear
 from lit_gpt.model.moe import Experts, Router
 
 Apply = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # applies a function whose output is cheap to recompute
@@ -27,8 +28,8 @@ def activation(config: Config) -> Activation:
 class GptNeoxMLP(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.fc = nn.Linear(config.n_embd, config.intermediate_size, bias=config.bias)
-        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
+        self.fc = Linear(config.n_embd, config.intermediate_size, bias=config.bias)
+        self.proj = Linear(config.intermediate_size, config.n_embd, bias=config.bias)
         self.activation = activation(config)
 
     def forward(self, x: Tensor, apply: Apply = plainly) -> Tensor:
@@ -40,8 +41,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.n_embd, 2 * config.intermediate_size, bias=config.bias)
-        self.proj = nn.Linear(config.intermediate_size, config.n_embd, bias=config.bias)
+        self.gate_up = Linear(config.n_embd, 2 * config.intermediate_size, bias=config.bias)
+        self.proj = Linear(config.intermediate_size, config.n_embd, bias=config.bias)
         self.activation = activation(config)
 
     def forward(self, x: Tensor, apply: Apply = plainly) -> Tensor:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lit_gpt.kernels.linear import arithmetic
 from lit_gpt.kernels.policy import policy
 
 
@@ -103,10 +104,12 @@ class _GroupedProduct(torch.autograd.Function):
 
 
 def _by_expert(x: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
-    y = x.new_empty(len(x), matrices.size(-1))
+    y, dtype = x.new_empty(len(x), matrices.size(-1)), arithmetic(x.device, x.dtype)
     for rows, matrix, out in zip(x.split(counts), matrices, y.split(counts), strict=True):
-        if len(rows):
+        if len(rows) and dtype == x.dtype:
             torch.mm(rows, matrix, out=out)
+        elif len(rows):
+            out.copy_(rows.to(dtype) @ matrix.to(dtype))
     return y
 
 

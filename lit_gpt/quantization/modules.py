@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lit_gpt.kernels.linear import arithmetic
 from lit_gpt.quantization.formats import FORMATS, Tensors, decode, dequantized_chunks, encode
 
 
@@ -78,14 +79,17 @@ def quantized_linear(x: Tensor, layer: QuantizedLinear) -> Tensor:
     Many rows, as in training and of a prompt, are worth a dequantization. A single one, as in decoding, is bound by
     reading the weight, which the native decoding step, and in int8 the compiled one, do without dequantizing it first.
     """
+    if (dtype := arithmetic(x.device, x.dtype)) != x.dtype:
+        return quantized_linear(x.to(dtype), layer).to(x.dtype)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
     if torch.is_grad_enabled() and x.requires_grad:
-        return _QuantizedLinear.apply(x, layer)
+        return _QuantizedLinear.apply(x, layer, bias)
     if torch.compiler.is_compiling() and layer.format == "int8":  # which makes one loop of it, over the codes
         y = F.linear(x.float(), layer.weight.float()) * layer.scale.float()
         return (y if layer.bias is None else y + layer.bias).to(x.dtype)
     if layer.dequantized_cache is not None:
-        return F.linear(x, layer.dequantize(x.dtype), layer.bias)
-    chunks, bias = dequantized_chunks(unpacked(layer), FORMATS[layer.format], layer.columns, x.dtype), layer.bias
+        return F.linear(x, layer.dequantize(x.dtype), bias)
+    chunks = dequantized_chunks(unpacked(layer), FORMATS[layer.format], layer.columns, x.dtype)
     outputs = [F.linear(x, weight, None if bias is None else bias[span]) for span, weight in chunks]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
@@ -94,14 +98,14 @@ class _QuantizedLinear(torch.autograd.Function):
     """Keeps nothing but the layer: the backward pass dequantizes its weight again. The layer gets no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear, bias: Tensor | None) -> Tensor:
         ctx.layer = layer
-        return F.linear(x, layer.dequantize(x.dtype), layer.bias)
+        return F.linear(x, layer.dequantize(x.dtype), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.layer.dequantize(grad.dtype), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad @ ctx.layer.dequantize(grad.dtype), None, None
 
 
 @contextmanager

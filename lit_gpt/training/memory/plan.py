@@ -5,7 +5,7 @@ while every storage that lives is counted. Blocks are alike, so two small models
 """
 
 import itertools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -112,6 +112,7 @@ class MemoryPlanner:
         quantize: the format of the base's weights; None: they are not quantized.
         cuda: plan for a CUDA device; there need not be one.
         memory: how much the device has, in bytes.
+        plans: those that were made already, by row and activation checkpointing.
     """
 
     config: Config
@@ -121,6 +122,7 @@ class MemoryPlanner:
     quantize: str | None
     cuda: bool
     memory: int
+    plans: dict[str, Plan] = field(default_factory=dict, repr=False, compare=False)
 
     def plan(self, row: Row, checkpointing: str) -> Plan:
         """Return the plan of one rank for a run whose longest packed row is `row`.
@@ -128,6 +130,13 @@ class MemoryPlanner:
         Args:
             checkpointing: a kind of activation checkpointing.
         """
+        key = repr((row, checkpointing))
+        if key not in self.plans:
+            self.plans[key] = self.extrapolated(row, checkpointing)
+        return self.plans[key]
+
+    def extrapolated(self, row: Row, checkpointing: str) -> Plan:
+        """Return the plan for all layers, from what the first few need."""
         few = self.method.first_uniform_layer + 2  # layers, that all kinds are among them
         if self.config.n_layer <= few + 1:
             plan = self.simulate(self.config, row, checkpointing)

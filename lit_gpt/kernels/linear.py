@@ -1,0 +1,72 @@
+"""Products with a weight, in float32 where a CPU has no arithmetic for 16 bits: torch's own are far slower there.
+
+Weights stay stored as they are, and are widened a piece at a time.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lit_gpt.kernels.policy import policy
+
+WIDE_ELEMENTS = 2**20  # of a weight, widened at a time: 4 MiB
+FEW_ROWS = 16  # for fewer, widening the weight costs more than its arithmetic saves
+
+
+def arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which products of tensors of `dtype` are to be computed."""
+    narrow = dtype in (torch.bfloat16, torch.float16)
+    wide = policy().widen and not policy().simulate_cuda and not torch.compiler.is_compiling()
+    return torch.float32 if wide and narrow and device.type == "cpu" else dtype
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x W^T + bias, in x's dtype.
+
+    Args:
+        x: (..., in_features).
+        weight: (out_features, in_features).
+        bias: (out_features,).
+    """
+    if arithmetic(x.device, x.dtype) == x.dtype or x.numel() < FEW_ROWS * x.size(-1):
+        return F.linear(x, weight, bias)
+    return _WideLinear.apply(x, weight, bias)
+
+
+def spans(weight: Tensor) -> list[slice]:
+    """Return the rows of each piece of a weight that is widened at a time."""
+    size = max(1, WIDE_ELEMENTS // weight.size(1))
+    return [slice(start, start + size) for start in range(0, len(weight), size)]
+
+
+class _WideLinear(torch.autograd.Function):
+    """Keeps the weight as it is stored, and x if the weight trains."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        rows, y = x.reshape(-1, x.size(-1)).float(), x.new_empty(*x.shape[:-1], len(weight))
+        for span in spans(weight):
+            product = rows @ weight[span].float().t()
+            y.view(-1, len(weight))[:, span] = product if bias is None else product.add_(bias[span])
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wide = grad.reshape(-1, grad.size(-1)).float()
+        x_grad = weight_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            total = wide.new_zeros(len(wide), weight.size(1))
+            for span in spans(weight):
+                total.addmm_(wide[:, span], weight[span].float())
+            x_grad = total.to(grad.dtype).view(*grad.shape[:-1], -1)
+        if ctx.needs_input_grad[1]:
+            weight_grad = (wide.t() @ x.reshape(-1, x.size(-1)).float()).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            bias_grad = wide.sum(0).to(grad.dtype)
+        return x_grad, weight_grad, bias_grad
