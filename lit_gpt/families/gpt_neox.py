@@ -3,7 +3,7 @@
 from typing import Any
 
 from lit_gpt.errors import UserError
-from lit_gpt.families.fields import activation, rope
+from lit_gpt.families.fields import activation, rope, tiny_size
 from lit_gpt.families.tables import Grouped, Layout, Table
 from lit_gpt.model.config import Config
 
@@ -88,9 +88,7 @@ def gguf(config: Config) -> Layout:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import GPTNeoXConfig
 
-    size = (
-        dict(vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4) | fields
-    )
+    size = tiny_size(**dict(intermediate_size=160, max_position_embeddings=2048) | fields)
     full = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 1.0}
     return {
         "pythia": GPTNeoXConfig(**size),

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lit_gpt.families import llama
+from lit_gpt.families.fields import tiny_size
 from lit_gpt.families.tables import Layout, Table
 from lit_gpt.model.config import Config
 
@@ -41,8 +42,5 @@ def gguf(config: Config) -> Layout:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import Olmo2Config
 
-    size: dict[str, Any] = dict(
-        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, pad_token_id=None,
-    ) | fields  # fmt: skip
-    return {"olmo2": Olmo2Config(**size, num_key_value_heads=2)}
+    size = tiny_size(**dict(num_key_value_heads=2, pad_token_id=None) | fields)
+    return {"olmo2": Olmo2Config(**size)}

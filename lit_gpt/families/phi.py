@@ -4,7 +4,7 @@ of each head rotated."""
 from typing import Any
 
 from lit_gpt.families import llama
-from lit_gpt.families.fields import activation, rope
+from lit_gpt.families.fields import activation, rope, tiny_size
 from lit_gpt.families.tables import Stacked, Table
 from lit_gpt.model.config import Config
 
@@ -62,10 +62,7 @@ def weights(config: Config) -> Table:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import PhiConfig
 
-    size: dict[str, Any] = dict(
-        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64,
-    ) | fields  # fmt: skip
+    size = tiny_size(**fields)
     return {
         "phi2": PhiConfig(**size),
         "qk-norm": PhiConfig(**size, num_key_value_heads=2, qk_layernorm=True),
