@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_gpt.checkpoints import io
 from lit_gpt.conversion import weights
-from lit_gpt.conversion.hf_shards import SHARD_BYTES, LazyTensors, Renamed, write_shards
+from lit_gpt.conversion.hf_shards import SHARD_BYTES, LazyTensors, write_shards
 from lit_gpt.errors import UserError
 from lit_gpt.families.registry import config_from_hf
 from lit_gpt.files import atomic, read_json
@@ -37,7 +37,7 @@ def convert(checkpoint_dir: Path, hf: LazyTensors, dtype: torch.dtype | None = N
         UserError: what config.json, the family's table and the tensors do not agree on. Nothing is written then.
     """
     config = config_from_hf(read_json(checkpoint_dir / "config.json"), name=checkpoint_dir.name)
-    hf = Renamed(hf, weights.full_names(config, hf))
+    hf = hf.renamed(weights.full_names(config, hf))
     config = weights.as_stored(config, hf)
     weights.check_names(config, set(hf))
     layout = {}

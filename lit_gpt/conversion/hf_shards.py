@@ -4,8 +4,9 @@ import json
 import zipfile
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,11 +23,17 @@ INDEX = "model.safetensors.index.json"
 class LazyTensors(Mapping[str, Tensor]):
     """Tensors that are read when asked for; which ones there are, and their dtypes, is known before."""
 
-    places: Mapping[str, Any]  # {name: where the tensor is read from}
+    places: dict[str, Any]  # {name: where the tensor is read from}
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of a tensor without reading it."""
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """Return these tensors under other names: {new: old}."""
+        result = copy(self)
+        result.places = {new: self.places[old] for new, old in names.items()}
+        return result
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)
@@ -43,29 +50,18 @@ class StoredWeights(LazyTensors):
     """
 
     def __init__(self, checkpoint_dir: Path) -> None:
-        self.places: dict[str, LazyTensors] = {}
+        self.places = {}
         for path in shard_paths(Path(checkpoint_dir)):
-            shard = SafetensorsShard(path) if path.suffix == ".safetensors" else BinShard(path)
-            self.places.update(dict.fromkeys(shard, shard))
+            shard = open_shard(path)
+            self.places.update({name: (shard, name) for name in shard.keys()})
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.places[name][name]
+        shard, stored = self.places[name]
+        return shard[stored] if isinstance(shard, dict) else shard.get_tensor(stored)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.places[name].dtype(name)
-
-
-class Renamed(LazyTensors):
-    """Stored tensors under other names: {new: stored}."""
-
-    def __init__(self, stored: LazyTensors, names: dict[str, str]) -> None:
-        self.stored, self.places = stored, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.stored[self.places[name]]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.stored.dtype(self.places[name])
+        shard, stored = self.places[name]
+        return (shard[stored] if isinstance(shard, dict) else shard.get_slice(stored)[:0]).dtype
 
 
 def shard_paths(folder: Path) -> list[Path]:
@@ -91,31 +87,14 @@ def shard_paths(folder: Path) -> list[Path]:
     )
 
 
-class SafetensorsShard(LazyTensors):
-    def __init__(self, path: Path) -> None:
-        try:
-            self.file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error}); download it again") from None
-        self.places = dict.fromkeys(self.file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.file.get_tensor(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.file.get_slice(name)[:0].dtype
-
-
-class BinShard(LazyTensors):
-    def __init__(self, path: Path) -> None:
-        # files from before the zip format cannot be mapped
-        self.places = io.load(path, mmap=zipfile.is_zipfile(path))
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.places[name]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.places[name].dtype
+def open_shard(path: Path) -> Any:
+    """Open a shard: a dictionary of mapped tensors, or for safetensors what reads one when asked for."""
+    if path.suffix != ".safetensors":
+        return io.load(path, mmap=zipfile.is_zipfile(path))  # files from before the zip format cannot be mapped
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); download it again") from None
 
 
 def write_shards(out_dir: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:

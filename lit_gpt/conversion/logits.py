@@ -1,4 +1,4 @@
-"""Whether two models are the same function: what a merge or an export must show before it is written."""
+"""Compare the logits of two models: a merge or an export must compute what its source does before it is written."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

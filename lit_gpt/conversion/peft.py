@@ -269,7 +269,7 @@ def check_others(
 
 @dataclass(frozen=True)
 class Targets:
-    """Which layers an adapter_config.json is for, by the rules of PEFT, and how each is scaled."""
+    """The layers that an adapter_config.json is for, by the rules of PEFT, and the scale of each."""
 
     fields: Mapping[str, Any]
     path: Path

@@ -17,6 +17,8 @@ from lit_gpt.families.tables import Place
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT
 
+ROTARY = "*.rotary_emb.inv_freq"  # rotary frequencies, which old files of all families hold and no model reads
+
 
 @dataclass(frozen=True)
 class TensorRow:
@@ -49,7 +51,7 @@ def check_names(config: Config, stored: set[str]) -> None:
     Raises:
         UserError: lists them.
     """
-    derived = family_of_config(config).DERIVED
+    derived = (ROTARY, *getattr(family_of_config(config), "DERIVED", ()))
     named = {hf for row in rows(config) for hf in row.hf}
     missing = sorted(named - stored)
     leftover = sorted(name for name in stored - named if not any(fnmatch(name, pattern) for pattern in derived))

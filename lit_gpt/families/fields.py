@@ -18,6 +18,17 @@ def refuse(hf: dict[str, Any], **supported: Any) -> None:
             raise UserError(f"config.json: '{field}': {given} is not supported; expected {only}")
 
 
+def sizes(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the Config's sizes, from the names that most families have for them."""
+    return {
+        "n_layer": hf["num_hidden_layers"],
+        "n_head": hf["num_attention_heads"],
+        "n_embd": hf["hidden_size"],
+        "vocab_size": hf["vocab_size"],
+        "block_size": hf.get("max_position_embeddings", 2048),
+    }
+
+
 def rope(hf: dict[str, Any], base: str = "rope_theta", percentage: str = "partial_rotary_factor") -> dict[str, Any]:
     """Return the Config's rotary fields.
 

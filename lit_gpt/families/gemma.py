@@ -1,4 +1,4 @@
-"""Gemma 1, 2 and 3 (Gemma Team 2024, 2024, 2025), of Gemma 3 the models for text alone.
+"""Gemma 1, 2 and 3 (Gemma Team 2024, 2024, 2025); Gemma 3 without images.
 
 All scale their embeddings and store a norm's weight as its distance from 1. From Gemma 2 on what attention and MLP
 give goes through norms too, and some layers have a window. Gemma 2 caps scores and logits; Gemma 3 norms queries and
@@ -9,13 +9,12 @@ from functools import partial
 from typing import Any
 
 from lit_gpt.errors import UserError
-from lit_gpt.families import llama
+from lit_gpt.families import llama, qwen
 from lit_gpt.families.fields import activation, rope, tiny_size, windows
 from lit_gpt.families.tables import Layout, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
-DERIVED = llama.DERIVED
 
 
 _preset = partial(llama.preset, vocab=256000, max_position_embeddings=8192, head_dim=256, tie_word_embeddings=True)
@@ -74,16 +73,14 @@ def _two_ropes(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights(config: Config) -> Table:
-    layer, table = "model.layers.{}.", llama.weights(config)
     if not config.post_norm:
-        return table
+        return llama.weights(config)
+    layer = "model.layers.{}."
     return {
-        **table,
+        **qwen.weights(config),
         "h.{}.post_norm_1": layer + "post_attention_layernorm",
         "h.{}.norm_2": layer + "pre_feedforward_layernorm",
         "h.{}.post_norm_2": layer + "post_feedforward_layernorm",
-        "h.{}.attn.qk_norm.q": layer + "self_attn.q_norm",
-        "h.{}.attn.qk_norm.k": layer + "self_attn.k_norm",
     }
 
 

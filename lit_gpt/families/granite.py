@@ -8,7 +8,6 @@ from lit_gpt.families.tables import Layout
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("granite",)
-DERIVED = llama.DERIVED
 
 _OWN: dict[str, Any] = dict(
     model_type="granite", rms_norm_eps=1e-5, tie_word_embeddings=True, embedding_multiplier=12.0,

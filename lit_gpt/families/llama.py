@@ -3,12 +3,11 @@ TinyLlama, OpenLLaMA, Vicuna, CodeLlama, SmolLM2."""
 
 from typing import Any
 
-from lit_gpt.families.fields import activation, rope, tiny_size
+from lit_gpt.families.fields import activation, rope, sizes, tiny_size
 from lit_gpt.families.tables import Layout, Stacked, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("llama", "mistral")
-DERIVED = ("*.self_attn.rotary_emb.inv_freq",)
 
 
 def preset(
@@ -68,13 +67,9 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
     # a Mistral file without the field means the first release's window; no Llama has one
     window = hf.get("sliding_window", 4096) if hf["model_type"] == "mistral" else None
     return {
-        "n_layer": hf["num_hidden_layers"],
-        "n_head": hf["num_attention_heads"],
-        "n_embd": hf["hidden_size"],
+        **sizes(hf),
         "n_query_groups": hf.get("num_key_value_heads") or hf["num_attention_heads"],
         "head_size": hf.get("head_dim") or 0,
-        "vocab_size": hf["vocab_size"],
-        "block_size": hf.get("max_position_embeddings", 2048),
         "sliding_window": window,
         "norm_class": "RMSNorm",
         "norm_eps": hf.get("rms_norm_eps", 1e-6),

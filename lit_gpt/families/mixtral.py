@@ -8,7 +8,6 @@ from lit_gpt.families.tables import PerExpert, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("mixtral",)
-DERIVED = llama.DERIVED
 
 _8X7B: dict[str, Any] = dict(
     model_type="mixtral", num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, hidden_size=4096,

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from lit_gpt.families import llama
+from lit_gpt.families import llama, qwen
 from lit_gpt.families.fields import tiny_size
 from lit_gpt.families.tables import Layout, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("olmo2",)
-DERIVED = llama.DERIVED
 
 _OWN: dict[str, Any] = dict(model_type="olmo2", vocab=100352, max_position_embeddings=4096, rope_theta=500000.0)
 PRESETS = {
@@ -27,11 +26,9 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 def weights(config: Config) -> Table:
     layer = "model.layers.{}."
     return {
-        **llama.weights(config),
+        **qwen.weights(config),
         "h.{}.post_norm_1": layer + "post_attention_layernorm",
         "h.{}.post_norm_2": layer + "post_feedforward_layernorm",
-        "h.{}.attn.qk_norm.q": layer + "self_attn.q_norm",
-        "h.{}.attn.qk_norm.k": layer + "self_attn.k_norm",
     }
 
 

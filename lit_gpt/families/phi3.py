@@ -9,7 +9,6 @@ from lit_gpt.families.tables import Layout, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("phi3",)
-DERIVED = llama.DERIVED
 
 # Divisors of the rotary frequencies, rounded to what is not noise of float32.
 _SHORT_3_5 = [

@@ -9,7 +9,6 @@ from lit_gpt.families.tables import Layout, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("qwen2", "qwen3")
-DERIVED = llama.DERIVED
 
 _SMALL: dict[str, Any] = dict(model_type="qwen2", vocab=151936, rope_theta=1e6, max_position_embeddings=131072)
 _SHORT: dict[str, Any] = dict(_SMALL, max_position_embeddings=32768)

@@ -8,7 +8,6 @@ from lit_gpt.families.tables import Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("qwen3_moe",)
-DERIVED = llama.DERIVED
 
 _30B = llama.preset(
     48, 32, 4, 2048, 6144, 151936, model_type="qwen3_moe", head_dim=128, max_position_embeddings=40960, rope_theta=1e6,

@@ -9,7 +9,6 @@ from lit_gpt.families.tables import Layout
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("smollm3",)
-DERIVED = llama.DERIVED
 
 PRESETS = {
     "SmolLM3-3B": llama.preset(36, 16, 4, 2048, 11008, 128256, model_type="smollm3", max_position_embeddings=65536,

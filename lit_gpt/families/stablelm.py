@@ -10,7 +10,6 @@ from lit_gpt.families.tables import Stacked, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("stablelm",)
-DERIVED = llama.DERIVED
 
 
 _preset = partial(

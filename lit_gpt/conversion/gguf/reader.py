@@ -26,7 +26,7 @@ STRING, ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: `nbytes` from `start`, the last dimension of `shape` in blocks of `kind`."""
+    """The place of a tensor: `nbytes` from `start`, the last dimension of `shape` in blocks of `kind`."""
 
     shape: tuple[int, ...]
     kind: Kind
