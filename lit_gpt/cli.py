@@ -253,7 +253,8 @@ def parse(
         add_flag(sections[flag.group], flag)
     argv = [rename_flag(argument, aliases) for argument in argv]
     try:
-        values = vars(parser.parse_args(expand_config(argv, kinds, aliases)))
+        expanded = expand_config(argv, kinds, aliases)
+        values = vars(parser.parse_args([respell(*pair, kinds) for pair in pairwise(["", *expanded])]))
     except Exception as error:  # jsonargparse has no common base for what a value can do wrong
         raise UsageError(explain(str(error), argv, kinds)) from None
     return {name: plain(values[name]) for name in kinds}
@@ -273,6 +274,14 @@ def rename_flag(argument: str, aliases: dict[str, str]) -> str:
     """Return `--old` or `--old=value` with the flag's present name."""
     name, equals, value = argument.removeprefix("--").partition("=")
     return f"--{aliases[name]}{equals}{value}" if argument.startswith("--") and name in aliases else argument
+
+
+def respell(previous: str, argument: str, kinds: dict[str, Any]) -> str:
+    """Return an argument with f16 and f32, llama.cpp's names of dtypes, as fp16 and fp32 where the flag takes these."""
+    flag, _, value = argument.partition("=") if argument.startswith("--") else (previous, "", argument)
+    if value in ("f16", "f32") and f"fp{value[1:]}" in metavar(kinds.get(flag.removeprefix("--"), str)):
+        return argument.removesuffix(value) + f"fp{value[1:]}"
+    return argument
 
 
 def plain(value: Any) -> Any:

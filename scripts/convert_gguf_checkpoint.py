@@ -3,7 +3,7 @@
     python scripts/convert_gguf_checkpoint.py --gguf_path SmolLM2-135M-Instruct.Q4_1.gguf \\
         --out_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
 
-Quantized tensors are widened to `dtype`, one at a time. Configuration, tokenizer and chat template come from the
+Quantized tensors are dequantized to `dtype`, one at a time. Configuration, tokenizer and chat template come from the
 file's metadata; what cannot be taken over exactly is refused by name.
 """
 

@@ -11,7 +11,7 @@ from typing import Literal
 from lit_gpt.cli import run
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Convert what scripts/download.py put here.
-dtype: Literal["fp32", "bf16", "fp16"] | None = None  # Convert the weights to this (null: as stored).
+dtype: Literal["bf16", "fp16", "fp32"] | None = None  # Convert the weights to this (null: as stored).
 
 
 def main() -> None:

@@ -7,7 +7,7 @@
         --out_dir out/falcon-7b-alpaca-gguf
 
 What was written is read back, by transformers, PEFT and gguf where they are installed, and compared with the source on
-golden prompts: logits, tokens, chat template. What differs is refused. A model card goes along, and export.json with
+reference prompts: logits, tokens, chat template. What differs is refused. A model card goes along, and export.json with
 the figures and hashes.
 """
 
@@ -21,7 +21,7 @@ checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Export this (or w
 lora_path: Path | None = None  # Export this LoRA file as a PEFT adapter of checkpoint_dir, its base.
 out_dir: Path | None = None  # Write to this folder, which must not hold anything yet.
 format: Literal["hf", "gguf"] = "hf"  # Write a folder for transformers, or a file for llama.cpp.
-dtype: Literal["f32", "f16", "bf16", "q8_0"] | None = None  # Store a GGUF's matrices so (null: as the checkpoint's).
+dtype: Literal["bf16", "fp16", "fp32", "q8_0"] | None = None  # Store a GGUF's matrices so (null: as the checkpoint's).
 
 
 def main() -> None:
@@ -34,15 +34,13 @@ def main() -> None:
     from lit_gpt.conversion import export
 
     if lora_path:
-        found, loads = (
-            export.to_peft(checkpoint_dir, lora_path, out_dir),
-            "PeftModel.from_pretrained(base, '{}')",
-        )
+        figures = export.to_peft(checkpoint_dir, lora_path, out_dir)
+        loads = "PeftModel.from_pretrained(base, '{}')"
     elif format == "gguf":
-        found, loads = export.to_gguf(checkpoint_dir, out_dir, dtype), "llama.cpp loads the .gguf file in {}"
+        figures, loads = export.to_gguf(checkpoint_dir, out_dir, dtype), "llama.cpp loads the .gguf file in {}"
     else:
-        found, loads = export.to_hf(checkpoint_dir, out_dir), "AutoModelForCausalLM.from_pretrained('{}')"
-    off, reader = found["logits_difference"], found["reader"]
+        figures, loads = export.to_hf(checkpoint_dir, out_dir), "AutoModelForCausalLM.from_pretrained('{}')"
+    off, reader = figures["logits_difference"], figures["reader"]
     print(f"wrote {out_dir}; read back by {reader}, its logits differ from the source's by {off:.1e} of their norm")
     print(f"  {loads.format(out_dir)}")
 

@@ -3,7 +3,7 @@
     python scripts/download.py --repo_id tiiuae/falcon-7b
 
 Takes the configuration, the tokenizer and one set of weights, verified by size and hash. After an interruption the
-same command goes on where it stopped. HF_HOME, HF_ENDPOINT and HF_TOKEN are honoured.
+same command goes on where it stopped. HF_HOME, HF_ENDPOINT and HF_TOKEN are respected.
 """
 
 import hashlib
@@ -24,26 +24,27 @@ checkpoint_dir: Path | None = None  # Put the files here (null: into checkpoints
 revision: str | None = None  # Take this branch, tag or commit (null: the main branch).
 access_token: str | None = None  # Open gated and private repositories with it (null: HF_TOKEN or the stored login).
 
+# By hand: huggingface_hub.snapshot_download checks no hash, only warns of a full disk, and gives up after 5 seconds.
 NEEDED = """config.json generation_config.json tokenizer.json tokenizer.model tokenizer_config.json added_tokens.json
     special_tokens_map.json vocab.json merges.txt *.jinja LICENSE* README.md""".split()
 WEIGHTS = {"model.safetensors": "*.safetensors", "pytorch_model.bin": "pytorch_model*.bin"}  # the first that is there
 NOT_WEIGHTS = "consolidated*", "adapter_model*"  # the same tensors under the maker's names; an adapter without its base
 WAITS = 1, 2, 4, 8, 15  # seconds before each new try; after one that brought something, from the first again
-PASSING = None, 408, 429, 500, 502, 503, 504  # answers that may be others soon; None: no answer at all
+TEMPORARY = None, 408, 429, 500, 502, 503, 504  # status of answers that may be others soon; None: no answer at all
 
 
 class File(NamedTuple):
-    """What the hub says of a file, and where it goes."""
+    """A file as the hub lists it, and where it goes."""
 
     path: Path
     url: str
     size: int
     git_hash: str
-    sha256: str | None  # of LFS files
+    sha256: str | None  # LFS files have one
 
     @property
     def part(self) -> Path:
-        """Where it grows. Named after the content, so that another revision's part is never continued."""
+        """Return where it grows, named after the content, so that another revision's part is never continued."""
         return self.path.with_name(f"{self.path.name}.{self.git_hash[:12]}.part")
 
 
@@ -66,7 +67,7 @@ def main() -> None:
             for file in plan(wanted, folder):
                 obtain(file, headers)
     except (HTTPError, OfflineModeIsEnabled) as error:
-        raise UserError(mend(error, repo_id, revision)) from None
+        raise UserError(explain(error, str(repo_id), revision)) from None
     except TimeoutError:
         raise UserError(f"{folder}: another download into this folder is running; wait for it or end it") from None
     print(f"Complete and verified: {count(wanted)}. Next:")
@@ -74,6 +75,7 @@ def main() -> None:
 
 
 def request_headers(token: str | None) -> dict[str, str]:
+    """Return the headers of all requests for files."""
     from huggingface_hub.utils import build_hf_headers
 
     headers = build_hf_headers(token=token or None)
@@ -84,7 +86,7 @@ def request_headers(token: str | None) -> dict[str, str]:
 
 
 def list_files(folder: Path) -> dict[str, File]:
-    """The files at the repository's root, all of the one commit that the revision is now."""
+    """List the files at the repository's root, all of the one commit that the revision is now."""
     from huggingface_hub import HfApi, constants, hf_hub_url
 
     try:
@@ -105,7 +107,7 @@ def list_files(folder: Path) -> dict[str, File]:
 
 
 def choose(files: dict[str, File], headers: dict[str, str]) -> list[File]:
-    """The files that a model needs, weights last, once the hub has agreed to give them."""
+    """Return the files that a model needs, weights last, once the hub has agreed to give them."""
     from huggingface_hub import get_hf_file_metadata
 
     there = ", ".join(sorted(files)[:8]) or "nothing"
@@ -122,17 +124,17 @@ def choose(files: dict[str, File], headers: dict[str, str]) -> list[File]:
 
 
 def choose_weights(files: dict[str, File], headers: dict[str, str]) -> list[str]:
-    """One set of weights with its index: what the index names, else the usual single file, else all of the kind."""
+    """Return one set of weights with its index: what that names, else the usual single file, else all of the kind."""
     aside = {name for pattern in NOT_WEIGHTS for name in matching(files, pattern)}
     for single, pattern in WEIGHTS.items():
-        found = sorted(set(matching(files, pattern)) - aside)
+        candidates = sorted(set(matching(files, pattern)) - aside)
         index = f"{single}.index.json"
-        if index not in files and found:
-            return [single] if single in found else found
+        if index not in files and candidates:
+            return [single] if single in candidates else candidates
         if index in files:
             shards = sorted(set(json.loads(read(files[index], headers))["weight_map"].values()))
             missing = [name for name in shards if name not in files]
-            if missing and single in found:  # an index that was forgotten when the shards were joined
+            if missing and single in candidates:  # an index that was forgotten when the shards were joined
                 return [single]
             if missing:
                 raise UserError(f"{index} names {missing[0]}, which the repository lacks: try another --revision")
@@ -141,6 +143,7 @@ def choose_weights(files: dict[str, File], headers: dict[str, str]) -> list[str]
 
 
 def read(file: File, headers: dict[str, str]) -> bytes:
+    """Return the contents of a small file, from the folder if it is there already."""
     from huggingface_hub import constants
     from huggingface_hub.utils import hf_raise_for_status, http_backoff
 
@@ -152,7 +155,7 @@ def read(file: File, headers: dict[str, str]) -> bytes:
 
 
 def plan(wanted: list[File], folder: Path) -> list[File]:
-    """The files that are still to come, after saying so and making sure that the disk can hold them."""
+    """Return the files that are still to come, after saying so and making sure that the disk can hold them."""
     here = [file for file in wanted if file.path.exists()]
     if here:
         print(f"Checking what is there: {count(here)} ...", flush=True)
@@ -220,24 +223,22 @@ def receive(file: File, headers: dict[str, str], bar: Any) -> None:
             if size_of(file.part) > have:
                 waits = iter(WAITS)
             wait = next(waits, None)
-            if wait is None or status_of(error) not in PASSING:
+            if wait is None or status_of(error) not in TEMPORARY:
                 raise
             time.sleep(wait)
 
 
 def intact(path: Path, file: File) -> bool:
-    """Whether `path` has the size and the hash that the hub lists: sha256 for LFS files, git's own for the others."""
+    """Tell whether `path` has the size and hash that the hub lists: sha256 for LFS files, git's own for the others."""
     if not path.is_file() or size_of(path) != file.size:
         return False
     digest = hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
     with path.open("rb") as content:
-        while chunk := content.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest() == (file.sha256 or file.git_hash)
+        return hashlib.file_digest(content, lambda: digest).hexdigest() == (file.sha256 or file.git_hash)
 
 
-def mend(error: Exception, repo_id: str, revision: str | None) -> str:
-    """What went wrong with the hub and what to do about it, in one line."""
+def explain(error: Exception, repo_id: str, revision: str | None) -> str:
+    """Return in one line what went wrong with the hub and what to do about it."""
     from huggingface_hub import constants, errors
 
     endpoint, status = constants.ENDPOINT, status_of(error)
@@ -263,6 +264,7 @@ def mend(error: Exception, repo_id: str, revision: str | None) -> str:
 
 
 def status_of(error: Exception) -> int | None:
+    """Return the status of the answer that an error is about, if there was an answer."""
     return getattr(getattr(error, "response", None), "status_code", None)
 
 

@@ -4,8 +4,8 @@
         --lora_path out/lora/alpaca/lit_model_lora_finetuned.pth --out_dir out/falcon-7b-alpaca
 
 Merges in fp32, one tensor at a time, and compares the logits with the unmerged model's before anything is put in
-place. A model card goes along, and export.json with the figures. What was
-trained on a quantized base is merged into the dequantized one, and the result is not quantized.
+place. A model card goes along, and export.json with the figures. What was trained on a quantized base is merged into
+the dequantized one, and the result is not quantized.
 """
 
 from pathlib import Path

@@ -8,10 +8,8 @@
 nearest, and with --rounding nearest so are 4 bits: that is what --quantize of the other scripts makes each time anew.
 """
 
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lit_gpt.cli import PositiveInt, Quantizer, run
 from lit_gpt.errors import UsageError
@@ -42,24 +40,12 @@ def main() -> None:
     # before there is a file
     text = calibration.given_text(calibration_path, calibration_tokens, base) if calibrated else None
     with files.new_folder(out_dir) as folder:
-        tensors = calibrated_tensors(base, text) if calibrated else base.quantized(base.dtype)
-        base.write_quantized(folder, tensors, calibrated)
+        rounded = calibration.tensors(base, text, calibration_tokens) if calibrated else base.quantized(base.dtype)
+        base.write_quantized(folder, rounded, calibrated)
         (folder / "lit_config.json").write_text(base.config.to_json())
-        hf.copy_side_files(checkpoint_dir, folder)
-        if (checkpoint_dir / FILE).exists():  # of a finetune
-            shutil.copyfile(checkpoint_dir / FILE, folder / FILE)
+        hf.copy_side_files(checkpoint_dir, folder, (*hf.SIDE_FILES, FILE))
         sizes = [(path / "lit_model.pth").stat().st_size / 1e9 for path in (checkpoint_dir, folder)]
     print(f"wrote {out_dir}: {sizes[1]:.2f} GB in place of {sizes[0]:.2f} GB")
-
-
-def calibrated_tensors(base: Any, text: Any) -> Iterator[tuple[str, Any]]:
-    """Of what is written piece by piece: the model's own text takes long, and comes once there is room on the disk."""
-    from lit_gpt.conversion import calibration
-    from lit_gpt.hardware import default_device
-
-    device = default_device()
-    ids = calibration.own_text(base, calibration_tokens, device) if text is None else text.to(device)
-    yield from calibration.calibrated(base, ids, base.dtype)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,12 @@ from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation.engine import decode
 from lit_gpt.generation.sequence import Row
 from lit_gpt.generation.steps import FastStep
-from lit_gpt.hardware import page_out
+from lit_gpt.hardware import default_device, page_out
+from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT, Block
 from lit_gpt.model.rope import Rotation
 from lit_gpt.quantization import gptq
-from lit_gpt.quantization.formats import FORMATS
+from lit_gpt.quantization.formats import FORMATS, FourBit
 from lit_gpt.quantization.formats import decode as dequantize
 from lit_gpt.quantization.gptq import Statistics
 from lit_gpt.text.tokenizer import Tokenizer
@@ -49,7 +50,8 @@ def read_ids(path: Path, tokenizer: Tokenizer, tokens: int) -> Tensor:
             return tokenizer.encode(path.read_text(encoding="utf-8"))[:tokens]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--calibration_path {path}: cannot be read ({error})") from None
-    parts, count = [], 0
+    parts: list[Tensor] = []
+    count = 0
     for row in Source(str(path)).rows():
         if row.problem:
             raise UserError(f"--calibration_path {row.where}: {row.problem}")
@@ -70,7 +72,7 @@ def texts(value: Any) -> Iterator[str]:
 
 
 def given_text(path: Path | None, tokens: int, base: BaseCheckpoint) -> Tensor | None:
-    """Read what to calibrate on from --calibration_path, int64 (n, T); return None if the model is to write it.
+    """Read the text to calibrate on from --calibration_path, int64 (n, T); return None if the model is to write it.
 
     Raises:
         UsageError: --calibration_tokens are fewer than a sequence.
@@ -117,18 +119,31 @@ def own_text(base: BaseCheckpoint, tokens: int, device: torch.device) -> Tensor:
     return torch.tensor([row.ids for row in rows], device=device)
 
 
+def tensors(base: BaseCheckpoint, text: Tensor | None, tokens: int) -> Iterator[tuple[str, Tensor]]:
+    """Yield the quantized model's state dict, calibrated on `text` (n, T) or on the model's own.
+
+    The model writes, which takes long, when the first tensor is asked for: once there is room on the disk.
+    """
+    device = default_device()
+    ids = own_text(base, tokens, device) if text is None else text.to(device)
+    yield from calibrated(base, ids, base.dtype)
+
+
 @torch.no_grad()
 def calibrated(base: BaseCheckpoint, ids: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Yield the quantized model's state dict, name and tensor, like BaseCheckpoint.quantized; on the device of `ids`.
 
     Args:
-        ids: int64 (n, T), what to calibrate on.
+        ids: the text to calibrate on, int64 (n, T).
 
     Raises:
         UserError: weights that are not numbers.
     """
+    name = base.quantize or ""
+    quantizer = FORMATS[name]
+    assert isinstance(quantizer, FourBit), "8 bits are not calibrated"
     chosen = {f"h.{i}.{path}.weight" for i in range(base.config.n_layer) for path in linears(base.config)}
-    others = {name: tensor for name, tensor in base.state.items() if name not in chosen}
+    others = {key: tensor for key, tensor in base.state.items() if key not in chosen}
     yield from replace(base, state=others).quantized(dtype, ids.device)
     exact, quantized = (streams(base, ids, dtype, quantize) for quantize in (False, True))
     positions = torch.arange(ids.size(1), device=ids.device)
@@ -136,28 +151,28 @@ def calibrated(base: BaseCheckpoint, ids: Tensor, dtype: torch.dtype) -> Iterato
     for layer in tqdm(range(base.config.n_layer), unit="block", disable=None):
         true, block = (block_of(base, layer, dtype, ids.device) for _ in range(2))
         for path in linears(base.config):
-            linear = block.get_submodule(path)
             stats = statistics(true, block, path, exact, quantized, rotations[layer])
-            weight = true.get_submodule(path).weight.float()
-            tensors = gptq.quantize(weight, stats, FORMATS[base.quantize], dtype)
-            if not all(part.isfinite().all() for part in tensors.values() if part.is_floating_point()):
+            weight = true.get_parameter(f"{path}.weight").float()
+            parts = gptq.quantize(weight, stats, quantizer, dtype)
+            if not all(part.isfinite().all() for part in parts.values() if part.is_floating_point()):
                 source = base.checkpoint_dir / "lit_model.pth"
                 raise UserError(f"{source}: h.{layer}.{path}.weight or its inputs are not numbers")
-            linear.weight = nn.Parameter(dequantize(tensors, base.quantize, linear.in_features, dtype))
-            yield from ((f"h.{layer}.{path}.{key}", part) for key, part in tensors.items())
+            rounded = dequantize(parts, name, weight.size(1), dtype)
+            block.get_submodule(path).weight = nn.Parameter(rounded)
+            yield from ((f"h.{layer}.{path}.{key}", part) for key, part in parts.items())
         exact = [true(x, rotations[layer], None, None) for x in exact]
         quantized = [block(x, rotations[layer], None, None) for x in quantized]
-        for name in block.state_dict():
-            page_out(base.state[f"h.{layer}.{name}"])
+        for key in block.state_dict():
+            page_out(base.state[f"h.{layer}.{key}"])
 
 
 def model_of(base: BaseCheckpoint) -> GPT:
-    """Return the model on the meta device, without contents."""
+    """Return the model of a checkpoint on the meta device, without contents."""
     with torch.device("meta"):
         return GPT(base.config)
 
 
-def linears(config: Any) -> list[str]:
+def linears(config: Config) -> list[str]:
     """Return the paths of a block's linear layers, in the order in which they compute."""
     with torch.device("meta"):
         return [path for path, module in Block(config, 0).named_modules() if isinstance(module, nn.Linear)]
@@ -188,7 +203,7 @@ def streams(base: BaseCheckpoint, ids: Tensor, dtype: torch.dtype, quantize: boo
 
 
 class Reached(Exception):
-    """Ends a block's forward pass at the layer whose input is wanted."""
+    """End a block's forward pass at the layer whose input is wanted."""
 
 
 def layer_input(block: Block, path: str, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor | None]:
@@ -228,14 +243,14 @@ def statistics(
 
     Args:
         true, block: the block with the exact weights, and with those of the layers before this one quantized.
-        path: of the layer in the block.
+        path: the layer's path in the block.
         exact, quantized: the streams' hidden states before the block, (B, T, n_embd) each.
     """
-    out_features, in_features = true.get_submodule(path).weight.shape
+    out_features, in_features = true.get_parameter(f"{path}.weight").shape
     sums = Statistics.zeros(out_features, in_features, exact[0].device)
     for x, y in zip(exact, quantized, strict=True):
         exact_input, exact_residual = layer_input(true, path, x, rotation)
         quantized_input, residual = layer_input(block, path, y, rotation)
-        lost = None if residual is None else exact_residual - residual
+        lost = None if residual is None or exact_residual is None else exact_residual - residual
         sums.add(exact_input, quantized_input, lost, 1 / block.scale)
     return sums

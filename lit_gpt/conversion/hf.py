@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -10,12 +11,7 @@ from torch import Tensor
 
 from lit_gpt.checkpoints import io
 from lit_gpt.conversion import weights
-from lit_gpt.conversion.hf_shards import (
-    SHARD_BYTES,
-    Renamed,
-    StoredWeights,
-    write_shards,
-)
+from lit_gpt.conversion.hf_shards import SHARD_BYTES, LazyTensors, write_shards
 from lit_gpt.errors import UserError
 from lit_gpt.families.registry import config_from_hf
 from lit_gpt.files import atomic, read_json
@@ -30,44 +26,36 @@ TOKENIZER_FILES = (
 SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", "config.json")
 
 
-def convert(checkpoint_dir: Path, hf: StoredWeights, dtype: torch.dtype | None = None) -> Config:
+def convert(checkpoint_dir: Path, hf: LazyTensors, dtype: torch.dtype | None = None) -> Config:
     """Write `lit_model.pth` and `lit_config.json` into a folder that has a config.json.
 
     Args:
-        hf: tensors under their Hugging Face names, with `.dtype(name)`; read one by one.
-        dtype: to store; None: each tensor as it is.
+        hf: tensors under their Hugging Face names; read one by one.
+        dtype: in which to store them; None: each tensor as it is.
 
     Raises:
         UserError: what config.json, the family's table and the tensors do not agree on. Nothing is written then.
     """
-    folder = Path(checkpoint_dir)
-    config = config_from_hf(read_json(folder / "config.json"), name=folder.name)
-    hf = Renamed(hf, weights.full_names(config, hf))
+    config = config_from_hf(read_json(checkpoint_dir / "config.json"), name=checkpoint_dir.name)
+    hf = hf.renamed(weights.full_names(config, hf))
     config = weights.as_stored(config, hf)
     weights.check_names(config, set(hf))
-    layout = {
-        row.lit: torch.empty(row.shape, dtype=dtype or widest([hf.dtype(name) for name in row.hf]), device="meta")
-        for row in weights.rows(config)
-    }
-    io.write_streamed(folder / "lit_model.pth", layout, in_range(layout, weights.to_lit(config, hf)))
-    with atomic(folder / "lit_config.json") as temporary:
+    layout = {}
+    for row in weights.rows(config):
+        widest = dtype or reduce(torch.promote_types, (hf.dtype(name) for name in row.hf))
+        layout[row.lit] = torch.empty(row.shape, dtype=widest, device="meta")
+    io.write_streamed(checkpoint_dir / "lit_model.pth", layout, in_range(layout, weights.to_lit(config, hf)))
+    with atomic(checkpoint_dir / "lit_config.json") as temporary:
         temporary.write_text(config.to_json())
     return config
 
 
 def in_range(layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Pass tensors on that their dtype in the layout can hold; float16 ends at 65504."""
+    """Yield the tensors; raise UserError for one that its dtype in the layout cannot hold: float16 ends at 65504."""
     for name, tensor in tensors:
         if layout[name].dtype == torch.float16 != tensor.dtype and tensor.abs().max() > torch.finfo(torch.float16).max:
             raise UserError(f"{name}: holds values beyond float16; convert with --dtype bf16")
         yield name, tensor
-
-
-def widest(dtypes: list[torch.dtype]) -> torch.dtype:
-    result = dtypes[0]
-    for dtype in dtypes[1:]:
-        result = torch.promote_types(result, dtype)
-    return result
 
 
 def export(checkpoint_dir: Path, out_dir: Path, lit: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES) -> None:
@@ -75,12 +63,12 @@ def export(checkpoint_dir: Path, out_dir: Path, lit: Mapping[str, Tensor], shard
 
     Args:
         checkpoint_dir: converted checkpoint whose configuration and side files go along.
-        lit: its state dict, or one of the same architecture.
+        lit: the state dict to write: the checkpoint's, or one of the same architecture.
     """
     config = Config.from_checkpoint(checkpoint_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     copy_side_files(checkpoint_dir, out_dir)
-    hf_config = read_json(Path(checkpoint_dir) / "config.json")
+    hf_config = read_json(checkpoint_dir / "config.json")
     hf_config |= {"tie_word_embeddings": config.tie_embeddings, "dtype": str(lit["wte.weight"].dtype).split(".")[1]}
     hf_config.pop("torch_dtype", None)
     hf_config.pop("auto_map", None)  # points to code that is not here; transformers knows the architecture itself
@@ -89,8 +77,9 @@ def export(checkpoint_dir: Path, out_dir: Path, lit: Mapping[str, Tensor], shard
 
 
 def copy_side_files(source: Path, target: Path, names: tuple[str, ...] = SIDE_FILES) -> None:
+    """Copy those of the named files that a folder has, and its folder of chat templates."""
     for name in names:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, Path(target) / name)
-    if (Path(source) / CHAT_TEMPLATE_DIR).is_dir():
-        shutil.copytree(Path(source) / CHAT_TEMPLATE_DIR, Path(target) / CHAT_TEMPLATE_DIR, dirs_exist_ok=True)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    if (source / CHAT_TEMPLATE_DIR).is_dir():
+        shutil.copytree(source / CHAT_TEMPLATE_DIR, target / CHAT_TEMPLATE_DIR, dirs_exist_ok=True)

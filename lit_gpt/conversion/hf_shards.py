@@ -1,9 +1,12 @@
-"""Reads and writes Hugging Face weight shards, tensor by tensor."""
+"""Read and write Hugging Face weight shards, tensor by tensor."""
 
 import json
 import zipfile
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from copy import copy
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,52 +20,52 @@ SHARD_BYTES = 2 * 10**9
 INDEX = "model.safetensors.index.json"
 
 
-class StoredWeights(Mapping[str, Tensor]):
-    """The tensors of a downloaded folder, each read when asked for.
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors that are read when asked for; which ones there are, and their dtypes, is known before."""
+
+    places: dict[str, Any]  # {name: where the tensor is read from}
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of a tensor without reading it."""
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """Return these tensors under other names: {new: old}."""
+        result = copy(self)
+        result.places = {new: self.places[old] for new, old in names.items()}
+        return result
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+class StoredWeights(LazyTensors):
+    """The tensors of a downloaded folder.
 
     Raises:
         UserError: no weights, a shard that the index names is missing, or a shard is damaged.
     """
 
     def __init__(self, checkpoint_dir: Path) -> None:
-        self.shards = {}  # name: the open shard that holds it
+        self.places = {}
         for path in shard_paths(Path(checkpoint_dir)):
-            shard = SafetensorsShard(path) if path.suffix == ".safetensors" else BinShard(path)
-            self.shards.update(dict.fromkeys(shard.names, shard))
+            shard = open_shard(path)
+            self.places.update({name: (shard, name) for name in shard.keys()})
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.shards[name][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shards)
-
-    def __len__(self) -> int:
-        return len(self.shards)
+        shard, stored = self.places[name]
+        return shard[stored] if isinstance(shard, dict) else shard.get_tensor(stored)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.shards[name].dtype(name)
-
-
-class Renamed(Mapping[str, Tensor]):
-    """Stored tensors under other names: {new: stored}."""
-
-    def __init__(self, stored: Mapping[str, Tensor], names: dict[str, str]) -> None:
-        self.stored, self.names = stored, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.stored[self.names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.names)
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.stored.dtype(self.names[name])
+        shard, stored = self.places[name]
+        return (shard[stored] if isinstance(shard, dict) else shard.get_slice(stored)[:0]).dtype
 
 
 def shard_paths(folder: Path) -> list[Path]:
+    """Return the files that hold a folder's weights; of safetensors and .bin files the former."""
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
         index = folder / f"{stem}{suffix}.index.json"
         if index.is_file():
@@ -84,42 +87,26 @@ def shard_paths(folder: Path) -> list[Path]:
     )
 
 
-class SafetensorsShard:
-    def __init__(self, path: Path) -> None:
-        try:
-            self.file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error}); download it again") from None
-        self.names = list(self.file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.file.get_tensor(name)
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.file.get_slice(name)[:0].dtype
-
-
-class BinShard:
-    def __init__(self, path: Path) -> None:
-        # files from before the zip format cannot be mapped
-        self.tensors = io.load(path, mmap=zipfile.is_zipfile(path))
-        self.names = list(self.tensors)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-    def dtype(self, name: str) -> torch.dtype:
-        return self.tensors[name].dtype
+def open_shard(path: Path) -> Any:
+    """Open a shard: a dictionary of mapped tensors, or for safetensors what reads one when asked for."""
+    if path.suffix != ".safetensors":
+        return io.load(path, mmap=zipfile.is_zipfile(path))  # files from before the zip format cannot be mapped
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}); download it again") from None
 
 
 def write_shards(out_dir: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int) -> None:
-    """Safetensors shards of up to `shard_bytes` (at least one tensor each), with an index if there are several."""
-    names, shard, size, total = {}, {}, 0, 0
+    """Write safetensors shards of up to `shard_bytes` (at least one tensor each), and an index if there are several."""
+    parts: list[list[str]] = []  # the names in each shard written so far
+    shard: dict[str, Tensor] = {}
+    size = total = 0
 
     def flush() -> None:
-        path = out_dir / f"part-{len(set(names.values())):05d}"
-        names.update(dict.fromkeys(shard, path))
-        io.save_safetensors(path, {k: t.contiguous() for k, t in shard.items()}, {"format": "pt"})
+        contents = {name: tensor.contiguous() for name, tensor in shard.items()}
+        io.save_safetensors(out_dir / f"part-{len(parts)}", contents, {"format": "pt"})
+        parts.append(list(shard))
         shard.clear()
 
     for name, tensor in tensors:
@@ -129,12 +116,13 @@ def write_shards(out_dir: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
         shard[name] = tensor
         size, total = size + tensor.nbytes, total + tensor.nbytes
     flush()
-    parts = sorted(set(names.values()))
-    final = {part: f"model-{i:05d}-of-{len(parts):05d}.safetensors" for i, part in enumerate(parts, 1)}
     if len(parts) == 1:
-        final = {parts[0]: "model.safetensors"}
-    for part, name in final.items():
-        part.replace(out_dir / name)
-    if len(parts) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": {k: final[part] for k, part in names.items()}}
-        (out_dir / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (out_dir / "part-0").replace(out_dir / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(parts):
+        final = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors"
+        (out_dir / f"part-{i}").replace(out_dir / final)
+        weight_map |= dict.fromkeys(names, final)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out_dir / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Whether two models are the same function: what a merge or an export must show before it is written."""
+"""Compare the logits of two models: a merge or an export must compute what its source does before it is written."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt.errors import UserError
-from lit_gpt.model.gpt import GPT
 
 # How far logits may differ, relative to their norm, after weights were rounded to a dtype. Measured: 2e-7, 4e-4, 4e-3
 # for SmolLM2-135M; a wrong scale or a swapped projection moves them by more than a finetune did.
@@ -15,7 +14,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 
 def layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The blocks of a model, and what is beside them: each as large as what is widened at once."""
+    """Yield the blocks of a model, and what is beside them: the units that are in float32 at one time."""
     for child in module.children():
         if not isinstance(module, nn.ModuleList) and any(isinstance(m, nn.ModuleList) for m in child.modules()):
             yield from layers(child)
@@ -25,27 +24,27 @@ def layers(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def in_float32(model: nn.Module) -> Iterator[None]:
-    """All arithmetic in float32, whatever the weights are stored in: each layer is widened while it computes.
+    """Compute in float32, whatever the weights are stored in: each layer's are converted while it computes.
 
-    Takes the memory of the largest layer in float32, not of the whole model. For this project's models, transformers'
-    and PEFT's alike.
+    This takes the memory of the largest layer in float32, not of the whole model. It works for this project's models,
+    transformers' and PEFT's alike.
     """
-    narrow: dict[Tensor, Tensor] = {}
+    stored: dict[Tensor, Tensor] = {}
 
-    def widen(layer: nn.Module, *_: object) -> None:
+    def convert(layer: nn.Module, *_: object) -> None:
         for tensor in (*layer.parameters(), *layer.buffers()):
             if tensor.is_floating_point() and tensor.dtype != torch.float32:
-                narrow[tensor] = tensor.data
+                stored[tensor] = tensor.data
                 tensor.data = tensor.data.float()
 
     def restore(layer: nn.Module, *_: object) -> None:
         for tensor in (*layer.parameters(), *layer.buffers()):
-            if tensor in narrow:
-                tensor.data = narrow.pop(tensor)
+            if tensor in stored:
+                tensor.data = stored.pop(tensor)
 
     hooks = []
     for layer in layers(model):
-        hooks.append(layer.register_forward_pre_hook(widen))
+        hooks.append(layer.register_forward_pre_hook(convert))
         hooks.append(layer.register_forward_hook(restore, always_call=True))
     try:
         yield
@@ -56,55 +55,45 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def float32_logits(model: nn.Module, idx: Tensor) -> Tensor:
-    """Logits of `idx` (B, T) with all arithmetic in float32, of a GPT or of a model of transformers."""
+    """Return a model's logits for `idx` (B, T), computed in float32; the model is a GPT or one of transformers."""
     with in_float32(model):
-        found = model.eval()(idx)
-    return found if isinstance(found, Tensor) else found.logits
+        output = model.eval()(idx)
+    return output if isinstance(output, Tensor) else output.logits
 
 
-def probe_ids(model: GPT, length: int = 24) -> Tensor:
-    """Token ids (2, length) to compare models on, the same each time."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(model.config.vocab_size, (2, min(length, model.config.block_size)), generator=generator)
-
-
-def difference(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference, relative to the norm of what is expected."""
-    return ((found - expected).norm() / expected.norm()).item()
-
-
-def require_equal(found: Tensor, expected: Tensor, dtype: torch.dtype, what: str) -> float:
-    """The relative difference of logits, if it is what rounding to `dtype` explains.
-
-    Raises:
-        UserError: it is not (or not a number).
-    """
-    return require_within(found, expected, *rounding(dtype), what)
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference, relative to the norm of what is expected."""
+    return ((actual - expected).norm() / expected.norm()).item()
 
 
 def rounding(dtype: torch.dtype) -> tuple[float, str]:
-    """How far rounding to `dtype` may move logits, by their norm; and what to say of that limit."""
+    """Return how far rounding to `dtype` may move logits, relative to their norm, and the reason to give for it."""
     return TOLERANCE[dtype], f"that rounding to {str(dtype).removeprefix('torch.')} explains"
 
 
-def require_within(found: Tensor, expected: Tensor, allowed: float, why: str, what: str) -> float:
-    """The same for a limit of any other cause, which `why` names."""
-    same_shape = found.shape == expected.shape
-    measured = difference(found, expected) if same_shape else float("nan")
+def require_within(actual: Tensor, expected: Tensor, allowed: float, why: str, what: str) -> float:
+    """Return the relative difference of logits.
+
+    Args:
+        allowed: the largest difference to accept; `why` names its cause.
+        what: what the logits are of, for the error.
+
+    Raises:
+        UserError: the difference is larger, or not a number.
+    """
+    same_shape = actual.shape == expected.shape
+    measured = difference(actual, expected) if same_shape else float("nan")
     if not measured <= allowed:
-        by = (
-            f"by {measured:.1e} of their norm"
-            if same_shape
-            else f"in shape, {(*found.shape,)} for {(*expected.shape,)}"
-        )
+        shapes = f"{(*actual.shape,)} for {(*expected.shape,)}"
+        by = f"by {measured:.1e} of their norm" if same_shape else f"in shape, {shapes}"
         raise UserError(
             f"{what}: its logits differ from the source's {by}, more than the {allowed:.0e} {why}; nothing was written"
         )
     return measured
 
 
-def check_finetune_kept(found: Tensor, expected: Tensor, base: Tensor, what: str) -> float:
-    """How much of what a finetune changes in the base's logits is in what was made of it: 1, but for rounding.
+def check_finetune_kept(actual: Tensor, expected: Tensor, base: Tensor, what: str) -> float:
+    """Return the share of a finetune's change of the base's logits that is in what was made of it: 1, but for rounding.
 
     Rounding moves logits in directions of its own. Along the finetune's a wrong scale shows that the norm of the
     difference hides in the rounding.
@@ -115,8 +104,8 @@ def check_finetune_kept(found: Tensor, expected: Tensor, base: Tensor, what: str
     change = (expected - base).flatten()
     if not change.any():
         return 1.0
-    arrived = ((found - base).flatten() @ change / (change @ change)).item()
-    allowed = 0.05 + 0.1 * ((found - expected).norm() / change.norm()).item()
+    arrived = ((actual - base).flatten() @ change / (change @ change)).item()
+    allowed = 0.05 + 0.1 * ((actual - expected).norm() / change.norm()).item()
     if not abs(arrived - 1) <= allowed:
         raise UserError(f"{what}: {arrived:.0%} of the finetune's change of the logits arrived; nothing was written")
     return arrived

@@ -1,9 +1,10 @@
-"""What goes beside an export for those who will use it: the model card, and the figures of the check."""
+"""Write what goes beside an export for those who will use it: the model card, and the figures of the check."""
 
 import hashlib
 import json
 import re
 import shutil
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from lit_gpt.files import read_json
 from lit_gpt.methods.registry import flag_prefixes
 from lit_gpt.text.tokenizer import Tokenizer, has_tokenizer
 
-# What a finetune leaves in its out_dir, and the folder made from it keeps, for the card of what is made from that.
+# Files that a finetune leaves and a folder made from it keeps, for the card of what is made from that folder.
 RUN_FILES = ("hyperparameters.json", "summary.json", "metrics.csv", "loss.png")
 PACKAGES = ("torch", "transformers", "peft", "gguf", "tokenizers")
 SHOWN = (  # of the hyperparameters; those of the method besides
@@ -23,9 +24,10 @@ AUDIT = ("rows_kept", "tokens", "tokens_supervised")
 
 
 def copy_run(source: Path, target: Path) -> None:
+    """Copy the records that a finetune has left in a folder."""
     for name in RUN_FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, Path(target) / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def write(
@@ -37,15 +39,15 @@ def write(
     library: str,
     figures: dict[str, Any],
 ) -> None:
-    """Write README.md, with loss.png and the base's licence where there is one, and export.json.
+    """Write README.md, with loss.png and the base's license where there is one, and export.json.
 
     Args:
-        name: of what was exported.
-        checkpoint_dir: of the base, or of a finetuned checkpoint that knows its own.
+        name: the export's name.
+        checkpoint_dir: the folder of the base, or of a finetuned checkpoint that knows its own.
         run_dir: where the finetune left its records; it need have none.
-        use: how to load it: code.
-        library: as the hub calls it.
-        figures: of the check, and the hashes of what it was made from.
+        use: code that loads the export.
+        library: the hub's name for the library that loads it.
+        figures: those of the check, and the hashes of what the export was made from.
     """
     figures = {
         **figures,
@@ -55,11 +57,11 @@ def write(
     run, summary = (read_json(run_dir / name, missing_ok=True) for name in ("hyperparameters.json", "summary.json"))
     run.pop("lora_path", None)  # a place on this machine
     base = Path(run.get("checkpoint_dir") or checkpoint_dir)
-    licence = licence_of(base, folder)
+    license_name = license_of(base, folder)
     head = {
         "base_model": repository(base),
         "library_name": library,
-        "license": licence,
+        "license": license_name,
         "pipeline_tag": "text-generation",
         "tags": ["lit-gpt", *([summary["method"]] if "method" in summary else [])],
     }
@@ -72,30 +74,31 @@ def write(
         table("Hyperparameters", {k: v for k, v in run.items() if k in SHOWN or k.startswith(flag_prefixes())}),
         losses(summary, run_dir, folder),
         checked(figures),
-        f"## Licence\n\n{licence or 'The folder of the base does not tell one.'}",
+        f"## License\n\n{license_name or 'The folder of the base does not tell one.'}",
     ]
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     (folder / "export.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def repository(folder: Path) -> str | None:
-    """owner/name, of a folder where scripts/download.py put it."""
+    """Return owner/name of a folder where scripts/download.py put it, else None."""
     parts = folder.resolve().parts
     return "/".join(parts[-2:]) if parts[-3:-2] == ("checkpoints",) else None
 
 
-def licence_of(base: Path, folder: Path) -> str | None:
-    """As the base's own card has it. Its text goes along."""
+def license_of(base: Path, folder: Path) -> str | None:
+    """Return the license that the base's own card names, and copy its text into `folder`."""
     for path in base.glob("LICENSE*"):
         shutil.copyfile(path, folder / path.name)
     card = base / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     head = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    found = re.search(r"^license: *[\"']?([^\s\"']+)", head[1], re.MULTILINE) if head else None
-    return found[1] if found else "other" if any(base.glob("LICENSE*")) else None
+    named = re.search(r"^license: *[\"']?([^\s\"']+)", head[1], re.MULTILINE) if head else None
+    return named[1] if named else "other" if any(base.glob("LICENSE*")) else None
 
 
 def training_data(run: dict[str, Any]) -> str:
+    """Return the card's part on the data of a run; empty where the run names none."""
     if not run.get("data_dir"):
         return ""
     audit = read_json(Path(run["data_dir"]) / "data.json", missing_ok=True).get("audit", {})
@@ -104,6 +107,7 @@ def training_data(run: dict[str, Any]) -> str:
 
 
 def losses(summary: dict[str, Any], run_dir: Path, folder: Path) -> str:
+    """Return the card's part on the training, and copy its loss.png into `folder`."""
     if not summary:
         return ""
     keys = ("method", "base_quantization", "trainable_parameters", "steps", "tokens", "val_loss_first", "val_loss_last")
@@ -116,6 +120,7 @@ def losses(summary: dict[str, Any], run_dir: Path, folder: Path) -> str:
 
 
 def checked(figures: dict[str, Any]) -> str:
+    """Return the card's part on the comparison with the source."""
     text = (
         f"## Checked\n\nRead back by {figures['reader']} before it was written: its logits differ from the source's by "
         f"{figures['logits_difference']:.1e} of their norm (allowed: {figures['logits_difference_allowed']:.0e}); "
@@ -129,12 +134,13 @@ def checked(figures: dict[str, Any]) -> str:
 
 
 def table(title: str, rows: dict[str, Any]) -> str:
+    """Return a titled Markdown table of names and values; empty without rows."""
     lines = [f"| {key} | {value} |" for key, value in rows.items() if value is not None]
     return "\n".join([f"## {title}", "", "| | |", "|---|---|", *lines]) if lines else ""
 
 
 def provenance(checkpoint_dir: Path, base: str, template: str | None, adapter: Path | None = None) -> dict[str, Any]:
-    """Hashes of what an export is made from: `base` is the fingerprint of the base's state dict."""
+    """Return hashes of what an export is made from, of which `base` is the fingerprint of the base's state dict."""
     return {
         "base": base,
         "adapter": sha256(adapter) if adapter else None,
@@ -149,10 +155,9 @@ def sha256(path: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {}
+    """Return the versions of those PACKAGES that are installed."""
+    installed = {}
     for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            installed[name] = version(name)
+    return installed

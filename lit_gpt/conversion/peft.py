@@ -1,4 +1,4 @@
-"""PEFT's LoRA adapters, `adapter_config.json` with `adapter_model.safetensors`, in both directions.
+"""Read and write PEFT's LoRA adapters: `adapter_config.json` with `adapter_model.safetensors`.
 
 A fused layer here has an A and a B for each projection in it; PEFT has one pair for each linear layer of transformers.
 The family's weight table says which rows of ours each of those holds. A projection that transformers has apart gets
@@ -33,20 +33,21 @@ NO_ADAPTER = (
 )
 PREFIX = "base_model.model."  # what PEFT puts before the names of transformers
 Pairs = dict[str, tuple[Tensor, Tensor]]  # {layer of transformers: A (r, in_features) and B (out_features, r)}
+Part = tuple[str, tuple[int, int]]  # the path of a layer here, and start and stop of a projection's rows in it
 
 
 @dataclass(frozen=True)
 class Layer:
     """A linear layer of transformers."""
 
-    name: str  # of the module
-    stored: str  # of its tensors in a file, which transformers 5 may know by another name than the module's
+    name: str  # the module's
+    stored: str  # the name in files, which may be another than the module's since transformers 5
     lit: str  # the layer here that holds its rows
     rows: Tensor  # which of that layer's rows, in its own order; int64 (out_features,)
 
 
 def layers(config: Config) -> Iterator[Layer]:
-    """The layers of transformers that hold a matrix. A tied head is one too: it can have an adapter of its own."""
+    """Yield the layers of transformers that hold a matrix; a tied head too, for it can have an adapter of its own."""
     modules = getattr(family_of_config(config), "MODULES", {})
     for row in weights.rows(replace(config, tie_embeddings=False)):
         if len(row.shape) == 2:
@@ -57,24 +58,23 @@ def layers(config: Config) -> Iterator[Layer]:
 
 
 def to_peft(model: GPT) -> Pairs:
-    """The pairs of a model with LoRA attached, under the names of transformers."""
+    """Return the pairs of a model with LoRA attached, under the names of transformers."""
     attached, pairs = lora.lora_layers(model), {}
     known = list(layers(model.config))
     if apart := attached.keys() - {layer.lit for layer in known}:
         raise UserError(f"LoRA of {min(apart)} cannot be a PEFT adapter: transformers has no linear layer there")
     for layer in known:
-        ours = attached.get(layer.lit)
-        if ours is None:
+        if layer.lit not in attached:
             continue
-        found = []
+        ours, As, Bs = attached[layer.lit], [], []
         for (start, stop), A, B in zip(ours.parts, ours.lora_A.split(ours.r), ours.split_B(), strict=True):
             own = (start <= layer.rows) & (layer.rows < stop)
             if own.any():
-                wide = B.new_zeros(len(layer.rows), ours.r)
-                wide[own] = B.detach()[layer.rows[own] - start]
-                found.append((A.detach(), wide))
-        if found:
-            pairs[layer.name] = torch.cat([A for A, _ in found]), torch.cat([B for _, B in found], dim=1)
+                As.append(A.detach())
+                Bs.append(B.new_zeros(len(layer.rows), ours.r))
+                Bs[-1][own] = B.detach()[layer.rows[own] - start]
+        if As:
+            pairs[layer.name] = torch.cat(As), torch.cat(Bs, dim=1)
     return pairs
 
 
@@ -82,8 +82,8 @@ def write(folder: Path, model: GPT, config: lora.LoRAConfig, base_model: str) ->
     """Write what `PeftModel.from_pretrained(base, folder)` loads.
 
     Args:
-        config: by which LoRA is attached to `model`.
-        base_model: what the base is called: a path, or a name on the hub.
+        config: the hyperparameters with which LoRA is attached to `model`.
+        base_model: the base's path, or its name on the hub.
     """
     pairs = to_peft(model)
     tensors = {f"{PREFIX}{name}.lora_{x}.weight": t for name, pair in pairs.items() for x, t in zip("AB", pair)}  # noqa: B905
@@ -94,10 +94,10 @@ def write(folder: Path, model: GPT, config: lora.LoRAConfig, base_model: str) ->
 
 
 def adapter_config(model: Config, pairs: Pairs, config: lora.LoRAConfig) -> dict[str, Any]:
-    """The contents of adapter_config.json.
+    """Return the contents of adapter_config.json.
 
-    Every layer is scaled by alpha / r, whatever its rank. `r` is the largest one, by which readers reserve room; layers
-    of a smaller one are listed.
+    Every layer is scaled by alpha / r, whatever its rank. `r` is the largest rank, by which readers reserve room;
+    layers of a smaller one are listed.
     """
     names = {name.rpartition(".")[0] for row in weights.rows(model) for name in row.hf} | set(pairs)
     ranks = {name: len(A) for name, (A, _) in pairs.items()}
@@ -123,7 +123,7 @@ def adapter_config(model: Config, pairs: Pairs, config: lora.LoRAConfig) -> dict
 
 
 def shortest(name: str, wanted: set[str], names: set[str]) -> str:
-    """The shortest end of a layer's name that among `names` only those in `wanted` have."""
+    """Return the shortest end of a layer's name that among `names` only those in `wanted` have."""
     parts = name.split(".")
     for n in range(1, len(parts)):
         end = ".".join(parts[-n:])
@@ -133,6 +133,7 @@ def shortest(name: str, wanted: set[str], names: set[str]) -> str:
 
 
 def whole_if_possible(value: float) -> float:
+    """Return a whole number as an int."""
     return int(value) if value == int(value) else value
 
 
@@ -151,9 +152,9 @@ KEPT_BASE = (True, False, None, "gaussian", "orthogonal", "eva")  # initializati
 def read(
     folder: Path, config: Config, base: Mapping[str, Tensor]
 ) -> tuple[lora.LoRAConfig, dict[str, Tensor], list[str]]:
-    """What a PEFT adapter is to a model of this Config, whose state dict is `base`.
+    """Read a PEFT adapter for a model of this Config, whose state dict is `base`.
 
-    A module whose alpha or rank is its own is honoured: what its scale differs by goes into its B, and ranks that it
+    A module's own alpha and rank are respected: what its scale differs by goes into its B, and ranks that it
     lacks are zeros in A and B, which add nothing and, their gradients being zero, never train. So are the projections
     that the adapter leaves out in layers of which it adapts others.
 
@@ -176,28 +177,25 @@ def read(
     targets = Targets(fields, path)
     check_targets(pairs, known, targets, Path(folder))
 
-    parts = lora_parts(config)
-    found: dict[tuple[str, tuple[int, int]], tuple[Tensor, Tensor, float]] = {}
+    switches = lora_switches(config)
+    updates: dict[Part, tuple[Tensor, Tensor, float]] = {}
     for name, (A, B) in pairs.items():
         layer, scale = known[name], targets.scale(known[name], len(A))
-        for span, a, b in split(layer, A, B, [span for lit, span in parts if lit == layer.lit], folder):
-            found[layer.lit, span] = a, b, scale
-    r = max(len(a) for a, _, _ in found.values())
+        for span, a, b in split(layer, A, B, [span for lit, span in switches if lit == layer.lit], folder):
+            updates[layer.lit, span] = a, b, scale
+    r = max(len(a) for a, _, _ in updates.values())
     default = fields["lora_alpha"] / (math.sqrt(fields["r"]) if fields.get("use_rslora") else fields["r"])
-    result = lora.LoRAConfig(
+    settings = lora.LoRAConfig(
         r=r,
         alpha=whole_if_possible(default * r),
         dropout=fields.get("lora_dropout") or 0.0,
-        **{name: any(parts[key] == name for key in found) for name in set(parts.values())},
+        **{name: any(switches[part] == name for part in updates) for name in set(switches.values())},
     )
-    state = lay_out(
-        config, result, {key: (a, b * (scale / (result.alpha / r))) for key, (a, b, scale) in found.items()}
-    )
-    return result, state, targets.remarks(known)
+    return settings, lay_out(config, settings, updates), targets.remarks(known)
 
 
 def check_config(fields: Mapping[str, Any], path: Path) -> None:
-    """Refuse, by its name, a field that would change what the adapter computes and is not honoured."""
+    """Refuse, by its name, a field that would change what the adapter computes and is not respected."""
 
     def refuse(name: str, why: str) -> None:
         raise UserError(f"{path}: '{name}': {json.dumps(fields.get(name))} {why}")
@@ -221,7 +219,7 @@ def check_config(fields: Mapping[str, Any], path: Path) -> None:
 
 
 def read_pairs(folder: Path) -> tuple[Pairs, dict[str, Tensor]]:
-    """The adapter's pairs of A and B, and its other tensors, by the names of transformers.
+    """Read an adapter's pairs of A and B, and its other tensors, by the names of transformers.
 
     Raises:
         UserError: there are no pairs, or halves of them.
@@ -271,7 +269,7 @@ def check_others(
 
 @dataclass(frozen=True)
 class Targets:
-    """Which layers an adapter_config.json is for, by the rules of PEFT, and how each is scaled."""
+    """The layers that an adapter_config.json is for, by the rules of PEFT, and the scale of each."""
 
     fields: Mapping[str, Any]
     path: Path
@@ -294,21 +292,21 @@ class Targets:
         only = [only] if isinstance(only, int) else only
         return named(name, wanted) and layer is not None and int(layer[1]) in only
 
-    def of(self, pattern: str, layer: Layer, default: float) -> float:
-        """The value for one layer, which `rank_pattern` or `alpha_pattern` may have."""
+    def own_value(self, pattern: str, layer: Layer, default: float) -> float:
+        """Return a layer's own value in `rank_pattern` or `alpha_pattern`, else the default."""
         own, names = self.fields.get(pattern) or {}, (layer.name, layer.stored)
         return next((v for key, v in own.items() if any(re.match(rf"(.*\.)?({key})$", n) for n in names)), default)
 
     def scale(self, layer: Layer, rank: int) -> float:
-        """By which the layer's B A is multiplied; refuses a rank other than the stated one."""
-        stated = self.of("rank_pattern", layer, self.fields["r"])
+        """Return the factor of the layer's B A; refuse a rank other than the stated one."""
+        stated = self.own_value("rank_pattern", layer, self.fields["r"])
         if stated != rank:
             raise UserError(f"{self.path}: states rank {stated} for {layer.name}, whose A has {rank} rows")
-        alpha = self.of("alpha_pattern", layer, self.fields["lora_alpha"])
+        alpha = self.own_value("alpha_pattern", layer, self.fields["lora_alpha"])
         return alpha / (math.sqrt(rank) if self.fields.get("use_rslora") else rank)
 
     def remarks(self, known: Mapping[str, Layer]) -> list[str]:
-        """Targets that name no layer of the model; PEFT passes over them too."""
+        """Return a line for each target that names no layer of the model; PEFT passes over them too."""
         wanted = self.fields.get("target_modules")
         names = [name for layer in known.values() for name in (layer.name, layer.stored)]
         idle = [end for end in wanted or () if not any(named(name, [end]) for name in names)]
@@ -316,7 +314,7 @@ class Targets:
 
 
 def named(name: str, targets: str | list[str]) -> bool:
-    """PEFT's rule: a regular expression of the whole name, or a list of names and their ends."""
+    """Decide by PEFT's rule: a regular expression of the whole name, or a list of names and their ends."""
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return any(name == end or name.endswith("." + end) for end in targets)
@@ -334,8 +332,8 @@ def check_targets(pairs: Pairs, known: Mapping[str, Layer], targets: Targets, fo
         raise UserError(f"{folder}: lacks A and B of {missing[0]}, which {CONFIG} targets; is the file whole?")
 
 
-def lora_parts(config: Config) -> dict[tuple[str, tuple[int, int]], str]:
-    """{layer and rows that LoRA can adapt: the switch of LoRAConfig that does}."""
+def lora_switches(config: Config) -> dict[Part, str]:
+    """Return {what LoRA can adapt: the switch of LoRAConfig for it}."""
     with torch.device("meta"):
         model = GPT(config)
     switches = [name for name, value in asdict(lora.LoRAConfig()).items() if isinstance(value, bool)]
@@ -351,7 +349,7 @@ def lora_parts(config: Config) -> dict[tuple[str, tuple[int, int]], str]:
 def split(
     layer: Layer, A: Tensor, B: Tensor, spans: list[tuple[int, int]], folder: Path
 ) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
-    """The A and B of each projection that a layer of transformers holds.
+    """Yield the rows of each projection that a layer of transformers holds, and its A and B.
 
     In a fused layer a projection keeps the ranks that reach its rows; one that none reaches has no update. So what
     `to_peft` put together comes apart as it was. In an adapter that has not been trained, B is zero and all are kept.
@@ -371,22 +369,21 @@ def split(
 
 
 def lay_out(
-    config: Config, settings: lora.LoRAConfig, found: Mapping[tuple[str, tuple[int, int]], tuple[Tensor, Tensor]]
+    config: Config, settings: lora.LoRAConfig, updates: Mapping[Part, tuple[Tensor, Tensor, float]]
 ) -> dict[str, Tensor]:
-    """The LoRA parameters of a model with these settings: what was found, and zeros elsewhere."""
+    """Return the LoRA parameters of a model with these settings: A, and scaled B, of the updates, zeros elsewhere."""
     with torch.device("meta"):
         model = lora.attach(GPT(config), settings)
-    state = {}
+    state: dict[str, Tensor] = {}
     for path, layer in lora.lora_layers(model).items():
-        As = torch.zeros(len(layer.parts), settings.r, layer.in_features)
-        Bs = [torch.zeros(stop - start, settings.r) for start, stop in layer.parts]
-        for i, span in enumerate(layer.parts):
-            if (path, span) in found:
-                A, B = found[path, span]
-                if A.shape[1] != layer.in_features:
-                    raise UserError(
-                        f"the adapter's A for {path} is {tuple(A.shape)}; expected {layer.in_features} columns"
-                    )
-                As[i, : len(A)], Bs[i][:, : len(A)] = A, B
-        state |= {f"{path}.lora_A": As.flatten(0, 1), f"{path}.lora_B": torch.cat(Bs)}
+        As, Bs = torch.zeros(layer.lora_A.shape), torch.zeros(layer.lora_B.shape)
+        sizes, columns = [stop - start for start, stop in layer.parts], As.shape[1]
+        for span, own_A, own_B in zip(layer.parts, As.split(settings.r), Bs.split(sizes), strict=True):
+            if (path, span) in updates:
+                A, B, scale = updates[path, span]
+                if A.shape[1] != columns:
+                    raise UserError(f"the adapter's A for {path} is {tuple(A.shape)}; expected {columns} columns")
+                own_A[: len(A)] = A
+                own_B[:, : len(A)] = B * (scale / (settings.alpha / settings.r))
+        state |= {f"{path}.lora_A": As, f"{path}.lora_B": Bs}
     return state

@@ -5,7 +5,7 @@ import io
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt import files
-from lit_gpt.checkpoints import base_model
 from lit_gpt.checkpoints import folder as checkpoint
+from lit_gpt.checkpoints.base_model import BaseCheckpoint, build_model
 from lit_gpt.conversion import hf_shards, weights
 from lit_gpt.conversion import logits as verify
 from lit_gpt.conversion.gguf import importer
@@ -37,15 +37,22 @@ class Reader(Protocol):
 
     name: str
 
-    def logits(self, idx: Tensor) -> Tensor: ...
-    def ids(self, text: str) -> list[int] | None: ...  # None: no tokenizer
-    def prompt(self, messages: list[Message]) -> list[int] | None: ...  # None: no template
-    def stops(self) -> set[int] | None: ...  # the ids that end an answer; None: it says nothing of them
+    def logits(self, idx: Tensor) -> Tensor:
+        """Return the logits for `idx` (B, T), computed in float32."""
+
+    def ids(self, text: str) -> list[int] | None:
+        """Return the tokens of a text; None where there is no tokenizer."""
+
+    def prompt(self, messages: list[Message]) -> list[int] | None:
+        """Return the tokens of a conversation in the chat template; None where there is none."""
+
+    def stops(self) -> set[int] | None:
+        """Return the ids that end an answer; None where nothing names them."""
 
 
 @dataclass
 class LitReader:
-    """What this project reads, and what every export is compared with."""
+    """A model as this project reads it; every export is compared with one."""
 
     model: nn.Module  # a GPT, or transformers' model of the same state dict
     tokenizer: Tokenizer | None
@@ -53,10 +60,10 @@ class LitReader:
     name: str = "Lit-GPT"
 
     @classmethod
-    def of(cls, folder: Path, model: nn.Module, style: PromptStyle | None = None, name: str = name) -> "LitReader":
-        """A checkpoint folder, with its own prompt style or another."""
+    def open(cls, folder: Path, model: nn.Module, style: PromptStyle | None = None, name: str = name) -> "LitReader":
+        """Open a checkpoint folder, with its own prompt style or another."""
         tokenizer = Tokenizer(folder) if has_tokenizer(folder) else None
-        if style is None and tokenizer and (tokenizer.chat_template or (Path(folder) / FILE).is_file()):
+        if style is None and tokenizer and (tokenizer.chat_template or (folder / FILE).is_file()):
             style = PromptStyle.from_checkpoint(folder, tokenizer)
         return cls(model, tokenizer, style, name)
 
@@ -78,12 +85,12 @@ class LitReader:
 
 @dataclass
 class HFReader:
-    """What transformers, with PEFT or without, reads."""
+    """A model as transformers, with PEFT or without, reads it."""
 
     model: nn.Module
     tokenizer: Any  # PreTrainedTokenizerBase, or None
+    stop_ids: set[int] | None = None  # an adapter names none
     name: str = "transformers"
-    says_stops: bool = True  # an adapter does not
 
     def logits(self, idx: Tensor) -> Tensor:
         return verify.float32_logits(self.model, idx)
@@ -100,19 +107,17 @@ class HFReader:
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
     def stops(self) -> set[int] | None:
-        if not self.says_stops:
-            return None
-        return set(as_list(self.model.generation_config.eos_token_id))
+        return self.stop_ids
 
 
 def missing(*packages: str) -> list[str]:
-    """Which of these readers are not installed."""
+    """Return which of these packages are not installed."""
     return [name for name in packages if importlib.util.find_spec(name) is None]
 
 
 @contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Another's reader: quiet, and what it raises is said in one line."""
+    """Run another's reader quietly, and say what it raises in one line."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -131,49 +136,60 @@ def reading(what: str) -> Iterator[None]:
 
 
 def read_hf(folder: Path) -> Reader:
-    """A folder that transformers loads. Its weights stay mapped from the files."""
+    """Read a folder by transformers. Its weights stay mapped from the files."""
     with reading(f"the export in {folder}"):
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, PreTrainedModel
 
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        model: PreTrainedModel
+        info: dict[str, Any]
+        loaded = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        model, info = loaded  # type: ignore[misc]  # the stub forgets output_loading_info
         if lost := [*info["missing_keys"], *info["unexpected_keys"]]:
             raise UserError(f"transformers does not find its tensors in the export: {lost[0]}; nothing was written")
-        return HFReader(model, hf_tokenizer(folder))
+        return HFReader(model, hf_tokenizer(folder), set(as_list(model.generation_config.eos_token_id)))
+
+
+def own_hf(folder: Path) -> LitReader:
+    """Read a folder of transformers by our own code."""
+    config = config_from_hf(files.read_json(folder / "config.json"), name=folder.name)
+    stored = hf_shards.StoredWeights(folder)
+    config = weights.as_stored(config, stored)
+    return LitReader.open(folder, build_model(config, dict(weights.to_lit(config, stored)), source=folder))
 
 
 def read_lit(folder: Path) -> Reader:
-    """A checkpoint folder of ours, whose weights transformers computes with."""
+    """Read a checkpoint folder of ours, to compute with its weights by transformers."""
     with reading(f"the checkpoint in {folder}"):
         model = hf_model(folder, checkpoint.load_state(folder), Config.from_checkpoint(folder))
-        return LitReader.of(folder, model, name="transformers")
+        return LitReader.open(folder, model, name="transformers")
 
 
-def read_peft(checkpoint_dir: Path, state: dict[str, Tensor], folder: Path) -> Reader:
-    """An adapter that PEFT loads onto transformers' model of a lit state dict."""
+def read_peft(base: BaseCheckpoint, folder: Path) -> Reader:
+    """Read an adapter by PEFT, onto transformers' model of the base's weights."""
     with reading(f"the adapter in {folder}"):
         from peft import PeftModel
 
-        base = hf_model(checkpoint_dir, state, Config.from_checkpoint(checkpoint_dir))
-        return HFReader(PeftModel.from_pretrained(base, folder), hf_tokenizer(folder), "PEFT", says_stops=False)
+        model = hf_model(base.checkpoint_dir, base.state, base.config)
+        return HFReader(PeftModel.from_pretrained(model, folder), hf_tokenizer(folder), name="PEFT")
 
 
 def read_gguf(path: Path, checkpoint_dir: Path, dtype: torch.dtype) -> Reader:
-    """A GGUF file as transformers dequantizes it to `dtype`.
+    """Read a GGUF file by transformers, dequantized to `dtype`.
 
-    Its tokens are read by our own code: transformers passes over how the file says that text is split. And so it does
-    over rotary scaling, which is therefore told.
+    Its tokens are read by our own code, for transformers passes over how the file says that text is split. It passes
+    over rotary scaling, too, which is therefore given to it.
     """
     with reading(f"the file {path.name}"):
         from transformers import AutoConfig, AutoModelForCausalLM
 
         config = Config.from_checkpoint(checkpoint_dir)
-        told = {"config": AutoConfig.from_pretrained(checkpoint_dir)} if config.rope_scaling else {}
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **told)
+        given = {"config": AutoConfig.from_pretrained(checkpoint_dir)} if config.rope_scaling else {}
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **given)
         return own_gguf(path, config, dtype, model)
 
 
 def own_gguf(path: Path, config: Config, dtype: torch.dtype, model: nn.Module | None = None) -> LitReader:
-    """A GGUF file by our own code; with `model`, all of it but the weights.
+    """Read a GGUF file by our own code; with `model`, all of it but the weights.
 
     Raises:
         UserError: its metadata is not what the model's configuration says.
@@ -184,56 +200,47 @@ def own_gguf(path: Path, config: Config, dtype: torch.dtype, model: nn.Module | 
         check_same(config_from_hf(importer.hf_config(file, tokens, dtype)), config, path)
     if model is None:
         stored = importer.GGUFWeights(file, config, dtype)
-        model = base_model.build_model(config, dict(weights.to_lit(config, stored)), source=path)
+        model = build_model(config, dict(weights.to_lit(config, stored)), source=path)
     with tempfile.TemporaryDirectory() as folder:
         importer.write_tokenizer(Path(folder), file, tokens)
-        own = LitReader.of(Path(folder), model, name="transformers" if not isinstance(model, GPT) else "Lit-GPT")
+        own = LitReader.open(Path(folder), model, name="Lit-GPT" if isinstance(model, GPT) else "transformers")
         own.ids("")  # what is lazy is read while the folder is there
     return own
 
 
-def check_same(found: Config, expected: Config, path: Path) -> None:
+def check_same(actual: Config, expected: Config, path: Path) -> None:
     """Refuse a file whose metadata is that of another architecture. Rotary scaling is compared by what it does."""
     apart = {"name", "family", "block_size", "sliding_window", "vocab_size", "rope_scaling"}
-    for name, value in asdict(found).items():
+    for name, value in asdict(actual).items():
         wanted = getattr(expected, name)
         same = math.isclose(value, wanted, rel_tol=1e-6) if isinstance(value, float) else value == wanted
         if name not in apart and not same:
             raise UserError(f"{path.name}: says {name} {value} for {wanted}; nothing was written")
-    (theirs, factor), (ours, our_factor) = rope_frequencies(found), rope_frequencies(expected)
+    (theirs, factor), (ours, our_factor) = rope_frequencies(actual), rope_frequencies(expected)
     if not torch.allclose(theirs, ours, rtol=1e-5, atol=0) or not math.isclose(factor, our_factor, rel_tol=1e-6):
         raise UserError(f"{path.name}: says another rotary scaling than {expected.rope_scaling}; nothing was written")
 
 
 def hf_tokenizer(folder: Path) -> Any:
+    """Read a folder's tokenizer by transformers; return None where there is none."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder) if has_tokenizer(folder) else None
 
 
-def hf_model(checkpoint_dir: Path, state: dict[str, Tensor], config: Config) -> nn.Module:
-    """transformers' model of a lit state dict, in the same memory where the tensors are stored alike."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+def hf_model(checkpoint_dir: Path, state: Mapping[str, Tensor], config: Config) -> nn.Module:
+    """Return transformers' model of a lit state dict, in the same memory where the tensors are stored alike."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
     theirs = AutoConfig.from_pretrained(checkpoint_dir, tie_word_embeddings=config.tie_embeddings)
-    tensors = dict(weights.to_hf(config, state))
-    dtype = state["wte.weight"].dtype
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(theirs)].from_pretrained(
-        None, config=theirs, state_dict=tensors, dtype=dtype
-    )
+    tensors, dtype = dict(weights.to_hf(config, state)), state["wte.weight"].dtype
+    cls: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(theirs)]  # type: ignore[assignment]  # one, no tuple
+    return cls.from_pretrained(None, config=theirs, state_dict=tensors, dtype=dtype)
 
 
 def read_back(what: str, packages: tuple[str, ...], theirs: Callable[[], Reader], own: Callable[[], Reader]) -> Reader:
-    """The export as an independent reader sees it, or, where none is installed, as our own does; that is said."""
+    """Read an export back by an independent reader, or by our own where its packages are not installed."""
     if lacking := missing(*packages):
         print(f"{what}: {' and '.join(lacking)} not installed; read back by Lit-GPT itself")
         return own()
     return theirs()
-
-
-def own_hf(folder: Path) -> LitReader:
-    """The same folder, by our own code."""
-    config = config_from_hf(files.read_json(folder / "config.json"), name=folder.name)
-    stored = hf_shards.StoredWeights(folder)
-    config = weights.as_stored(config, stored)
-    return LitReader.of(folder, base_model.build_model(config, dict(weights.to_lit(config, stored)), source=folder))

@@ -16,5 +16,5 @@ CONVERSATIONS: tuple[list[Message], ...] = (
         {"role": "user", "content": TEXTS[3]},
     ],
 )
-LENGTH = 24  # tokens of each golden prompt that logits are compared on
+LENGTH = 24  # how many tokens of each prompt logits are compared on
 POSITIONS = (len(TEXTS) + len(CONVERSATIONS)) * LENGTH

@@ -1,4 +1,4 @@
-"""The engine that runs a family's weight table in both directions: Hugging Face to lit, and back.
+"""A family's weight table, run in both directions: Hugging Face to lit, and back.
 
 A table maps each module of the GPT to the place of its tensors in the Hugging Face file, either one name or one of the
 layouts below; "{}" stands for the layer. What the table does not name is an error, never skipped.
@@ -12,8 +12,12 @@ import torch
 from torch import Tensor
 
 from lit_gpt.errors import UserError
+from lit_gpt.families.registry import family_of_config
 from lit_gpt.families.tables import Place
 from lit_gpt.model.config import Config
+from lit_gpt.model.gpt import GPT
+
+ROTARY = "*.rotary_emb.inv_freq"  # rotary frequencies, which old files of all families hold and no model reads
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,7 @@ class TensorRow:
 
 
 def rows(config: Config) -> Iterator[TensorRow]:
-    """The table written out: one row for each tensor of the GPT's state dict."""
-    from lit_gpt.families.registry import family_of_config
-    from lit_gpt.model.gpt import GPT
-
+    """Yield the table written out: one row for each tensor of the GPT's state dict."""
     table = family_of_config(config).weights(config)
     with torch.device("meta"):
         state = GPT(config).state_dict()
@@ -50,9 +51,7 @@ def check_names(config: Config, stored: set[str]) -> None:
     Raises:
         UserError: lists them.
     """
-    from lit_gpt.families.registry import family_of_config
-
-    derived = family_of_config(config).DERIVED
+    derived = (ROTARY, *getattr(family_of_config(config), "DERIVED", ()))
     named = {hf for row in rows(config) for hf in row.hf}
     missing = sorted(named - stored)
     leftover = sorted(name for name in stored - named if not any(fnmatch(name, pattern) for pattern in derived))
@@ -65,24 +64,24 @@ def check_names(config: Config, stored: set[str]) -> None:
 
 
 def as_stored(config: Config, hf: Mapping[str, Tensor]) -> Config:
-    """The Config with head and embedding apart if the file holds both, though config.json ties them.
+    """Return the Config with head and embedding apart if the file holds both, though config.json ties them.
 
     Falcon's published files do. Kept apart, they have the published number of parameters, and a head that differs is
     not lost; transformers 5 does not tie it then either.
     """
-    return replace(config, tie_embeddings=False) if config.tie_embeddings and _head(config) in hf else config
-
-
-def _head(config: Config) -> str:
-    return next(row.hf[0] for row in rows(replace(config, tie_embeddings=False)) if row.lit == "lm_head.weight")
+    if not config.tie_embeddings:
+        return config
+    apart = replace(config, tie_embeddings=False)
+    return apart if any(row.lit == "lm_head.weight" and row.hf[0] in hf for row in rows(apart)) else config
 
 
 def full_names(config: Config, stored: Iterable[str]) -> dict[str, str]:
-    """{name as the table has it: name in the file}. A file that was saved from a model without its head, such as those
-    of GPT-2, leaves out the first part of the names."""
-    table = [row.hf for row in rows(config)]
-    prefix = table[0][0].split(".")[0] + "."  # of the embedding
-    named = {hf for names in table for hf in names}
+    """Return {name in the table: name in the file}.
+
+    A file that was saved from a model without its head, such as those of GPT-2, leaves out the first part of the names.
+    """
+    named = [hf for row in rows(config) for hf in row.hf]
+    prefix = named[0].split(".")[0] + "."  # the embedding's
     if any(name.startswith(prefix) for name in stored):
         prefix = ""
     return {name if name in named else prefix + name: name for name in stored}
@@ -93,7 +92,7 @@ def _some(names: list[str]) -> str:
 
 
 def to_lit(config: Config, hf: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of the GPT's state dict, read one by one.
+    """Yield name and tensor of the GPT's state dict, read one by one.
 
     Raises:
         UserError: a tensor's shape is not what config.json implies.
@@ -112,6 +111,6 @@ def to_lit(config: Config, hf: Mapping[str, Tensor]) -> Iterator[tuple[str, Tens
 
 
 def to_hf(config: Config, lit: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) in the Hugging Face layout, one by one; the inverse of `to_lit`."""
+    """Yield name and tensor in the Hugging Face layout, one by one; the inverse of `to_lit`."""
     for row in rows(config):
         yield from zip(row.hf, row.place.to_hf(lit[row.lit]), strict=True)

@@ -1,4 +1,4 @@
-"""The Hugging Face families. One file each, found by listing this folder; a new family touches nothing else.
+"""The Hugging Face families: one file each, found by listing this folder, so that a new one touches nothing else.
 
 A family's file defines
 
@@ -7,8 +7,8 @@ A family's file defines
     config(hf)            the fields of lit_gpt.Config for a config.json
     weights(config)       {lit module: where its tensors lie in the Hugging Face file}, run in both directions by
                           lit_gpt.conversion.weights
-    DERIVED               patterns of stored tensors that the architecture computes and that are not weights
-    gguf(config)          how llama.cpp has it: a tables.Layout; without it, exports to GGUF are refused
+    DERIVED               patterns of stored tensors that are not weights, if there are others than rotary frequencies
+    gguf(config)          the tables.Layout of llama.cpp; without it, exports to GGUF are refused
     MODULES               {name of a tensor's module in files: in transformers' model}, where transformers 5 renames it
     tiny_hf(**fields)     a small transformers configuration per layout, for the parity tests
 """

@@ -3,12 +3,11 @@
 from typing import Any
 
 from lit_gpt.errors import UserError
-from lit_gpt.families.fields import activation, rope
+from lit_gpt.families.fields import activation, rope, sizes
 from lit_gpt.families.tables import Grouped, Layout, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("falcon",)
-DERIVED = ("*.self_attention.rotary_emb.inv_freq",)
 
 _7B: dict[str, Any] = dict(
     model_type="falcon", vocab_size=65024, hidden_size=4544, num_hidden_layers=32, num_attention_heads=71,
@@ -36,12 +35,8 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
     parallel = hf.get("parallel_attn", True) or grouped
     bias = hf.get("bias", False)
     return {
-        "n_layer": hf["num_hidden_layers"],
-        "n_head": n_head,
-        "n_embd": hf["hidden_size"],
+        **sizes(hf),
         "n_query_groups": kv_heads if grouped else 1 if hf.get("multi_query", True) else n_head,
-        "vocab_size": hf["vocab_size"],
-        "block_size": hf.get("max_position_embeddings", 2048),
         "parallel_residual": parallel,
         "shared_attention_norm": parallel and (hf.get("num_ln_in_parallel_attn") or (2 if grouped else 1)) == 1,
         "norm_eps": hf.get("layer_norm_epsilon", 1e-5),

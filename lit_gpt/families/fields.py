@@ -1,4 +1,4 @@
-"""Readers of the fields of a Hugging Face config.json that several families share."""
+"""The fields of a Hugging Face config.json that several families share: read, refused, and for a tiny model."""
 
 import json
 from typing import Any
@@ -7,22 +7,35 @@ from lit_gpt.errors import UserError
 
 
 def refuse(hf: dict[str, Any], **supported: Any) -> None:
-    """Refuse a config.json of which a field asks for what the model does not do. A field that is absent does not.
+    """Refuse a config.json in which a field has another value than the one that is supported; it may be absent.
 
     Raises:
         UserError: names the field and the only value that is supported.
     """
     for field, value in supported.items():
         if hf.get(field, value) != value:
-            found, only = json.dumps(hf[field]), json.dumps(value)
-            raise UserError(f"config.json: '{field}': {found} is not supported; expected {only}")
+            given, only = json.dumps(hf[field]), json.dumps(value)
+            raise UserError(f"config.json: '{field}': {given} is not supported; expected {only}")
+
+
+def sizes(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the Config's sizes, from the names that most families have for them."""
+    return {
+        "n_layer": hf["num_hidden_layers"],
+        "n_head": hf["num_attention_heads"],
+        "n_embd": hf["hidden_size"],
+        "vocab_size": hf["vocab_size"],
+        "block_size": hf.get("max_position_embeddings", 2048),
+    }
 
 
 def rope(hf: dict[str, Any], base: str = "rope_theta", percentage: str = "partial_rotary_factor") -> dict[str, Any]:
-    """The Config's rotary fields. `rope_parameters` holds them since transformers 5; before, they lay side by side.
+    """Return the Config's rotary fields.
+
+    `rope_parameters` holds them since transformers 5; before, they lay side by side.
 
     Args:
-        base, percentage: how older files of the family call them.
+        base, percentage: the names of these fields in older files of the family.
     """
     fields = hf.get("rope_parameters") or {**(hf.get("rope_scaling") or {})}
     kind = fields.get("rope_type") or fields.get("type") or "default"
@@ -35,10 +48,10 @@ def rope(hf: dict[str, Any], base: str = "rope_theta", percentage: str = "partia
 
 
 def windows(hf: dict[str, Any], kinds: list[str]) -> dict[str, Any]:
-    """The Config's fields of a window that only some layers have.
+    """Return the Config's fields for a window that only some layers have.
 
     Args:
-        kinds: of each layer "sliding_attention" or "full_attention", for files without `layer_types`.
+        kinds: "sliding_attention" or "full_attention" for each layer, where a file has no `layer_types`.
 
     Raises:
         UserError: `layer_types` names another kind.
@@ -54,7 +67,15 @@ def windows(hf: dict[str, Any], kinds: list[str]) -> dict[str, Any]:
 
 
 def activation(name: str) -> str:
-    """The key of lit_gpt.kernels.fused.ACTIVATIONS for transformers' name of an activation."""
-    return {"swish": "silu", **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), "gelu_tanh")}.get(
-        name, name
-    )
+    """Return the key of lit_gpt.kernels.fused.ACTIVATIONS for transformers' name of an activation."""
+    if name in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"):
+        return "gelu_tanh"
+    return "silu" if name == "swish" else name
+
+
+def tiny_size(**fields: Any) -> dict[str, Any]:
+    """Return the fields of a small transformers configuration; `fields` add to the common ones or replace them."""
+    return dict(
+        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64,
+    ) | fields  # fmt: skip

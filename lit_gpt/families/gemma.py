@@ -1,27 +1,23 @@
-"""Gemma 1, 2 and 3 (Gemma Team 2024, 2024, 2025), of Gemma 3 the models for text alone.
+"""Gemma 1, 2 and 3 (Gemma Team 2024, 2024, 2025); Gemma 3 without images.
 
 All scale their embeddings and store a norm's weight as its distance from 1. From Gemma 2 on what attention and MLP
 give goes through norms too, and some layers have a window. Gemma 2 caps scores and logits; Gemma 3 norms queries and
 keys.
 """
 
+from functools import partial
 from typing import Any
 
 from lit_gpt.errors import UserError
-from lit_gpt.families import llama
-from lit_gpt.families.fields import activation, rope, windows
+from lit_gpt.families import llama, qwen
+from lit_gpt.families.fields import activation, rope, tiny_size, windows
 from lit_gpt.families.tables import Layout, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
-DERIVED = llama.DERIVED
 
 
-def _preset(*sizes: int, **fields: Any) -> dict[str, Any]:
-    own: dict[str, Any] = dict(vocab=256000, max_position_embeddings=8192, head_dim=256, tie_word_embeddings=True)
-    return llama.preset(*sizes, **own | fields)
-
-
+_preset = partial(llama.preset, vocab=256000, max_position_embeddings=8192, head_dim=256, tie_word_embeddings=True)
 _CAPS: dict[str, Any] = dict(final_logit_softcapping=30.0, attn_logit_softcapping=50.0)
 _GEMMA_2: dict[str, Any] = dict(_CAPS, model_type="gemma2", query_pre_attn_scalar=256, sliding_window=4096)
 _GEMMA_3: dict[str, Any] = dict(
@@ -56,18 +52,18 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
         return common
     period = 2 if kind == "gemma2" else hf.get("sliding_window_pattern") or 6
     kinds = ["sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(layers)]
-    found = {
+    from_2_on = {
         "post_norm": True,
         "attention_scale": hf.get("query_pre_attn_scalar", 256) ** -0.5,
         "attention_softcap": hf.get("attn_logit_softcapping"),
         "logit_softcap": hf.get("final_logit_softcapping"),
         **windows(hf, kinds),
     }
-    return common | found | (_two_ropes(hf) | {"qk_norm": "head"} if kind == "gemma3_text" else {})
+    return common | from_2_on | (_two_ropes(hf) | {"qk_norm": "head"} if kind == "gemma3_text" else {})
 
 
 def _two_ropes(hf: dict[str, Any]) -> dict[str, Any]:
-    """Gemma 3's rotary fields, in their old and new spelling."""
+    """Return Gemma 3's rotary fields of the Config, from their old or new spelling."""
     named = hf.get("rope_parameters") or {}
     local = named.get("sliding_attention") or {}
     if local.get("rope_type", "default") != "default":
@@ -77,15 +73,14 @@ def _two_ropes(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights(config: Config) -> Table:
-    layer, table = "model.layers.{}.", llama.weights(config)
     if not config.post_norm:
-        return table
-    return table | {
+        return llama.weights(config)
+    layer = "model.layers.{}."
+    return {
+        **qwen.weights(config),
         "h.{}.post_norm_1": layer + "post_attention_layernorm",
         "h.{}.norm_2": layer + "pre_feedforward_layernorm",
         "h.{}.post_norm_2": layer + "post_feedforward_layernorm",
-        "h.{}.attn.qk_norm.q": layer + "self_attn.q_norm",
-        "h.{}.attn.qk_norm.k": layer + "self_attn.k_norm",
     }
 
 
@@ -112,16 +107,14 @@ def gguf(config: Config) -> Layout:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig
 
-    size: dict[str, Any] = dict(
-        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, head_dim=24,
-        max_position_embeddings=64, pad_token_id=None,
-    ) | fields  # fmt: skip
+    size = tiny_size(**dict(head_dim=24, pad_token_id=None) | fields)
     caps: dict[str, Any] = dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
     linear = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e6}
     ropes = {"full_attention": linear, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
     window: dict[str, Any] = dict(num_key_value_heads=2, sliding_window=5, query_pre_attn_scalar=20)
+    gemma_3 = dict(window, sliding_window_pattern=2, rope_parameters=ropes)
     return {
         "gemma": GemmaConfig(**size, num_key_value_heads=1),
         "gemma2": Gemma2Config(**size, **window, **caps),
-        "gemma3": Gemma3TextConfig(**size, **window, sliding_window_pattern=2, rope_parameters=ropes),
+        "gemma3": Gemma3TextConfig(**size, **gemma_3),
     }

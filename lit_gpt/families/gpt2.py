@@ -11,10 +11,8 @@ DERIVED = ("*.attn.bias", "*.attn.masked_bias")
 
 
 def _preset(layers: int, heads: int, hidden: int, **fields: Any) -> dict[str, Any]:
-    return (
-        dict(model_type="gpt2", n_layer=layers, n_head=heads, n_embd=hidden, vocab_size=50257, n_positions=1024)
-        | fields
-    )
+    own = dict(model_type="gpt2", n_layer=layers, n_head=heads, n_embd=hidden, vocab_size=50257, n_positions=1024)
+    return own | fields
 
 
 _CEREBRAS: dict[str, Any] = dict(n_positions=2048, activation_function="gelu")

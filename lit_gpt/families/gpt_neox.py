@@ -3,13 +3,13 @@
 from typing import Any
 
 from lit_gpt.errors import UserError
-from lit_gpt.families.fields import activation, rope
+from lit_gpt.families.fields import activation, rope, sizes, tiny_size
 from lit_gpt.families.tables import Grouped, Layout, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("gpt_neox",)
 MODULES = {"embed_out": "lm_head"}
-DERIVED = ("*.attention.bias", "*.attention.masked_bias", "*.attention.rotary_emb.inv_freq")
+DERIVED = ("*.attention.bias", "*.attention.masked_bias")
 
 
 def _preset(layers: int, heads: int, hidden: int, vocab: int = 50304, **fields: Any) -> dict[str, Any]:
@@ -46,11 +46,7 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
     bias = hf.get("attention_bias", True)
     parallel = hf.get("use_parallel_residual", True)
     return {
-        "n_layer": hf["num_hidden_layers"],
-        "n_head": hf["num_attention_heads"],
-        "n_embd": hf["hidden_size"],
-        "vocab_size": hf["vocab_size"],
-        "block_size": hf.get("max_position_embeddings", 2048),
+        **sizes(hf),
         "parallel_residual": parallel,
         "norm_eps": hf.get("layer_norm_eps", 1e-5),
         "activation": activation(hf.get("hidden_act", "gelu")),
@@ -88,9 +84,7 @@ def gguf(config: Config) -> Layout:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import GPTNeoXConfig
 
-    size = (
-        dict(vocab_size=96, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4) | fields
-    )
+    size = tiny_size(**dict(intermediate_size=160, max_position_embeddings=2048) | fields)
     full = {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 1.0}
     return {
         "pythia": GPTNeoXConfig(**size),

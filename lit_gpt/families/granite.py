@@ -3,11 +3,11 @@
 from typing import Any
 
 from lit_gpt.families import llama
+from lit_gpt.families.fields import tiny_size
 from lit_gpt.families.tables import Layout
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("granite",)
-DERIVED = llama.DERIVED
 
 _OWN: dict[str, Any] = dict(
     model_type="granite", rms_norm_eps=1e-5, tie_word_embeddings=True, embedding_multiplier=12.0,
@@ -53,10 +53,7 @@ def gguf(config: Config) -> Layout:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import GraniteConfig
 
-    size: dict[str, Any] = dict(
-        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    ) | fields  # fmt: skip
+    size = tiny_size(**dict(num_key_value_heads=2) | fields)
     factors: dict[str, Any] = dict(
         embedding_multiplier=3.0, attention_multiplier=0.125, residual_multiplier=0.4, logits_scaling=2.0
     )

@@ -3,17 +3,17 @@ TinyLlama, OpenLLaMA, Vicuna, CodeLlama, SmolLM2."""
 
 from typing import Any
 
-from lit_gpt.families.fields import activation, rope
+from lit_gpt.families.fields import activation, rope, sizes, tiny_size
 from lit_gpt.families.tables import Layout, Stacked, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("llama", "mistral")
-DERIVED = ("*.self_attn.rotary_emb.inv_freq",)
 
 
 def preset(
     layers: int, heads: int, kv_heads: int, hidden: int, intermediate: int, vocab: int = 32000, **fields: Any
 ) -> dict[str, Any]:
+    """Return the fields of config.json of a published size; `fields` add to the common ones or replace them."""
     return dict(
         model_type="llama", num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
         hidden_size=hidden, intermediate_size=intermediate, vocab_size=vocab, max_position_embeddings=2048,
@@ -67,13 +67,9 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
     # a Mistral file without the field means the first release's window; no Llama has one
     window = hf.get("sliding_window", 4096) if hf["model_type"] == "mistral" else None
     return {
-        "n_layer": hf["num_hidden_layers"],
-        "n_head": hf["num_attention_heads"],
-        "n_embd": hf["hidden_size"],
+        **sizes(hf),
         "n_query_groups": hf.get("num_key_value_heads") or hf["num_attention_heads"],
         "head_size": hf.get("head_dim") or 0,
-        "vocab_size": hf["vocab_size"],
-        "block_size": hf.get("max_position_embeddings", 2048),
         "sliding_window": window,
         "norm_class": "RMSNorm",
         "norm_eps": hf.get("rms_norm_eps", 1e-6),
@@ -90,16 +86,13 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 
 def weights(config: Config) -> Table:
     layer = "model.layers.{}."
-    projections = tuple(f"{layer}self_attn.{x}_proj" for x in "qkv")
     return {
         "wte": "model.embed_tokens",
         "h.{}.norm_1": layer + "input_layernorm",
         "h.{}.norm_2": layer + "post_attention_layernorm",
-        "h.{}.attn.qkv": Stacked(projections, config.qkv_sizes),
+        "h.{}.attn.qkv": Stacked(tuple(f"{layer}self_attn.{x}_proj" for x in "qkv"), config.qkv_sizes),
         "h.{}.attn.proj": layer + "self_attn.o_proj",
-        "h.{}.mlp.gate_up": Stacked(
-            (layer + "mlp.gate_proj", layer + "mlp.up_proj"), (config.intermediate_size, config.intermediate_size)
-        ),
+        "h.{}.mlp.gate_up": Stacked((layer + "mlp.gate_proj", layer + "mlp.up_proj"), (config.intermediate_size,) * 2),
         "h.{}.mlp.proj": layer + "mlp.down_proj",
         "ln_f": "model.norm",
         "lm_head": "lm_head",
@@ -114,10 +107,7 @@ def gguf(config: Config) -> Layout:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import LlamaConfig, MistralConfig
 
-    size: dict[str, Any] = dict(
-        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64,
-    ) | fields  # fmt: skip
+    size = tiny_size(**fields)
     llama3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
               "original_max_position_embeddings": 32}  # fmt: skip
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}

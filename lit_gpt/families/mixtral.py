@@ -3,11 +3,11 @@
 from typing import Any
 
 from lit_gpt.families import llama
+from lit_gpt.families.fields import tiny_size
 from lit_gpt.families.tables import PerExpert, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("mixtral",)
-DERIVED = llama.DERIVED
 
 _8X7B: dict[str, Any] = dict(
     model_type="mixtral", num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, hidden_size=4096,
@@ -42,7 +42,7 @@ def weights(config: Config) -> Table:
 
 
 def experts(config: Config, mlp: str, gate: str, up: str, proj: str) -> Table:
-    """The places of all experts, which lie apart within `mlp` and call their projections so."""
+    """Return the places of all experts, which lie apart within `mlp`, by the names of their three projections."""
     inner, each = config.intermediate_size, [f"{mlp}experts.{i}." for i in range(config.n_expert)]
     return {
         "h.{}.mlp.gate_up": PerExpert(tuple(expert + name for expert in each for name in (gate, up)), (inner, inner)),
@@ -53,8 +53,5 @@ def experts(config: Config, mlp: str, gate: str, up: str, proj: str) -> Table:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import MixtralConfig
 
-    size: dict[str, Any] = dict(
-        vocab_size=96, hidden_size=64, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, num_local_experts=5, num_experts_per_tok=2,
-    ) | fields  # fmt: skip
-    return {"mixtral": MixtralConfig(**size)}
+    own = dict(intermediate_size=40, num_key_value_heads=2, num_local_experts=5, num_experts_per_tok=2)
+    return {"mixtral": MixtralConfig(**tiny_size(**own | fields))}

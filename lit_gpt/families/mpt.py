@@ -7,7 +7,6 @@ from lit_gpt.families.tables import Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("mpt",)
-DERIVED = ()
 
 _7B: dict[str, Any] = dict(model_type="mpt", n_layers=32, n_heads=32, d_model=4096, vocab_size=50432, max_seq_len=2048)
 _30B: dict[str, Any] = dict(_7B, n_layers=48, n_heads=64, d_model=7168, max_seq_len=8192)

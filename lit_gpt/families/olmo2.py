@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from lit_gpt.families import llama
+from lit_gpt.families import llama, qwen
+from lit_gpt.families.fields import tiny_size
 from lit_gpt.families.tables import Layout, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("olmo2",)
-DERIVED = llama.DERIVED
 
 _OWN: dict[str, Any] = dict(model_type="olmo2", vocab=100352, max_position_embeddings=4096, rope_theta=500000.0)
 PRESETS = {
@@ -26,11 +26,9 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 def weights(config: Config) -> Table:
     layer = "model.layers.{}."
     return {
-        **llama.weights(config),
+        **qwen.weights(config),
         "h.{}.post_norm_1": layer + "post_attention_layernorm",
         "h.{}.post_norm_2": layer + "post_feedforward_layernorm",
-        "h.{}.attn.qk_norm.q": layer + "self_attn.q_norm",
-        "h.{}.attn.qk_norm.k": layer + "self_attn.k_norm",
     }
 
 
@@ -41,8 +39,5 @@ def gguf(config: Config) -> Layout:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import Olmo2Config
 
-    size: dict[str, Any] = dict(
-        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, pad_token_id=None,
-    ) | fields  # fmt: skip
-    return {"olmo2": Olmo2Config(**size, num_key_value_heads=2)}
+    size = tiny_size(**dict(num_key_value_heads=2, pad_token_id=None) | fields)
+    return {"olmo2": Olmo2Config(**size)}

@@ -3,13 +3,11 @@ of each head rotated."""
 
 from typing import Any
 
-from lit_gpt.families import llama
-from lit_gpt.families.fields import activation, rope
+from lit_gpt.families.fields import activation, rope, sizes, tiny_size
 from lit_gpt.families.tables import Stacked, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("phi",)
-DERIVED = llama.DERIVED
 
 
 def _preset(layers: int, hidden: int, rotated: float) -> dict[str, Any]:
@@ -25,12 +23,8 @@ PRESETS = {"phi-1": _preset(24, 2048, 0.5), "phi-1_5": _preset(24, 2048, 0.5), "
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
     return {
-        "n_layer": hf["num_hidden_layers"],
-        "n_head": hf["num_attention_heads"],
-        "n_embd": hf["hidden_size"],
+        **sizes(hf),
         "n_query_groups": hf.get("num_key_value_heads") or hf["num_attention_heads"],
-        "vocab_size": hf["vocab_size"],
-        "block_size": hf.get("max_position_embeddings", 2048),
         "qk_norm": "head" if hf.get("qk_layernorm") else None,
         "parallel_residual": True,
         "shared_attention_norm": True,
@@ -62,10 +56,7 @@ def weights(config: Config) -> Table:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import PhiConfig
 
-    size: dict[str, Any] = dict(
-        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64,
-    ) | fields  # fmt: skip
+    size = tiny_size(**fields)
     return {
         "phi2": PhiConfig(**size),
         "qk-norm": PhiConfig(**size, num_key_value_heads=2, qk_layernorm=True),

@@ -1,13 +1,14 @@
 """Phi-3, 3.5 and 4 (Abdin et al. 2024): Llama with projections that are stored as one, stretched by LongRoPE."""
 
+from functools import partial
 from typing import Any
 
 from lit_gpt.families import llama
+from lit_gpt.families.fields import tiny_size
 from lit_gpt.families.tables import Layout, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("phi3",)
-DERIVED = llama.DERIVED
 
 # Divisors of the rotary frequencies, rounded to what is not noise of float32.
 _SHORT_3_5 = [
@@ -28,9 +29,7 @@ _LONG_4 = [
 ]  # fmt: skip
 
 
-def _preset(*sizes: int, **fields: Any) -> dict[str, Any]:
-    own: dict[str, Any] = dict(model_type="phi3", vocab=32064, max_position_embeddings=4096, rms_norm_eps=1e-5)
-    return llama.preset(*sizes, **own | fields)
+_preset = partial(llama.preset, model_type="phi3", vocab=32064, max_position_embeddings=4096, rms_norm_eps=1e-5)
 
 
 def _long(short_factor: list[float], long_factor: list[float]) -> dict[str, Any]:
@@ -50,13 +49,13 @@ PRESETS = {
 
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
-    found = llama.config(hf) | {"sliding_window": hf.get("sliding_window"), "norm_eps": hf.get("rms_norm_eps", 1e-5)}
-    if scaling := found["rope_scaling"]:
+    values = llama.config(hf) | {"sliding_window": hf.get("sliding_window"), "norm_eps": hf.get("rms_norm_eps", 1e-5)}
+    if scaling := values["rope_scaling"]:
         # the first files say "su" or "yarn", and all leave the original context beside the dictionary
         original = hf.get("original_max_position_embeddings", 4096)
         named = "longrope" if scaling["rope_type"] in ("su", "yarn") else scaling["rope_type"]
-        found["rope_scaling"] = {"original_max_position_embeddings": original, **scaling, "rope_type": named}
-    return found
+        values["rope_scaling"] = {"original_max_position_embeddings": original, **scaling, "rope_type": named}
+    return values
 
 
 def weights(config: Config) -> Table:
@@ -74,10 +73,7 @@ def gguf(config: Config) -> Layout:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import Phi3Config
 
-    size: dict[str, Any] = dict(
-        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64, pad_token_id=None, bos_token_id=1, eos_token_id=2,
-    ) | fields  # fmt: skip
+    size = tiny_size(**dict(pad_token_id=None, bos_token_id=1, eos_token_id=2) | fields)
     divisors = {"short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5], "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0]}
     # a part of each head rotated, as in Phi-4-mini
     scaling = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, **divisors}

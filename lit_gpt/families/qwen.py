@@ -4,12 +4,11 @@ key in their place, and heads whose size the width does not tell."""
 from typing import Any
 
 from lit_gpt.families import llama
-from lit_gpt.families.fields import windows
+from lit_gpt.families.fields import tiny_size, windows
 from lit_gpt.families.tables import Layout, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("qwen2", "qwen3")
-DERIVED = llama.DERIVED
 
 _SMALL: dict[str, Any] = dict(model_type="qwen2", vocab=151936, rope_theta=1e6, max_position_embeddings=131072)
 _SHORT: dict[str, Any] = dict(_SMALL, max_position_embeddings=32768)
@@ -62,10 +61,7 @@ def gguf(config: Config) -> Layout:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import Qwen2Config, Qwen3Config
 
-    size: dict[str, Any] = dict(
-        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64,
-    ) | fields  # fmt: skip
+    size = tiny_size(**dict(num_key_value_heads=2) | fields)
     window: dict[str, Any] = dict(use_sliding_window=True, sliding_window=5, max_window_layers=1)
     return {
         "qwen2": Qwen2Config(**size, **window),

@@ -3,12 +3,11 @@
 from typing import Any
 
 from lit_gpt.families import llama, mixtral, qwen
-from lit_gpt.families.fields import refuse
+from lit_gpt.families.fields import refuse, tiny_size
 from lit_gpt.families.tables import Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("qwen3_moe",)
-DERIVED = llama.DERIVED
 
 _30B = llama.preset(
     48, 32, 4, 2048, 6144, 151936, model_type="qwen3_moe", head_dim=128, max_position_embeddings=40960, rope_theta=1e6,
@@ -52,8 +51,5 @@ def weights(config: Config) -> Table:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import Qwen3MoeConfig
 
-    size: dict[str, Any] = dict(
-        vocab_size=96, hidden_size=64, moe_intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=24, max_position_embeddings=64, num_experts=6, num_experts_per_tok=3,
-    ) | fields  # fmt: skip
-    return {"qwen3_moe": Qwen3MoeConfig(**size)}
+    own = dict(moe_intermediate_size=24, num_key_value_heads=2, head_dim=24, num_experts=6, num_experts_per_tok=3)
+    return {"qwen3_moe": Qwen3MoeConfig(**tiny_size(**own | fields))}

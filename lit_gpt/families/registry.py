@@ -1,4 +1,4 @@
-"""Finds the family of a model."""
+"""Find the family of a model, and the presets of all."""
 
 import difflib
 import importlib
@@ -12,18 +12,18 @@ from lit_gpt import families as package
 from lit_gpt.errors import UserError
 from lit_gpt.model.config import Config
 
-SHARED = {"registry", "fields", "tables"}  # modules of this package that are no family
+SHARED = {"registry", "fields", "tables"}  # modules of this package that are not families
 
 
 def families() -> Iterator[ModuleType]:
-    """Every family: each other module of this package is one."""
+    """Yield every family: each module of this package but the shared ones."""
     for module in pkgutil.iter_modules(package.__path__):
         if module.name not in SHARED:
             yield importlib.import_module(f"{package.__name__}.{module.name}")
 
 
 def family_of(hf: dict[str, Any]) -> ModuleType:
-    """The family that answers to the `model_type` of a config.json.
+    """Return the family that answers to the `model_type` of a config.json.
 
     Raises:
         UserError: none does.
@@ -39,7 +39,7 @@ def family_of(hf: dict[str, Any]) -> ModuleType:
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The fields of config.json of a published size.
+    """Return the fields of config.json of a published size.
 
     Raises:
         UserError: no such preset; the nearest is suggested.
@@ -52,6 +52,7 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def family_of_config(config: Config) -> ModuleType:
+    """Return the family that a Config names."""
     return importlib.import_module(f"{package.__name__}.{config.family}")
 
 

@@ -4,12 +4,11 @@ from typing import Any
 
 from lit_gpt.errors import UserError
 from lit_gpt.families import llama
-from lit_gpt.families.fields import rope, windows
+from lit_gpt.families.fields import rope, tiny_size, windows
 from lit_gpt.families.tables import Layout
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("smollm3",)
-DERIVED = llama.DERIVED
 
 PRESETS = {
     "SmolLM3-3B": llama.preset(36, 16, 4, 2048, 11008, 128256, model_type="smollm3", max_position_embeddings=65536,
@@ -43,8 +42,5 @@ def gguf(config: Config) -> Layout:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import SmolLM3Config
 
-    size: dict[str, Any] = dict(
-        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=None, bos_token_id=1, eos_token_id=2,
-    ) | fields  # fmt: skip
-    return {"smollm3": SmolLM3Config(**size, no_rope_layer_interval=2)}
+    own: dict[str, Any] = dict(num_key_value_heads=2, pad_token_id=None, bos_token_id=1, eos_token_id=2)
+    return {"smollm3": SmolLM3Config(**tiny_size(**own | fields), no_rope_layer_interval=2)}

@@ -1,23 +1,21 @@
 """StableLM 2 and 3B (Bellagente et al. 2024): Llama with LayerNorm and a quarter of each head rotated; the 12B with
 attention and MLP side by side, and norms of each head's query and key."""
 
+from functools import partial
 from typing import Any
 
 from lit_gpt.families import llama
-from lit_gpt.families.fields import rope
+from lit_gpt.families.fields import rope, tiny_size
 from lit_gpt.families.tables import Stacked, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("stablelm",)
-DERIVED = llama.DERIVED
 
 
-def _preset(*sizes: int, **fields: Any) -> dict[str, Any]:
-    own: dict[str, Any] = dict(model_type="stablelm", vocab=100352, max_position_embeddings=4096, layer_norm_eps=1e-5,
-               partial_rotary_factor=0.25)  # fmt: skip
-    return llama.preset(*sizes, **own | fields)
-
-
+_preset = partial(
+    llama.preset, model_type="stablelm", vocab=100352, max_position_embeddings=4096, layer_norm_eps=1e-5,
+    partial_rotary_factor=0.25,
+)  # fmt: skip
 PRESETS = {
     "stablelm-3b-4e1t": _preset(32, 32, 32, 2560, 6912, vocab=50304),
     "stablelm-2-1_6b": _preset(24, 32, 32, 2048, 5632, use_qkv_bias=True),
@@ -53,10 +51,7 @@ def weights(config: Config) -> Table:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import StableLmConfig
 
-    size: dict[str, Any] = dict(
-        vocab_size=96, hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64,
-    ) | fields  # fmt: skip
+    size = tiny_size(**fields)
     return {
         "1_6b": StableLmConfig(**size, num_key_value_heads=4, use_qkv_bias=True),
         "12b": StableLmConfig(**size, num_key_value_heads=2, qk_layernorm=True, use_parallel_residual=True),

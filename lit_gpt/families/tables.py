@@ -47,7 +47,7 @@ class Transposed(Place):
 
 @dataclass(frozen=True)
 class PerExpert(Stacked):
-    """Of each expert the same modules: the first expert's, then the second's and so on. `sizes` are of one expert."""
+    """The same modules for each expert: the first expert's, then the second's and so on; `sizes` are one expert's."""
 
     def to_lit(self, tensors: list[Tensor]) -> Tensor:
         return torch.cat(tensors).unflatten(0, (-1, sum(self.sizes)))  # (experts, out_features, in_features)
@@ -78,16 +78,16 @@ Table = Mapping[str, str | Place]
 
 @dataclass(frozen=True)
 class Layout:
-    """How llama.cpp has a family's models.
+    """How llama.cpp lays out a family's models.
 
     Attributes:
-        architecture: what llama.cpp calls it, and what its metadata begins with.
-        activations: those that it computes, by their names here.
+        architecture: its name in llama.cpp, with which the keys of its metadata begin.
+        activations: those that llama.cpp computes, by their names here.
         interleaved: the rows of queries and keys are in another order: the two elements of a rotated pair are
-            neighbours there, and half a head apart in transformers.
+            neighbors there, and half a head apart in transformers.
         norm_offset: what is added to the weights of norms.
-        keeps_window: it knows the sliding window; else the context is cut to it, within which there is none.
-        metadata: what this architecture has besides what all have; keys without the architecture.
+        keeps_window: llama.cpp knows the sliding window; else the context is cut to it, within which there is none.
+        metadata: keys, without the architecture, and values that this architecture has besides what all have.
         unread: why transformers cannot read such a file back, if it cannot.
     """
 

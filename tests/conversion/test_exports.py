@@ -410,7 +410,8 @@ def test_a_card_in_another_encoding_does_not_end_an_export(bases, tmp_path):
 def test_flags_that_do_not_go_together(cli, bases, tmp_path):
     flags = {"checkpoint_dir": bases["llama"], "out_dir": tmp_path / "out"}
     cli(EXPORT, **flags, lora_path="x.pth", format="gguf").refused("--lora_path", "merge_lora.py", code=2)
-    cli(EXPORT, **flags, dtype="f16").refused("--dtype f16", code=2)
+    for dtype in ("fp16", "f16"):  # llama.cpp's spelling is taken, too
+        cli(EXPORT, **flags, dtype=dtype).refused("--dtype fp16", code=2)
 
 
 def test_the_template_and_end_tokens_of_a_finetune_go_along(bases, tmp_path):
@@ -505,7 +506,7 @@ def test_a_wrong_scale_shows_behind_rounding(cli, bases, tmp_path, monkeypatch):
 @torch.no_grad()
 def test_gate_catches_nan(bases):
     model = load_model(bases["llama"])
-    golden = parity.Reference.of(readers.LitReader.of(bases["llama"], model))
+    golden = parity.Reference.compute(readers.LitReader.open(bases["llama"], model))
     model.ln_f.weight[0] = float("nan")
     with pytest.raises(UserError, match="nan of their norm"):
-        golden.compare(readers.LitReader.of(bases["llama"], model), "it")
+        golden.compare(readers.LitReader.open(bases["llama"], model), "it")

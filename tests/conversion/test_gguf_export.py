@@ -33,7 +33,7 @@ from helpers.tokenizers import bpe_tokenizer
 from lit_gpt import Tokenizer
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.conversion import export, hf, hf_shards, parity, readers
-from lit_gpt.conversion.gguf import importer
+from lit_gpt.conversion.gguf import importer, writer
 from lit_gpt.conversion.gguf.reader import GGUFFile
 from lit_gpt.conversion.gguf.tokenizer import Vocabulary, build_tokenizer
 from lit_gpt.errors import UserError
@@ -101,7 +101,7 @@ def test_the_file_holds_the_model(tmp_path, monkeypatch, family, layout):
     folder = make(tmp_path / "base", family, layout)
     if layout == "phi3":  # its padding id is beyond so few rows
         monkeypatch.setattr(readers, "missing", lambda *packages: list(packages))
-    found = export.to_gguf(folder, tmp_path / "out", "f32")
+    found = export.to_gguf(folder, tmp_path / "out", "fp32")
     assert found["reader"] == ("transformers" if layout in READ_BY_TRANSFORMERS else "Lit-GPT")
     path, idx = only_file(tmp_path / "out"), tokens(folder)
     stored = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in gguf.GGUFReader(path).tensors}
@@ -118,7 +118,7 @@ def test_the_file_holds_the_model(tmp_path, monkeypatch, family, layout):
         assert torch.equal(theirs.logits(idx), AutoModelForCausalLM.from_pretrained(folder)(idx).logits)
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [("f16", 1e-3), ("bf16", 1e-2), ("q8_0", 3e-2)])
+@pytest.mark.parametrize(("dtype", "limit"), [("fp16", 1e-3), ("bf16", 1e-2), ("q8_0", 3e-2)])
 @torch.no_grad()
 def test_rounded(tmp_path, dtype, limit):
     """Matrices are what the gguf package rounds them to; rows that do not divide into blocks are float16."""
@@ -127,17 +127,16 @@ def test_rounded(tmp_path, dtype, limit):
     path, idx = only_file(tmp_path / "out"), tokens(folder)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file=path.name)
     assert 1e-6 < off(theirs(idx).logits, load_model(folder)(idx)) < limit
-    source, file = hf_shards.StoredWeights(folder), gguf.GGUFReader(path)
+    source, file, kind = hf_shards.StoredWeights(folder), gguf.GGUFReader(path), writer.KINDS[dtype]
     for tensor in file.tensors:
         if len(tensor.shape) == 1:
             assert tensor.tensor_type == Kind.F32
         if tensor.name == "blk.0.ffn_down.weight":  # rows of 112: no blocks of 32
-            assert tensor.tensor_type == (Kind.F16 if dtype == "q8_0" else Kind[dtype.upper()])
+            assert tensor.tensor_type == (Kind.F16 if dtype == "q8_0" else kind)
         if tensor.name == "blk.0.ffn_up.weight":
-            kind = Kind[dtype.upper()]
             expected = dequantize(quantize(source["model.layers.0.mlp.up_proj.weight"].numpy(), kind), kind)
             assert tensor.tensor_type == kind and (dequantize(tensor.data, kind) == expected).all()
-    assert file.fields["general.file_type"].contents() == {"f16": 1, "bf16": 32, "q8_0": 7}[dtype]
+    assert file.fields["general.file_type"].contents() == {"fp16": 1, "bf16": 32, "q8_0": 7}[dtype]
 
 
 def converted(tmp_path: Path, vocabulary: dict) -> Path:
@@ -243,14 +242,12 @@ def test_values_beyond_float16_are_refused(tmp_path):
     state["h.0.mlp.proj.weight"][0, 0] = 1e5
     torch.save(state, folder / "lit_model.pth")
     with pytest.raises(UserError, match="blk.0.ffn_down.weight: holds values beyond float16"):
-        export.to_gguf(folder, tmp_path / "out", "f16")
+        export.to_gguf(folder, tmp_path / "out", "fp16")
     assert not (tmp_path / "out").exists()
 
 
 def test_other_metadata_is_refused(tmp_path, monkeypatch):
     """The rotation's base of another model, which 24 tokens hardly show."""
-    from lit_gpt.conversion.gguf import writer
-
     real = writer.metadata
     monkeypatch.setattr(writer, "metadata", lambda *a: real(*a) | {"llama.rope.freq_base": 10001.0})
     monkeypatch.setattr(readers, "missing", lambda *packages: list(packages))
@@ -274,7 +271,7 @@ def test_llama_cpp_computes_the_same(tmp_path, monkeypatch, family, layout):
     llama_cpp = pytest.importorskip("llama_cpp")
     folder = finetuned(make(tmp_path / "base", family, layout), tmp_path)
     monkeypatch.setattr(readers, "missing", lambda *packages: list(packages))  # phi3's padding id is beyond so few rows
-    export.to_gguf(folder, tmp_path / "out", "f32")
+    export.to_gguf(folder, tmp_path / "out", "fp32")
     model = llama_cpp.Llama(str(only_file(tmp_path / "out")), n_ctx=64, logits_all=True, verbose=False, n_threads=1)
     tokenizer, idx = Tokenizer(folder), tokens(folder)[0]
     model.eval(idx.tolist())
@@ -295,7 +292,7 @@ def test_llama_cpp_writes_the_same_text(tmp_path):
     folder = tmp_path / "SmolLM2-135M-Instruct"
     subprocess.run([sys.executable, TOOL, folder], check=True, capture_output=True)
     hf.convert(folder, hf_shards.StoredWeights(folder))
-    export.to_gguf(folder, tmp_path / "out", "f32")
+    export.to_gguf(folder, tmp_path / "out", "fp32")
     theirs = llama_cpp.Llama(str(only_file(tmp_path / "out")), n_ctx=256, verbose=False)
     model, tokenizer = load_model(folder, torch.float32), Tokenizer(folder)
     style = PromptStyle.from_checkpoint(folder, tokenizer)

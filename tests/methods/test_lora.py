@@ -117,19 +117,20 @@ def test_fingerprints_tell_models_apart(tiny: Tiny):
 
 def test_a_wrong_merge_is_refused(llama_like: Tiny):
     model = attached(llama_like)
-    idx = verify.probe_ids(model)
+    idx = torch.randint(model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
     expected = verify.float32_logits(model, idx)
     for layer in lora.lora_layers(model).values():
         layer.scale *= 1.5
     with pytest.raises(UserError, match="nothing was written"):
-        verify.require_equal(verify.float32_logits(lora.merge(model), idx), expected, torch.float32, "the merge")
+        merged = verify.float32_logits(lora.merge(model), idx)
+        verify.require_within(merged, expected, *verify.rounding(torch.float32), "the merge")
 
 
 @torch.no_grad()
 def test_wide_arithmetic_on_narrow_weights(llama_like: Tiny):
     narrow = load_model(llama_like.folder, torch.bfloat16)
     wide = load_model(llama_like.folder, torch.bfloat16).float()
-    idx = verify.probe_ids(narrow)
+    idx = torch.randint(narrow.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
     assert off(verify.float32_logits(narrow, idx), wide(idx)) < 1e-6
     assert narrow(idx).dtype == torch.bfloat16  # put back as it was
 

@@ -1,11 +1,10 @@
-"""GGUF, the one-file format of llama.cpp: its Llama models as a checkpoint folder.
+"""Convert GGUF files, the one-file format of llama.cpp, with Llama models to checkpoint folders.
 
 The tensors are presented under their Hugging Face names, so that `conversion.hf.convert` does the rest. Metadata
 becomes config.json and the tokenizer's files. What the file says and this module does not know is refused, not guessed.
 """
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ from torch import Tensor
 
 from lit_gpt import files
 from lit_gpt.conversion import hf
-from lit_gpt.conversion.gguf.layout import ROPE_FACTORS, layout_of, places
+from lit_gpt.conversion.gguf.layout import ROPE_FACTORS, layout_of, places, rope_divisors
 from lit_gpt.conversion.gguf.reader import GGUFFile
 from lit_gpt.conversion.gguf.tokenizer import Vocabulary, build_tokenizer, tokenizer_config
+from lit_gpt.conversion.hf_shards import LazyTensors
 from lit_gpt.errors import UserError
 from lit_gpt.families.registry import config_from_hf
 from lit_gpt.model.config import Config
-from lit_gpt.model.rope import rope_llama3
 
 
 def convert(gguf_path: Path, checkpoint_dir: Path, dtype: torch.dtype) -> Config:
@@ -38,7 +37,7 @@ def convert(gguf_path: Path, checkpoint_dir: Path, dtype: torch.dtype) -> Config
         write_json(folder / "config.json", fields)
         write_tokenizer(folder, file, tokens)
         config = hf.convert(folder, GGUFWeights(file, config_from_hf(fields), dtype), dtype)
-        config = replace(config, name=Path(checkpoint_dir).resolve().name)  # the temporary folder's until here
+        config = replace(config, name=checkpoint_dir.resolve().name)  # the temporary folder's until here
         (folder / "lit_config.json").write_text(config.to_json())
     return config
 
@@ -56,8 +55,8 @@ def write_json(path: Path, contents: dict[str, Any]) -> None:
     path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-class GGUFWeights(Mapping[str, Tensor]):
-    """The tensors of a file under their Hugging Face names, each dequantized when asked for.
+class GGUFWeights(LazyTensors):
+    """The tensors of a file under their Hugging Face names, each dequantized to `dtype`.
 
     Raises:
         UserError: a tensor that no such model has, or one whose values do not fit `dtype`.
@@ -84,12 +83,6 @@ class GGUFWeights(Mapping[str, Tensor]):
             raise UserError(f"{self.file.path}: the tensor {shape} is not {place.heads} even heads")
         return place.to_hf(tensor).to(self._dtype)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
-
     def dtype(self, name: str) -> torch.dtype:
         return self._dtype
 
@@ -105,7 +98,7 @@ KNOWN = {
 
 
 def refuse_unknown(file: GGUFFile) -> None:
-    """Raises UserError if it is not a Llama, is one of several files, or has a feature that is not known here."""
+    """Raise UserError if it is not a Llama, is one of several files, or has a feature that is not known here."""
     architecture = file.need("general.architecture", str)
     if architecture != "llama":
         raise UserError(f"{file.path}: general.architecture is '{architecture}'; only 'llama' can be converted")
@@ -117,7 +110,7 @@ def refuse_unknown(file: GGUFFile) -> None:
 
 
 def head_counts(file: GGUFFile) -> tuple[int, int]:
-    """Heads of the queries, and of keys and values."""
+    """Return the number of query heads, and that of key and value heads."""
     heads = file.need("llama.attention.head_count", int)
     kv_heads = file.get("llama.attention.head_count_kv", int) or heads
     if kv_heads < 1 or heads % kv_heads:
@@ -126,7 +119,7 @@ def head_counts(file: GGUFFile) -> tuple[int, int]:
 
 
 def hf_config(file: GGUFFile, tokens: Vocabulary, dtype: torch.dtype) -> dict[str, Any]:
-    """The contents of config.json."""
+    """Return the contents of config.json."""
     heads, kv_heads = head_counts(file)
     n_embd = file.need("llama.embedding_length", int)
     head_size = file.get("llama.attention.key_length", int) or n_embd // heads
@@ -164,7 +157,7 @@ def hf_config(file: GGUFFile, tokens: Vocabulary, dtype: torch.dtype) -> dict[st
 
 
 def generation_config(file: GGUFFile, tokens: Vocabulary) -> dict[str, Any]:
-    """The contents of generation_config.json: the end tokens of a text, a turn and a message all stop."""
+    """Return the contents of generation_config.json: the end tokens of a text, a turn and a message all stop."""
     stops = [tokens.named["eos_token"], *(file.get(f"tokenizer.ggml.{x}_token_id", int) for x in ("eot", "eom"))]
     stops = list(dict.fromkeys(stop for stop in stops if stop is not None))
     return {
@@ -174,6 +167,7 @@ def generation_config(file: GGUFFile, tokens: Vocabulary) -> dict[str, Any]:
 
 
 def rope_scaling(file: GGUFFile, base: float, head_size: int) -> dict[str, Any] | None:
+    """Return config.json's rope_scaling."""
     key = "llama.rope.scaling."
     factor = file.get(key + "factor", float) or file.get("llama.rope.scale_linear", float) or 1.0
     kind = file.get(key + "type", str) or "linear"  # as llama.cpp takes a lone factor
@@ -194,14 +188,14 @@ def rope_scaling(file: GGUFFile, base: float, head_size: int) -> dict[str, Any] 
 
 
 def llama3_scaling(file: GGUFFile, base: float, head_size: int) -> dict[str, Any] | None:
-    """The scaling of Llama 3.1 and later, of which the file holds only the result: a divisor for each frequency.
+    """Return the scaling of Llama 3.1 and later, of which the file holds only the divisor of each frequency.
 
-    All published models blend between 1 and 4 turns within the original context, so that alone is to be found.
+    All published models blend between 1 and 4 turns within the original context, so only that context is searched for.
     """
     divisors = file.read(ROPE_FACTORS)
     if torch.all(divisors == 1):
         return None
-    frequencies = 1.0 / base ** (torch.arange(0, head_size, 2).float() / head_size)
+    head = Config("", "llama", n_layer=1, n_head=1, n_embd=head_size, vocab_size=1, block_size=1, rope_base=base)
     for original in (8192, *(2**n for n in range(4, 21))):
         scaling = {
             "rope_type": "llama3",
@@ -210,7 +204,7 @@ def llama3_scaling(file: GGUFFile, base: float, head_size: int) -> dict[str, Any
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": original,
         }
-        expected = rope_llama3(frequencies, scaling, None)[0]
-        if divisors.shape == expected.shape and torch.allclose(frequencies / divisors, expected, rtol=1e-5, atol=0):
+        expected = rope_divisors(replace(head, rope_scaling=scaling))
+        if divisors.shape == expected.shape and torch.allclose(divisors, expected, rtol=1e-5, atol=0):
             return scaling
     raise UserError(f"{file.path}: the tensor {ROPE_FACTORS} is no scaling that config.json can express (llama3)")

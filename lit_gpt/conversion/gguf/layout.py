@@ -5,23 +5,23 @@ what is different about its own in `gguf(config)`.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import gguf
 from torch import Tensor
 
 from lit_gpt.conversion import weights
 from lit_gpt.errors import UserError
-from lit_gpt.families import tables
-from lit_gpt.families.tables import Layout
+from lit_gpt.families.registry import family_of_config
+from lit_gpt.families.tables import Grouped, Layout
 from lit_gpt.model.config import Config
+from lit_gpt.model.rope import rope_frequencies
 
 ROPE_FACTORS = "rope_freqs.weight"
 
 
 def layout_of(config: Config) -> Layout:
-    """Raises UserError if llama.cpp does not know the family, or not with these settings."""
-    from lit_gpt.families.registry import family_of_config
-
+    """Return the family's layout; raise UserError if llama.cpp does not know the family, or not with these settings."""
     family = family_of_config(config)
     if not hasattr(family, "gguf"):
         raise UserError(f"--format gguf: the {config.family} family has no layout of llama.cpp here; export it as hf")
@@ -36,46 +36,43 @@ def layout_of(config: Config) -> Layout:
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """A tensor of the GGUF file, and what it is here."""
+    """A tensor of the GGUF file, and the row of the weight table that it belongs to."""
 
     name: str
     row: weights.TensorRow
-    index: int | None  # of the row's tensors in the Hugging Face file; None: it is the row as it is here
-    heads: int = 0  # of which each is interleaved, if above 0
-    offset: float = 0.0
+    index: int | None  # which of the row's tensors in the Hugging Face file it is; None: it is the row's tensor here
+    heads: int = 0  # how many heads have interleaved rows; 0: the rows are in transformers' order
+    offset: float = 0.0  # what llama.cpp adds to the values
 
     def to_gguf(self, tensor: Tensor) -> Tensor:
-        """From the lit tensor of the row."""
+        """Return the GGUF file's tensor for the row's tensor here."""
         tensor = tensor if self.index is None else self.row.place.to_hf(tensor)[self.index]
         tensor = interleave(tensor, self.heads) if self.heads else tensor
         return tensor.float() + self.offset if self.offset else tensor
 
     def to_hf(self, tensor: Tensor) -> Tensor:
-        """From the GGUF file's tensor to that of the Hugging Face file; the inverse."""
+        """Return the Hugging Face file's tensor for the GGUF file's."""
         tensor = tensor - self.offset if self.offset else tensor
         tensor = uninterleave(tensor, self.heads) if self.heads else tensor
         return self.row.place.to_hf(tensor)[0] if self.index is None else tensor
 
     @property
     def hf(self) -> str:
+        """Return the tensor's name in the Hugging Face file."""
         return self.row.hf[self.index or 0]
 
 
 def places(config: Config, layout: Layout) -> Iterator[TensorPlace]:
-    """The table written out for a model.
+    """Yield the table written out for a model.
 
     Raises:
         UserError: llama.cpp has no name for one of its tensors.
     """
-    import gguf  # not for those who only read a family's file
-
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(kinds[layout.architecture], config.n_layer)
     heads = {"attn_q": config.n_head, "attn_k": config.n_query_groups} if layout.interleaved else {}
     for row in weights.rows(config):
-        fused = isinstance(
-            row.place, tables.Grouped
-        )  # llama.cpp has the queries first, then keys, then values: so do we
+        fused = isinstance(row.place, Grouped)  # llama.cpp has queries first, then keys, then values, as we do
         for index, hf in enumerate(row.hf):
             name = names.get_name(hf, try_suffixes=(".weight", ".bias"))
             if name is None:
@@ -85,11 +82,18 @@ def places(config: Config, layout: Layout) -> Iterator[TensorPlace]:
 
 
 def interleave(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of each head from transformers' order, in which the two elements of a rotated pair are half a head apart, to
-    that of llama.cpp, in which they are neighbours. A weight or a bias."""
+    """Return the rows of a weight or bias in llama.cpp's order, in which the elements of a rotated pair are neighbors.
+
+    In transformers' order they are half a head apart.
+    """
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def uninterleave(tensor: Tensor, heads: int) -> Tensor:
-    """The inverse."""
+    """Return the rows of a weight or bias in transformers' order; the inverse of `interleave`."""
     return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+def rope_divisors(config: Config) -> Tensor:
+    """Return what rotary scaling divides each frequency by, float32 (rope_n_elem / 2,)."""
+    return rope_frequencies(replace(config, rope_scaling=None))[0] / rope_frequencies(config)[0]

@@ -1,4 +1,4 @@
-"""The tokenizer that a GGUF file's metadata describes, as tokenizer.json and tokenizer_config.json; and the inverse."""
+"""Convert between the tokenizer in a GGUF file's metadata and tokenizer.json with tokenizer_config.json."""
 
 import json
 import re
@@ -30,10 +30,10 @@ class Vocabulary:
     """The metadata's tokens.
 
     Attributes:
-        model: "gpt2" or "llama", as llama.cpp calls byte-level BPE and SentencePiece.
-        pre: how a byte-level one splits text before merging.
+        model: "gpt2" or "llama", llama.cpp's names for byte-level BPE and SentencePiece.
+        pre: llama.cpp's name for the way in which byte-level BPE splits text before merging.
         ids: {token: id}, without those that only fill up the embedding's rows.
-        types: of all ids.
+        types: the type of each id.
         named: {"bos_token": id or None, ...}.
     """
 
@@ -64,11 +64,11 @@ class Vocabulary:
         self.adds_eos = file.get("tokenizer.ggml.add_eos_token", bool, False)
 
     def text(self, name: str) -> str | None:
-        """The token of "bos_token", ..."""
+        """Return the token that `named` has the id of, if any."""
         return None if self.named[name] is None else self.tokens[self.named[name]]
 
     def added(self) -> list[AddedToken]:
-        """The tokens that are found in a text before anything else happens to it."""
+        """Return the tokens that are searched for in a text before anything else happens to it."""
         special = {i for i, kind in enumerate(self.types) if kind in (UNKNOWN, CONTROL)} | set(self.named.values())
         return [
             AddedToken(token, special=i in special, normalized=False)
@@ -78,7 +78,7 @@ class Vocabulary:
 
 
 def tokenizer_config(file: GGUFFile, tokens: Vocabulary) -> dict[str, Any]:
-    """The contents of tokenizer_config.json."""
+    """Return the contents of tokenizer_config.json."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{name: tokens.text(name) for name in IDS},
@@ -90,7 +90,7 @@ def tokenizer_config(file: GGUFFile, tokens: Vocabulary) -> dict[str, Any]:
 
 
 def build_tokenizer(file: GGUFFile, tokens: Vocabulary) -> tokenizers.Tokenizer:
-    """What tokenizer.json holds."""
+    """Return the tokenizer that tokenizer.json is to hold."""
     result = byte_level(file, tokens) if tokens.model == "gpt2" else sentencepiece(file, tokens)
     result.add_tokens(tokens.added())
     around = [name for name, adds in (("bos_token", tokens.adds_bos), ("eos_token", tokens.adds_eos)) if adds]
@@ -116,7 +116,7 @@ def byte_level(file: GGUFFile, tokens: Vocabulary) -> tokenizers.Tokenizer:
 
 
 def pre_tokenizer(file: GGUFFile, name: str) -> PreTokenizer:
-    """How the model of that name in llama.cpp splits text, in the words of its own tokenizer.json."""
+    """Return what splits text as llama.cpp does under this name, in the terms of the model's own tokenizer.json."""
     if name not in PRE_TOKENIZERS:
         raise UserError(
             f"{file.path}: the pre-tokenizer '{name}' (tokenizer.ggml.pre) is not known; expected one of "
@@ -146,15 +146,17 @@ PRE_TOKENIZERS = {  # of names for the same, the first is written
 
 
 def sentencepiece(file: GGUFFile, tokens: Vocabulary) -> tokenizers.Tokenizer:
-    """SentencePiece BPE, in the form that Llama 2's tokenizer.json has; also what llama.cpp does: a space goes before
-    the text and after each special token."""
+    """Return SentencePiece BPE, in the form that Llama 2's tokenizer.json has.
+
+    As in llama.cpp, a space goes before the text and after each special token.
+    """
     scores = file.need_list("tokenizer.ggml.scores", float)
     if len(scores) != len(tokens.tokens):
         raise UserError(f"{file.path}: {len(scores)} tokenizer.ggml.scores for {len(tokens.tokens)} tokens")
-    unknown = tokens.text("unk_token")
-    model = BPE(tokens.ids, ranked_merges(tokens, scores), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    merges = ranked_merges({token: i for token, i in tokens.ids.items() if tokens.types[i] == NORMAL}, scores)
+    model = BPE(tokens.ids, merges, unk_token=tokens.text("unk_token"), fuse_unk=True, byte_fallback=True)
     result = tokenizers.Tokenizer(model)
-    spaces = normalizers.Replace(" ", "▁")
+    spaces: normalizers.Normalizer = normalizers.Replace(" ", "▁")
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if file.get("tokenizer.ggml.add_space_prefix", bool, True):
         spaces = normalizers.Sequence([normalizers.Prepend("▁"), spaces])
@@ -164,12 +166,8 @@ def sentencepiece(file: GGUFFile, tokens: Vocabulary) -> tokenizers.Tokenizer:
     return result
 
 
-def ranked_merges(tokens: Vocabulary, scores: list[float]) -> list[tuple[str, str]]:
-    """The ways to make each piece of two others, the piece with the highest score first."""
-    return ranked({token: i for token, i in tokens.ids.items() if tokens.types[i] == NORMAL}, scores)
-
-
-def ranked(pieces: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+def ranked_merges(pieces: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
+    """Return the ways to make each piece of two others, those of the piece with the highest score first."""
     names, ways = {i: piece for piece, i in pieces.items()}, []
     for piece, i in pieces.items():
         for cut in range(1, len(piece)):
@@ -180,14 +178,14 @@ def ranked(pieces: dict[str, int], scores: list[float]) -> list[tuple[str, str]]
 
 
 def vocabulary_fields(folder: Path, rows: int, stop_ids: tuple[int, ...] = ()) -> dict[str, Any]:
-    """The metadata for the tokenizer of a checkpoint folder.
+    """Return the metadata for the tokenizer of a checkpoint folder.
 
     Args:
-        rows: of the embedding; ids beyond the tokenizer's are filled up.
-        stop_ids: what ends an answer.
+        rows: the number of rows of the embedding; ids beyond the tokenizer's are filled up.
+        stop_ids: the ids that end an answer.
 
     Raises:
-        UserError: llama.cpp has no such tokenizer, or it is not known here under which name.
+        UserError: llama.cpp has no such tokenizer, or its name there is not known here.
     """
     tokenizer, path = Tokenizer(folder), Path(folder) / "tokenizer.json"
     if not path.is_file():
@@ -225,6 +223,7 @@ def vocabulary_fields(folder: Path, rows: int, stop_ids: tuple[int, ...] = ()) -
 
 
 def byte_level_fields(path: Path, stored: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata for a byte-level tokenizer.json, `stored`."""
     splits = comparable(stored["pre_tokenizer"])
     name = next((k for k, v in PRE_TOKENIZERS.items() if comparable(json.loads(v.__getstate__())) == splits), None)
     if name is None or bool(stored["model"].get("ignore_merges")) != (name in LLAMA3):
@@ -241,7 +240,7 @@ def byte_level_fields(path: Path, stored: dict[str, Any]) -> dict[str, Any]:
 
 
 def comparable(part: Any) -> Any:
-    """A part of tokenizer.json without what bears on offsets alone; a sequence of one is that one."""
+    """Return a part of tokenizer.json without what bears on offsets alone, and sequences of one without their frame."""
     if isinstance(part, list):
         return [comparable(p) for p in part]
     if not isinstance(part, dict):
@@ -252,7 +251,10 @@ def comparable(part: Any) -> Any:
 
 
 def sentencepiece_fields(path: Path, stored: dict[str, Any], tokens: list[str], types: list[int]) -> dict[str, Any]:
-    """Scores by which llama.cpp merges as the ranks do: each piece's is the rank of its first merge, negated."""
+    """Return the metadata for a SentencePiece tokenizer.json, `stored`; completes the types of the tokens.
+
+    By its scores llama.cpp merges as the ranks do: each piece's is the rank of its first merge, negated.
+    """
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in stored["model"]["merges"]]
     first: dict[str, int] = {}
     for rank, pair in enumerate(merges):
@@ -263,7 +265,7 @@ def sentencepiece_fields(path: Path, stored: dict[str, Any], tokens: list[str], 
             types[i] = BYTE
     if (unknown := stored["model"].get("unk_token")) in tokens:
         types[tokens.index(unknown)] = UNKNOWN
-    if ranked({token: i for i, token in enumerate(tokens) if types[i] == NORMAL}, scores) != merges:
+    if ranked_merges({token: i for i, token in enumerate(tokens) if types[i] == NORMAL}, scores) != merges:
         raise UserError(f"{path}: its merges are not those that scores of pieces give; llama.cpp would split otherwise")
     splits = json.dumps([stored.get("normalizer"), stored.get("pre_tokenizer")])
     return {

@@ -1,7 +1,7 @@
-"""Writing a model as a GGUF file, tensor by tensor; tokenizer, chat template and configuration are its metadata."""
+"""Write a model as a GGUF file, tensor by tensor; tokenizer, chat template and configuration are its metadata."""
 
 import math
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +11,31 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from lit_gpt.conversion.gguf.layout import ROPE_FACTORS, layout_of, places
+from lit_gpt.conversion.gguf.layout import ROPE_FACTORS, layout_of, places, rope_divisors
 from lit_gpt.conversion.gguf.tokenizer import vocabulary_fields
 from lit_gpt.errors import UserError
 from lit_gpt.families.tables import Layout
+from lit_gpt.hardware import DTYPES
 from lit_gpt.model.config import Config
-from lit_gpt.model.rope import rope_frequencies
 from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
 
-KINDS = {"f32": Kind.F32, "f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
-FILE_TYPES = {
-    "f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16, "bf16": gguf.LlamaFileType.MOSTLY_BF16,
-    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-}  # fmt: skip
-# Read back, 16 bits hold what 8 and their scale do.
-READ_AS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "q8_0": torch.float16}
-# How far logits may be off, relative to their norm. Measured for SmolLM2-135M, with weights that are no bfloat16's:
-# 6.6e-4, 4.8e-3 and 2.2e-2. Small random models, whose weights are large, reach twice that.
-TOLERANCE = {"f16": 5e-3, "bf16": 3e-2, "q8_0": 5e-2}
-NAMES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+KINDS = {"fp32": Kind.F32, "fp16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
+READ_AS = DTYPES | {"q8_0": torch.float16}  # read back, 16 bits hold what 8 and their scale do
+# How far rounding may move logits, relative to their norm. Measured for SmolLM2-135M, with weights that no bfloat16
+# holds: 2.2e-2; in float16 and bfloat16 (see logits.TOLERANCE): 6.6e-4 and 4.8e-3. Small random models, whose weights
+# are large, reach twice that.
+Q8_0_TOLERANCE = 5e-2
 
 
-def write(path: Path, checkpoint_dir: Path, state: dict[str, Tensor], dtype: str, style: PromptStyle | None) -> Layout:
-    """Write the model of a state dict, with the tokenizer of `checkpoint_dir`.
+def write(
+    path: Path, checkpoint_dir: Path, state: Mapping[str, Tensor], dtype: str, style: PromptStyle | None
+) -> Layout:
+    """Write the model of a state dict, with the tokenizer of `checkpoint_dir`, and return the layout of its family.
 
     Args:
-        dtype: of matrices, a key of KINDS; vectors are float32.
-        style: whose template and end tokens go along; None: there is none.
+        dtype: a key of KINDS, in which matrices are stored; vectors are float32.
+        style: the prompt style whose template and end tokens go along, if any.
 
     Raises:
         UserError: llama.cpp does not know the architecture, a setting or the tokenizer, or a value is beyond `dtype`.
@@ -49,12 +46,14 @@ def write(path: Path, checkpoint_dir: Path, state: dict[str, Tensor], dtype: str
     fields |= vocabulary_fields(checkpoint_dir, config.padded_vocab_size, style.stop_ids if style else ())
     if style:
         fields["tokenizer.chat_template"] = style.for_others(tokenizer)
-    fields |= {"general.name": config.name, "general.type": "model", "general.file_type": int(FILE_TYPES[dtype])}
+    file_type = gguf.LlamaFileType["ALL_F32" if dtype == "fp32" else f"MOSTLY_{KINDS[dtype].name}"]
+    fields |= {"general.name": config.name, "general.type": "model", "general.file_type": int(file_type)}
     fields["general.quantization_version"] = gguf.GGML_QUANT_VERSION
 
     table = list(places(config, layout))
     kinds = {place.name: kind_of(place.row.shape, dtype) for place in table}
-    factors = rope_factors(config)
+    llama3 = config.rope_scaling and config.rope_scaling["rope_type"] == "llama3"
+    factors = rope_divisors(config) if llama3 else None
     writer = gguf.GGUFWriter(path, layout.architecture)
     for key, value in fields.items():
         add_field(writer, key, value)
@@ -77,36 +76,41 @@ def write(path: Path, checkpoint_dir: Path, state: dict[str, Tensor], dtype: str
 
 def announce(writer: gguf.GGUFWriter, name: str, shape: torch.Size, kind: Kind) -> None:
     """Enter a tensor that is to follow. Where numpy has no such type, the last dimension counts bytes."""
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    nbytes = math.prod(shape) // block * size
-    plain = {Kind.F32: np.float32, Kind.F16: np.float16}.get(kind)
-    stored = shape if plain else (*shape[:-1], shape[-1] // block * size)
-    writer.add_tensor_info(name, stored, np.dtype(plain or np.uint8), nbytes, kind)
+    dtype = np.dtype({Kind.F32: "float32", Kind.F16: "float16"}.get(kind, "uint8"))
+    stored = gguf.quant_shape_to_byte_shape(shape, kind) if dtype == np.uint8 else shape
+    writer.add_tensor_info(name, stored, dtype, math.prod(stored) * dtype.itemsize, kind)
 
 
 def kind_of(shape: torch.Size, dtype: str) -> Kind:
-    """Vectors are float32; rows that do not divide into blocks are float16, as llama.cpp does."""
+    """Return how a tensor is stored: vectors in float32, rows that do not divide into blocks in float16.
+
+    So does llama.cpp.
+    """
     if len(shape) == 1:
         return Kind.F32
     return KINDS[dtype] if shape[-1] % gguf.GGML_QUANT_SIZES[KINDS[dtype]][0] == 0 else Kind.F16
 
 
 def encoded(tensor: Tensor, kind: Kind, name: str) -> np.ndarray:
+    """Return a tensor as it is stored; raise UserError, which names it, for values beyond float16."""
     tensor = tensor.float()
     if kind == Kind.F16 and tensor.abs().max() > torch.finfo(torch.float16).max:
-        raise UserError(f"{name}: holds values beyond float16; export with --dtype bf16 or f32")
+        raise UserError(f"{name}: holds values beyond float16; export with --dtype bf16 or fp32")
     return gguf.quants.quantize(tensor.contiguous().numpy(), kind)
 
 
 def add_field(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     """Add metadata by the type of its value."""
-    kinds = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+    adds: dict[type, Callable[[str, Any], None]] = {
+        str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
+        list: writer.add_array,
+    }  # fmt: skip
     if value is not None:
-        kinds.get(type(value), writer.add_array)(key, value)
+        adds[type(value)](key, value)
 
 
 def metadata(config: Config, layout: Layout) -> dict[str, Any]:
-    """What llama.cpp has of a model's architecture, in its words."""
+    """Return the metadata for a model's architecture."""
     window = None if layout.keeps_window else config.sliding_window
     eps = "layer_norm_epsilon" if config.norm_class == "LayerNorm" else "layer_norm_rms_epsilon"
     fields = {
@@ -129,6 +133,7 @@ def metadata(config: Config, layout: Layout) -> dict[str, Any]:
 
 
 def rope_scaling(config: Config) -> dict[str, Any]:
+    """Return the metadata for rotary scaling; there is none for Llama 3's, which is a tensor of divisors."""
     scaling = config.rope_scaling
     if not scaling or scaling["rope_type"] == "llama3":
         return {}
@@ -147,10 +152,3 @@ def rope_scaling(config: Config) -> dict[str, Any]:
         key + "yarn_beta_fast": float(scaling.get("beta_fast") or 32),
         key + "yarn_beta_slow": float(scaling.get("beta_slow") or 1),
     }
-
-
-def rope_factors(config: Config) -> Tensor | None:
-    """Llama 3's scaling as llama.cpp has it: a divisor for each frequency."""
-    if not config.rope_scaling or config.rope_scaling["rope_type"] != "llama3":
-        return None
-    return rope_frequencies(replace(config, rope_scaling=None))[0] / rope_frequencies(config)[0]
