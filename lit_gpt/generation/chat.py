@@ -69,14 +69,19 @@ class Chat:
         self.cached = []
 
     def prompt(self) -> list[int]:
-        """The tokens up to the next answer; the oldest turns leave until an answer has room.
+        """Return the tokens up to the next answer; the oldest turns leave until an answer has room.
 
         Raises:
-            UserError: the newest message alone is too long, or no text.
+            UserError: the newest message alone is too long, holds no tokens, or is no text.
         """
         left = 0
         while True:
             ids = self.style.encode_prompt(self.messages, self.tokenizer)
+            if not ids:
+                raise UserError(
+                    f"not sent: the message holds no tokens in the prompt style '{self.style.name}'; write another, or "
+                    "choose another --prompt_style"
+                )
             if len(ids) + self.max_new_tokens <= self.context:
                 break
             first = int(self.messages[0]["role"] == "system")
@@ -92,10 +97,10 @@ class Chat:
         return ids
 
     def answer(self, text: str) -> Iterator[str]:
-        """Pieces of the answer to a message. What was answered is kept, also if it is cut short.
+        """Yield pieces of the answer to a message. What was answered is kept, also if it is cut short.
 
         Raises:
-            UserError: as `prompt`. The message is taken back.
+            UserError: `prompt` refuses the message, which is taken back.
         """
         self.messages.append({"role": "user", "content": text})
         try:

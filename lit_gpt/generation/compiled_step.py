@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 
 class CompiledStep:
-    """The same, compiled: one block, which serves all layers, so that it takes seconds, not minutes.
+    """Takes a Step by one compiled block, which serves all layers, so that compiling takes seconds, not minutes.
 
     torch's own product of one row reaches a third of the memory's speed on a CPU; as a plain loop over the weight's
     rows, which the compiler makes of it here, it reaches most.
@@ -41,7 +41,7 @@ class CompiledStep:
         self.block, self.head = compiled(run_block), compiled(run_head)
 
     def __call__(self, rows: list[Row], cache: KVCache) -> Tensor:
-        """For one row; several go through the model."""
+        """Return the logits that follow each row: of one row compiled, of several by the model's own operations."""
         if len(rows) > 1:
             return eager_step(self.model, rows, cache)
         model, cache = self.model, rows[0].cache
@@ -71,7 +71,7 @@ def run_head(model: GPT, x: Tensor) -> Tensor:
 
 
 def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    """Inductor, for which a CPU's product of one row is a loop."""
+    """Compile by Inductor, for which a CPU's product of one row is a loop."""
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 

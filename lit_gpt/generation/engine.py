@@ -1,4 +1,4 @@
-"""The decoder loop, the only one: prompts are read in packs, then each row grows by one token at a time."""
+"""The decoder loop, the only one: prompts are read in batches, then each row grows by one token at a time."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -31,7 +31,7 @@ def generate(
     cache: KVCache | None = None,
     step: Step | None = None,
 ) -> Iterator[int]:
-    """Token ids that continue `prompt`, one by one, until a stop id (not yielded) or `max_new_tokens`.
+    """Yield token ids that continue `prompt`, one by one, until a stop id (not yielded) or `max_new_tokens`.
 
     Args:
         prompt: token ids, at least one.
@@ -44,8 +44,10 @@ def generate(
         step: takes the place of the model after the prompt.
 
     Raises:
-        UserError: prompt and answer do not fit the model's context.
+        UserError: the prompt is empty, or prompt and answer do not fit the model's context.
     """
+    if not prompt:
+        raise UserError("the prompt holds no tokens; give at least one, such as BOS")
     check_context(model, len(prompt), max_new_tokens)
     if max_new_tokens < 1:
         return
@@ -79,37 +81,39 @@ def decode(
     step: Step | None = None,
     choose: Callable[[list[Row]], None] = lambda rows: None,
 ) -> Iterator[tuple[Row, int]]:
-    """Each row with its next token, in turns. As many are continued together as the cache has places; when one ends,
-    the next takes its place.
+    """Yield each row with its next token, in turns.
 
-    Prompts are packed to be read, so nothing is padded; from then on each row adds a token to its own place in the
+    As many are continued together as the cache has slots; when one ends, the next takes its slot.
+
+    Prompts are packed to be read, so nothing is padded; from then on each row adds a token to its own slot in the
     cache, at its own position. So a row is what it would be alone but for rounding, wherever the others are.
 
     Args:
-        cache: each place has room for every row's prompt and answer.
+        cache: each slot has room for every row's prompt and answer.
         step: takes the place of the model once the prompts are read.
         choose: is told which rows the model is about to compute.
     """
-    waiting, going, n = iter(rows), [], len(cache[0].k)
-    places = [cache] if n == 1 else [row_view(cache, i) for i in range(n)]
+    queue, n = iter(rows), len(cache[0].k)
+    active: list[Row] = []
+    slots = [cache] if n == 1 else [row_view(cache, i) for i in range(n)]
     while True:
-        for place in places[len(going) :]:
-            if (row := next(waiting, None)) is None:
+        for slot in slots[len(active) :]:
+            if (row := next(queue, None)) is None:
                 break
-            truncate(place, row.cached)
-            row.cache = list(place)  # a list of its own tells a step that another row begins
-            going.append(row)
-        if not going:
+            truncate(slot, row.cached)
+            row.cache = list(slot)  # a list of its own tells a step that another row begins
+            active.append(row)
+        if not active:
             return
-        logits = next_logits(model, going, cache, step, choose)
-        drawn = [sample(x, temperature, top_k, top_p, row.generator) for x, row in zip(logits, going, strict=True)]
-        for row, token in zip(going, torch.cat(drawn).tolist(), strict=True):
+        logits = next_logits(model, active, cache, step, choose)
+        drawn = [sample(x, temperature, top_k, top_p, row.generator) for x, row in zip(logits, active, strict=True)]
+        for row, token in zip(active, torch.cat(drawn).tolist(), strict=True):
             row.ids.append(token)
             row.remaining -= 1
             yield row, token
-        for i in reversed(range(len(going))):
-            if going[i].remaining <= 0:
-                compact(going, i)
+        for i in reversed(range(len(active))):
+            if active[i].remaining <= 0:
+                compact(active, i)
 
 
 def next_logits(
@@ -119,20 +123,20 @@ def next_logits(
     step: Step | None,
     choose: Callable[[list[Row]], None],
 ) -> Tensor:
-    """The logits that follow each row, (len(rows), padded_vocab_size)."""
+    """Return the logits that follow each row, (len(rows), padded_vocab_size)."""
     device = model.wte.weight.device
-    for pack in prefill_batches(model, rows) if len(rows) > 1 else ():
-        choose(pack[:1])
-        prefill_packed(model, pack)
+    for batch in prefill_batches(model, rows) if len(rows) > 1 else ():
+        choose(batch[:1])
+        prefill_packed(model, batch)
     for row in rows:
         if model.needs_reread(row.cache[0], len(row.ids)):
             truncate(row.cache, 0)
-        # alone, the last piece gives the logits; else all rows add one token together
+        # alone, the last chunk gives the logits; else all rows add one token together
         read_to = len(row.ids) - (PREFILL_CHUNK if len(rows) == 1 else 1)
         while (start := row.cache[0].length) < read_to:
             choose([row])
-            piece = row.ids[start : min(start + PREFILL_CHUNK, read_to)]
-            model.hidden(torch.tensor([piece], device=device), cache=row.cache, length=len(row.ids))
+            chunk = row.ids[start : min(start + PREFILL_CHUNK, read_to)]
+            model.hidden(torch.tensor([chunk], device=device), cache=row.cache, length=len(row.ids))
     choose(rows)
     if step and all(row.cache[0].length == len(row.ids) - 1 for row in rows):
         return step(rows, cache)
@@ -140,23 +144,27 @@ def next_logits(
 
 
 def prefill_batches(model: GPT, rows: list[Row]) -> Iterator[list[Row]]:
-    """Rows that nothing is read of, a piece's tokens at most; under one LoRA, for what is packed looks like one row."""
-    pack, size = [], 0
+    """Yield batches of rows of which nothing is read yet, each a chunk's tokens at most.
+
+    All rows of a batch are under one LoRA, for what is packed looks like one row.
+    """
+    batch: list[Row] = []
+    size = 0
     for row in sorted(rows, key=lambda row: row.lora):
         tokens = len(row.ids) - 1
         same_angles = model.rope.is_long(tokens) == model.rope.is_long(tokens + 1)
         if row.cache[0].length or not 0 < tokens <= PREFILL_CHUNK or not same_angles:
             continue
-        if pack and (size + tokens > PREFILL_CHUNK or row.lora != pack[0].lora):
-            yield pack
-            pack, size = [], 0
-        pack, size = [*pack, row], size + tokens
-    if pack:
-        yield pack
+        if batch and (size + tokens > PREFILL_CHUNK or row.lora != batch[0].lora):
+            yield batch
+            batch, size = [], 0
+        batch, size = [*batch, row], size + tokens
+    if batch:
+        yield batch
 
 
 def prefill_packed(model: GPT, rows: list[Row]) -> None:
-    """All tokens of the rows but the last of each, packed."""
+    """Read all tokens of the rows but the last of each, packed."""
     device, lengths = model.wte.weight.device, [len(row.ids) - 1 for row in rows]
     idx = torch.tensor([[token for row in rows for token in row.ids[:-1]]], device=device)
     cache = [PackedPrefillCache(caches, tuple(lengths)) for caches in zip(*(row.cache for row in rows), strict=True)]
@@ -166,7 +174,7 @@ def prefill_packed(model: GPT, rows: list[Row]) -> None:
 
 
 def compact(rows: list[Row], i: int) -> None:
-    """Take out row i, and put the last into its place, so that those that remain are the cache's first."""
+    """Take out row i, and put the last into its slot, so that those that remain are the cache's first."""
     last = rows.pop()
     if i < len(rows):
         copy_cache(last.cache, rows[i].cache)
@@ -176,7 +184,7 @@ def compact(rows: list[Row], i: int) -> None:
 def sample(
     logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator | None
 ) -> Tensor:
-    """One token id, int64 (1,), from logits (vocabulary,)."""
+    """Draw one token id, int64 (1,), from logits (vocabulary,)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float() / temperature
@@ -198,14 +206,14 @@ def new_generator(model: GPT, seed: int) -> torch.Generator:
 def prompt_ids(
     messages: list[Message], model: GPT, tokenizer: Tokenizer, style: PromptStyle, tools: Tools = None
 ) -> list[int]:
-    """Token ids up to the answer, at least one.
+    """Return the token ids up to the answer, at least one.
 
     Raises:
         UserError: there is none, or one that the model does not have; the template refuses the messages.
     """
     ids = style.encode_prompt(messages, tokenizer, tools)
     if not ids:
-        raise UsageError("the prompt holds no tokens")
+        raise UsageError(f"the prompt holds no tokens in the prompt style '{style.name}'; give it some text")
     if max(ids) >= model.config.padded_vocab_size:
         raise UserError(f"the tokenizer gives the id {max(ids)}, which the model's embedding does not have")
     return ids

@@ -17,7 +17,7 @@ from lit_gpt.model.kv_cache import KVCache
 
 
 class NativeStep:
-    """The logits that follow one more token of each row, as lit_gpt.generation.sequence.eager_step gives them.
+    """Takes a Step by the operations of a tape, with the logits of lit_gpt.generation.sequence.eager_step.
 
     Weights are read where they lie; what is attached to a model, and small things like norms, are copied, and copied
     again when they have changed, which is looked at when other rows are continued than before.
@@ -30,10 +30,12 @@ class NativeStep:
     """
 
     def __init__(self, model: GPT, n: int = 1) -> None:
-        self.library = build.library("decode")
-        if self.library is None:
+        library = build.library("decode")
+        if library is None:
             raise Unsupported("no compiler")
-        self.model, self.places, self.lengths = model, [], []  # the last two of the rows of the last call
+        self.library, self.model = library, model
+        self.slots: list[KVCache] = []  # of the rows of the last call, as are the lengths
+        self.lengths: list[int] = []
         self.record(n)
 
     def record(self, n: int) -> None:
@@ -42,14 +44,14 @@ class NativeStep:
         self.tape, self.seen = Tape(self.library, self.model, n), versions(self.model)
 
     def __call__(self, rows: list[Row], cache: KVCache) -> Tensor:
-        """Float32 (len(rows), padded_vocab_size), which the next call overwrites."""
-        places, lengths = [row.cache for row in rows], [len(row.ids) for row in rows]
-        if lengths != [length + 1 for length in self.lengths] or not all(map(is_, places, self.places)):
+        """Return float32 logits (len(rows), padded_vocab_size), which the next call overwrites."""
+        slots, lengths = [row.cache for row in rows], [len(row.ids) for row in rows]
+        if lengths != [length + 1 for length in self.lengths] or not all(map(is_, slots, self.slots)):
             outdated = self.model.training or changed(self.seen, versions(self.model))
             if outdated or self.tape.n < len(rows):
                 self.record(max(len(rows), len(cache[0].k)))
             self.tape.use(rows[0].cache if len(rows) == 1 else cache)
-        self.places, self.lengths = places, lengths
+        self.slots, self.lengths = slots, lengths
         logits = self.tape.run([row.ids[-1] for row in rows], [length - 1 for length in lengths])
         for row in rows:
             row.cache[0].uses_long_rope = self.model.rope.is_long(len(row.ids))
@@ -62,7 +64,7 @@ Versions = list[tuple[Tensor, tuple[int, ...]]]
 
 
 def versions(model: GPT) -> Versions:
-    """All that a model computes with, where each tensor lies and how often it was written to."""
+    """Return all that a model computes with, where each tensor lies and how often it was written to."""
     tensors = chain(model.parameters(), model.buffers())
     return [(x, (x.data_ptr(), 0 if x.is_inference() else x._version)) for x in tensors]
 

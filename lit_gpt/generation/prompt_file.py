@@ -81,7 +81,7 @@ class PromptFile:
             try:
                 if problem:
                     raise ValueError(problem)
-                file.prompts.append(Prompt(file.rows, where, fields, *read_prompt(fields)))
+                file.prompts.append(Prompt(file.rows, where, fields, *parse_prompt(fields)))
             except (TypeError, ValueError) as error:
                 file.report(f"{where}: {error}")
         if not file.rows:
@@ -91,7 +91,7 @@ class PromptFile:
 
     @property
     def lora_paths(self) -> list[Path | None]:
-        """Those that lines name, and None if there are lines that name none."""
+        """Return the LoRAs that lines name, and None if there are lines that name none."""
         return list(dict.fromkeys(prompt.lora_path for prompt in self.prompts))
 
     def report(self, problem: str) -> None:
@@ -99,7 +99,7 @@ class PromptFile:
         self.problems.append(problem)
 
     def read_answers(self) -> None:
-        """The answers that an earlier run has left; a last line that it did not finish is cut off.
+        """Read the answers that an earlier run has left; a last line that it did not finish is cut off.
 
         Raises:
             UserError: they are not to these prompts, or were made with other settings.
@@ -111,17 +111,17 @@ class PromptFile:
         asked = {prompt.row: prompt.fields for prompt in self.prompts}
         for number, line in enumerate(lines, 1):
             try:
-                found = json.loads(line)
-                row, settings = found["row"], found["settings"]
-                fields = {name: value for name, value in found.items() if name not in OURS}
-                assert isinstance(found["answer"], str)
+                answer = json.loads(line)
+                row, settings = answer["row"], answer["settings"]
+                fields = {name: value for name, value in answer.items() if name not in OURS}
+                assert isinstance(answer["answer"], str)
             except (ValueError, TypeError, KeyError, AssertionError):
                 raise self.refusal(number, "is no answer of this script") from None
             if fields != asked.get(row):
                 raise self.refusal(number, f"answers another prompt than row {row} of {self.path}")
             if settings != self.settings:
                 raise self.refusal(number, "was answered by another checkpoint or with other flags")
-            self.answers[row] = found
+            self.answers[row] = answer
         if unfinished:
             if not self.may_begin(unfinished):
                 raise self.refusal(len(lines) + 1, "is no answer of this script")
@@ -132,7 +132,7 @@ class PromptFile:
             print(f"[{len(self.answers)} of {self.rows} rows are answered already in {self.out}]", file=sys.stderr)
 
     def may_begin(self, unfinished: bytes) -> bool:
-        """Whether an answer's line may begin like this."""
+        """Return whether an answer's line may begin like this."""
         for prompt in self.prompts:
             known = json.dumps(prompt.fields | {OURS[0]: ""}, ensure_ascii=False).encode()[:-2]
             if unfinished.startswith(known) or known.startswith(unfinished):
@@ -218,8 +218,8 @@ class Request:
     stop_ids: tuple[int, ...]
 
 
-def read_prompt(fields: dict[str, Any]) -> tuple[list[Message], Tools, Path | None]:
-    """The messages, tools and LoRA of a line.
+def parse_prompt(fields: dict[str, Any]) -> tuple[list[Message], Tools, Path | None]:
+    """Parse the messages, tools and LoRA of a line.
 
     Raises:
         TypeError, ValueError: what is wrong with it.
@@ -273,5 +273,5 @@ def answers(answerer: Answerer, requests: list[Request], batch_size: int) -> Ite
 
 
 def seed_of(seed: int, row: int) -> int:
-    """Of a row's sampling, so that it does not depend on the others in its batch."""
+    """Return the seed of a row's sampling, which does not depend on the others in its batch."""
     return random.Random(f"{seed} {row}").getrandbits(63)

@@ -1,7 +1,7 @@
 """A sequence that is being continued, and the step that adds one token to each of several."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,23 +17,30 @@ class Row:
     ids: list[int]  # its tokens, of the prompt at first; at least one
     remaining: int  # tokens that may still follow; set to 0, it ends
     generator: torch.Generator | None = None  # of the sampling, on the model's device; None: torch's own
-    cached: int = 0  # beginning of the prompt that its place in the cache holds already
+    cached: int = 0  # beginning of the prompt that its slot in the cache holds already
     lora: int = 0  # see lit_gpt.methods.multi_lora
-    cache: KVCache = field(default_factory=list)  # its place
+    cache: KVCache = field(default_factory=list)  # its slot
 
 
-# The logits that follow each row, (rows, padded_vocab_size), which the next call may overwrite. Each row's place holds
-# all of its tokens but the last; rows that are several have the first places of the cache.
-Step = Callable[[list[Row], KVCache], Tensor]
+class Step(Protocol):
+    """Adds one token to each of several rows."""
+
+    def __call__(self, rows: list[Row], cache: KVCache, /) -> Tensor:
+        """Return the logits that follow each row, (rows, padded_vocab_size), which the next call may overwrite.
+
+        Args:
+            rows: the slot of each in the cache holds all of its tokens but the last, which is added.
+            cache: several rows have its first slots.
+        """
 
 
 def eager_step(model: GPT, rows: list[Row], cache: KVCache) -> Tensor:
-    """A Step by the model's own operations. A row alone may have more tokens that its place does not hold."""
+    """Take a Step by the model's own operations. A row alone may have more tokens that its slot does not hold."""
     device = model.wte.weight.device
     if len(rows) == 1:
-        place = rows[0].cache
-        idx = torch.tensor([rows[0].ids[place[0].length :]], device=device)
-        return model(idx, cache=place, last=True)[:, -1]
+        slot = rows[0].cache
+        idx = torch.tensor([rows[0].ids[slot[0].length :]], device=device)
+        return model(idx, cache=slot, last=True)[:, -1]
     idx = torch.tensor([row.ids[-1:] for row in rows], device=device)
     lengths = tuple(len(row.ids) for row in rows)
     positions, span = torch.tensor(lengths, device=device) - 1, (slice(len(rows)), slice(None), slice(max(lengths)))

@@ -13,25 +13,27 @@ from lit_gpt.model.kv_cache import KVCache
 
 
 class FastStep:
-    """A Step.
+    """Takes the fastest Step that serves the model.
 
-    On a CPU by native_step.py, if it knows all that the model is made of: it is ready at once, so that no answer is too
-    short for it. Else, only if it is asked for, by a compiled step, which takes seconds before it is ready.
+    That is NativeStep on a CPU, if it knows all that the model is made of: it is ready at once, so that no answer is
+    too short for it. Else it is CompiledStep, if `compile` asks for it, for it takes seconds before it is ready; or the
+    model's own operations.
 
     Raises:
-        UsageError: as CompiledStep, if it is asked for.
+        UsageError: `compile` asks for what cannot be compiled.
     """
 
     def __init__(self, model: GPT, compile: bool = False) -> None:
-        self.model, self.chosen = model, None
+        self.model = model
+        self.chosen: Step | None = None
         self.otherwise: Step = CompiledStep(model) if compile else partial(eager_step, model)
 
     def __call__(self, rows: list[Row], cache: KVCache) -> Tensor:
         if self.chosen is self.otherwise:
-            return self.chosen(rows, cache)
+            return self.otherwise(rows, cache)
         try:  # not before: the first token, which comes from the prompt, need not wait for it
             self.chosen = self.chosen or NativeStep(self.model, len(cache[0].k))
             return self.chosen(rows, cache)
         except Unsupported:
             self.chosen = self.otherwise
-            return self.chosen(rows, cache)
+            return self.otherwise(rows, cache)

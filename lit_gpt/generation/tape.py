@@ -32,7 +32,9 @@ class Tape:
 
     def __init__(self, library: ctypes.CDLL, model: GPT, n: int) -> None:
         self.library, self.model, self.n = library, model, n
-        self.dtype, self.kept, self.buffers = model.dtype, [], {}
+        self.dtype = model.dtype
+        self.kept: list[Tensor] = []
+        self.buffers: dict[tuple[str, int], Tensor] = {}
         self.choice: RowChoice | None = None
         self.handle = library.tape_new()
         weakref.finalize(self, library.tape_free, self.handle)
@@ -73,7 +75,7 @@ class Tape:
         return argument
 
     def buffer(self, name: str, size: int) -> Tensor:
-        """Float32 (n, size), one for all layers."""
+        """Return a float32 (n, size) buffer, one for all layers."""
         if (name, size) not in self.buffers:
             self.buffers[name, size] = self.zeros(size)
         return self.buffers[name, size]
@@ -107,16 +109,17 @@ class Tape:
         self.add("embed", x, table.weight, kind, scale, x.size(1), factor, by_position)
 
     def rotations(self) -> list[tuple[Tensor, Tensor] | None]:
-        """Cosine and sine of each layer, float32 (n, rope_n_elem / 2), if it is rotated."""
-        model, config, found = self.model, self.model.config, {}
+        """Return the cosine and sine of each layer, float32 (n, rope_n_elem / 2), if it is rotated."""
+        model, config = self.model, self.model.config
+        by_rope = {}
         for rope in dict.fromkeys((model.rope, model.local_rope)):  # which may be one
             frequencies = rope.frequencies.float().view(1 if rope.original is None else 2, -1)
-            kinds, n = frequencies.shape
-            found[rope] = self.zeros(n), self.zeros(n)
+            ropes, n = frequencies.shape
+            by_rope[rope] = self.zeros(n), self.zeros(n)
             if n:
                 factor = float(rope.attention_factor)
-                self.add("angles", *found[rope], frequencies, n, kinds, factor, TYPES[self.dtype])
-        kinds = [found[model.rope if config.window(i) is None else model.local_rope] for i in range(config.n_layer)]
+                self.add("angles", *by_rope[rope], frequencies, n, ropes, factor, TYPES[self.dtype])
+        kinds = [by_rope[model.rope if config.window(i) is None else model.local_rope] for i in range(config.n_layer)]
         return [None if i in config.unrotated_layers else kind for i, kind in enumerate(kinds)]
 
     def block(self, block: Block, x: Tensor, layer: int, rotation: tuple[Tensor, Tensor] | None) -> None:
@@ -171,7 +174,7 @@ class Tape:
         return self.linear(mlp.proj, h, "y")
 
     def norm(self, norm: nn.Module, x: Tensor, name: str | None, parts: int = 1) -> Tensor:
-        """The norm of x, of so many parts of it; in a buffer, or without a name in place."""
+        """Normalize x in so many parts, into a buffer, or without a name in place."""
         if type(norm) is nn.Identity:
             return x
         if record := recorder(norm, required=False):
@@ -186,7 +189,7 @@ class Tape:
         return y
 
     def linear(self, layer: nn.Module, x: Tensor, name: str) -> Tensor:
-        """W x + bias, and what wraps the layer does to it, in a buffer."""
+        """Compute W x + bias, and what wraps the layer does to it, in a buffer."""
         if record := recorder(layer, required=False):
             return record(self, x, name)
         expect(layer, nn.Linear, QuantizedLinear)
@@ -216,7 +219,7 @@ class Tape:
         self.add("scale", y, y.size(1), scale, shift)
 
     def weight(self, layer: nn.Linear | QuantizedLinear) -> tuple[int | Tensor | None, ...]:
-        """Format, weight, and scale, zero and pairs of a quantized one."""
+        """Return the format and weight, and scale, zero and pairs if the layer is quantized."""
         if isinstance(layer, nn.Linear):
             return self.type(layer.weight), layer.weight, None, None, None
         codes, scale, *rest = FORMATS[layer.format].for_kernels(unpacked(layer))

@@ -50,7 +50,7 @@ class Template:
         self.tagged = self._sandbox.tagged
 
     def render(self, **variables: Any) -> str:
-        """The text.
+        """Return the text that the template makes of these variables.
 
         Raises:
             Exception: whatever the template's code can do wrong; SecurityError and TooLarge for what is not allowed.
@@ -65,7 +65,7 @@ class Template:
             raise TooLarge("its macros call each other without end") from None
 
     def generated(self, **variables: Any) -> list[tuple[int, int]] | None:
-        """The stretches of the text, from and to which character, that lie between generation tags.
+        """Return the stretches of the text, from and to which character, that lie between generation tags.
 
         None: the template has no such tags, or makes the text from what stands between them, so that it has no place.
         """
@@ -88,6 +88,7 @@ class Generation(Extension):
     """The tag `{% generation %}`, by which a template shows what of its text a model generates."""
 
     tags = {"generation"}
+    environment: "Sandbox"
 
     def parse(self, parser: Parser) -> nodes.Node:
         self.environment.tagged = True
@@ -103,16 +104,18 @@ class CountedCode(CodeGenerator):
     """Begins the body of each loop and macro with a call of `Sandbox.step`."""
 
     def visit_For(self, node: nodes.For, frame: Frame) -> None:
-        super().visit_For(counted(node), frame)
+        count(node)
+        super().visit_For(node, frame)
 
     def visit_Macro(self, node: nodes.Macro, frame: Frame) -> None:
-        super().visit_Macro(counted(node), frame)
+        count(node)
+        super().visit_Macro(node, frame)
 
 
-def counted(node: nodes.For | nodes.Macro) -> nodes.For | nodes.Macro:
+def count(node: nodes.For | nodes.Macro) -> None:
+    """Put a call of `Sandbox.step` before the body of a loop or macro."""
     step = nodes.Call(nodes.EnvironmentAttribute("step"), [], [], None, None)
     node.body.insert(0, nodes.ExprStmt(step).set_lineno(node.lineno))
-    return node
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -168,7 +171,7 @@ def raise_exception(message: str) -> None:
 
 
 def to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Unlike Jinja's own, does not escape for HTML."""
+    """Spell a value in JSON without escaping it for HTML, as Jinja's own filter would."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -8,7 +8,7 @@ Tools = list[dict[str, Any]] | None  # the tools of a conversation as JSON schem
 
 
 def instruction_messages(instruction: str, context: str = "", output: str | None = None) -> list[Message]:
-    """The messages of a row of instruction data; without `output`, of a prompt."""
+    """Return the messages of a row of instruction data; without `output`, those of a prompt."""
     content = f"{instruction}\n\n{context}" if context else instruction
     user = {"role": "user", "content": content, "instruction": instruction, "input": context}
     return [user] if output is None else [user, {"role": "assistant", "content": output}]
@@ -18,10 +18,10 @@ ROLES = {"human": "user", "gpt": "assistant", "function": "tool"}  # as ShareGPT
 
 
 def read_messages(messages: Any) -> list[Message]:
-    """Messages as `{"role", "content"}`, from a list of them or from one spelled in JSON.
+    """Read messages as `{"role", "content"}`, from a list of them or from one spelled in JSON.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is no list of messages.
     """
     messages = json.loads(messages) if isinstance(messages, str) else messages
     if not isinstance(messages, list) or not messages:

@@ -70,7 +70,7 @@ class PromptStyle:
 
     @classmethod
     def from_name(cls, name: str, tokenizer: Tokenizer) -> "PromptStyle":
-        """A style of STYLES, a path to a Jinja file, or "auto": the checkpoint's own template, else alpaca.
+        """Return a style of STYLES, of a Jinja file, or for "auto" the checkpoint's own template, else alpaca.
 
         Raises:
             UsageError: neither a style nor a file.
@@ -95,7 +95,7 @@ class PromptStyle:
 
     @classmethod
     def from_checkpoint(cls, checkpoint_dir: Path, tokenizer: Tokenizer) -> "PromptStyle":
-        """The style that a finetune has left in the folder, else the checkpoint's own template, else plain text."""
+        """Return the style that a finetune left in the folder, else the checkpoint's own template, else plain text."""
         path = Path(checkpoint_dir) / FILE
         if path.is_file():
             try:
@@ -148,42 +148,48 @@ class PromptStyle:
 
     @cached_property
     def _compiled_for_tools(self) -> Template:
-        return Template(self.tool_template)
+        return Template(self.tool_template) if self.tool_template else self._compiled
 
     def render(
         self, messages: Sequence[Message], tokenizer: Tokenizer, answer: bool = False, tools: Tools = None
     ) -> str:
-        """The text of a conversation; with `answer`, up to where the assistant's next turn begins.
+        """Return the text of a conversation; with `answer`, up to where the assistant's next turn begins.
 
         Raises:
             UserError: the template is broken, does what it must not, or refuses the messages.
         """
         return self._apply("render", messages, tokenizer, answer, tools)
 
-    def _apply(self, function: str, messages: Sequence[Message], tokenizer: Tokenizer, answer: bool, tools: Tools):
+    def _apply(
+        self, function: str, messages: Sequence[Message], tokenizer: Tokenizer, answer: bool, tools: Tools
+    ) -> Any:
         tokens = tokenizer.named_tokens if self.template_writes_bos else {"eos_token": tokenizer.eos_token}
-        variables = {"bos_token": "", "eos_token": "", **{name: token or "" for name, token in tokens.items()}}
+        variables: dict[str, Any] = {
+            "bos_token": "",
+            "eos_token": "",
+            **{name: token or "" for name, token in tokens.items()},
+        }
         variables |= {"tools": tools, "documents": None, "add_generation_prompt": answer}
         try:
-            template = self._compiled_for_tools if tools is not None and self.tool_template else self._compiled
+            template = self._compiled if tools is None else self._compiled_for_tools
             return getattr(template, function)(messages=[present(message) for message in messages], **variables)
         except Exception as error:  # a template may fail in any way that its code can
             raise UserError(f"prompt style '{self.name}': the template failed: {error}") from None
 
     def encode_prompt(self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = None) -> list[int]:
-        """Token ids up to where the assistant answers."""
+        """Return the token ids up to where the assistant answers."""
         return next(self.encode([self.render(messages, tokenizer, True, tools)], tokenizer)).ids
 
     def encode_sample(self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = None) -> Encoded:
-        """Token ids of a conversation, tokenized once and whole, and what of them is to be learned."""
+        """Return the token ids of a conversation, tokenized once and whole, and what of them is to be learned."""
         rendered = self.render_sample(messages, tokenizer, tools)
         return supervision.encode(rendered, next(self.encode([rendered.text], tokenizer)), tokenizer, self.stop_ids)
 
     def render_sample(self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = None) -> Rendered:
-        """The text of a conversation and where in it each assistant's turn lies.
+        """Return the text of a conversation and where in it each assistant's turn lies.
 
         Raises:
-            UserError: as `render`.
+            UserError: the template is broken, does what it must not, or refuses the messages.
         """
 
         def render(some: Sequence[Message], answer: bool = False) -> str:
@@ -198,12 +204,14 @@ class PromptStyle:
         return Rendered(text, turns, self._apply("generated", messages, tokenizer, False, tools), content_dropped)
 
     def encode(self, texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[Encoding]:
-        """Ids and places of rendered texts."""
+        """Yield the ids of rendered texts and their places in the texts."""
         return tokenizer.encode_batch(texts, bos=False if self.template_writes_bos else None)
 
     def portable_template(self, tokenizer: Tokenizer) -> str | None:
-        """The template as transformers' `apply_chat_template` needs it to make the same tokens; None: the checkpoint's
-        own, which it has already."""
+        """Return the template with which transformers' `apply_chat_template` makes the same tokens.
+
+        None: it is the checkpoint's own, which transformers has already.
+        """
         if self.template_writes_bos:
             return None
         before = "{{ bos_token }}" if tokenizer.adds_bos else ""
@@ -212,7 +220,7 @@ class PromptStyle:
         return before + self.template
 
     def find_stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """The end token, and the special token with which the template closes an answer if that is another."""
+        """Find the end token, and the special token with which the template closes an answer if that is another."""
         answer = "Quux"  # a word that no template writes
         whole = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}], tokenizer)
         stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
@@ -223,7 +231,7 @@ class PromptStyle:
 
 
 def present(message: Message) -> Message:
-    """A message as transformers hands it to a template: without empty fields, its reasoning under all names in use."""
+    """Return a message as transformers hands it to a template: no empty fields, reasoning under all names in use."""
     message = {name: value for name, value in message.items() if value is not None}
     reasoning = next((message[name] for name in REASONING if name in message), None)
     if reasoning is None:
@@ -232,13 +240,13 @@ def present(message: Message) -> Message:
 
 
 def generation_stop_ids(checkpoint_dir: Path) -> list[int]:
-    """The end tokens that the checkpoint's generation_config.json names."""
+    """Read the end tokens that the checkpoint's generation_config.json names."""
     settings = read_json(Path(checkpoint_dir) / "generation_config.json", missing_ok=True)
     return as_list(settings.get("eos_token_id"))
 
 
 def as_list(ids: int | list[int] | None) -> list[int]:
-    """Token ids as configurations have them: several, one or none."""
+    """Return as a list the token ids that a configuration has: several, one or none."""
     return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 

@@ -79,43 +79,43 @@ class Encoded:
 
 
 def find_turn(messages: Sequence[Message], i: int, text: str, render: Render) -> Turn | None:
-    """Where the text of all messages shows the assistant's message i; None: not in full."""
+    """Find where the text of all messages shows the assistant's message i; None: not in full."""
     prompt = attempt(render, messages[:i], answer=True)
     closed = text if i + 1 == len(messages) else attempt(render, messages[: i + 1])
     content = (messages[i].get("content") or "").strip()
-    seen = prompt is not None and text.startswith(prompt)
-    if seen and closed is not None and text.startswith(closed) and len(prompt) <= len(closed):
-        start = end = len(prompt)
+    begin = len(prompt) if prompt is not None and text.startswith(prompt) else None  # of the answer
+    if begin is not None and closed is not None and text.startswith(closed) and begin <= len(closed):
+        start = end = begin
         limit, at = len(closed), text.find(content, start, len(closed))
         end = start if at < 0 else at + len(content)
     elif place := find_content(messages, i, text, render):
         start, end = place
-        start = len(prompt) if seen and len(prompt) <= start else start
+        start = begin if begin is not None and begin <= start else start
         limit = end + blanks(text, end)
     else:
         return None
     if not shown(parts(messages[i]), text[start:limit]):
         return None
     train = messages[i].get("train", messages[i].get("weight", 1))
-    return Turn(start, end, limit, bool(train), prompt_mismatch=not seen)
+    return Turn(start, end, limit, bool(train), prompt_mismatch=begin is None)
 
 
 def find_content(messages: Sequence[Message], i: int, text: str, render: Render) -> tuple[int, int] | None:
-    """From and to which character the text shows the content of message i, found by rendering it between marks."""
+    """Find from and to which character the text shows the content of message i, by rendering it between marks."""
     content = messages[i].get("content")
     if content is None:
         return None
     for core in dict.fromkeys((content, content.strip())):  # a template may strip what stands around it
         marked = content.replace(core, core.join(MARKS), 1) if core else "".join(MARKS) + content
-        found = attempt(render, [*messages[:i], {**messages[i], "content": marked}, *messages[i + 1 :]])
-        pieces = (found or "").replace(MARKS[1], MARKS[0]).split(MARKS[0])
+        whole = attempt(render, [*messages[:i], {**messages[i], "content": marked}, *messages[i + 1 :]])
+        pieces = (whole or "").replace(MARKS[1], MARKS[0]).split(MARKS[0])
         if len(pieces) == 3 and "".join(pieces) == text:
             return len(pieces[0]), len(pieces[0]) + len(pieces[1])
     return None
 
 
 def attempt(render: Render, messages: Sequence[Message], **options: Any) -> str | None:
-    """The text of messages, which the template may refuse."""
+    """Return the text of messages, or None if the template refuses them."""
     try:
         return render(messages, **options)
     except UserError:
@@ -127,7 +127,7 @@ def blanks(text: str, at: int) -> int:
 
 
 def parts(message: Message) -> Iterator[str]:
-    """The texts of a message, which its rendering must show."""
+    """Yield the texts of a message, which its rendering must show."""
     if "instruction" in message:
         yield from (message["instruction"], message.get("input") or "")
     else:
@@ -138,7 +138,7 @@ def parts(message: Message) -> Iterator[str]:
 
 
 def shown(parts: Iterable[str], text: str) -> bool:
-    """Whether the text holds the parts, blanks apart, each as it is or as JSON spells it."""
+    """Return whether the text holds the parts, blanks apart, each as it is or as JSON spells it."""
     text = squeeze(text)
     return all(
         squeeze(part) in text or any(squeeze(json.dumps(part, ensure_ascii=a)[1:-1]) in text for a in (False, True))
@@ -151,7 +151,7 @@ def squeeze(text: str) -> str:
 
 
 def encode(rendered: Rendered, encoding: Encoding, tokenizer: Tokenizer, stop_ids: Sequence[int]) -> Encoded:
-    """What of the text's tokens is to be supervised."""
+    """Decide which of the text's tokens are to be supervised."""
     answers = [find_answer(turn, rendered.text, encoding, tokenizer, stop_ids) for turn in rendered.turns if turn]
     supervised = [False] * len(encoding.ids)
     for answer in answers:
@@ -162,7 +162,7 @@ def encode(rendered: Rendered, encoding: Encoding, tokenizer: Tokenizer, stop_id
 
 
 def find_answer(turn: Turn, text: str, encoding: Encoding, tokenizer: Tokenizer, stop_ids: Sequence[int]) -> Answer:
-    """A turn's tokens."""
+    """Find a turn's tokens."""
     ids, offsets = encoding
     first = bisect_left(offsets, turn.start, key=BEGIN)
     while first and offsets[first - 1][1] > turn.start:  # a token in which prompt and answer are one
@@ -179,7 +179,7 @@ def find_answer(turn: Turn, text: str, encoding: Encoding, tokenizer: Tokenizer,
 
 
 def same_tokens(text: str, stop: int, encoding: Encoding, first: int, tokenizer: Tokenizer) -> bool:
-    """Whether the text up to `stop` alone makes the tokens that it makes in the whole, which are those before `first`.
+    """Return whether the text up to `stop` alone makes the tokens that it makes in the whole, those before `first`.
 
     It need not: what follows can join its last token, or split its last blanks otherwise. Nothing reaches over an added
     token, so that only what follows the last of them is tokenized again.

@@ -27,14 +27,7 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 
 
-class Encoding(NamedTuple):
-    """The ids of a text and where in it they lie, from and to which character; what the text lacks, at its start."""
-
-    ids: list[int]
-    offsets: Sequence[tuple[int, int]]
-
-
-class Offsets(Sequence[tuple[int, int]]):
+class Offsets:
     """Where the ids of a text lie in it. Few are looked at, and a tuple for each would take as long as encoding."""
 
     def __init__(self, spans: tokenizers.Encoding, missing: int) -> None:
@@ -46,7 +39,14 @@ class Offsets(Sequence[tuple[int, int]]):
     def __getitem__(self, i: int) -> tuple[int, int]:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        return self._spans.token_to_chars(i - self._missing) if i >= self._missing else (0, 0)
+        return (self._spans.token_to_chars(i - self._missing) if i >= self._missing else None) or (0, 0)
+
+
+class Encoding(NamedTuple):
+    """The ids of a text and where in it they lie, from and to which character; what the text lacks, at its start."""
+
+    ids: list[int]
+    offsets: Offsets | list[tuple[int, int]]
 
 
 class Tokenizer:
@@ -67,7 +67,8 @@ class Tokenizer:
     def __init__(self, checkpoint_dir: Path) -> None:
         self.checkpoint_dir = Path(checkpoint_dir)
         self._path = find_tokenizer(self.checkpoint_dir)
-        self._spm: tuple | None = None  # what encodes the first stretch of text, and those after an added token
+        # what encodes the first stretch of text, and those after an added token, of a lone tokenizer.model
+        self._spm: tuple[Any, ...] = ()
         settings = read_settings(self.checkpoint_dir)
         if self._path.suffix == ".model":
             self._spm = load_sentencepiece(self._path, settings)
@@ -88,8 +89,8 @@ class Tokenizer:
         self._lead = self._find_lead(settings)
         self._tokens.post_processor = None  # all that it had to say; it would trim the offsets of blanks
 
-    def encode(self, text: str, bos: bool | None = None, eos: bool = False) -> torch.LongTensor:
-        """The ids of a text, in which special tokens may be written out.
+    def encode(self, text: str, bos: bool | None = None, eos: bool = False) -> torch.Tensor:
+        """Return the ids of a text, in which special tokens may be written out.
 
         Args:
             bos: whether the ids begin with BOS; None does as the checkpoint does. A text that begins with it already
@@ -108,14 +109,14 @@ class Tokenizer:
                 where = self.checkpoint_dir / "tokenizer_config.json"
                 raise UserError(f"{where}: {name}=True needs a {name}_token, and none is set; set one")
         ids = next(self.encode_batch([text], bos)).ids
-        if eos and ids[-1:] != [self.eos_id]:
+        if eos and self.eos_id is not None and ids[-1:] != [self.eos_id]:
             ids = ids + [self.eos_id]
         return torch.tensor(ids, dtype=torch.long)
 
     def encode_batch(self, texts: Sequence[str], bos: bool | None = None) -> Iterator[Encoding]:
-        """As `encode`, for many texts on as many cores as there are, with the ids' places in the text."""
+        """Encode many texts as `encode` does, on as many cores as there are; yield ids and their places in the text."""
         lead = [] if bos is False else self._lead
-        if bos and self.bos_id not in lead:
+        if bos and self.bos_id is not None and self.bos_id not in lead:
             lead = [self.bos_id]
         try:
             encoded = self._tokens.encode_batch(texts, add_special_tokens=False)
@@ -128,12 +129,12 @@ class Tokenizer:
             yield Encoding(missing + ids, places)
 
     def decode(self, ids: Sequence[int] | torch.Tensor, skip_special_tokens: bool = True) -> str:
-        """The text of ids of shape (T,). Ids past the vocabulary (padded embedding rows) have no text."""
+        """Return the text of ids of shape (T,). Ids past the vocabulary (padded embedding rows) have no text."""
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
         return self._tokens.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def decode_stream(self, ids: Iterable[int], skip_special_tokens: bool = True) -> Iterator[str]:
-        """Pieces of text as the ids come. Joined they equal `decode` of all ids.
+        """Yield pieces of text as the ids come. Joined they equal `decode` of all ids.
 
         A piece comes as soon as later ids cannot change it, so a character split over several tokens comes whole.
         """
@@ -156,30 +157,30 @@ class Tokenizer:
 
     @property
     def adds_bos(self) -> bool:
-        """Whether the checkpoint itself puts a BOS before a text."""
+        """Return whether the checkpoint itself puts a BOS before a text."""
         return self._lead == [self.bos_id]
 
     def token_id(self, token: str) -> int | None:
-        """The id of a token, spelled as in the vocabulary, or None."""
+        """Return the id of a token, spelled as in the vocabulary, or None."""
         return self._tokens.token_to_id(token)
 
     @property
     def added_tokens(self) -> dict[int, AddedToken]:
-        """{id: token} of those that were added to the vocabulary, special ones included."""
+        """Return {id: token} for the tokens that were added to the vocabulary, special ones included."""
         return self._added
 
     def is_added(self, token: int) -> bool:
-        """Whether an id is of a token that was added to the vocabulary, such as an end of turn."""
+        """Return whether an id is of a token that was added to the vocabulary, such as an end of turn."""
         return token in self._added
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) over all that decides the ids; the same for a copy in another folder."""
+        """Return a SHA-256 (hex) over all that decides the ids, which is the same for a copy in another folder."""
         added = [
             (i, t.content, t.special, t.normalized, t.lstrip, t.rstrip, t.single_word)
             for i, t in sorted(self._added.items())
         ]
-        spaces = [model.normalize("a") for model in self._spm or ()]
+        spaces = [model.normalize("a") for model in self._spm]
         rest = json.dumps([added, spaces, self._lead, self.bos_id, self.eos_id])
         return hashlib.sha256(self._path.read_bytes() + rest.encode()).hexdigest()
 
@@ -187,29 +188,30 @@ class Tokenizer:
     def _special_ids(self) -> set[int]:
         return {i for i, token in self._added.items() if token.special}
 
-    def _sentencepiece(self, text: str, spans: tokenizers.Encoding) -> Encoding:
-        """The encoding of a text in which `_tokens` has found the added tokens, and knows nothing of the rest."""
-        ids, offsets = [], []
+    def _sentencepiece(self, text: str, spans: tokenizers.Encoding) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encode a text in which `_tokens` has found the added tokens, and knows nothing of the rest."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
         for token_id, (start, end) in zip(spans.ids, spans.offsets, strict=True):
             span, added = text[start:end], self._added.get(token_id)
             if added and added.content in span:
                 ids.append(token_id)
                 offsets.append((start, end))
             else:
-                found = self._spm[start > 0].encode(span, return_type="offset_mapping")
-                ids += found["ids"]
-                offsets += [(start + a, start + b) for a, b in found["offsets"]]
-        return Encoding(ids, offsets)
+                encoded = self._spm[start > 0].encode(span, return_type="offset_mapping")
+                ids += encoded["ids"]
+                offsets += [(start + a, start + b) for a, b in encoded["offsets"]]
+        return ids, offsets
 
     def _text_after(self, before: list[int], ids: list[int]) -> str:
         start = len(self.decode(before, skip_special_tokens=False))
         return self.decode(before + ids, skip_special_tokens=False)[start:]
 
     def _find(self, name: str, settings: dict[str, Any]) -> tuple[str | None, int | None]:
-        """Token and id of "bos" or "eos": as the tokenizer's settings say (null: none), else as the model's do."""
+        """Find token and id of "bos" or "eos" as the tokenizer's settings say (null: none), else as the model's do."""
         if f"{name}_token" in settings:
             token = content(settings[f"{name}_token"])
-            return token, token and self.token_id(token)
+            return token, self.token_id(token) if token else None
         for file in ("generation_config.json", "config.json"):
             ids = read_json(self.checkpoint_dir / file, missing_ok=True).get(f"{name}_token_id")
             first = ids[0] if isinstance(ids, list) and ids else ids
@@ -218,7 +220,7 @@ class Tokenizer:
         return None, None
 
     def _find_lead(self, settings: dict[str, Any]) -> list[int]:
-        """The ids that the checkpoint itself puts before a text. As in transformers 5, `add_bos_token` is for
+        """Find the ids that the checkpoint itself puts before a text. As in transformers 5, `add_bos_token` is for
         tokenizer.model only, absent means no, and the post-processor of tokenizer.json speaks for itself."""
         if self._spm:
             return [self.bos_id] if settings.get("add_bos_token") and self.bos_id is not None else []
@@ -256,8 +258,8 @@ def load_json(path: Path) -> tokenizers.Tokenizer:
     return tokens
 
 
-def load_sentencepiece(path: Path, settings: dict[str, Any]) -> tuple:
-    """Two processors: for the first stretch of a text, and for those after an added token.
+def load_sentencepiece(path: Path, settings: dict[str, Any]) -> tuple[Any, Any]:
+    """Return two processors: for the first stretch of a text, and for those after an added token.
 
     The model itself puts a space before the first; before the others only where `legacy` is set. This is what the
     model was trained with, where the conversion in transformers 5 is not: that drops a space that the text begins
@@ -281,7 +283,7 @@ def sentencepiece_names(model: Any) -> dict[str, str]:
 
 
 def sentencepiece_vocabulary(model: Any, stated: dict[int, AddedToken]) -> tokenizers.Tokenizer:
-    """The model's ids, control pieces and decoder. Of its encoding only the places of added tokens are used."""
+    """Make a tokenizer of the model's ids, control pieces and decoder, which encodes only added tokens."""
     pieces = {i: model.id_to_piece(i) for i in range(model.get_piece_size())}
     control = [AddedToken(piece, special=True) for i, piece in pieces.items() if model.is_control(i)]
     pieces.update((i, token.content) for i, token in stated.items())
@@ -303,7 +305,7 @@ def read_text(path: Path) -> str:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, overruled by special_tokens_map.json where transformers still reads that."""
+    """Read tokenizer_config.json, overruled by special_tokens_map.json where transformers still reads that."""
     settings = read_json(folder / "tokenizer_config.json", missing_ok=True)
     if "added_tokens_decoder" not in settings:
         settings = {**settings, **read_json(folder / "special_tokens_map.json", missing_ok=True)}
@@ -311,7 +313,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def stated_tokens(folder: Path, settings: dict[str, Any]) -> tuple[dict[int, AddedToken], list[AddedToken]]:
-    """{id: token} of the added tokens, and the special ones that the settings name without an id."""
+    """Return {id: token} for the added tokens, and the special ones that the settings name without an id."""
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     names = NAMED + [key for key in settings if key.endswith("_token") and key not in NAMED]
     values = [settings.get(name) for name in names] + list(extra.values() if isinstance(extra, dict) else extra)
@@ -344,7 +346,7 @@ def content(token: str | dict[str, Any] | None) -> str | None:
 
 
 def named_tokens(settings: dict[str, Any]) -> dict[str, str]:
-    """{name: token} of a tokenizer's settings; the further ones that a model has are a dictionary among them."""
+    """Return {name: token} from a tokenizer's settings, in which further tokens of a model are a dictionary."""
     extra = settings.get("extra_special_tokens") or {}
     named = {key: value for key, value in settings.items() if key.endswith("_token")}
     named |= extra if isinstance(extra, dict) else {}
@@ -353,7 +355,7 @@ def named_tokens(settings: dict[str, Any]) -> dict[str, str]:
 
 
 def find_chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
-    """{name: source}. Files overrule the settings, as in transformers."""
+    """Return {name: source} of the chat templates. Files overrule the settings, as in transformers."""
     files = {path.stem: path for path in sorted((folder / CHAT_TEMPLATE_DIR).glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         files["default"] = folder / "chat_template.jinja"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -18,7 +19,7 @@ from lit_gpt.checkpoints.base_model import BaseCheckpoint, load_model
 from lit_gpt.errors import UserError
 from lit_gpt.generation.args import SamplingArgs
 from lit_gpt.generation.chat import Chat, converse
-from lit_gpt.generation.engine import generate
+from lit_gpt.generation.engine import generate, prompt_ids
 from lit_gpt.methods import finetuned_model
 from lit_gpt.methods.multi_lora import LoRAPool
 from lit_gpt.text.prompt_style import PromptStyle
@@ -105,6 +106,22 @@ def test_what_is_no_message_does_not_end_the_conversation(parts, monkeypatch, ca
     told = capsys.readouterr().err
     assert "no command /quit" in told and "no command /Lora" in told and told.count("not UTF-8 text") == 2
     assert [m["content"] for m in chat.messages[::2]] == ["the cat", "/ the dog"]
+
+
+def test_a_message_that_renders_to_nothing_is_refused(parts, tmp_path):
+    """By the conversation, by the generate scripts' prompt and by the engine, each in one line, and nothing is kept."""
+    model, tokenizer, _ = parts
+    (tmp_path / "nothing.jinja").write_text("{{ '' }}")
+    named = PromptStyle.from_name(str(tmp_path / "nothing.jinja"), tokenizer)
+    style = replace(named, template_writes_bos=True)  # so that no BOS is added
+    chat = Chat(model, tokenizer, style, 256, SamplingArgs(max_new_tokens=3))
+    with pytest.raises(UserError, match="the message holds no tokens .*; write another"):
+        list(chat.answer("the cat"))
+    assert chat.messages == []
+    with pytest.raises(UserError, match="the prompt holds no tokens .*; give it some text"):
+        prompt_ids([{"role": "user", "content": "the cat"}], model, tokenizer, style)
+    with pytest.raises(UserError, match="the prompt holds no tokens; give at least one"):
+        next(generate(model, [], 3))
 
 
 def test_a_context_without_room_for_a_message(cli, llama):
