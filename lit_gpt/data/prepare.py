@@ -77,9 +77,8 @@ def prepare(
         record = {"max_seq_length": limit, "mask_inputs": args.mask_inputs, "seed": args.seed}
         record["sources"] = [vars(source) | {"rows": n} for source, n in zip(all_sources, counts, strict=True)]
         dataset.write_meta(folder, audits, tokenizer, style, **record)
-    print(
-        f"\nwrote {out_dir}; next: python finetune/lora.py --checkpoint_dir {args.checkpoint_dir} --data_dir {out_dir}"
-    )
+    folders = f"--checkpoint_dir {args.checkpoint_dir} --data_dir {out_dir}"
+    print(f"\nwrote {out_dir}; next: python finetune/lora.py {folders}")
 
 
 def shuffled(rows: np.ndarray, seed: int) -> np.ndarray:
