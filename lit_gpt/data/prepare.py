@@ -48,14 +48,15 @@ def prepare(
     style = PromptStyle.from_name(args.prompt_style, tokenizer)
     block_size = config_from_hf(read_json(args.checkpoint_dir / "config.json")).block_size
     limit = min(args.max_seq_length or block_size, block_size)
-    sources, apart = parse_sources(rows), parse_sources(validation_rows) if validation_rows else []
-    if any(source.weight != 1 for source in apart):
+    sources, validation_sources = parse_sources(rows), parse_sources(validation_rows) if validation_rows else []
+    if any(source.weight != 1 for source in validation_sources):
         raise UserError("--validation_path: rows to validate on are taken once; leave the weight out")
+    fraction, all_sources = None if validation_sources else args.validation_fraction, [*sources, *validation_sources]
     with new_folder(out_dir) as folder:
         store = SampleStore(folder)
         tokenization = Tokenization(args, tokenizer, style, limit, folder, store)
-        counts = tokenize_rows([*sources, *apart], args, columns, tokenization)
-        times = assign_splits(sources, counts[: len(sources)], None if apart else args.validation_fraction, args.seed)
+        counts = tokenize_rows(all_sources, args, columns, tokenization)
+        times = assign_splits(sources, counts[: len(sources)], fraction, args.seed)
         times = np.append(times, np.full(sum(counts[len(sources) :]), VALIDATION, np.int8))
         refuse_by_template(tokenization, times, args)
         records = tokenization.records()
@@ -67,18 +68,17 @@ def prepare(
         first = store.sample(int(kept["train"][0])) if len(kept["train"]) else None
         print_audit(audits, first, tokenizer, style, limit)
         refuse_unusable(audits, taken, tokenization, args)
-        if not apart:
+        if not validation_sources:
             kept["validation"] = shuffled(kept["validation"], args.seed)
         for name, rows_of_split in kept.items():
             store.write(folder / f"{name}.safetensors", rows_of_split)
         store.remove()
         tokenization.remove()
         record = {"max_seq_length": limit, "mask_inputs": args.mask_inputs, "seed": args.seed}
-        record["sources"] = [vars(source) | {"rows": n} for source, n in zip([*sources, *apart], counts, strict=True)]
+        record["sources"] = [vars(source) | {"rows": n} for source, n in zip(all_sources, counts, strict=True)]
         dataset.write_meta(folder, audits, tokenizer, style, **record)
-    print(
-        f"\nwrote {out_dir}; next: python finetune/lora.py --checkpoint_dir {args.checkpoint_dir} --data_dir {out_dir}"
-    )
+    folders = f"--checkpoint_dir {args.checkpoint_dir} --data_dir {out_dir}"
+    print(f"\nwrote {out_dir}; next: python finetune/lora.py {folders}")
 
 
 def shuffled(rows: np.ndarray, seed: int) -> np.ndarray:

@@ -86,7 +86,7 @@ def parse_sources(text: str) -> list[Source]:
     return sources
 
 
-def row(where: str, value: Any) -> Row:
+def json_row(where: str, value: Any) -> Row:
     """Return the row of a JSON value."""
     if isinstance(value, dict):
         return Row(where, value)
@@ -100,7 +100,7 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
-                    yield row(where, json.loads(text))
+                    yield json_row(where, json.loads(text))
             except UnicodeDecodeError as error:
                 yield Row(where, {}, f"not UTF-8 text ({error.reason} at byte {error.start} of the line)")
             except json.JSONDecodeError as error:
@@ -121,7 +121,7 @@ def json_rows(path: Path) -> Iterator[Row]:
         if window.peek() == "]":
             return
         for count in itertools.count(1):
-            yield row(f"{path}: row {count}", window.value())
+            yield json_row(f"{path}: row {count}", window.value())
             if window.peek() == "]":
                 return
             window.take(",")

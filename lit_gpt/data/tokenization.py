@@ -43,9 +43,9 @@ class Tokenization:
     def add(self, conversation: Conversation) -> None:
         """Render a row, and tokenize those that wait once they are enough."""
         where, messages, tools = conversation
-        theirs = [message for message in messages if message["role"] == "assistant"]
+        answers = [message for message in messages if message["role"] == "assistant"]
         rendered, status = None, EMPTY
-        if any(message.get("content", "").strip() or message.get("tool_calls") for message in theirs):
+        if any(message.get("content", "").strip() or message.get("tool_calls") for message in answers):
             try:
                 rendered, status = self.style.render_sample(messages, self.tokenizer, tools), KEPT
             except UserError as error:
@@ -106,8 +106,8 @@ class Tokenization:
         """Yield the rows of a status, in their order, each with its place and what was wrong."""
         self.notes.seek(0)
         for line in self.notes:
-            row, its, where = json.loads(line)
-            if its == status:
+            row, row_status, where = json.loads(line)
+            if row_status == status:
                 yield row, where
 
     def remove(self) -> None:
