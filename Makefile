@@ -2,7 +2,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: quickstart test test-all lint types
+.PHONY: quickstart test test-all lint
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	python3 -m venv $(VENV)
@@ -23,8 +23,5 @@ lint: $(VENV)/installed
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(VENV)/bin/lint-imports --no-logo --no-cache
-	$(VENV)/bin/clang-format --dry-run --Werror lit_gpt/kernels/cpp/*
-
-# not clean yet, so not part of lint
-types: $(VENV)/installed
 	$(PYTHON) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror lit_gpt/kernels/cpp/*

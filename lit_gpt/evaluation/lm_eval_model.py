@@ -66,12 +66,12 @@ def evaluate(args: HarnessArgs) -> None:
 
 
 def load_harness(args: HarnessArgs) -> "Harness":
-    place, tokenizer = {"dtype": DTYPES[args.precision], "device": default_device()}, Tokenizer(args.checkpoint_dir)
+    dtype, device, tokenizer = DTYPES[args.precision], default_device(), Tokenizer(args.checkpoint_dir)
     if args.finetuned_path:
-        model, record = finetuned_model.load_finetuned(args.checkpoint_dir, args.finetuned_path, None, **place)
+        model, record = finetuned_model.load_finetuned(args.checkpoint_dir, args.finetuned_path, None, dtype, device)
         style = PromptStyle.from_dict(record["prompt_style"])
     else:
-        model = load_model(args.checkpoint_dir, **place)
+        model = load_model(args.checkpoint_dir, dtype, device)
         style = PromptStyle.from_checkpoint(args.checkpoint_dir, tokenizer)
     block_size = model.config.block_size
     if args.max_seq_length and args.max_seq_length > block_size:
@@ -204,22 +204,22 @@ class Harness(TemplateLM):
     # generation
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """An answer to each request. Those with the same options are answered together."""
+        """Return an answer to each request. Those with the same options are answered together."""
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(i)
         answers: dict[int, str] = {}
         bar = tqdm(total=len(requests), desc="answers", unit="request", disable=disable_tqdm or None)
         for group in groups.values():
-            for place, text in self.answer([requests[i].args[0] for i in group], requests[group[0]].args[1]):
-                answers[group[place]] = text
-                self.cache_hook.add_partial("generate_until", requests[group[place]].args, text)
+            for index, text in self.answer([requests[i].args[0] for i in group], requests[group[0]].args[1]):
+                answers[group[index]] = text
+                self.cache_hook.add_partial("generate_until", requests[group[index]].args, text)
                 bar.update()
         bar.close()
         return [answers[i] for i in range(len(requests))]
 
     def prompt(self, text: str, room: int) -> list[int]:
-        """The text's last tokens, as many as leave `room` for the answer."""
+        """Return the text's last tokens, as many as leave `room` for the answer."""
         if room >= self.max_length:
             raise UserError(
                 f"a task asks for {room} new tokens, and --max_seq_length {self.max_length} leaves no prompt"
@@ -229,7 +229,7 @@ class Harness(TemplateLM):
         return tokens[room - self.max_length :]
 
     def answer(self, texts: list[str], options: dict[str, Any]) -> Iterator[tuple[int, str]]:
-        """The answers to texts, as they are ready, each with its text's place among them."""
+        """Yield the index of each text and its answer, as they are ready."""
         options = normalize_gen_kwargs(options, DEFAULT_MAX_GEN_TOKS)
         room, sampling = options.pop("max_gen_toks"), self.sampling(options)
         stops = handle_stop_sequences(list(options["until"]), self.tok.eos_token)
@@ -245,7 +245,7 @@ class Harness(TemplateLM):
                 yield rows[row], postprocess_generated_text(self.tok.decode(answer), stops, None)
 
     def completion(self, stops: list[str]) -> Callable[[list[int]], bool]:
-        """Whether an answer's newest tokens hold a stop string, or the last is an end token."""
+        """Return what tells whether an answer's newest tokens hold a stop string, or the last is an end token."""
         # a stop string may be spelt with more tokens than the tokenizer would take
         span = 2 + max(len(self.tok.encode(stop, bos=False)) for stop in stops)
 
@@ -256,7 +256,7 @@ class Harness(TemplateLM):
         return complete
 
     def sampling(self, options: dict[str, Any]) -> tuple[float, int | None, float]:
-        """The temperature, top_k and top_p of `lit_gpt.generation.engine.sample`."""
+        """Return the temperature, top_k and top_p of `lit_gpt.generation.engine.sample`."""
         unknown = sorted(options.keys() - SAMPLING - {"until"})
         if unknown:
             raise UserError(
@@ -267,19 +267,20 @@ class Harness(TemplateLM):
 
 
 def end_tokens(checkpoint_dir: Path) -> list[int]:
-    """The ids at which transformers ends an answer."""
+    """Return the ids at which transformers ends an answer."""
     if (checkpoint_dir / "generation_config.json").is_file():
         return generation_stop_ids(checkpoint_dir)
     return as_list(read_json(checkpoint_dir / "config.json", missing_ok=True).get("eos_token_id"))
 
 
 def load_tasks(names: list[str], include_path: Path | None) -> tuple[TaskManager, list[Any]]:
-    """The tasks and groups of these names, their data loaded.
+    """Load the tasks and groups of these names, with their data.
 
     Raises:
         UserError: no such task, or its data cannot be had.
     """
-    manager, tasks = task_manager(names, include_path), []
+    manager = task_manager(names, include_path)
+    tasks: list[Any] = []
     for name in names:
         if name not in known_tasks(manager):
             raise UserError(f"--tasks {name}: lm-eval knows no such task; `lm-eval ls tasks` lists them")
@@ -292,7 +293,7 @@ def load_tasks(names: list[str], include_path: Path | None) -> tuple[TaskManager
 
 
 def task_manager(names: list[str], include_path: Path | None) -> TaskManager:
-    """lm-eval's index of the tasks in `include_path`; of its own too, which takes seconds, unless those are enough."""
+    """Return lm-eval's index of the tasks in `include_path`, and of its own, which takes seconds, if those don't do."""
     if include_path is None:
         return TaskManager()
     if not include_path.is_dir():

@@ -39,7 +39,8 @@ class Chat:
         compile: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.style, self.sampling = model, tokenizer, style, sampling
-        self.open_loras, self.loras = open_loras, None
+        self.open_loras = open_loras
+        self.loras: LoRAPool | None = None
         self.compile, self.step = compile, FastStep(model, compile)
         self.generator = new_generator(model, sampling.seed)
         self.context, self.max_new_tokens = min(context, model.config.block_size), sampling.max_new_tokens
@@ -104,11 +105,13 @@ class Chat:
         """
         self.messages.append({"role": "user", "content": text})
         try:
-            prompt, pieces, ids = self.prompt(), [], []
+            prompt = self.prompt()
         except UserError:
             self.messages.pop()
             raise
         truncate(self.cache, min(common_prefix(self.cached, prompt), len(prompt) - 1))
+        pieces: list[str] = []
+        ids: list[int] = []
         try:
             for piece in self.tokenizer.decode_stream(self._watch(prompt, ids)):
                 pieces.append(piece)

@@ -75,8 +75,9 @@ def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
-    rules = {aten.mm.default: row_product, aten.addmm.default: biased_row_product}
-    return compile_fx(graph, inputs, decompositions={**select_decomp_table(), **rules})
+    rules: dict[Any, Callable[..., Any]] = {aten.mm.default: row_product, aten.addmm.default: biased_row_product}
+    table = {**select_decomp_table(), **rules}
+    return compile_fx(graph, inputs, decompositions=table)  # type: ignore[return-value]  # it may return code elsewhere
 
 
 def row_product(x: Tensor, matrix: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from lit_gpt.model.alibi import alibi_slopes
 from lit_gpt.model.attention import CausalSelfAttention
 from lit_gpt.model.gpt import GPT, Block
 from lit_gpt.model.kv_cache import KVCache
+from lit_gpt.model.linear import Linear
 from lit_gpt.model.mlp import GptNeoxMLP, SwiGLU
 from lit_gpt.model.norms import LayerNorms, QKNorm, RMSNorm, UnitOffsetRMSNorm
 from lit_gpt.quantization.formats import FORMATS
@@ -100,7 +101,7 @@ class Tape:
             self.add("finish", logits, logits.size(1), float(config.logit_divisor), float(config.logit_softcap or 0))
         return logits
 
-    def embed(self, x: Tensor, table: nn.Module, factor: float, by_position: bool) -> None:
+    def embed(self, x: Tensor, table: nn.Embedding | QuantizedEmbedding, factor: float, by_position: bool) -> None:
         expect(table, nn.Embedding, QuantizedEmbedding)
         if isinstance(table, QuantizedEmbedding):
             kind, scale = quantized_format(table.weight, table.scale), table.scale.float()
@@ -122,8 +123,9 @@ class Tape:
         kinds = [by_rope[model.rope if config.window(i) is None else model.local_rope] for i in range(config.n_layer)]
         return [None if i in config.unrotated_layers else kind for i, kind in enumerate(kinds)]
 
-    def block(self, block: Block, x: Tensor, layer: int, rotation: tuple[Tensor, Tensor] | None) -> None:
+    def block(self, block: nn.Module, x: Tensor, layer: int, rotation: tuple[Tensor, Tensor] | None) -> None:
         expect(block, Block)
+        assert isinstance(block, Block)
         n_1 = self.norm(block.norm_1, x, "n_1")
         h = self.norm(block.post_norm_1, self.attention(block.attn, n_1, layer, rotation), "h")
         if not block.parallel:
@@ -152,7 +154,10 @@ class Tape:
         y, how = self.buffer("heads", heads * size), (float(scores.scale), float(scores.softcap or 0))
         self.add("attend", y, qkv, *sizes, layer, kind, *how, slopes, scores.window or 0)
         if attn.prefix is not None:
-            k, v, gate = recorder(attn.prefix)(attn, self.dtype)
+            record = recorder(attn.prefix)
+            if record is None:
+                raise Unsupported(type(attn.prefix).__name__)
+            k, v, gate = record(attn, self.dtype)
             self.add("attend_prefix", y, qkv, *sizes, k, v, k.size(2), *how, gate)
         return self.linear(attn.proj, y, "h")
 
@@ -163,6 +168,7 @@ class Tape:
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
         expect(mlp, GptNeoxMLP, SwiGLU)
+        assert isinstance(mlp, GptNeoxMLP | SwiGLU)
         kind = ACTIVATION_NUMBERS[mlp.activation.name]
         if isinstance(mlp, GptNeoxMLP):
             h = self.linear(mlp.fc, x, "inner")
@@ -177,9 +183,10 @@ class Tape:
         """Normalize x in so many parts, into a buffer, or without a name in place."""
         if type(norm) is nn.Identity:
             return x
-        if record := recorder(norm, required=False):
+        if record := recorder(norm):
             return record(self, x, name, parts)
         expect(norm, nn.LayerNorm, LayerNorms, RMSNorm, UnitOffsetRMSNorm)
+        assert isinstance(norm, nn.LayerNorm | RMSNorm)
         y, size = x if name is None else self.buffer(name, x.size(1)), x.size(1) // parts
         weight, bias = (None if w is None else w.float() for w in (norm.weight, getattr(norm, "bias", None)))
         stride = size if type(norm) is LayerNorms else 0
@@ -190,9 +197,10 @@ class Tape:
 
     def linear(self, layer: nn.Module, x: Tensor, name: str) -> Tensor:
         """Compute W x + bias, and what wraps the layer does to it, in a buffer."""
-        if record := recorder(layer, required=False):
+        if record := recorder(layer):
             return record(self, x, name)
-        expect(layer, nn.Linear, QuantizedLinear)
+        expect(layer, Linear, nn.Linear, QuantizedLinear)
+        assert isinstance(layer, nn.Linear | QuantizedLinear)
         y, bias = self.buffer(name, layer.out_features), None if layer.bias is None else layer.bias.float()
         fast = self.dtype == torch.bfloat16  # whose rounding is mostly coarser than that of fast products
         self.add("linear", y, x, layer.out_features, layer.in_features, *self.weight(layer), bias, fast)
@@ -237,17 +245,15 @@ def expect(module: nn.Module, *kinds: type) -> None:
         raise Unsupported(type(module).__name__)
 
 
-def recorder(module: nn.Module, required: bool = True) -> Callable[..., Any] | None:
-    """Return the `record` method by which a module that a method has attached adds its operations to a tape.
+def recorder(module: nn.Module) -> Callable[..., Any] | None:
+    """Return the `record` method by which a module that a method has attached adds its operations to a tape, if any.
 
     Only a method of the class itself counts: a derived class may do more.
 
     Raises:
-        Unsupported: the module has none, though it is `required`; or it has a hook.
+        Unsupported: it has one, and a hook.
     """
     if "record" not in vars(type(module)):
-        if required:
-            raise Unsupported(type(module).__name__)
         return None
     expect(module, type(module))
-    return module.record
+    return module.record  # type: ignore[return-value]  # torch: attributes are tensors or modules
