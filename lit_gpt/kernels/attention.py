@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from lit_gpt.kernels import ops
 from lit_gpt.kernels.fused import apply_or_forward
+from lit_gpt.kernels.linear import arithmetic
 
 # Queries that attend at a time, so that what is computed of the masked upper triangle is little, and their scores fit
 # a cache.
@@ -50,6 +51,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, lengths: tup
     """
     if scores.softcap is None and ops.supports_attention(q, k, v):
         return apply_or_forward(_AttentionKernel, q, k, v, scores, lengths)
+    if (dtype := arithmetic(q.device, q.dtype)) != q.dtype:
+        return attention(q.to(dtype), k.to(dtype), v.to(dtype), scores, lengths).to(q.dtype)
     return apply_or_forward(_Attention, q, k, v, scores, lengths)
 
 

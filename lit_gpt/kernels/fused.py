@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from lit_gpt.kernels import ops
 from lit_gpt.kernels.declarations import ACTIVATION_NUMBERS
+from lit_gpt.kernels.linear import arithmetic
 
 # Dropout's probability is rounded to this share, of powers of two, for each digit costs random numbers.
 DROPOUT_STEPS = 1024
@@ -90,9 +91,13 @@ class _LowRankUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, A, B, bits, parts, factor):
         ctx.parts, ctx.factor = parts, factor
-        low = _dropped(x.to(y.dtype), bits) @ A.to(y.dtype).t()  # (T, len(parts) * r)
+        dtype = arithmetic(y.device, y.dtype)
+        low = _dropped(x.to(dtype), bits) @ A.to(dtype).t()  # (T, len(parts) * r)
         for columns, rows, weight in _parts(ctx, y, low, B):
-            columns.addmm_(rows, weight.t())
+            if dtype == y.dtype:
+                columns.addmm_(rows, weight.t())
+            else:
+                columns.add_(rows @ weight.t())
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, A, B, low, bits)
         return y
@@ -101,22 +106,22 @@ class _LowRankUpdate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, A, B, low, bits = ctx.saved_tensors
-        grad = grad.contiguous()
+        wide = grad.contiguous().to(low.dtype)
         low_grads, B_grads = [], []
-        for columns, rows, weight in _parts(ctx, grad, low, B):
+        for columns, rows, weight in _parts(ctx, wide, low, B):
             low_grads.append(columns @ weight)
             B_grads.append((rows.t() @ columns).t())
         low_grad = torch.cat(low_grads, dim=-1)
         x_grad = None
         if ctx.needs_input_grad[1]:
-            x_grad = _dropped(low_grad @ A.to(grad.dtype), bits).to(x.dtype)
-        A_grad = low_grad.t() @ _dropped(x.to(grad.dtype), bits)
+            x_grad = _dropped(low_grad @ A.to(low.dtype), bits).to(x.dtype)
+        A_grad = low_grad.t() @ _dropped(x.to(low.dtype), bits)
         return grad, x_grad, A_grad.to(A.dtype), torch.cat(B_grads).to(B.dtype).mul_(ctx.factor), None, None, None
 
 
 def _parts(ctx: Any, y: Tensor, low: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yield for each part its columns of y, its columns of the low-rank product, and its scaled B."""
-    B = (B * ctx.factor).to(y.dtype)
+    B = (B * ctx.factor).to(low.dtype)
     weights = B.split([stop - start for start, stop in ctx.parts])
     for (start, stop), rows, weight in zip(ctx.parts, low.split(B.size(1), dim=-1), weights, strict=True):
         yield y[:, start:stop], rows, weight

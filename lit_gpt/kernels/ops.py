@@ -24,12 +24,13 @@ _operators = torch.library.Library("lit_gpt", "FRAGMENT")
 
 
 def supports(*tensors: Tensor) -> bool:
-    """Return whether there are kernels for tensors like these: on the CPU, all in bfloat16 or all in float32.
+    """Return whether kernels serve tensors like these: on the CPU, all in bfloat16 or all in float32.
 
     There are none while torch.compile traces, which makes its own.
     """
     first = tensors[0]
-    return all(x.dtype == first.dtype for x in tensors) and supports_on(first.device, first.dtype)
+    alike = all(x.dtype == first.dtype for x in tensors)
+    return alike and policy().fused and supports_on(first.device, first.dtype)
 
 
 def supports_on(device: torch.device, dtype: torch.dtype) -> bool:

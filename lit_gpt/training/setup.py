@@ -58,7 +58,9 @@ def finetune(args: TrainArgs, method: Method) -> None:
     trained = method.weight_dtype(precision) if method.trains_base else torch.float32
     frozen = hardware.DTYPES[precision]
     fabric = launch(args.devices, trained, frozen, args.optimization.max_grad_norm)
-    with peer_watchdog(fabric), use_policy(cpp=policy().cpp and args.memory.compile is not False):
+    asked, kernels = args.memory.compile, policy()
+    choice = {"cpp": kernels.cpp and asked is not False, "fused": kernels.fused or asked is True}
+    with peer_watchdog(fabric), use_policy(**choice):
         run(args, method, fabric)
 
 
