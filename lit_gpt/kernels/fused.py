@@ -92,7 +92,7 @@ class _LowRankUpdate(torch.autograd.Function):
     def forward(ctx, y, x, A, B, bits, parts, factor):
         ctx.parts, ctx.factor = parts, factor
         dtype = arithmetic(y.device, y.dtype)
-        low = _dropped(x.to(dtype), bits) @ A.to(dtype).t()  # (T, len(parts) * r)
+        low = _dropped(x.to(y.dtype), bits).to(dtype) @ A.to(dtype).t()  # (T, len(parts) * r)
         for columns, rows, weight in _parts(ctx, y, low, B):
             if dtype == y.dtype:
                 columns.addmm_(rows, weight.t())
@@ -114,8 +114,8 @@ class _LowRankUpdate(torch.autograd.Function):
         low_grad = torch.cat(low_grads, dim=-1)
         x_grad = None
         if ctx.needs_input_grad[1]:
-            x_grad = _dropped(low_grad @ A.to(low.dtype), bits).to(x.dtype)
-        A_grad = low_grad.t() @ _dropped(x.to(low.dtype), bits)
+            x_grad = _dropped((low_grad @ A.to(low.dtype)).to(grad.dtype), bits).to(x.dtype)
+        A_grad = low_grad.t() @ _dropped(x.to(grad.dtype), bits).to(low.dtype)
         return grad, x_grad, A_grad.to(A.dtype), torch.cat(B_grads).to(B.dtype).mul_(ctx.factor), None, None, None
 
 
