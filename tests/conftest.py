@@ -21,10 +21,21 @@ from lit_gpt.conversion import hf as hf_files
 from lit_gpt.conversion import hf_shards
 from lit_gpt.data.args import ColumnArgs, PrepareArgs
 from lit_gpt.data.prepare import prepare
+from lit_gpt.kernels.policy import use_policy
 
 torch.set_num_threads(1)  # two test processes on two cores
 # A shell's background job ignores SIGINT, and so would what the tests start from there.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def same_kernels():
+    """Let every machine test the same: the C++ kernels, and products as they are where 16 bits have arithmetic.
+
+    What the others choose is tested in tests/kernels/test_linear.py, and by the scripts that run as processes.
+    """
+    with use_policy(widen=False, fused=True):
+        yield
 
 
 @pytest.fixture(params=LAYOUTS, ids="-".join)

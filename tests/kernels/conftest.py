@@ -3,14 +3,6 @@
 import pytest
 
 from lit_gpt.kernels import ops
-from lit_gpt.kernels.policy import use_policy
-
-
-@pytest.fixture(autouse=True)
-def fused_everywhere():
-    """Let the kernels serve on CPUs, too, on which torch's operators are faster."""
-    with use_policy(fused=True):
-        yield
 
 
 @pytest.fixture(params=[True, False], ids=["kernels", "formulas"])
