@@ -18,9 +18,9 @@ FEW_ROWS = 16  # for fewer, widening the weight costs more than its arithmetic s
 
 def arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which products of tensors of `dtype` are to be computed."""
-    narrow = dtype in (torch.bfloat16, torch.float16)
-    wide = policy().widen and not policy().simulate_cuda and not torch.compiler.is_compiling()
-    return torch.float32 if wide and narrow and device.type == "cpu" else dtype
+    if torch.compiler.is_compiling() or device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return dtype  # before the policy is asked for, at which torch.compile would break its graph
+    return torch.float32 if policy().widen and not policy().simulate_cuda else dtype
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

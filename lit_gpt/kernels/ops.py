@@ -30,7 +30,7 @@ def supports(*tensors: Tensor) -> bool:
     """
     first = tensors[0]
     alike = all(x.dtype == first.dtype for x in tensors)
-    return alike and policy().fused and supports_on(first.device, first.dtype)
+    return alike and supports_on(first.device, first.dtype) and policy().fused  # last: see `arithmetic`
 
 
 def supports_on(device: torch.device, dtype: torch.dtype) -> bool:
