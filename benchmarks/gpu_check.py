@@ -8,7 +8,6 @@ last. With --dry_run the same sections run on tiny shapes on the CPU, so that no
 Weights are random and made on the device: nothing is downloaded.
 """
 
-import json
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from typing import Any
 
 from lit_gpt.cli import PositiveInt, run, tune_torch
 from lit_gpt.errors import UsageError
+from lit_gpt.files import write_json
 
 model: str = "falcon-7b"  # Measure speed and memory on random weights of this size.
 out_dir: Path = Path("out/gpu_check")  # Write gpu_check.json and the profiler's trace to this folder.
@@ -46,10 +46,13 @@ class Check:
     """
 
     device: str
-    dry: bool
     folder: Path
     results: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+
+    @property
+    def dry(self) -> bool:
+        return self.device == "cpu"
 
     def require(self, holds: bool, what: str) -> None:
         if not holds:
@@ -57,10 +60,7 @@ class Check:
             print(f"  WRONG: {what}", flush=True)
 
     def write(self) -> None:
-        text = json.dumps({"results": self.results, "failures": self.failures}, indent=1)
-        temporary = self.folder / "gpu_check.json.part"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.folder / "gpu_check.json")
+        write_json(self.folder / "gpu_check.json", {"results": self.results, "failures": self.failures})
 
 
 def main() -> None:
@@ -70,7 +70,7 @@ def main() -> None:
         raise UsageError("this machine has no CUDA device; --dry_run true runs every section on its CPU")
     tune_torch()
     out_dir.mkdir(parents=True, exist_ok=True)
-    check, start = Check("cpu" if dry_run else "cuda", dry_run, out_dir), time.monotonic()
+    check, start = Check("cpu" if dry_run else "cuda", out_dir), time.monotonic()
     for section, limit in SECTIONS.items():
         name = section.__name__
         if time.monotonic() - start > seconds:

@@ -25,7 +25,7 @@ import json, sys
 import torch
 from lit_gpt import GPT, Config
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
-from lit_gpt.hardware import field, reset_peak
+from lit_gpt.hardware import reset_peak, status_field
 from lit_gpt.quantization.formats import encode
 
 folder, quantize = sys.argv[1:]
@@ -35,7 +35,7 @@ encode(torch.randn(64, 64), "nf4", torch.bfloat16)
 before = reset_peak(torch.nn.Module())
 base = BaseCheckpoint.open(folder, None if quantize == "bf16" else quantize)
 model = base.build(torch.bfloat16)
-peak = field("VmHWM")
+peak = status_field("VmHWM")
 del base
 resident = reset_peak(model)
 print(json.dumps({"weights": sum(p.nbytes for p in model.parameters()), "resident": resident - before,

@@ -5,6 +5,7 @@ import runpy
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
-def same_kernels():
+def same_kernels(request) -> Iterator[None]:
     """Let every machine test the same: the C++ kernels, and products as they are where 16 bits have arithmetic.
 
-    What the others choose is tested in tests/kernels/test_linear.py, and by the scripts that run as processes.
+    A test that starts scripts as processes keeps to the machine's own choice, which is what these make.
     """
-    with use_policy(widen=False, fused=True):
+    own = request.node.get_closest_marker("subprocess")
+    with nullcontext() if own else use_policy(widen=False, fused=True):
         yield
 
 

@@ -199,7 +199,7 @@ class Tape:
         """Compute W x + bias, and what wraps the layer does to it, in a buffer."""
         if record := recorder(layer):
             return record(self, x, name)
-        expect(layer, Linear, nn.Linear, QuantizedLinear)
+        expect(layer, Linear, QuantizedLinear)
         assert isinstance(layer, nn.Linear | QuantizedLinear)
         y, bias = self.buffer(name, layer.out_features), None if layer.bias is None else layer.bias.float()
         fast = self.dtype == torch.bfloat16  # whose rounding is mostly coarser than that of fast products

@@ -22,6 +22,7 @@ from lit_gpt.methods.method import LinearWrapper, Method, experts_of, mark_train
 from lit_gpt.methods.recording import DecodingTape
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT
+from lit_gpt.model.linear import Linear
 from lit_gpt.model.moe import Experts, Routing, grouped_product
 from lit_gpt.quantization.modules import Quantized, QuantizedLinear, weight_of
 
@@ -184,7 +185,7 @@ def merge(model: GPT) -> GPT:
         weight = layer.merged()
         if isinstance(linear, QuantizedLinear):
             weight, bias = weight.to(model.dtype), linear.bias
-            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            linear = Linear(layer.in_features, layer.out_features, bias=False, device="meta")
             linear.bias = bias
         linear.weight = nn.Parameter(weight, requires_grad=False)
         model.set_submodule(path, linear)

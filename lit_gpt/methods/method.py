@@ -67,9 +67,10 @@ class Method(ABC):
     def autocast(self, precision: str, device_type: str) -> torch.autocast:
         """Return the context of a forward pass: arithmetic in `precision` if the weights have another dtype.
 
-        A CPU without such arithmetic keeps to the weights' own.
-        It keeps no cache of cast weights: each is used once, and together they would take half the weights' memory
-        again.
+        A CPU without arithmetic in `precision` computes in the weights' dtype.
+
+        The context keeps no cache of cast weights: each is used once, and together they would take half the weights'
+        memory again.
         """
         dtype = DTYPES[precision]
         enabled = self.weight_dtype(precision) != dtype == arithmetic(torch.device(device_type), dtype)

@@ -14,8 +14,6 @@ from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT, quantize
 from lit_gpt.model.moe import grouped_product
 
-WIDEN = {"widen": True}
-
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch):
@@ -28,7 +26,7 @@ def test_result_and_gradients_are_rounded_once(dtype, bias):
     x, weight, b = (torch.randn(*shape, dtype=torch.float64) for shape in ((2, 20, 24), (37, 24), (37,)))
     above = torch.randn(2, 20, 37, dtype=torch.float64)
     inputs = [t.to(dtype).requires_grad_() for t in (x, weight, b)[: 2 + bias]]
-    with use_policy(**WIDEN):
+    with use_policy(widen=True):
         y = linear.linear(*inputs)
         grads = torch.autograd.grad(y, inputs, above.to(dtype))
     exact = [t.detach().double().requires_grad_() for t in inputs]
@@ -42,7 +40,7 @@ def test_result_and_gradients_are_rounded_once(dtype, bias):
 
 def test_only_what_needs_it_goes_that_way():
     cpu, bf16 = torch.device("cpu"), torch.bfloat16
-    with use_policy(**WIDEN):
+    with use_policy(widen=True):
         assert linear.arithmetic(cpu, bf16) == torch.float32
         assert linear.arithmetic(cpu, torch.float32) == torch.float32
         assert linear.arithmetic(torch.device("cuda"), bf16) == bf16
@@ -76,7 +74,7 @@ def tiny(config: Config) -> Config:
 
 def test_experts():
     x, weight = torch.randn(30, 24).bfloat16().requires_grad_(), torch.randn(3, 10, 24).bfloat16()
-    with use_policy(**WIDEN):
+    with use_policy(widen=True):
         y = grouped_product(x, weight, [20, 0, 10])
         (grad,) = torch.autograd.grad(y.sum(), x)
     exact = torch.cat((x[:20].double() @ weight[0].double().t(), x[20:].double() @ weight[2].double().t()))

@@ -122,7 +122,7 @@ class MemoryPlanner:
     quantize: str | None
     cuda: bool
     memory: int
-    plans: dict[str, Plan] = field(default_factory=dict, repr=False, compare=False)
+    plans: dict[tuple[Any, ...], Plan] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def plan(self, row: Row, checkpointing: str) -> Plan:
         """Return the plan of one rank for a run whose longest packed row is `row`.
@@ -130,7 +130,7 @@ class MemoryPlanner:
         Args:
             checkpointing: a kind of activation checkpointing.
         """
-        key = repr((row, checkpointing))
+        key = (*row[0], row[1], checkpointing)
         if key not in self.plans:
             self.plans[key] = self.extrapolated(row, checkpointing)
         return self.plans[key]
