@@ -3,16 +3,22 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_gpt.data import dataset as data
+from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.data import packing
-from lit_gpt.errors import UsageError
+from lit_gpt.data.dataset import Dataset, read_meta
+from lit_gpt.errors import UsageError, UserError
+from lit_gpt.evaluation.args import PerplexityArgs
+from lit_gpt.hardware import DTYPES, default_device
+from lit_gpt.methods.finetuned_model import load_finetuned
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.inputs import Targets
+from lit_gpt.text.tokenizer import Tokenizer
 from lit_gpt.training.objectives import SupervisedFinetuning
 
 
@@ -25,7 +31,7 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Nats per token."""
+        """Return the nats per token."""
         return self.nats / self.tokens
 
     @property
@@ -34,6 +40,40 @@ class Score:
 
     def __add__(self, other: "Score") -> "Score":
         return Score(self.nats + other.nats, self.tokens + other.tokens)
+
+
+def evaluate(args: PerplexityArgs) -> Score:
+    """Return the score of what the flags of eval/perplexity.py name, which is read before the model is loaded.
+
+    Raises:
+        UserError: the model, the text or the data cannot be read, or the text is too short.
+        UsageError: the window or the context is not one for this model.
+    """
+    tokenizer, place = Tokenizer(args.checkpoint_dir), (DTYPES[args.precision], default_device())
+    if args.data_dir:
+        read_meta(args.data_dir, tokenizer)
+        data = Dataset(args.data_dir, args.split or "validation")
+    elif args.text_path:
+        ids = read_ids(args.text_path, tokenizer)
+    if args.finetuned_path:
+        model, _ = load_finetuned(args.checkpoint_dir, args.finetuned_path, None, *place, args.quantize)
+    else:
+        model = load_model(args.checkpoint_dir, *place, args.quantize)
+    if args.data_dir:
+        return score_data(model, data, args.samples)
+    length = args.window or min(2048, model.config.block_size)
+    return score_text(model, ids, length, args.context or length // 2)
+
+
+def read_ids(path: Path, tokenizer: Tokenizer) -> Tensor:
+    """Read the token ids of a text, at least two."""
+    try:
+        ids = tokenizer.encode(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text_path {path}: cannot be read ({error})") from None
+    if len(ids) < 2:
+        raise UserError(f"--text_path {path}: holds fewer than two tokens: nothing to predict; give more text")
+    return ids
 
 
 class Window(NamedTuple):
@@ -45,7 +85,7 @@ class Window(NamedTuple):
 
 
 def windows(n: int, length: int, context: int) -> Iterator[Window]:
-    """Windows over n tokens: each but the first is scored once, after at least `context` tokens or all there are.
+    """Yield windows over n tokens: each but the first is scored once, after `context` tokens or more, or all there are.
 
     Args:
         length: tokens of a window, above `context`.
@@ -60,7 +100,7 @@ def windows(n: int, length: int, context: int) -> Iterator[Window]:
 
 @torch.no_grad()
 def score_text(model: GPT, ids: Tensor, length: int, context: int) -> Score:
-    """The score of a text as one stream of tokens.
+    """Return the score of a text as one stream of tokens.
 
     Args:
         ids: int64 (n,), at least two.
@@ -80,8 +120,8 @@ def score_text(model: GPT, ids: Tensor, length: int, context: int) -> Score:
     return total
 
 
-def score_data(model: GPT, dataset: data.Dataset, samples: int | None = None, row_tokens: int = 1024) -> Score:
-    """The score of the supervised tokens of prepared data, each sample on its own: `exp` of the validation loss.
+def score_data(model: GPT, dataset: Dataset, samples: int | None = None, row_tokens: int = 1024) -> Score:
+    """Return the score of prepared data's supervised tokens, each sample on its own; its loss is the validation loss.
 
     Args:
         samples: the first this many; None: all.
