@@ -33,8 +33,7 @@ def main(sampling: SamplingArgs, model: ModelArgs) -> None:
 
     device = {"dtype": DTYPES[model.precision], "device": default_device()}
     base = BaseCheckpoint.open(checkpoint_dir, model.quantize)
-    named = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else None
-    own = style = named or base.prompt_style
+    own = style = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else base.prompt_style
     switchable = True
     if finetuned_path:
         gpt, record = build_finetuned(base, finetuned_path, None, **device)
@@ -43,12 +42,12 @@ def main(sampling: SamplingArgs, model: ModelArgs) -> None:
         switchable = method.merges
         if method.merges and not is_quantized(gpt):
             method.merge(gpt)
-        style = named or PromptStyle.from_dict(record["prompt_style"])
+        style = own if prompt_style else PromptStyle.from_dict(record["prompt_style"])
     else:
         gpt = base.build(**device)
 
     def open_loras() -> LoRAPool:
-        return LoRAPool(base.build(**device) if finetuned_path else gpt, base, own, fixed=named is not None)
+        return LoRAPool(base.build(**device) if finetuned_path else gpt, base, own, fixed=bool(prompt_style))
 
     chat = Chat(gpt, base.tokenizer, style, context, sampling, open_loras if switchable else None, model.compile)
     if system:

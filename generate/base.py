@@ -27,10 +27,9 @@ def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
 
     prompts = read_prompt(prompt, sampling, model, checkpoint_dir=checkpoint_dir, prompt_style=prompt_style)
     base = BaseCheckpoint.open(checkpoint_dir, model.quantize)
-    named = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else None
-    style = named or base.prompt_style
+    style = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else base.prompt_style
     device = {"dtype": DTYPES[model.precision], "device": default_device()}
-    loras = LoRAPool.beside(base, prompts.lora_paths, style, fixed=named is not None, **device)
+    loras = LoRAPool.beside(base, prompts.lora_paths, style, fixed=bool(prompt_style), **device)
     prompts.answer(Answerer(loras.model, base.tokenizer, style, sampling, model.compile, loras))
 
 

@@ -19,17 +19,18 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
 from tqdm import tqdm
 
-from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.checkpoints.folder import check_checkpoint_dir
+from lit_gpt.cli import flag_values
 from lit_gpt.data import dataset, packing
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.evaluation.args import HarnessArgs
 from lit_gpt.files import atomic, read_json
-from lit_gpt.generation.engine import decode
+from lit_gpt.generation.engine import decode, new_generator
 from lit_gpt.generation.sequence import Row
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.hardware import DTYPES, default_device
-from lit_gpt.methods import finetuned_model
+from lit_gpt.methods.finetuned_model import build_finetuned
 from lit_gpt.model.gpt import GPT
 from lit_gpt.text.messages import Message
 from lit_gpt.text.prompt_style import PromptStyle, as_list, generation_stop_ids
@@ -53,7 +54,7 @@ def evaluate(args: HarnessArgs) -> None:
         log_samples=args.log_samples, apply_chat_template=args.apply_chat_template, random_seed=args.seed,
         numpy_random_seed=args.seed, torch_random_seed=args.seed, fewshot_random_seed=args.seed,
     )  # fmt: skip
-    results["hyperparameters"] = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+    results["hyperparameters"] = flag_values(args)
     results["requests_cut"] = harness.cut
     with atomic(args.out) as temporary:
         temporary.write_text(json.dumps(results, indent=2, default=handle_non_serializable) + "\n", encoding="utf-8")
@@ -66,18 +67,17 @@ def evaluate(args: HarnessArgs) -> None:
 
 
 def load_harness(args: HarnessArgs) -> "Harness":
-    dtype, device, tokenizer = DTYPES[args.precision], default_device(), Tokenizer(args.checkpoint_dir)
+    base, place = BaseCheckpoint.open(args.checkpoint_dir), (DTYPES[args.precision], default_device())
+    tokenizer = base.tokenizer  # before the model takes its time
     if args.finetuned_path:
-        model, record = finetuned_model.load_finetuned(args.checkpoint_dir, args.finetuned_path, None, dtype, device)
+        model, record = build_finetuned(base, args.finetuned_path, None, *place)
         style = PromptStyle.from_dict(record["prompt_style"])
     else:
-        model = load_model(args.checkpoint_dir, dtype, device)
-        style = PromptStyle.from_checkpoint(args.checkpoint_dir, tokenizer)
+        model, style = base.build(*place), base.prompt_style
     block_size = model.config.block_size
     if args.max_seq_length and args.max_seq_length > block_size:
         raise UsageError(f"--max_seq_length {args.max_seq_length}: the model takes {block_size}")
-    generator = torch.Generator(model.wte.weight.device).manual_seed(args.seed)
-    length = args.max_seq_length or block_size
+    length, generator = args.max_seq_length or block_size, new_generator(model, args.seed)
     return Harness(model, tokenizer, style, args.apply_chat_template, length, args.batch_tokens, generator)
 
 
@@ -137,7 +137,7 @@ class Harness(TemplateLM):
         return self.style.template if chat_template else None
 
     def apply_chat_template(self, chat_history: list[Message], add_generation_prompt: bool = True) -> str:
-        """The conversation's text. Without a prompt for an answer its last message is a beginning, to be gone on."""
+        """Return a conversation's text; without a prompt for an answer, its last message is a beginning to continue."""
         text = self.style.render(chat_history, self.tok, answer=add_generation_prompt)
         if add_generation_prompt:
             return text
@@ -155,10 +155,14 @@ class Harness(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """For each (texts, context, continuation): the continuation's log-probability, and whether it is the greedy
-        one."""
+        """Return each continuation's log-probability, and whether it is the greedy one.
+
+        Args:
+            requests: the texts, and the tokens of context and continuation.
+        """
         samples = [self.sample(context, continuation) for _, context, continuation in requests]
-        lengths, found = [len(sample.tokens) - 1 for sample in samples], {}
+        lengths = [len(sample.tokens) - 1 for sample in samples]
+        scores: dict[int, tuple[float, bool]] = {}
         order = sorted(range(len(samples)), key=lengths.__getitem__, reverse=True)
         bar = tqdm(total=len(order), desc="log-probabilities", unit="request", disable=disable_tqdm or None)
         for indices in packing.micro_batches(order, lengths, None, self.batch_tokens):
@@ -166,15 +170,15 @@ class Harness(TemplateLM):
             log_p, greedy = self.model.score(row.idx, row.segments, row.targets)
             counts = [len(requests[i][2]) for i in indices]
             for i, p, hit in zip(indices, log_p.double().split(counts), greedy.split(counts), strict=True):
-                found[i] = p.sum().item(), bool(hit.all())
+                scores[i] = p.sum().item(), bool(hit.all())
                 if requests[i][0] is not None:
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], scores[i])
             bar.update(len(indices))
         bar.close()
-        return [found[i] for i in range(len(requests))]
+        return [scores[i] for i in range(len(requests))]
 
     def sample(self, context: list[int], continuation: list[int]) -> dataset.Sample:
-        """Context and continuation, which is supervised; the last tokens if they are too many."""
+        """Return context and continuation, which is supervised, as a sample; of too many tokens the last."""
         if len(continuation) > self.max_length:
             raise UserError(
                 f"a task has a continuation of {len(continuation)} tokens, more than --max_seq_length {self.max_length}"
@@ -186,8 +190,10 @@ class Harness(TemplateLM):
         return dataset.Sample(tokens, supervised)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of each whole text, given BOS; a long one is read in windows that do not overlap in what
-        they predict."""
+        """Return the log-probability of each whole text, given BOS.
+
+        A long text is read in windows that do not overlap in what they predict.
+        """
         windows, owners = [], []
         for owner, request in enumerate(requests):
             tokens = self.tok_encode(request.args[0])
@@ -287,7 +293,8 @@ def load_tasks(names: list[str], include_path: Path | None) -> tuple[TaskManager
         try:
             loaded = manager.load([name])
         except Exception as error:  # so may a download
-            raise UserError(f"--tasks {name}: cannot be loaded: {first_line(error)}") from None
+            reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+            raise UserError(f"--tasks {name}: cannot be loaded: {type(error).__name__}: {reason}") from None
         tasks += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
     return manager, tasks
 
@@ -304,7 +311,3 @@ def task_manager(names: list[str], include_path: Path | None) -> TaskManager:
 
 def known_tasks(manager: TaskManager) -> set[str]:
     return {*manager.all_tasks, *manager.all_groups, *manager.all_tags}
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: " + (str(error).strip().splitlines() or ["no reason given"])[0]

@@ -27,7 +27,7 @@ class TextPrompt:
 
     @property
     def lora_paths(self) -> list[Path | None]:
-        """None: a single prompt names no LoRA."""
+        """Return none: a single prompt names no LoRA."""
         return []
 
     def answer(self, answerer: Answerer) -> None:

@@ -70,6 +70,5 @@ def versions(model: GPT) -> Versions:
 
 
 def changed(before: Versions, now: Versions) -> bool:
-    if len(before) != len(now):
-        return True
-    return any(old is not new or m != n for (old, m), (new, n) in zip(before, now, strict=True))
+    pairs = zip(before, now, strict=False)
+    return len(before) != len(now) or any(old is not new or m != n for (old, m), (new, n) in pairs)

@@ -14,7 +14,6 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from lit_gpt.data.sources import Source
@@ -22,7 +21,7 @@ from lit_gpt.errors import UsageError, UserError
 from lit_gpt.files import atomic, take_lock
 from lit_gpt.generation.answerer import Answerer
 from lit_gpt.generation.args import ModelArgs, PromptArgs, SamplingArgs
-from lit_gpt.generation.engine import decode
+from lit_gpt.generation.engine import decode, new_generator
 from lit_gpt.generation.sequence import Row
 from lit_gpt.hardware import peak_memory_bytes
 from lit_gpt.text.messages import Message, Tools, instruction_messages, read_messages, read_tools
@@ -179,7 +178,7 @@ class PromptFile:
 
     def requests(self, answerer: Answerer) -> Iterator["Request"]:
         """Yield what is to be answered; what cannot be is reported."""
-        loras, sampling, device = answerer.loras, answerer.sampling, answerer.model.wte.weight.device
+        loras, sampling = answerer.loras, answerer.sampling
         for prompt in self.prompts:
             if prompt.row in self.answers:
                 continue
@@ -191,7 +190,7 @@ class PromptFile:
             except UserError as error:
                 self.report(f"{prompt.where}: {error}")
                 continue
-            generator = torch.Generator(device).manual_seed(seed_of(sampling.seed, prompt.row))
+            generator = new_generator(answerer.model, seed_of(sampling.seed, prompt.row))
             row = Row(ids, sampling.max_new_tokens, generator, lora=number)
             yield Request(prompt, row, len(ids), style.stop_ids)
 
