@@ -139,9 +139,6 @@ class PromptStyle:
         if stops != generation_stop_ids(folder):
             path.write_text(json.dumps(fields | {"eos_token_id": stops}, indent=2) + "\n", encoding="utf-8")
 
-    def for_others(self, tokenizer: Tokenizer) -> str:
-        return self.portable_template(tokenizer) or self.template
-
     @cached_property
     def _compiled(self) -> Template:
         return Template(self.template)
@@ -207,13 +204,10 @@ class PromptStyle:
         """Yield the ids of rendered texts and their places in the texts."""
         return tokenizer.encode_batch(texts, bos=False if self.template_writes_bos else None)
 
-    def portable_template(self, tokenizer: Tokenizer) -> str | None:
-        """Return the template with which transformers' `apply_chat_template` makes the same tokens.
-
-        None: it is the checkpoint's own, which transformers has already.
-        """
-        if self.template_writes_bos:
-            return None
+    def for_others(self, tokenizer: Tokenizer) -> str:
+        """Return the template with which transformers' `apply_chat_template` makes the same tokens."""
+        if self.template_writes_bos:  # it is the checkpoint's own
+            return self.template
         before = "{{ bos_token }}" if tokenizer.adds_bos else ""
         if tokenizer.eos_token != tokenizer.named_tokens.get("eos_token"):
             before = f"{{%- set eos_token = {json.dumps(tokenizer.eos_token)} %}}" + before
@@ -226,7 +220,7 @@ class PromptStyle:
         stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         if closing := whole.rpartition(answer)[2].lstrip() if answer in whole else "":
             first = int(tokenizer.encode(closing, bos=False)[0])
-            stops += [first] if tokenizer.is_added(first) else []
+            stops += [first] if first in tokenizer.added_tokens else []
         return tuple(dict.fromkeys(stops))
 
 

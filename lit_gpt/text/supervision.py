@@ -91,7 +91,7 @@ def find_turn(messages: Sequence[Message], i: int, text: str, render: Render) ->
     elif place := find_content(messages, i, text, render):
         start, end = place
         start = begin if begin is not None and begin <= start else start
-        limit = end + blanks(text, end)
+        limit = end + len(text[end:]) - len(text[end:].lstrip())
     else:
         return None
     if not shown(parts(messages[i]), text[start:limit]):
@@ -120,10 +120,6 @@ def attempt(render: Render, messages: Sequence[Message], **options: Any) -> str 
         return render(messages, **options)
     except UserError:
         return None
-
-
-def blanks(text: str, at: int) -> int:
-    return len(text[at:]) - len(text[at:].lstrip())
 
 
 def parts(message: Message) -> Iterator[str]:
@@ -185,7 +181,7 @@ def same_tokens(text: str, stop: int, encoding: Encoding, first: int, tokenizer:
     token, so that only what follows the last of them is tokenized again.
     """
     ids, offsets = encoding
-    last = next((i for i in reversed(range(first)) if tokenizer.is_added(ids[i])), None)
+    last = next((i for i in reversed(range(first)) if ids[i] in tokenizer.added_tokens), None)
     if last is None:
         return ids[:first] == prompt_ids(tokenizer, text[:stop])
     begin, end = offsets[last]

@@ -57,6 +57,7 @@ class Tokenizer:
         bos_id, eos_id: their ids, or None.
         named_tokens: {name: token} of all that the settings name, such as bos_token; what chat templates may write.
         vocab_size: how many tokens there are, added ones included. The model's embedding may have more rows.
+        added_tokens: {id: token} of those added to the vocabulary, such as an end of turn; special ones included.
         chat_templates: {name: Jinja source}.
         chat_template: the source of the default one, or None.
 
@@ -76,7 +77,7 @@ class Tokenizer:
         stated, special = stated_tokens(self.checkpoint_dir, settings)
         self._tokens = sentencepiece_vocabulary(self._spm[0], stated) if self._spm else load_json(self._path)
         add_tokens(self._tokens, stated, special)
-        self._added: dict[int, AddedToken] = self._tokens.get_added_tokens_decoder()
+        self.added_tokens: dict[int, AddedToken] = self._tokens.get_added_tokens_decoder()
 
         self.vocab_size: int = self._tokens.get_vocab_size()
         self.bos_token, self.bos_id = self._find("bos", settings)
@@ -164,21 +165,12 @@ class Tokenizer:
         """Return the id of a token, spelled as in the vocabulary, or None."""
         return self._tokens.token_to_id(token)
 
-    @property
-    def added_tokens(self) -> dict[int, AddedToken]:
-        """Return {id: token} for the tokens that were added to the vocabulary, special ones included."""
-        return self._added
-
-    def is_added(self, token: int) -> bool:
-        """Return whether an id is of a token that was added to the vocabulary, such as an end of turn."""
-        return token in self._added
-
     @cached_property
     def fingerprint(self) -> str:
         """Return a SHA-256 (hex) over all that decides the ids, which is the same for a copy in another folder."""
         added = [
             (i, t.content, t.special, t.normalized, t.lstrip, t.rstrip, t.single_word)
-            for i, t in sorted(self._added.items())
+            for i, t in sorted(self.added_tokens.items())
         ]
         spaces = [model.normalize("a") for model in self._spm]
         rest = json.dumps([added, spaces, self._lead, self.bos_id, self.eos_id])
@@ -186,14 +178,14 @@ class Tokenizer:
 
     @cached_property
     def _special_ids(self) -> set[int]:
-        return {i for i, token in self._added.items() if token.special}
+        return {i for i, token in self.added_tokens.items() if token.special}
 
     def _sentencepiece(self, text: str, spans: tokenizers.Encoding) -> tuple[list[int], list[tuple[int, int]]]:
         """Encode a text in which `_tokens` has found the added tokens, and knows nothing of the rest."""
         ids: list[int] = []
         offsets: list[tuple[int, int]] = []
         for token_id, (start, end) in zip(spans.ids, spans.offsets, strict=True):
-            span, added = text[start:end], self._added.get(token_id)
+            span, added = text[start:end], self.added_tokens.get(token_id)
             if added and added.content in span:
                 ids.append(token_id)
                 offsets.append((start, end))

@@ -232,7 +232,7 @@ def test_styles_go_along_to_transformers(tokens, tmp_path, name, bos):
     theirs = save(tokens, Family(None, None, "<s>", "</s>"), tmp_path)
     ours = Tokenizer(tmp_path)
     style = PromptStyle.from_name(name, ours)
-    theirs.chat_template = style.portable_template(ours)
+    theirs.chat_template = style.for_others(ours)
     for messages in (talk("a", "b", "c"), talk("a", system="Be brief.")):
         expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         assert style.encode_prompt(messages, ours) == expected and (expected[0] == ours.bos_id) == bos
