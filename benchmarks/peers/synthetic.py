@@ -68,7 +68,7 @@ def main(model: str, fields: dict, rows: int, seed: int, folder: str) -> None:
             name: write_split(destination / f"{name}.safetensors", n, hf["vocab_size"], longest, generator)
             for name, n in zip(dataset.SPLITS, (rows, 4), strict=True)
         }
-        style = PromptStyle("plain", "", template_writes_bos=False)
+        style = PromptStyle("plain", "{{ messages[0]['content'] }}", template_writes_bos=False)
         dataset.write_meta(destination, audits, Tokenizer(checkpoint_dir), style)
 
 

@@ -7,12 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt.kernels.linear import arithmetic
+from lit_gpt.kernels.policy import policy
 from lit_gpt.quantization.modules import keep_dequantized
 
 # Logits held at a time, in elements: 16 MiB in float32. Larger pieces are hardly faster on a CPU with a frozen head.
-# Where a piece must be worth more, reading the head's weights on other devices, widening them or adding to their
-# gradient if they train, eight times as many are held.
+# Where a piece must be worth widening the head's weights, or adding to their gradient, eight times as many are held;
+# on other devices 32 times as many, in whole tiles of a product: there a small piece is mostly kernel launches.
 MAX_LOGITS = 2**22
+TILE = 128  # rows
 
 
 def summed_cross_entropy(
@@ -66,9 +68,12 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(head: nn.Module, hidden: Tensor, labels: Tensor, trained: bool) -> list[tuple[Tensor, Tensor]]:
-    cheap = hidden.device.type == "cpu" and arithmetic(hidden.device, hidden.dtype) == hidden.dtype and not trained
-    limit = MAX_LOGITS if cheap else 8 * MAX_LOGITS
+    on_cpu = hidden.device.type == "cpu" and not policy().simulate_cuda
+    widened = arithmetic(hidden.device, hidden.dtype) != hidden.dtype
+    limit = MAX_LOGITS * ((8 if trained or widened else 1) if on_cpu else 32)
     size = max(1, limit // head.out_features)  # type: ignore[operator]  # torch: attributes are tensors or modules
+    if not on_cpu and size > TILE:
+        size -= size % TILE
     return list(zip(hidden.split(size), labels.split(size), strict=True))
 
 
@@ -99,4 +104,4 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, factor):
-        return None, None, None, *(grad * factor.to(grad.dtype) for grad in ctx.saved_tensors)
+        return None, None, None, *(grad * factor for grad in ctx.saved_tensors)  # by float32, in the gradients' dtype

@@ -11,6 +11,7 @@ from helpers.tiny_models import Tiny
 from lit_gpt import GPT
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.data import dataset, packing
+from lit_gpt.kernels.policy import use_policy
 from lit_gpt.methods import lora
 from lit_gpt.model.loss import summed_cross_entropy
 
@@ -119,6 +120,26 @@ def test_chunked_loss_equals_cross_entropy(monkeypatch, chunk, bias):
     with torch.no_grad():
         assert off(summed_cross_entropy(head, hidden, labels), plain) < 1e-6
         assert summed_cross_entropy(head, hidden[:0], labels[:0]) == 0
+
+
+def test_gradients_in_16_bits_are_scaled_in_float32():
+    """A factor such as 1 / tokens, itself rounded to 16 bits, would scale all gradients by up to 0.4 % too much."""
+    torch.manual_seed(0)
+    head, factor = torch.nn.Linear(16, 50, dtype=torch.bfloat16).requires_grad_(False), torch.tensor(1 / 6843)
+    hidden, labels = torch.randn(23, 16, dtype=torch.bfloat16, requires_grad=True), torch.randint(50, (23,))
+    (whole,) = torch.autograd.grad(summed_cross_entropy(head, hidden, labels), hidden)
+    (scaled,) = torch.autograd.grad(summed_cross_entropy(head, hidden, labels) * factor, hidden)
+    assert torch.equal(scaled, (whole.double() * factor.double()).bfloat16())
+
+
+def test_a_gpu_takes_whole_tiles_of_rows(monkeypatch):
+    monkeypatch.setattr("lit_gpt.model.loss.MAX_LOGITS", 10 * 50)  # 320 rows on a GPU
+    lengths = []
+    head = torch.nn.Linear(16, 50)
+    head.register_forward_hook(lambda module, inputs, output: lengths.append(len(output)))
+    with use_policy(simulate_cuda=True):
+        summed_cross_entropy(head, torch.randn(700, 16), torch.zeros(700, dtype=torch.int64))
+    assert lengths == [256, 256, 188]
 
 
 def test_no_supervised_token_gives_a_zero_gradient(tiny: Tiny):
