@@ -346,6 +346,34 @@ def decode(gpt: Any, compiled: bool, tokens: int) -> float:
     return round(len(answer) / (time.perf_counter() - start), 1)
 
 
+def peers(check: Check) -> dict[str, Any]:
+    """Train and generate by PEFT over transformers, on as many random weights and tokens."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from lit_gpt.families import registry
+
+    sizes = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 8, "vocab_size": 320}
+    config = AutoConfig.for_model(**(registry.preset(model) | (sizes if check.dry else {})))
+    with torch.device(check.device):
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        prompt = torch.arange(1, 33).unsqueeze(0)
+    tokens, given = (8 if check.dry else 64), {"attention_mask": torch.ones_like(prompt), "do_sample": False}
+    given |= {"max_new_tokens": tokens, "min_new_tokens": tokens, "pad_token_id": 0}
+    result = {"transformers generate tokens/s": round(tokens / timed(lambda: base.generate(prompt, **given), 1), 1)}
+    theirs = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["query_key_value"]))
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-4)
+    rows = torch.randint(320, (2 if check.dry else 37, 108), device=check.device)
+
+    def step() -> None:
+        theirs(rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return result | {"PEFT LoRA tokens/s": round(rows.numel() / timed(step, 1 if check.dry else 3), 1)}
+
+
 def scripts(check: Check) -> dict[str, Any]:
     """Run the real scripts on a tiny checkpoint: each activation checkpointing, stop and resume, generate, merge."""
     from peers.environment import random_model
@@ -379,7 +407,7 @@ def scripts(check: Check) -> dict[str, Any]:
 
 # what must agree comes first; seconds that each may take
 SECTIONS = {
-    machine: 30, families: 100, scripts: 120, training: 180, decoding: 110, profile: 30,
+    machine: 30, families: 100, scripts: 120, training: 150, decoding: 100, peers: 60, profile: 30,
 }  # fmt: skip
 
 
