@@ -2,7 +2,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: quickstart test test-all lint
+.PHONY: quickstart test test-all lint gpu-check
 
 $(VENV)/installed: requirements.txt pyproject.toml
 	python3 -m venv $(VENV)
@@ -25,3 +25,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/lint-imports --no-logo --no-cache
 	$(PYTHON) -m mypy
 	$(VENV)/bin/clang-format --dry-run --Werror lit_gpt/kernels/cpp/*
+
+# By the Python that is there: a GPU's torch is another build than the lock's.
+gpu-check:
+	PYTHONPATH=. python3 benchmarks/gpu_check.py

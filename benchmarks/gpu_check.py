@@ -248,13 +248,20 @@ def random_gpt(check: Check, format: str | None = None) -> Any:
 
 def training(check: Check) -> dict[str, Any]:
     """Train by each method on rows like Alpaca's: tokens per second and peak memory, beside what was planned."""
+    import torch
+
     runs = {"lora": ("lora", None), "lora nf4": ("lora", "nf4"), "adapter": ("adapter", None)}
     runs |= {"adapter_v2": ("adapter_v2", None), "lora int8": ("lora", "int8")}
     result: dict[str, Any] = {}
     for name, (method, format) in runs.items():
         for tokens in (256,) if check.dry else (1024, 4096, 16384):
-            result[f"{name}, row of {tokens}"] = train(check, method, format, tokens)
-            print(f"  {name}, row of {tokens}: {result[f'{name}, row of {tokens}']}", flush=True)
+            row = f"{name}, row of {tokens}"
+            try:
+                result[row] = train(check, method, format, tokens)
+            except torch.OutOfMemoryError:
+                result[row] = "out of memory"
+                torch.cuda.empty_cache()
+            print(f"  {row}: {result[row]}", flush=True)
     return result
 
 
