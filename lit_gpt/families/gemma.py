@@ -10,11 +10,17 @@ from typing import Any
 
 from lit_gpt.errors import UserError
 from lit_gpt.families import llama, qwen
-from lit_gpt.families.fields import activation, rope, tiny_size, windows
+from lit_gpt.families.fields import activation, tiny_size, two_ropes, windows
 from lit_gpt.families.tables import Layout, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
+WRAPPERS = ("gemma3",)  # from 4B on
+# what the files of those leave out
+_TEXT_DEFAULTS: dict[str, Any] = dict(
+    num_attention_heads=8, num_key_value_heads=4, head_dim=256, vocab_size=262208, max_position_embeddings=131072,
+    sliding_window=4096,
+)  # fmt: skip
 
 
 _preset = partial(llama.preset, vocab=256000, max_position_embeddings=8192, head_dim=256, tie_word_embeddings=True)
@@ -35,6 +41,7 @@ PRESETS = {
 
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
+    hf = _TEXT_DEFAULTS | hf if hf["model_type"] == "gemma3_text" else hf
     if hf.get("use_bidirectional_attention"):
         raise UserError("config.json: 'use_bidirectional_attention' is not supported; expected a causal Gemma")
     kind, layers = hf["model_type"], hf["num_hidden_layers"]
@@ -59,17 +66,11 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
         "logit_softcap": hf.get("final_logit_softcapping"),
         **windows(hf, kinds),
     }
-    return common | from_2_on | (_two_ropes(hf) | {"qk_norm": "head"} if kind == "gemma3_text" else {})
-
-
-def _two_ropes(hf: dict[str, Any]) -> dict[str, Any]:
-    """Return Gemma 3's rotary fields of the Config, from their old or new spelling."""
-    named = hf.get("rope_parameters") or {}
-    local = named.get("sliding_attention") or {}
-    if local.get("rope_type", "default") != "default":
-        raise UserError("config.json: rope_parameters of sliding_attention: expected rope_type 'default'")
-    full = rope({"rope_theta": 1e6} | hf | {"rope_parameters": named.get("full_attention")})
-    return full | {"local_rope_base": float(local.get("rope_theta") or hf.get("rope_local_base_freq") or 1e4)}
+    return (
+        common
+        | from_2_on
+        | (two_ropes(hf, base=1e6, local_base=1e4) | {"qk_norm": "head"} if kind == "gemma3_text" else {})
+    )
 
 
 def weights(config: Config) -> Table:

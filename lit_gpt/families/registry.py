@@ -38,6 +38,14 @@ def family_of(hf: dict[str, Any]) -> ModuleType:
     return known[kind]
 
 
+def language_model(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of the language model, where a config.json describes other towers besides."""
+    if hf.get("model_type") not in {kind for family in families() for kind in getattr(family, "WRAPPERS", ())}:
+        return hf
+    outer = {name: hf[name] for name in ("tie_word_embeddings",) if name in hf}
+    return outer | hf["text_config"]
+
+
 def preset(name: str) -> dict[str, Any]:
     """Return the fields of config.json of a published size.
 
@@ -62,6 +70,7 @@ def config_from_hf(hf: dict[str, Any], name: str = "") -> Config:
     Raises:
         UserError: no family answers to the architecture, or the model uses a feature that is not supported.
     """
+    hf = language_model(hf)
     family = family_of(hf)
     try:
         values = family.config(hf)
