@@ -62,6 +62,9 @@ def test_the_language_model_goes_in_and_out(kind, tmp_path):
     assert off(again(input_ids=idx).logits, theirs(input_ids=idx).logits) > 1e-3
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["model_type"] == kind
     assert not (tmp_path / "hf" / towers.FILE).exists()
+    (tmp_path / "merged").mkdir()
+    hf.copy_side_files(tmp_path, tmp_path / "merged")
+    assert (tmp_path / "merged" / towers.FILE).exists()
 
 
 @torch.no_grad()
