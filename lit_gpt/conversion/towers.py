@@ -30,7 +30,8 @@ def spelling_of(stored: Iterable[str]) -> dict[str, str]:
 
 def language_model(stored: LazyTensors) -> LazyTensors:
     """Return the tensors of the language model, under their names where it is alone."""
-    return stored.renamed({alone: name for name in stored for alone in names_alone(name, spelling_of(stored))})
+    spelling = spelling_of(stored)
+    return stored.renamed({alone: name for name in stored for alone in names_alone(name, spelling)})
 
 
 def names_alone(name: str, spelling: Mapping[str, str]) -> list[str]:

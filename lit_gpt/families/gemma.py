@@ -29,6 +29,8 @@ _GEMMA_2: dict[str, Any] = dict(_CAPS, model_type="gemma2", query_pre_attn_scala
 _GEMMA_3: dict[str, Any] = dict(
     model_type="gemma3_text", vocab=262144, max_position_embeddings=32768, query_pre_attn_scalar=256, sliding_window=512
 )
+_GEMMA_3_LARGE: dict[str, Any] = dict(_GEMMA_3, vocab=262208, max_position_embeddings=131072, sliding_window=1024,
+                                      rope_scaling={"rope_type": "linear", "factor": 8.0})  # fmt: skip
 PRESETS = {
     "gemma-2b": _preset(18, 8, 1, 2048, 16384, model_type="gemma"),
     "gemma-7b": _preset(28, 16, 16, 3072, 24576, model_type="gemma"),
@@ -37,6 +39,10 @@ PRESETS = {
     "gemma-2-27b": _preset(46, 32, 16, 4608, 36864, **dict(_GEMMA_2, query_pre_attn_scalar=144), head_dim=128),
     "gemma-3-270m": _preset(18, 4, 1, 640, 2048, **_GEMMA_3),
     "gemma-3-1b": _preset(26, 4, 1, 1152, 6912, **_GEMMA_3),
+    # the language models of those that read images
+    "gemma-3-4b": _preset(34, 8, 4, 2560, 10240, **_GEMMA_3_LARGE),
+    "gemma-3-12b": _preset(48, 16, 8, 3840, 15360, **_GEMMA_3_LARGE),
+    "gemma-3-27b": _preset(62, 32, 16, 5376, 21504, **dict(_GEMMA_3_LARGE, query_pre_attn_scalar=168), head_dim=128),
 }
 
 

@@ -16,7 +16,7 @@ from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.checkpoints.folder import load_state
 from lit_gpt.conversion import hf, hf_shards, weights
 from lit_gpt.errors import UserError
-from lit_gpt.families.registry import config_from_hf, config_from_name, families, preset
+from lit_gpt.families.registry import REFUSED, config_from_hf, config_from_name, families, preset
 
 
 @torch.no_grad()
@@ -134,6 +134,9 @@ PUBLISHED = {
     "gemma-2-27b": 27_227_128_320,
     "gemma-3-270m": 268_098_176,
     "gemma-3-1b": 999_885_952,
+    "gemma-3-4b": 3_880_263_168,  # of 4_300_079_472 with the tower that reads images
+    "gemma-3-12b": 11_766_034_176,
+    "gemma-3-27b": 27_009_346_304,
     "phi-1_5": 1_418_270_720,
     "phi-2": 2_779_683_840,
     "Phi-3-mini-4k": 3_821_079_552,
@@ -237,6 +240,9 @@ def test_unknown_names():
         config_from_name("falcon7b")
     with pytest.raises(UserError, match="model_type 'mamba' is not supported"):
         config_from_hf({"model_type": "mamba"})
+    with pytest.raises(UserError, match="model_type 'llama4' is not supported: it attends within chunks"):
+        config_from_hf({"model_type": "llama4"})
+    assert not REFUSED.keys() & {kind for family in families() for kind in family.MODEL_TYPES}
     with pytest.raises(UserError, match="needs the field 'hidden_size'"):
         config_from_hf({"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 1})
     with pytest.raises(UserError, match="alibi"):
