@@ -71,7 +71,7 @@ class CausalSelfAttention(nn.Module):
             qkv = self.normed(qkv)
         q, k, v = qkv.split(self.sizes, dim=-1)
         if rotation is not None and rotation.query_scale is not None:
-            q = q * rotation.query_scale
+            q = q * rotation.query_scale.to(q.dtype)
         q, k, v = (y.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for y in (q, k, v))
         return q, k, v
 
