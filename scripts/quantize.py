@@ -43,7 +43,7 @@ def main() -> None:
         rounded = calibration.tensors(base, text, calibration_tokens) if calibrated else base.quantized(base.dtype)
         base.write_quantized(folder, rounded, calibrated)
         (folder / "lit_config.json").write_text(base.config.to_json())
-        hf.copy_side_files(checkpoint_dir, folder, (*hf.SIDE_FILES, FILE))
+        hf.copy_side_files(checkpoint_dir, folder, (*hf.CHECKPOINT_FILES, FILE))
         sizes = [(path / "lit_model.pth").stat().st_size / 1e9 for path in (checkpoint_dir, folder)]
     print(f"wrote {out_dir}: {sizes[1]:.2f} GB in place of {sizes[0]:.2f} GB")
 

@@ -2,10 +2,13 @@
 
 import os
 import runpy
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ from helpers.pages import enter_place
 from helpers.paths import ROOT
 from helpers.rows import write_rows
 from helpers.runs import STEPS
-from helpers.tiny_models import LAYOUTS, Tiny, make_base, tiny_hf_model
+from helpers.tiny_models import BRIEF, LAYOUTS, THOROUGH, Tiny, make_base, tiny_hf_model
 from helpers.tokenizers import sentencepiece_model
 from lit_gpt.conversion import hf as hf_files
 from lit_gpt.conversion import hf_shards
@@ -40,14 +43,36 @@ def same_kernels(request) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory) -> Callable[..., Tiny]:
+    """Return what makes the tiny model of a family and layout, once in a session. Not to be written to."""
+
+    @cache
+    def make(family: str, layout: str) -> Tiny:
+        model, folder = tiny_hf_model(family, layout), tmp_path_factory.mktemp("tiny") / "tiny"
+        model.save_pretrained(folder)
+        hf_files.convert(folder, hf_shards.StoredWeights(folder))
+        return Tiny(folder, model)
+
+    return make
+
+
 @pytest.fixture(params=LAYOUTS, ids="-".join)
-def tiny(request, tmp_path: Path) -> Tiny:
-    """Each family and layout in turn, from the files that transformers writes."""
-    model = tiny_hf_model(*request.param)
-    folder = tmp_path / "checkpoints" / "tiny"
-    model.save_pretrained(folder)
-    hf_files.convert(folder, hf_shards.StoredWeights(folder))
-    return Tiny(folder, model)
+def tiny(request, converted, tmp_path: Path) -> Tiny:
+    """Each family and layout in turn, from the files that transformers writes; a copy, which a test may change."""
+    made, folder = converted(*request.param), tmp_path / "checkpoints" / "tiny"
+    shutil.copytree(made.folder, folder)
+    return Tiny(folder, deepcopy(made.hf))
+
+
+@pytest.hookimpl(tryfirst=True)  # before markers select
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        params = getattr(item, "callspec", None) and item.callspec.params or {}
+        family = params["tiny"][0] if "tiny" in params else params.get("family")
+        name = getattr(family, "__name__", family or "").rpartition(".")[2]
+        if name and name not in THOROUGH and item.originalname not in BRIEF:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,8 @@ import torch
 from lit_gpt import files
 from lit_gpt.checkpoints import folder as checkpoint
 from lit_gpt.checkpoints.base_model import BaseCheckpoint, load_model
-from lit_gpt.conversion import hf, logits, model_card, parity, peft, readers
+from lit_gpt.conversion import hf, logits, model_card, parity, peft, readers, towers
+from lit_gpt.errors import UserError
 from lit_gpt.methods import finetuned_file, finetuned_model, lora
 from lit_gpt.model.gpt import GPT
 from lit_gpt.text.prompt_style import PromptStyle
@@ -158,6 +159,11 @@ def to_peft(checkpoint_dir: Path, lora_path: Path, out_dir: Path) -> dict[str, A
     is among the figures.
     """
     with files.new_folder(out_dir) as folder:
+        if (checkpoint_dir / towers.FILE).is_file():
+            raise UserError(
+                f"{checkpoint_dir}: has other towers than the language model, and such a model's adapter cannot be a "
+                "PEFT adapter yet; merge it by scripts/merge_lora.py and export the merged checkpoint"
+            )
         source = Source.open(checkpoint_dir, lora_path)
         base = model_card.repository(checkpoint_dir) or str(checkpoint_dir)
         peft.write(folder, source.model, lora.LoRAConfig(**source.record["hyperparameters"]), base)

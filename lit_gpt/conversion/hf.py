@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lit_gpt.checkpoints import io
-from lit_gpt.conversion import weights
-from lit_gpt.conversion.hf_shards import SHARD_BYTES, LazyTensors, write_shards
+from lit_gpt.conversion import towers, weights
+from lit_gpt.conversion.hf_shards import SHARD_BYTES, Dequantized, LazyTensors, write_shards
 from lit_gpt.errors import UserError
 from lit_gpt.families.registry import config_from_hf
 from lit_gpt.files import atomic, read_json
@@ -23,7 +23,10 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "vocab.json", "merges.txt",
 )  # fmt: skip
-SIDE_FILES = (*TOKENIZER_FILES, "generation_config.json", "config.json")
+SIDE_FILES = (
+    *TOKENIZER_FILES, "generation_config.json", "config.json", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+CHECKPOINT_FILES = (*SIDE_FILES, towers.FILE)  # what one of our folders besides carries along
 
 
 def convert(checkpoint_dir: Path, hf: LazyTensors, dtype: torch.dtype | None = None) -> Config:
@@ -37,14 +40,19 @@ def convert(checkpoint_dir: Path, hf: LazyTensors, dtype: torch.dtype | None = N
         UserError: what config.json, the family's table and the tensors do not agree on. Nothing is written then.
     """
     config = config_from_hf(read_json(checkpoint_dir / "config.json"), name=checkpoint_dir.name)
+    stored = Dequantized(hf)
+    hf = towers.language_model(stored)
     hf = hf.renamed(weights.full_names(config, hf))
     config = weights.as_stored(config, hf)
     weights.check_names(config, set(hf))
+    for line in weights.left_out(config, hf):
+        print(line)
     layout = {}
     for row in weights.rows(config):
         widest = dtype or reduce(torch.promote_types, (hf.dtype(name) for name in row.hf))
         layout[row.lit] = torch.empty(row.shape, dtype=widest, device="meta")
     io.write_streamed(checkpoint_dir / "lit_model.pth", layout, in_range(layout, weights.to_lit(config, hf)))
+    towers.keep(checkpoint_dir, stored)
     with atomic(checkpoint_dir / "lit_config.json") as temporary:
         temporary.write_text(config.to_json())
     return config
@@ -67,16 +75,20 @@ def export(checkpoint_dir: Path, out_dir: Path, lit: Mapping[str, Tensor], shard
     """
     config = Config.from_checkpoint(checkpoint_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    copy_side_files(checkpoint_dir, out_dir)
+    copy_side_files(checkpoint_dir, out_dir, SIDE_FILES)
     hf_config = read_json(checkpoint_dir / "config.json")
-    hf_config |= {"tie_word_embeddings": config.tie_embeddings, "dtype": str(lit["wte.weight"].dtype).split(".")[1]}
+    said = {"tie_word_embeddings": config.tie_embeddings, "dtype": str(lit["wte.weight"].dtype).split(".")[1]}
+    hf_config |= said
+    if "text_config" in hf_config:
+        hf_config["text_config"] |= said
     hf_config.pop("torch_dtype", None)
+    hf_config.pop("quantization_config", None)  # of the downloaded files
     hf_config.pop("auto_map", None)  # points to code that is not here; transformers knows the architecture itself
     (out_dir / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
-    write_shards(out_dir, weights.to_hf(config, lit), shard_bytes)
+    write_shards(out_dir, towers.whole(checkpoint_dir, weights.to_hf(config, lit)), shard_bytes)
 
 
-def copy_side_files(source: Path, target: Path, names: tuple[str, ...] = SIDE_FILES) -> None:
+def copy_side_files(source: Path, target: Path, names: tuple[str, ...] = CHECKPOINT_FILES) -> None:
     """Copy those of the named files that a folder has, and its folder of chat templates."""
     for name in names:
         if (source / name).is_file():

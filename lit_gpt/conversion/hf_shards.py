@@ -15,9 +15,11 @@ from torch import Tensor
 from lit_gpt.checkpoints import io
 from lit_gpt.errors import UserError
 from lit_gpt.files import read_json
+from lit_gpt.quantization import mxfp4
 
 SHARD_BYTES = 2 * 10**9
 INDEX = "model.safetensors.index.json"
+BLOCKS, SCALES = "_blocks", "_scales"  # of a tensor in MXFP4
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -61,7 +63,32 @@ class StoredWeights(LazyTensors):
 
     def dtype(self, name: str) -> torch.dtype:
         shard, stored = self.places[name]
-        return (shard[stored] if isinstance(shard, dict) else shard.get_slice(stored)[:0]).dtype
+        if isinstance(shard, dict):
+            return shard[stored].dtype
+        part = shard.get_slice(stored)
+        return (part[:0] if part.get_shape() else self[name]).dtype  # a single number cannot be cut
+
+
+class Dequantized(LazyTensors):
+    """Stored tensors, those in MXFP4 as one bfloat16 tensor each, under the name that it has unquantized."""
+
+    def __init__(self, stored: LazyTensors) -> None:
+        self.stored = stored
+        blocks = {name.removesuffix(BLOCKS) for name in stored if name.endswith(BLOCKS)}
+        packed = {name for name in blocks if name + SCALES in stored}
+        parts = {name + part for name in packed for part in (BLOCKS, SCALES)}
+        self.places = {name: (name, False) for name in stored if name not in parts}
+        self.places |= {name: (name, True) for name in packed}
+
+    def __getitem__(self, name: str) -> Tensor:
+        stored, packed = self.places[name]
+        if not packed:
+            return self.stored[stored]
+        return mxfp4.dequantize(self.stored[stored + BLOCKS], self.stored[stored + SCALES]).mT
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored, packed = self.places[name]
+        return torch.bfloat16 if packed else self.stored.dtype(stored)
 
 
 def shard_paths(folder: Path) -> list[Path]:

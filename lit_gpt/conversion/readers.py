@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lit_gpt import files
 from lit_gpt.checkpoints import folder as checkpoint
 from lit_gpt.checkpoints.base_model import BaseCheckpoint, build_model
-from lit_gpt.conversion import hf_shards, weights
+from lit_gpt.conversion import hf_shards, towers, weights
 from lit_gpt.conversion import logits as verify
 from lit_gpt.conversion.gguf import importer
 from lit_gpt.conversion.gguf.reader import GGUFFile
@@ -152,7 +152,7 @@ def read_hf(folder: Path) -> Reader:
 def own_hf(folder: Path) -> LitReader:
     """Read a folder of transformers by our own code."""
     config = config_from_hf(files.read_json(folder / "config.json"), name=folder.name)
-    stored = hf_shards.StoredWeights(folder)
+    stored = towers.language_model(hf_shards.StoredWeights(folder))
     config = weights.as_stored(config, stored)
     return LitReader.open(folder, build_model(config, dict(weights.to_lit(config, stored)), source=folder))
 
@@ -232,7 +232,10 @@ def hf_model(checkpoint_dir: Path, state: Mapping[str, Tensor], config: Config) 
     """Return transformers' model of a lit state dict, in the same memory where the tensors are stored alike."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
-    theirs = AutoConfig.from_pretrained(checkpoint_dir, tie_word_embeddings=config.tie_embeddings)
+    theirs = AutoConfig.from_pretrained(checkpoint_dir).get_text_config()
+    theirs.tie_word_embeddings = config.tie_embeddings
+    if hasattr(theirs, "quantization_config"):
+        del theirs.quantization_config  # of the downloaded files
     tensors, dtype = dict(weights.to_hf(config, state)), state["wte.weight"].dtype
     cls: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(theirs)]  # type: ignore[assignment]  # one, no tuple
     return cls.from_pretrained(None, config=theirs, state_dict=tensors, dtype=dtype)

@@ -1,7 +1,8 @@
 """A family's weight table, run in both directions: Hugging Face to lit, and back.
 
 A table maps each module of the GPT to the place of its tensors in the Hugging Face file, either one name or one of the
-layouts below; "{}" stands for the layer. What the table does not name is an error, never skipped.
+layouts of lit_gpt.families.tables; "{}" stands for the layer, and a layer that differs has entries of its own. What the
+table does not name is an error, never skipped.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -40,9 +41,9 @@ def rows(config: Config) -> Iterator[TensorRow]:
             continue  # the embedding
         module, _, kind = name.rpartition(".")  # kind: weight or bias
         layer = module.split(".")[1] if module.startswith("h.") else ""
-        place = table[f"h.{{}}.{module.split('.', 2)[2]}" if layer else module]
+        place = table.get(module) or table[f"h.{{}}.{module.split('.', 2)[2]}"]
         place = Place((place,)) if isinstance(place, str) else place
-        yield TensorRow(name, tensor.shape, tuple(f"{hf.format(layer)}.{kind}" for hf in place.modules), place)
+        yield TensorRow(name, tensor.shape, tuple(place.name(hf.format(layer), kind) for hf in place.modules), place)
 
 
 def check_names(config: Config, stored: set[str]) -> None:
@@ -51,7 +52,8 @@ def check_names(config: Config, stored: set[str]) -> None:
     Raises:
         UserError: lists them.
     """
-    derived = (ROTARY, *getattr(family_of_config(config), "DERIVED", ()))
+    family = family_of_config(config)
+    derived = (ROTARY, *getattr(family, "DERIVED", ()), *getattr(family, "LEFT_OUT", {}))
     named = {hf for row in rows(config) for hf in row.hf}
     missing = sorted(named - stored)
     leftover = sorted(name for name in stored - named if not any(fnmatch(name, pattern) for pattern in derived))
@@ -61,6 +63,14 @@ def check_names(config: Config, stored: set[str]) -> None:
         raise UserError(
             f"the weights hold {len(leftover)} tensors that the {config.family} family does not name: {_some(leftover)}"
         )
+
+
+def left_out(config: Config, stored: Iterable[str]) -> Iterator[str]:
+    """Yield a line for each part of a Hugging Face file that is not of the model here."""
+    named = {hf for row in rows(config) for hf in row.hf}
+    for pattern, what in getattr(family_of_config(config), "LEFT_OUT", {}).items():
+        if n := sum(fnmatch(name, pattern) for name in stored if name not in named):
+            yield f"{n} tensors of {what} are left out"
 
 
 def as_stored(config: Config, hf: Mapping[str, Tensor]) -> Config:

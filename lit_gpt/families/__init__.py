@@ -3,11 +3,13 @@
 A family's file defines
 
     MODEL_TYPES           the `model_type`s of config.json that it answers to
+    WRAPPERS              those of models with other towers, whose language model a family is; see registry
     PRESETS               {name: fields of config.json} of published sizes, for use without weights
     config(hf)            the fields of lit_gpt.Config for a config.json
     weights(config)       {lit module: where its tensors lie in the Hugging Face file}, run in both directions by
                           lit_gpt.conversion.weights
     DERIVED               patterns of stored tensors that are not weights, if there are others than rotary frequencies
+    LEFT_OUT              {pattern of stored tensors: what they are} for a part that neither we nor transformers have
     gguf(config)          the tables.Layout of llama.cpp; without it, exports to GGUF are refused
     MODULES               {name of a tensor's module in files: in transformers' model}, where transformers 5 renames it
     tiny_hf(**fields)     a small transformers configuration per layout, for the parity tests

@@ -1,4 +1,5 @@
-"""Falcon (Almazrouei et al. 2023): 7B with one key/value head and one norm, 40B and 180B with eight and two norms."""
+"""Falcon (Almazrouei et al. 2023): 7B with one key/value head and one norm, 40B and 180B with eight and two norms; RW
+with ALiBi, and attention and MLP in sequence."""
 
 from typing import Any
 
@@ -16,7 +17,10 @@ _7B: dict[str, Any] = dict(
 _40B: dict[str, Any] = dict(_7B, hidden_size=8192, num_hidden_layers=60, num_attention_heads=128, num_kv_heads=8,
             new_decoder_architecture=True)  # fmt: skip
 # The published files store the head beside the embedding, hence tie_word_embeddings=False.
+_RW: dict[str, Any] = dict(_7B, vocab_size=50304, hidden_size=2048, num_hidden_layers=24, num_attention_heads=32,
+           multi_query=False, parallel_attn=False, alibi=True, bias=True, tie_word_embeddings=True)  # fmt: skip
 PRESETS = {
+    "falcon-rw-1b": _RW,
     "falcon-7b": _7B,
     "falcon-7b-instruct": _7B,
     "falcon-11b": dict(_40B, hidden_size=4096, num_attention_heads=32, num_ln_in_parallel_attn=1, rope_theta=500042.0,
@@ -28,15 +32,20 @@ PRESETS = {
 
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
-    if hf.get("alibi"):
-        raise UserError("config.json: 'alibi': true is not supported; expected a Falcon with rotary embeddings")
+    alibi = hf.get("alibi", False)
     n_head, grouped = hf["num_attention_heads"], hf.get("new_decoder_architecture", False)
     kv_heads = hf.get("num_kv_heads") or n_head
     parallel = hf.get("parallel_attn", True) or grouped
     bias = hf.get("bias", False)
+    groups = kv_heads if grouped else 1 if hf.get("multi_query", True) else n_head
+    if alibi and groups != n_head:
+        raise UserError("config.json: 'alibi': true is not supported with heads that share keys; expected rotary ones")
     return {
         **sizes(hf),
-        "n_query_groups": kv_heads if grouped else 1 if hf.get("multi_query", True) else n_head,
+        "n_query_groups": groups,
+        "alibi": alibi,
+        "alibi_rounded": alibi,
+        "unrotated_layers": list(range(hf["num_hidden_layers"])) if alibi else [],
         "parallel_residual": parallel,
         "shared_attention_norm": parallel and (hf.get("num_ln_in_parallel_attn") or (2 if grouped else 1)) == 1,
         "norm_eps": hf.get("layer_norm_epsilon", 1e-5),
@@ -70,8 +79,8 @@ def weights(config: Config) -> Table:
 
 
 def gguf(config: Config) -> Layout:
-    if config.bias or not config.parallel_residual:
-        raise UserError("--format gguf: llama.cpp's falcon has neither biases nor attention and MLP in sequence")
+    if config.alibi or config.bias or not config.parallel_residual:
+        raise UserError("--format gguf: llama.cpp's falcon has neither ALiBi, biases nor attention and MLP in sequence")
     unread = "" if config.n_query_groups == 1 and config.tie_embeddings else "takes no head apart, nor grouped queries"
     return Layout("falcon", ("gelu",), metadata={"tensor_data_layout": "jploski"}, unread=unread)
 
@@ -85,6 +94,7 @@ def tiny_hf(**fields: Any) -> dict[str, Any]:
         "7b": FalconConfig(**size, multi_query=True),
         "40b": FalconConfig(**grouped),
         "11b": FalconConfig(**grouped, num_ln_in_parallel_attn=1, rope_parameters={"rope_theta": 5e5}),
+        "rw": FalconConfig(**size, multi_query=False, parallel_attn=False, bias=True, alibi=True),
         "multi-head": FalconConfig(**size, multi_query=False, bias=True),
         "sequential": FalconConfig(**size, parallel_attn=False, bias=True, tie_word_embeddings=False),
         "linear": FalconConfig(**size, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),

@@ -66,6 +66,26 @@ def windows(hf: dict[str, Any], kinds: list[str]) -> dict[str, Any]:
     return {"sliding_window": hf["sliding_window"], "global_layers": everywhere}
 
 
+def two_ropes(
+    hf: dict[str, Any], base: float, local_base: float, older_local: str = "rope_local_base_freq"
+) -> dict[str, Any]:
+    """Return the rotary fields of a Config whose layers with a window have angles of their own, from either spelling.
+
+    Args:
+        base, local_base: the family's defaults.
+        older_local: the name of the latter in older files.
+
+    Raises:
+        UserError: those with the window scale theirs.
+    """
+    named = hf.get("rope_parameters") or {}
+    local = named.get("sliding_attention") or {}
+    if local.get("rope_type", "default") != "default":
+        raise UserError("config.json: rope_parameters of sliding_attention: expected rope_type 'default'")
+    full = rope({"rope_theta": base} | hf | {"rope_parameters": named.get("full_attention")})
+    return full | {"local_rope_base": float(local.get("rope_theta") or hf.get(older_local) or local_base)}
+
+
 def activation(name: str) -> str:
     """Return the key of lit_gpt.kernels.fused.ACTIVATIONS for transformers' name of an activation."""
     if name in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"):

@@ -10,11 +10,17 @@ from typing import Any
 
 from lit_gpt.errors import UserError
 from lit_gpt.families import llama, qwen
-from lit_gpt.families.fields import activation, rope, tiny_size, windows
+from lit_gpt.families.fields import activation, tiny_size, two_ropes, windows
 from lit_gpt.families.tables import Layout, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
+WRAPPERS = ("gemma3",)  # from 4B on
+# what the files of those leave out
+_TEXT_DEFAULTS: dict[str, Any] = dict(
+    num_attention_heads=8, num_key_value_heads=4, head_dim=256, vocab_size=262208, max_position_embeddings=131072,
+    sliding_window=4096,
+)  # fmt: skip
 
 
 _preset = partial(llama.preset, vocab=256000, max_position_embeddings=8192, head_dim=256, tie_word_embeddings=True)
@@ -23,6 +29,8 @@ _GEMMA_2: dict[str, Any] = dict(_CAPS, model_type="gemma2", query_pre_attn_scala
 _GEMMA_3: dict[str, Any] = dict(
     model_type="gemma3_text", vocab=262144, max_position_embeddings=32768, query_pre_attn_scalar=256, sliding_window=512
 )
+_GEMMA_3_LARGE: dict[str, Any] = dict(_GEMMA_3, vocab=262208, max_position_embeddings=131072, sliding_window=1024,
+                                      rope_scaling={"rope_type": "linear", "factor": 8.0})  # fmt: skip
 PRESETS = {
     "gemma-2b": _preset(18, 8, 1, 2048, 16384, model_type="gemma"),
     "gemma-7b": _preset(28, 16, 16, 3072, 24576, model_type="gemma"),
@@ -31,10 +39,15 @@ PRESETS = {
     "gemma-2-27b": _preset(46, 32, 16, 4608, 36864, **dict(_GEMMA_2, query_pre_attn_scalar=144), head_dim=128),
     "gemma-3-270m": _preset(18, 4, 1, 640, 2048, **_GEMMA_3),
     "gemma-3-1b": _preset(26, 4, 1, 1152, 6912, **_GEMMA_3),
+    # the language models of those that read images
+    "gemma-3-4b": _preset(34, 8, 4, 2560, 10240, **_GEMMA_3_LARGE),
+    "gemma-3-12b": _preset(48, 16, 8, 3840, 15360, **_GEMMA_3_LARGE),
+    "gemma-3-27b": _preset(62, 32, 16, 5376, 21504, **dict(_GEMMA_3_LARGE, query_pre_attn_scalar=168), head_dim=128),
 }
 
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
+    hf = _TEXT_DEFAULTS | hf if hf["model_type"] == "gemma3_text" else hf
     if hf.get("use_bidirectional_attention"):
         raise UserError("config.json: 'use_bidirectional_attention' is not supported; expected a causal Gemma")
     kind, layers = hf["model_type"], hf["num_hidden_layers"]
@@ -59,17 +72,11 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
         "logit_softcap": hf.get("final_logit_softcapping"),
         **windows(hf, kinds),
     }
-    return common | from_2_on | (_two_ropes(hf) | {"qk_norm": "head"} if kind == "gemma3_text" else {})
-
-
-def _two_ropes(hf: dict[str, Any]) -> dict[str, Any]:
-    """Return Gemma 3's rotary fields of the Config, from their old or new spelling."""
-    named = hf.get("rope_parameters") or {}
-    local = named.get("sliding_attention") or {}
-    if local.get("rope_type", "default") != "default":
-        raise UserError("config.json: rope_parameters of sliding_attention: expected rope_type 'default'")
-    full = rope({"rope_theta": 1e6} | hf | {"rope_parameters": named.get("full_attention")})
-    return full | {"local_rope_base": float(local.get("rope_theta") or hf.get("rope_local_base_freq") or 1e4)}
+    return (
+        common
+        | from_2_on
+        | (two_ropes(hf, base=1e6, local_base=1e4) | {"qk_norm": "head"} if kind == "gemma3_text" else {})
+    )
 
 
 def weights(config: Config) -> Table:

@@ -4,10 +4,11 @@ TinyLlama, OpenLLaMA, Vicuna, CodeLlama, SmolLM2."""
 from typing import Any
 
 from lit_gpt.families.fields import activation, rope, sizes, tiny_size
-from lit_gpt.families.tables import Layout, Stacked, Table
+from lit_gpt.families.tables import Layout, Stacked, Table, Turned, neighbors_apart
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("llama", "mistral")
+WRAPPERS = ("mistral3",)  # Mistral Small 3.1 and later, Ministral 3
 
 
 def preset(
@@ -29,6 +30,8 @@ _LLAMA_3_1: dict[str, Any] = dict(_LLAMA_3, max_position_embeddings=131072, rope
 _LLAMA_3_2: dict[str, Any] = dict(_LLAMA_3_1, rope_scaling=dict(_SCALING, factor=32.0), tie_word_embeddings=True)
 _CODE: dict[str, Any] = dict(max_position_embeddings=16384, rms_norm_eps=1e-5, rope_theta=1e6)
 _MISTRAL: dict[str, Any] = dict(model_type="mistral", max_position_embeddings=32768, rms_norm_eps=1e-5)
+_NEMO: dict[str, Any] = dict(_MISTRAL, head_dim=128, rope_theta=1e6, sliding_window=None)
+_FALCON_3: dict[str, Any] = dict(vocab=131072, head_dim=256, max_position_embeddings=32768, rope_theta=1000042.0)
 _SMOL: dict[str, Any] = dict(vocab=49152, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=100000.0,
              tie_word_embeddings=True)  # fmt: skip
 PRESETS = {
@@ -53,9 +56,15 @@ PRESETS = {
     "open_llama_3b": preset(26, 32, 32, 3200, 8640),
     "open_llama_7b": preset(32, 32, 32, 4096, 11008),
     "open_llama_13b": preset(40, 40, 40, 5120, 13824),
+    "Falcon3-1B-Base": preset(18, 8, 4, 2048, 8192, **_FALCON_3),
+    "Falcon3-3B-Base": preset(22, 12, 4, 3072, 9216, **_FALCON_3),
+    "Falcon3-7B-Base": preset(28, 12, 4, 3072, 23040, **_FALCON_3),
+    "Falcon3-10B-Base": preset(40, 12, 4, 3072, 23040, **_FALCON_3),
     "TinyLlama-1.1B": preset(22, 32, 4, 2048, 5632, rms_norm_eps=1e-5),
     "Mistral-7B-v0.1": preset(32, 32, 8, 4096, 14336, **_MISTRAL, sliding_window=4096),
     "Mistral-7B-v0.3": preset(32, 32, 8, 4096, 14336, 32768, **_MISTRAL, rope_theta=1e6, sliding_window=None),
+    "Mistral-Nemo-Base-2407": preset(40, 32, 8, 5120, 14336, 131072, **_NEMO),
+    "Mistral-Small-24B-Base-2501": preset(40, 32, 8, 5120, 32768, 131072, **_NEMO | dict(rope_theta=1e8)),
     "SmolLM2-135M": preset(30, 9, 3, 576, 1536, **_SMOL),
     "SmolLM2-360M": preset(32, 15, 5, 960, 2560, **_SMOL),
     "SmolLM2-1.7B": preset(24, 32, 32, 2048, 8192, **dict(_SMOL, rope_theta=130000.0)),
@@ -97,6 +106,12 @@ def weights(config: Config) -> Table:
         "ln_f": "model.norm",
         "lm_head": "lm_head",
     }
+
+
+def turned_qkv(config: Config) -> Table:
+    """Return the place of queries, keys and values whose rotated pairs are neighbors in the file."""
+    modules = tuple(f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv")
+    return {"h.{}.attn.qkv": Turned(modules, config.qkv_sizes, neighbors_apart(config.rope_n_elem, config.head_size))}
 
 
 def gguf(config: Config) -> Layout:

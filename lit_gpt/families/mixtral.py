@@ -4,7 +4,7 @@ from typing import Any
 
 from lit_gpt.families import llama
 from lit_gpt.families.fields import tiny_size
-from lit_gpt.families.tables import PerExpert, Table
+from lit_gpt.families.tables import PerExpert, Place, Stacked, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("mixtral",)
@@ -48,6 +48,22 @@ def experts(config: Config, mlp: str, gate: str, up: str, proj: str) -> Table:
         "h.{}.mlp.gate_up": PerExpert(tuple(expert + name for expert in each for name in (gate, up)), (inner, inner)),
         "h.{}.mlp.proj": PerExpert(tuple(expert + proj for expert in each), (config.n_embd,)),
     }
+
+
+def shared(config: Config, module: str) -> Table:
+    """Return the places of the expert that all tokens go to, and of the layers that have no experts."""
+    table, sizes = {}, [("h.{}.mlp.shared.", module, config.shared_intermediate_size)]
+    sizes += [(f"h.{i}.mlp.", f"model.layers.{i}.mlp.", config.dense_intermediate_size) for i in config.dense_layers]
+    for ours, theirs, size in sizes:
+        table[ours + "gate_up"] = Stacked((theirs + "gate_proj", theirs + "up_proj"), (size, size))
+        table[ours + "proj"] = Place((theirs + "down_proj",))
+    return table
+
+
+def dense_layers(hf: dict[str, Any]) -> list[int]:
+    """Return the layers without experts, from the fields of the Qwen families."""
+    step, listed = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
+    return [layer for layer in range(hf["num_hidden_layers"]) if layer in listed or (layer + 1) % step]
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

@@ -13,6 +13,18 @@ from lit_gpt.errors import UserError
 from lit_gpt.model.config import Config
 
 SHARED = {"registry", "fields", "tables"}  # modules of this package that are not families
+# Architectures that people ask for, and what the model here would have to learn for them.
+_CHUNKS = "it attends within chunks, and weighs the inputs of experts"
+_LAYERS_DIFFER = "its layers differ in the size of heads, share keys and values, and have embeddings of their own"
+REFUSED = {
+    "llama4": _CHUNKS,
+    "llama4_text": _CHUNKS,
+    "gemma3n": _LAYERS_DIFFER,
+    "gemma3n_text": _LAYERS_DIFFER,
+    "gemma4": _LAYERS_DIFFER,
+    "gemma4_text": _LAYERS_DIFFER,
+    "phimoe": "its router weighs each expert by the scores of those near it (SparseMixer-v2)",
+}
 
 
 def families() -> Iterator[ModuleType]:
@@ -29,6 +41,8 @@ def family_of(hf: dict[str, Any]) -> ModuleType:
         UserError: none does.
     """
     kind = hf.get("model_type")
+    if kind in REFUSED:
+        raise UserError(f"config.json: model_type '{kind}' is not supported: {REFUSED[kind]}; take another model")
     known = {model_type: family for family in families() for model_type in family.MODEL_TYPES}
     if kind not in known:
         raise UserError(
@@ -36,6 +50,14 @@ def family_of(hf: dict[str, Any]) -> ModuleType:
             "(CONTRIBUTING.md: how to add a family)"
         )
     return known[kind]
+
+
+def language_model(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of the language model, where a config.json describes other towers besides."""
+    if hf.get("model_type") not in {kind for family in families() for kind in getattr(family, "WRAPPERS", ())}:
+        return hf
+    outer = {name: hf[name] for name in ("tie_word_embeddings",) if name in hf}
+    return outer | hf["text_config"]
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -62,6 +84,7 @@ def config_from_hf(hf: dict[str, Any], name: str = "") -> Config:
     Raises:
         UserError: no family answers to the architecture, or the model uses a feature that is not supported.
     """
+    hf = language_model(hf)
     family = family_of(hf)
     try:
         values = family.config(hf)

@@ -14,6 +14,10 @@ class Place:
 
     modules: tuple[str, ...]
 
+    def name(self, module: str, kind: str) -> str:
+        """Return the name of a module's tensor; `kind` is "weight", "bias" or what else the tensor is called here."""
+        return f"{module}.{kind}"
+
     def to_lit(self, tensors: list[Tensor]) -> Tensor:
         return tensors[0]
 
@@ -54,6 +58,72 @@ class PerExpert(Stacked):
 
     def to_hf(self, tensor: Tensor) -> list[Tensor]:
         return list(tensor.flatten(0, 1).split(self.sizes * len(tensor)))
+
+
+@dataclass(frozen=True)
+class AllExperts(Place):
+    """All experts' weights in one tensor (experts, in_features, out_features), biases (experts, out_features).
+
+    Attributes:
+        alternating: the rows of gate and up alternate.
+    """
+
+    alternating: bool = False
+
+    def name(self, module: str, kind: str) -> str:
+        return module if kind == "weight" else f"{module}_{kind}"
+
+    def to_lit(self, tensors: list[Tensor]) -> Tensor:
+        rows = tensors[0].mT if tensors[0].ndim == 3 else tensors[0]
+        return torch.cat((rows[:, ::2], rows[:, 1::2]), dim=1) if self.alternating else rows
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        rows = torch.stack(tensor.chunk(2, dim=1), dim=2).flatten(1, 2) if self.alternating else tensor
+        return [rows.mT if tensor.ndim == 3 else rows]
+
+
+@dataclass(frozen=True)
+class Turned(Stacked):
+    """Stacked queries, keys and values, with the elements of each query and key in another order.
+
+    A rotation turns pairs of elements; here they are half a head (of its rotated part) apart. Scores do not change
+    where queries and keys are reordered alike.
+    """
+
+    order: tuple[int, ...]  # which stored element of a head is in each place here
+
+    def to_lit(self, tensors: list[Tensor]) -> Tensor:
+        return torch.cat([*(self.reordered(x, self.order) for x in tensors[:2]), tensors[2]])
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        q, k, v = tensor.split(self.sizes)
+        return [*(self.reordered(x, inverse(self.order)) for x in (q, k)), v]
+
+    @staticmethod
+    def reordered(x: Tensor, order: tuple[int, ...]) -> Tensor:
+        return x.unflatten(0, (-1, len(order)))[:, order].flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class TurnedNorms(Place):
+    """The weights of a norm for each head, stored (heads, head_size), in the order of Turned queries or keys."""
+
+    order: tuple[int, ...]
+
+    def to_lit(self, tensors: list[Tensor]) -> Tensor:
+        return tensors[0][:, self.order].flatten()
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor.unflatten(0, (-1, len(self.order)))[:, inverse(self.order)]]
+
+
+def neighbors_apart(rotated: int, head_size: int) -> tuple[int, ...]:
+    """Return Turned's order for heads in which the two elements of a rotated pair are neighbors."""
+    return (*range(0, rotated, 2), *range(1, rotated, 2), *range(rotated, head_size))
+
+
+def inverse(order: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(order)), key=order.__getitem__))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from lit_gpt.errors import UsageError
 from lit_gpt.generation.sequence import Row, eager_step
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.kv_cache import DecodeCache, KVCache
+from lit_gpt.model.rope import Rotation
 
 aten = torch.ops.aten
 
@@ -61,7 +62,7 @@ class CompiledStep:
 
 
 def run_block(
-    block: nn.Module, x: Tensor, rotation: tuple[Tensor, Tensor] | None, k: Tensor, v: Tensor, positions: Tensor
+    block: nn.Module, x: Tensor, rotation: Rotation | None, k: Tensor, v: Tensor, positions: Tensor
 ) -> Tensor:
     return block(x, rotation, None, DecodeCache(k, v, positions))
 

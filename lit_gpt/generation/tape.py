@@ -17,7 +17,7 @@ from lit_gpt.model.gpt import GPT, Block
 from lit_gpt.model.kv_cache import KVCache
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.mlp import GptNeoxMLP, SwiGLU
-from lit_gpt.model.norms import LayerNorms, QKNorm, RMSNorm, UnitOffsetRMSNorm
+from lit_gpt.model.norms import LayerNorms, PlainRMSNorm, QKNorm, RMSNorm, UnitOffsetRMSNorm
 from lit_gpt.quantization.formats import FORMATS
 from lit_gpt.quantization.modules import QuantizedEmbedding, QuantizedLinear, unpacked
 
@@ -92,7 +92,8 @@ class Tape:
         x = self.buffer("x", config.n_embd)
         self.embed(x, model.wte, float(torch.tensor(config.embedding_scale, dtype=self.dtype)), by_position=False)
         if model.wpe is not None:
-            self.embed(x, model.wpe, 1.0, by_position=True)
+            self.embed(x, model.wpe, 1.0, by_position=True, skipped=config.position_offset)
+        self.norm(model.ln_e, x, None)
         rotations = self.rotations()
         for layer, (block, rotation) in enumerate(zip(model.h, rotations, strict=True)):
             self.block(block, x, layer, rotation)
@@ -101,13 +102,16 @@ class Tape:
             self.add("finish", logits, logits.size(1), float(config.logit_divisor), float(config.logit_softcap or 0))
         return logits
 
-    def embed(self, x: Tensor, table: nn.Embedding | QuantizedEmbedding, factor: float, by_position: bool) -> None:
+    def embed(
+        self, x: Tensor, table: nn.Embedding | QuantizedEmbedding, factor: float, by_position: bool, skipped: int = 0
+    ) -> None:
+        """Set x to a row of the table, or with `by_position` add the position's row, which lies behind `skipped`."""
         expect(table, nn.Embedding, QuantizedEmbedding)
         if isinstance(table, QuantizedEmbedding):
             kind, scale = quantized_format(table.weight, table.scale), table.scale.float()
         else:
             kind, scale = self.type(table.weight), None
-        self.add("embed", x, table.weight, kind, scale, x.size(1), factor, by_position)
+        self.add("embed", x, table.weight[skipped:], kind, scale, x.size(1), factor, by_position)
 
     def rotations(self) -> list[tuple[Tensor, Tensor] | None]:
         """Return the cosine and sine of each layer, float32 (n, rope_n_elem / 2), if it is rotated."""
@@ -142,10 +146,15 @@ class Tape:
         expect(attn, CausalSelfAttention)
         heads, groups, size, scores = attn.n_head, attn.n_query_groups, attn.head_size, attn.scores
         qkv = self.linear(attn.qkv, x, "qkv")
-        if attn.qk_norm is not None:
+        growth = self.model.config.query_growth
+        if attn.clip is not None or growth is not None or attn.alibi_rounded or attn.sinks is not None:
+            raise Unsupported("clamped or scaled queries, rounded slopes, or sinks")
+        if attn.qk_norm is not None and not attn.norms_rotated:
             self.qk_norm(attn.qk_norm, qkv, attn.sizes)
         if rotation is not None and rotation[0].numel():
             self.add("rotate", qkv, qkv.size(1), heads + groups, size, *rotation, rotation[0].size(1))
+        if attn.qk_norm is not None and attn.norms_rotated:
+            self.qk_norm(attn.qk_norm, qkv, attn.sizes)
         sizes, kind = (heads, groups, size), TYPES[self.dtype]
         self.add("append", qkv, *sizes, layer, kind)
         slopes = None
@@ -185,8 +194,8 @@ class Tape:
             return x
         if record := recorder(norm):
             return record(self, x, name, parts)
-        expect(norm, nn.LayerNorm, LayerNorms, RMSNorm, UnitOffsetRMSNorm)
-        assert isinstance(norm, nn.LayerNorm | RMSNorm)
+        expect(norm, nn.LayerNorm, LayerNorms, RMSNorm, UnitOffsetRMSNorm, PlainRMSNorm)
+        assert isinstance(norm, nn.LayerNorm | RMSNorm | PlainRMSNorm)
         y, size = x if name is None else self.buffer(name, x.size(1)), x.size(1) // parts
         weight, bias = (None if w is None else w.float() for w in (norm.weight, getattr(norm, "bias", None)))
         stride = size if type(norm) is LayerNorms else 0

@@ -39,21 +39,24 @@ class ScoreParams:
     softcap: float | None = None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, lengths: tuple[int, ...]) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, lengths: tuple[int, ...], sinks: Tensor | None = None
+) -> Tensor:
     """Compute causal attention within each of the samples that make up a row.
 
     Args:
         q: (B, n_head, T, head_size). k, v: (B, n_query_groups, T, head_size).
         lengths: how long the samples are; their sum is T.
+        sinks: (n_head,), the score of one more key of each head, which all queries see and which has no value.
 
     Returns:
         (B, n_head, T, head_size). Scores and softmax are float32, or float64 for such input.
     """
-    if scores.softcap is None and ops.supports_attention(q, k, v):
+    if scores.softcap is None and sinks is None and ops.supports_attention(q, k, v):
         return apply_or_forward(_AttentionKernel, q, k, v, scores, lengths)
     if (dtype := arithmetic(q.device, q.dtype)) != q.dtype:
-        return attention(q.to(dtype), k.to(dtype), v.to(dtype), scores, lengths).to(q.dtype)
-    return apply_or_forward(_Attention, q, k, v, scores, lengths)
+        return attention(q.to(dtype), k.to(dtype), v.to(dtype), scores, lengths, sinks).to(q.dtype)
+    return apply_or_forward(_Attention, q, k, v, sinks, scores, lengths)
 
 
 class _AttentionKernel(torch.autograd.Function):
@@ -83,26 +86,27 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, scores, lengths):
+    def forward(ctx, q, k, v, sinks, scores, lengths):
         ctx.scores, ctx.lengths, kept = scores, lengths, []
         with torch.autocast(q.device.type, enabled=False):
             values, y = _by_group(v, v).to(_wide(v)), torch.empty_like(_by_group(q, k))
-            probabilities = _Probabilities(q, k, scores)
+            probabilities = _Probabilities(q, k, scores, sinks)
             for block in _blocks(lengths, scores):
                 p, _ = probabilities.of(block)
                 y[:, probabilities.rows(block)] = p @ values[:, block.keys]
                 kept += [p.to(q.dtype)] if block.kept else []
-        ctx.save_for_backward(q, k, v, *kept)
+        ctx.save_for_backward(q, k, v, sinks, *kept)
         return _by_head(y, q)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        q, k, v, *kept = ctx.saved_tensors
+        q, k, v, sinks, *kept = ctx.saved_tensors
         queries, keys_, values, grad = (_by_group(x, k) for x in (q, k, v, grad))
         q_grad = torch.empty_like(queries)
         k_grad, v_grad = (torch.zeros_like(x, dtype=_wide(x)) for x in (keys_, values))
-        probabilities, kept = _Probabilities(q, k, ctx.scores), iter(kept)
+        probabilities, kept = _Probabilities(q, k, ctx.scores, sinks), iter(kept)
+        sinks_grad = None if sinks is None else torch.zeros_like(sinks, dtype=_wide(sinks))
         for block in _blocks(ctx.lengths, ctx.scores):
             p, slope = (next(kept), None) if block.kept else probabilities.of(block)
             p = p.to(q.dtype)
@@ -110,12 +114,20 @@ class _Attention(torch.autograd.Function):
             v_grad[:, keys] += p.mT @ grad[:, rows]
             p_grad = grad[:, rows] @ values[:, keys].mT
             scores_grad = torch._softmax_backward_data(p_grad, p, -1, p.dtype)
+            if sinks_grad is not None:  # the sink has what is left of the probability, and no value
+                of_sink = (p.sum(-1) - 1) * (p_grad * p).sum(-1)
+                sinks_grad += of_sink.view(q.size(0), k.size(1), -1, probabilities.heads).sum((0, 2)).flatten()
             scores_grad = scores_grad if slope is None else scores_grad.mul_(slope)
             q_grad[:, rows] = scores_grad @ keys_[:, keys]
             k_grad[:, keys] += scores_grad.mT @ queries[:, rows]
         scale = ctx.scores.scale
         grads = (q_grad.mul_(scale), q), (k_grad.mul_(scale), k), (v_grad, v)
-        return *(_by_head(x, like) for x, like in grads), None, None
+        return (
+            *(_by_head(x, like) for x, like in grads),
+            None if sinks is None else sinks_grad.to(sinks.dtype),
+            None,
+            None,
+        )
 
 
 @dataclass(frozen=True)
@@ -146,8 +158,8 @@ def _blocks(lengths: tuple[int, ...], scores: ScoreParams) -> Iterator[_Block]:
 class _Probabilities:
     """Computes the softmax of the scores of a block's queries, in float32 or wider."""
 
-    def __init__(self, q: Tensor, k: Tensor, scores: ScoreParams) -> None:
-        self.q, self.k, self.heads = q, k, q.size(1) // k.size(1)
+    def __init__(self, q: Tensor, k: Tensor, scores: ScoreParams, sinks: Tensor | None) -> None:
+        self.q, self.k, self.sinks, self.heads = q, k, sinks, q.size(1) // k.size(1)
         self.scale, self.window, self.softcap = scores.scale, scores.window, scores.softcap
 
     @cached_property
@@ -171,7 +183,10 @@ class _Probabilities:
         by_query[..., before:] += self.later[:n, :n].unsqueeze(1)
         if self.window is not None and seen > self.window:
             by_query += scores.new_full((n, seen), -torch.inf).tril_(before - self.window).unsqueeze(1)
-        return scores.softmax(-1), slope
+        if self.sinks is None:
+            return scores.softmax(-1), slope
+        groups = self.sinks.to(scores.dtype).view(1, -1, 1, self.heads).expand(self.q.size(0), -1, n, -1)
+        return torch.cat((scores, groups.reshape(-1, n * self.heads, 1)), dim=-1).softmax(-1)[..., :seen], slope
 
     @cached_property
     def later(self) -> Tensor:

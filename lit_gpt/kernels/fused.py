@@ -262,6 +262,7 @@ ACTIVATIONS = {
         Activation("gelu", F.gelu, aten.gelu_backward),
         Activation("gelu_tanh", partial(F.gelu, approximate="tanh"), partial(aten.gelu_backward, approximate="tanh")),
         Activation("relu", F.relu, partial(aten.threshold_backward, threshold=0)),
+        Activation("relu2", lambda x: F.relu(x).square(), lambda grad, x: 2 * grad * F.relu(x)),
         Activation("silu", F.silu, aten.silu_backward),
     )
 }

@@ -131,17 +131,28 @@ def targets(model: GPT, config: LoRAConfig) -> Iterator[tuple[str, list[tuple[in
     q, k, v = model.config.qkv_sizes
     spans = {"query": (0, q), "key": (q, q + k), "value": (q + k, q + k + v)}
     qkv = [span for name, span in spans.items() if getattr(config, name)]
-    n, inner = model.config.n_embd, model.config.intermediate_size
-    # gate and up have an update each; which experts a token goes to stays the base's choice
-    mlp = {"fc": [(0, inner)], "gate_up": [(0, inner), (inner, 2 * inner)], "proj": [(0, n)]} if config.mlp else {}
     for layer, block in enumerate(model.h):
         if qkv:
             yield f"h.{layer}.attn.qkv", qkv
         if config.projection:
-            yield f"h.{layer}.attn.proj", [(0, n)]
-        yield from ((f"h.{layer}.mlp.{name}", parts) for name, parts in mlp.items() if hasattr(block.mlp, name))
+            yield f"h.{layer}.attn.proj", [(0, model.config.n_embd)]
+        if config.mlp:
+            yield from ((f"h.{layer}.mlp.{path}", parts) for path, parts in mlp_targets(block.mlp))
     if config.head:
         yield "lm_head", [(0, model.config.padded_vocab_size)]
+
+
+def mlp_targets(mlp: nn.Module) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """Yield what `targets` does of an MLP, of routed and shared experts.
+
+    Gate and up have an update each; which experts a token goes to stays the base's choice.
+    """
+    for path, layer in mlp.named_modules():
+        name, n = path.rpartition(".")[2], getattr(layer, "out_features", 0)
+        if name == "gate_up":
+            yield path, [(0, n // 2), (n // 2, n)]
+        elif name in ("fc", "proj"):
+            yield path, [(0, n)]
 
 
 def updates(
@@ -202,20 +213,22 @@ def write_merged(path: Path, model: GPT) -> None:
     """Write the state dict of the merged model, dequantized if it is quantized, holding one tensor at a time."""
     config = merged_config(model)
     with on_meta():
-        names = dict(GPT(config).named_parameters())  # tied ones once
+        names = GPT(config).state_dict()
+    if config.tie_embeddings:
+        del names["lm_head.weight"]  # the embedding's
     layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    layout = {name: names[name].to(stored_dtype(layer, model.dtype)) for name, layer in layers.items()}
+    layout = {name: names[name].to(stored_dtype(name, layer, model.dtype)) for name, layer in layers.items()}
     io.write_streamed(path, layout, ((name, merged_tensor(name, layer)) for name, layer in layers.items()))
 
 
-def stored_dtype(layer: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that a layer's tensors have once merged: `dtype` if the layer is quantized now, else its own."""
+def stored_dtype(name: str, layer: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that a layer's tensor has once merged: `dtype` if the layer is quantized now, else its own."""
     layer = layer.linear if isinstance(layer, LoRALayer) else layer
-    return dtype if isinstance(layer, Quantized) else layer.get_parameter("weight").dtype
+    return dtype if isinstance(layer, Quantized) else getattr(layer, name.rpartition(".")[2]).dtype
 
 
 def merged_tensor(name: str, layer: nn.Module) -> Tensor:
-    """Return the weight or bias `name` of a layer, with the layer's update added if it has one."""
+    """Return the tensor `name` of a layer, its weight with the layer's update added if it has one."""
     if not name.endswith(".weight"):
-        return (layer.linear if isinstance(layer, LoRALayer) else layer).get_parameter("bias")
+        return getattr(layer.linear if isinstance(layer, LoRALayer) else layer, name.rpartition(".")[2])
     return layer.merged() if isinstance(layer, LoRALayer) else weight_of(layer)

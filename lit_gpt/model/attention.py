@@ -26,10 +26,11 @@ class CausalSelfAttention(nn.Module):
         self.sizes = config.qkv_sizes
         scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
         self.scores = ScoreParams(scale, config.window(layer), config.attention_softcap)
-        self.alibi = config.alibi
+        self.alibi, self.alibi_rounded, self.clip = config.alibi, config.alibi_rounded, config.clip_qkv
+        self.sinks = nn.Parameter(torch.zeros(config.n_head)) if config.attention_sinks else None
         # one product for all: rows of the queries, then of the keys, then of the values
         self.qkv = Linear(config.n_embd, sum(self.sizes), bias=config.qkv_bias)
-        self.qk_norm = QKNorm(config) if config.qk_norm else None
+        self.qk_norm, self.norms_rotated = QKNorm(config) if config.qk_norm else None, config.qk_norm_rotated
         self.proj = Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
         self.register_module("prefix", None)
 
@@ -40,13 +41,13 @@ class CausalSelfAttention(nn.Module):
         heads = q, k, v
         if self.alibi:
             positions = segments.positions if segments else torch.arange(k.size(2), device=k.device)
-            heads = with_alibi(*heads, self.scores.scale, positions)
+            heads = with_alibi(*heads, self.scores.scale, positions, self.alibi_rounded)
         if segments is not None:
-            y = attend_packed(*heads, self.scores, segments)
+            y = attend_packed(*heads, self.scores, segments, self.sinks)
         elif isinstance(cache, DecodeCache):
-            y = decode_attention(*heads, self.scores, cache.positions)
+            y = decode_attention(*heads, self.scores, cache.positions, self.sinks)
         else:
-            y = attend(*heads, self.scores)
+            y = attend(*heads, self.scores, self.sinks)
         if self.alibi:
             y = y[..., : self.head_size]
         if self.prefix is not None:
@@ -60,10 +61,23 @@ class CausalSelfAttention(nn.Module):
             Queries (B, n_head, T, head_size); keys and values (B, n_query_groups, T, head_size).
         """
         qkv = self.qkv(x)
-        if self.qk_norm is not None:
-            q, k, v = qkv.split(self.sizes, dim=-1)
-            qkv = torch.cat((*self.qk_norm(q, k), v), dim=-1)
+        if self.clip is not None:
+            qkv = qkv.clamp(-self.clip, self.clip)
+        if not self.norms_rotated:
+            qkv = self.normed(qkv)
         if rotation is not None:
-            qkv = fused.rotate(qkv, *rotation, self.n_head + self.n_query_groups, self.head_size)
-        q, k, v = (y.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for y in qkv.split(self.sizes, dim=-1))
+            qkv = fused.rotate(qkv, rotation.cos, rotation.sin, self.n_head + self.n_query_groups, self.head_size)
+        if self.norms_rotated:
+            qkv = self.normed(qkv)
+        q, k, v = qkv.split(self.sizes, dim=-1)
+        if rotation is not None and rotation.query_scale is not None:
+            q = q * rotation.query_scale.to(q.dtype)
+        q, k, v = (y.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for y in (q, k, v))
         return q, k, v
+
+    def normed(self, qkv: Tensor) -> Tensor:
+        """Return the projections with normed queries and keys, if the model norms them."""
+        if self.qk_norm is None:
+            return qkv
+        q, k, v = qkv.split(self.sizes, dim=-1)
+        return torch.cat((*self.qk_norm(q, k), v), dim=-1)

@@ -29,18 +29,26 @@ class Config:
     head_size: int = 0  # 0: n_embd // n_head
     # positions
     learned_positions: bool = False  # an embedding of block_size positions, which no sequence may exceed
+    position_offset: int = 0  # rows of that embedding before the first position's
     alibi: bool = False  # nearer keys weigh more, by a slope per head
+    alibi_rounded: bool = False  # see lit_gpt.model.alibi.with_alibi
     rotary_percentage: float = 1.0
     rope_base: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
     local_rope_base: float | None = None  # for layers with the window, which then scale nothing; None: rope_base
     unrotated_layers: list[int] = field(default_factory=list)  # these have no positions (Kazemnejad et al. 2023, NoPE)
+    # queries are scaled by 1 + query_growth * ln(1 + floor(position / query_growth_length)), and keep their entropy
+    query_growth: float | None = None
+    query_growth_length: int = 0
     # attention
     sliding_window: int | None = None  # a token sees this many, itself included
     global_layers: list[int] = field(default_factory=list)  # these see all tokens in spite of the window
     attention_scale: float | None = None  # multiplies the scores; None: head_size ** -0.5
     attention_softcap: float | None = None  # see lit_gpt.kernels.attention.ScoreParams
     qk_norm: str | None = None  # over the "projection"s of queries and keys, each "head", or "heads": own weights each
+    qk_norm_rotated: bool = False  # they are normed after they are rotated, not before
+    clip_qkv: float | None = None  # queries, keys and values are clamped to this from 0 on either side
+    attention_sinks: bool = False  # a score of each head's own, of a key without a value (Xiao et al. 2024)
     # block
     parallel_residual: bool = False
     shared_attention_norm: bool = False  # with parallel_residual: attention and MLP read one norm
@@ -49,17 +57,31 @@ class Config:
     pre_norm: bool = True  # attention and MLP read norms of the stream
     post_norm: bool = False  # norms of what attention and MLP give are added to it
     residual_scale: float = 1.0  # multiplies what attention and MLP add, with sequential residuals
-    mlp_class: str = "GptNeoxMLP"  # or SwiGLU, MoE
+    mlp_class: str = "GptNeoxMLP"  # or XIELUMLP, SwiGLU, MoE
     activation: str = "gelu"  # a key of lit_gpt.kernels.fused.ACTIVATIONS
     intermediate_size: int = 0  # 0: 4 * n_embd; of MoE: each expert's
     n_expert: int = 0  # how many experts an MoE has
     n_expert_per_token: int = 0
+    router_score: str = "softmax"  # or sigmoid, which scores each expert by itself
+    router_bias: bool = False
+    router_correction: bool = False  # is added to the scores that choose, not to the weights (DeepSeek-AI 2024, V3)
+    n_expert_group: int = 1  # experts are chosen in the `n_group_per_token` best of so many groups
+    n_group_per_token: int = 1
     norm_expert_weights: bool = True  # the weights of a token's experts sum to 1
+    expert_scale: float = 1.0  # multiplies those weights
+    expert_bias: bool = False  # the experts' linear layers have one
+    gate_limit: float | None = None  # see lit_gpt.model.mlp.clamped_gate, as for the slope
+    gate_slope: float = 1.0
+    shared_intermediate_size: int = 0  # of an expert that all tokens go to; 0: there is none
+    shared_expert_gate: bool = False  # which each token scales by itself
+    dense_layers: list[int] = field(default_factory=list)  # these have a SwiGLU in the place of experts
+    dense_intermediate_size: int = 0
     bias: bool = False  # the MLP's linear layers have one
     qkv_bias: bool = False
     proj_bias: bool = False  # the attention's output projection has one
     # the ends
     embedding_scale: float = 1.0
+    embedding_norm: bool = False
     head_bias: bool = False
     logit_divisor: float = 1.0
     logit_softcap: float | None = None  # c, by which a logit x becomes c * tanh(x / c)
@@ -80,6 +102,12 @@ class Config:
     def rope_n_elem(self) -> int:
         """Return how many elements of each head are rotated."""
         return int(self.rotary_percentage * self.head_size)
+
+    def mlp(self, layer: int) -> tuple[str, int]:
+        """Return the class of this layer's MLP, and its intermediate size."""
+        if layer in self.dense_layers:
+            return "SwiGLU", self.dense_intermediate_size
+        return self.mlp_class, self.intermediate_size
 
     def window(self, layer: int) -> int | None:
         """Return how many tokens one sees in this layer, itself included; None for all before it."""

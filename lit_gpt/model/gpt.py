@@ -29,7 +29,9 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd) if config.learned_positions else None
+        places = config.block_size + config.position_offset
+        self.wpe = nn.Embedding(places, config.n_embd) if config.learned_positions else None
+        self.ln_e = norm(config) if config.embedding_norm else nn.Identity()
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = norm(config)
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=config.head_bias)
@@ -120,11 +122,11 @@ class GPT(nn.Module):
         x, scale, limit = self.wte(idx), self.config.embedding_scale, self.config.block_size
         if scale != 1.0:
             x = x * torch.tensor(scale, dtype=x.dtype)  # rounded as the weights are, since the models were trained so
-        if self.wpe is None:
-            return x
-        if max(lengths) > limit:
-            raise UserError(f"{max(lengths)} tokens exceed the model's {limit} learned positions; give it fewer")
-        return x + self.wpe(positions)
+        if self.wpe is not None:
+            if max(lengths) > limit:
+                raise UserError(f"{max(lengths)} tokens exceed the model's {limit} learned positions; give it fewer")
+            x = x + self.wpe(positions + self.config.position_offset)
+        return self.ln_e(x)
 
     def postprocess_logits(self, logits: Tensor) -> Tensor:
         """Return logits from the head's output, which LoRA and Adapter v2 change before this."""
@@ -174,7 +176,8 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.post_norm_1 = post()
         self.norm_2 = None if config.shared_attention_norm else pre()
-        self.mlp = MLPS[config.mlp_class](config)
+        mlp_class, intermediate_size = config.mlp(layer)
+        self.mlp = MLPS[mlp_class](config, intermediate_size)
         self.post_norm_2 = post()
         self.execution = BlockExecution()
 

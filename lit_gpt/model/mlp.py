@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt.errors import UserError
@@ -9,7 +11,7 @@ from lit_gpt.kernels import fused
 from lit_gpt.kernels.fused import ACTIVATIONS, Activation
 from lit_gpt.model.config import Config
 from lit_gpt.model.linear import Linear
-from lit_gpt.model.moe import Experts, Router
+from lit_gpt.model.moe import Experts, Router, SharedGate
 
 Apply = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # applies a function whose output is cheap to recompute
 
@@ -26,23 +28,55 @@ def activation(config: Config) -> Activation:
 
 
 class GptNeoxMLP(nn.Module):
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, size: int) -> None:
         super().__init__()
-        self.fc = Linear(config.n_embd, config.intermediate_size, bias=config.bias)
-        self.proj = Linear(config.intermediate_size, config.n_embd, bias=config.bias)
+        self.fc = Linear(config.n_embd, size, bias=config.bias)
+        self.proj = Linear(size, config.n_embd, bias=config.bias)
         self.activation = activation(config)
 
     def forward(self, x: Tensor, apply: Apply = plainly) -> Tensor:
         return self.proj(apply(self.activation, self.fc(x)))
 
 
+class XIELU(nn.Module):
+    """xIELU (Huang & Schlag 2024, arXiv 2411.13010): a parabola on the right, on the left the integral of an ELU, each
+    with a factor that trains: softplus(alpha_p), and beta + softplus(alpha_n).
+
+    Both meet at 0, with the slope beta; what is nearer to 0 than eps counts as eps in the exponential.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alpha_p, self.alpha_n = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        self.register_buffer("beta", torch.tensor(0.5))
+        self.register_buffer("eps", torch.tensor(-1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        beta, right, left = self.beta, F.softplus(self.alpha_p), self.beta + F.softplus(self.alpha_n)
+        sides = right * x * x, left * (torch.expm1(torch.minimum(x, self.eps.to(x.dtype))) - x)
+        return (torch.where(x > 0, *sides) + beta * x).to(x.dtype)
+
+
+class XIELUMLP(nn.Module):
+    """A plain MLP with xIELU."""
+
+    def __init__(self, config: Config, size: int) -> None:
+        super().__init__()
+        self.fc = Linear(config.n_embd, size, bias=config.bias)
+        self.xielu = XIELU()
+        self.proj = Linear(size, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, apply: Apply = plainly) -> Tensor:
+        return self.proj(apply(self.xielu, self.fc(x)))
+
+
 class SwiGLU(nn.Module):
     """A gated MLP (Shazeer 2020, GLU Variants Improve Transformer): gate and up in one product, the gate first."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, size: int) -> None:
         super().__init__()
-        self.gate_up = Linear(config.n_embd, 2 * config.intermediate_size, bias=config.bias)
-        self.proj = Linear(config.intermediate_size, config.n_embd, bias=config.bias)
+        self.gate_up = Linear(config.n_embd, 2 * size, bias=config.bias)
+        self.proj = Linear(size, config.n_embd, bias=config.bias)
         self.activation = activation(config)
 
     def forward(self, x: Tensor, apply: Apply = plainly) -> Tensor:
@@ -59,23 +93,40 @@ class MoE(nn.Module):
     unless `output_router_logits` asks for it.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, size: int) -> None:
         super().__init__()
-        n, inner = config.n_expert, config.intermediate_size
-        self.router = Router(config.n_embd, n, config.n_expert_per_token, config.norm_expert_weights)
-        self.gate_up = Experts(n, config.n_embd, 2 * inner)
-        self.proj = Experts(n, inner, config.n_embd)
-        self.activation = activation(config)
+        n, shared = config.n_expert, config.shared_intermediate_size
+        self.router = Router(config)
+        self.gate_up = Experts(n, config.n_embd, 2 * size, config.expert_bias)
+        self.proj = Experts(n, size, config.n_embd, config.expert_bias)
+        self.shared = SwiGLU(config, shared) if shared else None
+        self.shared_gate = SharedGate(config.n_embd) if config.shared_expert_gate else None
+        self.activation, self.limit, self.slope = activation(config), config.gate_limit, config.gate_slope
 
     def forward(self, x: Tensor, apply: Apply = plainly) -> Tensor:
         tokens = x.flatten(0, 1)
         weights, routes = self.router(tokens)
         gate_up = self.gate_up(routes.dispatch(tokens), routes)
-        y = self.proj(apply(self.inner, gate_up), routes)
-        return routes.combine(y, weights).view_as(x)
+        y = routes.combine(self.proj(apply(self.inner, gate_up), routes), weights).view_as(x)
+        if self.shared is None:
+            return y
+        shared = self.shared(x, apply)
+        return y + (shared if self.shared_gate is None else self.shared_gate(x) * shared)
 
     def inner(self, gate_up: Tensor) -> Tensor:
+        if self.limit is not None:
+            return clamped_gate(gate_up, self.limit, self.slope)
         return fused.gated(gate_up, self.activation)
 
 
-MLPS = {"GptNeoxMLP": GptNeoxMLP, "SwiGLU": SwiGLU, "MoE": MoE}
+def clamped_gate(gate_up: Tensor, limit: float, slope: float) -> Tensor:
+    """Return gate * sigmoid(slope * gate) * (up + 1), with both clamped to the limit, the gate only from above.
+
+    Source: OpenAI 2025, gpt-oss-120b & gpt-oss-20b Model Card.
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return gate * torch.sigmoid(slope * gate) * (up + 1)
+
+
+MLPS = {"GptNeoxMLP": GptNeoxMLP, "XIELUMLP": XIELUMLP, "SwiGLU": SwiGLU, "MoE": MoE}

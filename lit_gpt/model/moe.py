@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from lit_gpt.kernels.linear import arithmetic
 from lit_gpt.kernels.policy import policy
+from lit_gpt.model.config import Config
 
 
 @dataclass(frozen=True)
@@ -114,32 +115,71 @@ def _by_expert(x: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
 
 
 class Experts(nn.Module):
-    """A linear layer without bias for each expert."""
+    """A linear layer for each expert."""
 
-    def __init__(self, n_expert: int, in_features: int, out_features: int) -> None:
+    def __init__(self, n_expert: int, in_features: int, out_features: int, bias: bool = False) -> None:
         super().__init__()
         self.n_expert, self.in_features, self.out_features = n_expert, in_features, out_features
         self.weight = nn.Parameter(torch.empty(n_expert, out_features, in_features))
         nn.init.uniform_(self.weight, -(in_features**-0.5), in_features**-0.5)  # as nn.Linear does
+        self.bias = nn.Parameter(torch.zeros(n_expert, out_features)) if bias else None
 
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
         """Apply each expert to its rows: x (rows, in_features), sorted by expert, to (rows, out_features)."""
-        return grouped_product(x, self.weight, routes.counts)
+        y = grouped_product(x, self.weight, routes.counts)
+        if self.bias is None:
+            return y
+        biases = [bias.expand(n, -1) for bias, n in zip(self.bias, routes.counts, strict=True)]
+        return y + torch.cat(biases).to(y.dtype)
 
 
 class Router(nn.Module):
     """Chooses each token's experts, and their weights. No nn.Linear, so that no method attaches to it."""
 
-    def __init__(self, n_embd: int, n_expert: int, n_expert_per_token: int, norm_weights: bool) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
-        self.n_expert, self.n_expert_per_token, self.norm_weights = n_expert, n_expert_per_token, norm_weights
-        self.weight = nn.Parameter(torch.empty(n_expert, n_embd))
+        self.n_expert, self.n_expert_per_token = config.n_expert, config.n_expert_per_token
+        self.sigmoid, self.norm_weights = config.router_score == "sigmoid", config.norm_expert_weights
+        self.scale = config.expert_scale
+        self.groups, self.groups_per_token = config.n_expert_group, config.n_group_per_token
+        self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self.bias = nn.Parameter(torch.zeros(config.n_expert)) if config.router_bias else None
+        # it balances the load, by another rule than gradients
+        correction = torch.zeros(config.n_expert) if config.router_correction else None
+        self.register_buffer("e_score_correction_bias", correction)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Return the weights of each token's experts, float32 (N, k), and the routing of tokens (N, n_embd) to them."""
-        probabilities = F.linear(x, self.weight).softmax(-1, dtype=torch.float32)
-        weights, chosen = probabilities.topk(self.n_expert_per_token)
+        logits = F.linear(x, self.weight, self.bias)
+        scores = logits.float().sigmoid() if self.sigmoid else logits.softmax(-1, dtype=torch.float32)
+        chosen = self.choice(scores).topk(self.n_expert_per_token).indices
+        weights = scores.gather(-1, chosen)
         if self.norm_weights:
             weights = weights / weights.sum(-1, keepdim=True)
-        return weights, Routing.from_topk(chosen, self.n_expert)
+        return weights * self.scale, Routing.from_topk(chosen, self.n_expert)
+
+    def choice(self, scores: Tensor) -> Tensor:
+        """Return the scores (N, n_expert) that choose: corrected, and none of experts outside of the best groups.
+
+        A group is as good as its two best experts together.
+        """
+        if self.e_score_correction_bias is not None:
+            scores = scores + self.e_score_correction_bias
+        if self.groups == 1:
+            return scores
+        grouped = scores.unflatten(-1, (self.groups, -1))
+        best = grouped.topk(2).values.sum(-1).topk(self.groups_per_token).indices
+        outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
+        return grouped.masked_fill(outside.unsqueeze(-1), -torch.inf).flatten(-2)
+
+
+class SharedGate(nn.Module):
+    """Says how much of the shared expert a token takes. No nn.Linear, so that no method attaches to it."""
+
+    def __init__(self, n_embd: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, n_embd))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(F.linear(x, self.weight))

@@ -31,10 +31,24 @@ class UnitOffsetRMSNorm(RMSNorm):
     offset = 1.0
 
 
+class PlainRMSNorm(nn.Module):
+    """RMSNorm without weights."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.size, self.eps = size, eps
+        self.register_parameter("weight", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (self.size,), eps=self.eps).to(x.dtype)
+
+
 NORMS: dict[str, Callable[..., nn.Module]] = {
     "LayerNorm": nn.LayerNorm,
     "BiaslessLayerNorm": partial(nn.LayerNorm, bias=False),
+    "PlainLayerNorm": partial(nn.LayerNorm, elementwise_affine=False),
     "RMSNorm": RMSNorm,
+    "PlainRMSNorm": PlainRMSNorm,
     "UnitOffsetRMSNorm": UnitOffsetRMSNorm,
 }
 

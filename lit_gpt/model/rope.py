@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al. 2021, RoFormer) and the ways to stretch it over longer contexts."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,13 @@ from torch import Tensor, nn
 from lit_gpt.errors import UserError
 from lit_gpt.model.config import Config
 
-Rotation = tuple[Tensor, Tensor]  # cosine and sine, see RotaryEmbedding
+
+class Rotation(NamedTuple):
+    """The rotation of queries and keys at some positions; see RotaryEmbedding."""
+
+    cos: Tensor
+    sin: Tensor
+    query_scale: Tensor | None = None  # multiplies the queries; (T, 1) or (B, 1, 1)
 
 
 class RotaryEmbedding(nn.Module):
@@ -18,6 +25,7 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         # float32 (rope_n_elem / 2,); with LongRoPE two rows, the second for sequences beyond the original context
         self.frequencies, self.attention_factor = rope_frequencies(config)
+        self.growth, self.growth_length = config.query_growth, config.query_growth_length
         scaling = config.rope_scaling
         self.original = scaling["original_max_position_embeddings"] if scaling and self.frequencies.ndim == 2 else None
 
@@ -43,7 +51,13 @@ class RotaryEmbedding(nn.Module):
         angles = positions[..., None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = ((f(angles) * self.attention_factor).to(dtype) for f in (torch.cos, torch.sin))
-        return cos, sin
+        return Rotation(cos, sin, self.query_scale(positions, dtype))
+
+    def query_scale(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """Return what scales the queries at these positions, (..., 1), as attention spreads over ever more keys."""
+        if self.growth is None:
+            return None
+        return (1 + self.growth * torch.log1p(positions.float().div(self.growth_length).floor()))[..., None].to(dtype)
 
 
 def rope_frequencies(config: Config) -> tuple[Tensor, float]:

@@ -11,47 +11,54 @@ from lit_gpt.kernels.policy import policy
 from lit_gpt.model.inputs import Segments
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, sinks: Tensor | None = None) -> Tensor:
     """Compute causal attention of queries that are the last T of S positions.
 
     Args:
         q: (B, n_head, T, head_size). k, v: (B, n_query_groups, S, head_size).
+        sinks: (n_head,), the score of one more key of each head, which has no value (OpenAI 2025, gpt-oss).
     """
     T, S, window = q.size(2), k.size(2), scores.window
-    if T == S and use_blockwise(q, scores):
-        return attention.attention(q, k, v, scores, (T,))
+    if T == S and (sinks is not None or use_blockwise(q, scores)):
+        return attention.attention(q, k, v, scores, (T,), sinks)
     if T == 1:
         first = 0 if window is None else max(0, S - window)
-        return sdpa_one_query(q, k[:, :, first:], v[:, :, first:], scores)
+        return sdpa_one_query(q, k[:, :, first:], v[:, :, first:], scores, sinks=sinks)
     if T == S and (window is None or S <= window):
         gqa = q.size(1) != k.size(1)
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scores.scale, enable_gqa=gqa)
     behind = torch.arange(S - T, S, device=q.device)[:, None] - torch.arange(S, device=q.device)
-    return sdpa(q, k, v, scores, behind >= 0 if window is None else (behind >= 0) & (behind < window))
+    return sdpa(q, k, v, scores, behind >= 0 if window is None else (behind >= 0) & (behind < window), sinks)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, seen: Tensor | None = None) -> Tensor:
+def sdpa(
+    q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, seen: Tensor | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """Compute attention of queries (B, n_head, T, head_size) to the keys that they see.
 
     Args:
         seen: bool (T, S) or (B, 1, T, S); None: all.
     """
-    if scores.softcap is not None:
-        return sdpa_by_matmul(q, k, v, scores, seen)
+    if scores.softcap is not None or sinks is not None:
+        return sdpa_by_matmul(q, k, v, scores, seen, sinks)
     gqa = q.size(1) != k.size(1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scores.scale, enable_gqa=gqa)
 
 
-def sdpa_one_query(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, seen: Tensor | None = None) -> Tensor:
+def sdpa_one_query(
+    q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, seen: Tensor | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """Compute attention of one query of each row; the arguments are those of `sdpa`, with T = 1."""
     if q.device.type != "cpu":
-        return sdpa(q, k, v, scores, seen)
+        return sdpa(q, k, v, scores, seen, sinks)
     # torch's own kernel takes many times as long there, and so do products in narrow types
     wide = torch.promote_types(q.dtype, torch.float32)
-    return sdpa_by_matmul(q.to(wide), k.to(wide), v.to(wide), scores, seen).to(q.dtype)
+    return sdpa_by_matmul(q.to(wide), k.to(wide), v.to(wide), scores, seen, sinks).to(q.dtype)
 
 
-def sdpa_by_matmul(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, seen: Tensor | None) -> Tensor:
+def sdpa_by_matmul(
+    q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, seen: Tensor | None, sinks: Tensor | None = None
+) -> Tensor:
     """Compute attention by two matrix products, soft caps included; the arguments are those of `sdpa`."""
     grouped = q.unflatten(1, (k.size(1), -1))  # (B, n_query_groups, heads of a group, T, head_size)
     logits = (grouped.flatten(2, 3) @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scores.scale
@@ -60,10 +67,15 @@ def sdpa_by_matmul(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, seen: T
     logits = logits.unflatten(2, grouped.shape[2:4])
     if seen is not None:
         logits = logits.masked_fill(~(seen if seen.ndim == 2 else seen.unsqueeze(1)), -torch.inf)
-    return (logits.softmax(-1).to(v.dtype).flatten(2, 3) @ v).view_as(q)
+    if sinks is not None:
+        one_more = sinks.to(logits.dtype).view(1, k.size(1), -1, 1, 1).expand(*logits.shape[:-1], 1)
+        logits = torch.cat((logits, one_more), dim=-1)
+    return (logits.softmax(-1)[..., : k.size(2)].to(v.dtype).flatten(2, 3) @ v).view_as(q)
 
 
-def decode_attention(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, positions: Tensor) -> Tensor:
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, positions: Tensor, sinks: Tensor | None = None
+) -> Tensor:
     """Compute attention of one query of each row to the places up to its position.
 
     Args:
@@ -72,8 +84,8 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, posit
     """
     behind = positions[:, None] - torch.arange(k.size(2), device=k.device)  # (B, S)
     seen = behind >= 0 if scores.window is None else (behind >= 0) & (behind < scores.window)
-    if not torch.compiler.is_compiling():
-        return sdpa_one_query(q, k, v, scores, seen[:, None, None])
+    if sinks is not None or not torch.compiler.is_compiling():
+        return sdpa_one_query(q, k, v, scores, seen[:, None, None], sinks)
     # written for the compiler to make one loop of it
     grouped = q.unflatten(1, (k.size(1), -1)).float()  # (B, n_query_groups, heads of a group, 1, head_size)
     logits = (grouped * k.unsqueeze(2).float()).sum(-1) * scores.scale  # (B, n_query_groups, heads of a group, S)
@@ -83,8 +95,12 @@ def decode_attention(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, posit
     return (weights.unsqueeze(-1) * v.unsqueeze(2).float()).sum(-2).to(q.dtype).view_as(q)
 
 
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, segments: Segments) -> Tensor:
+def attend_packed(
+    q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, segments: Segments, sinks: Tensor | None = None
+) -> Tensor:
     """Compute causal attention within each sample of a packed row. The shapes are those of `attend`, B = 1, S = T."""
+    if sinks is not None:
+        return attention.attention(q, k, v, scores, segments.lengths, sinks)
     if scores.softcap is None and flash_supports(q):
         return attend_varlen(q, k, v, scores, segments)
     if use_blockwise(q, scores):

@@ -1,6 +1,7 @@
 """Every family and layout against transformers: the same logits, the same tensors there and back."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,13 +9,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.compare import TOLERANCE, in_steps, off, tokens
+from helpers.paths import ROOT
 from helpers.tiny_models import Tiny, tiny_hf_model
 from lit_gpt import GPT
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.checkpoints.folder import load_state
 from lit_gpt.conversion import hf, hf_shards, weights
 from lit_gpt.errors import UserError
-from lit_gpt.families.registry import config_from_hf, config_from_name, families, preset
+from lit_gpt.families.registry import REFUSED, config_from_hf, config_from_name, families, preset
 
 
 @torch.no_grad()
@@ -91,6 +93,7 @@ def test_head_stored_beside_a_tied_embedding(tmp_path, differs):
 # Parameters as published, or as the sum of the tensors in the published files.
 PUBLISHED = {
     "falcon-7b": 7_217_189_760,
+    "falcon-rw-1b": 1_311_625_216,
     "falcon-40b": 41_835_970_560,
     "pythia-70m": 70_426_624,
     "pythia-160m": 162_322_944,
@@ -131,6 +134,9 @@ PUBLISHED = {
     "gemma-2-27b": 27_227_128_320,
     "gemma-3-270m": 268_098_176,
     "gemma-3-1b": 999_885_952,
+    "gemma-3-4b": 3_880_263_168,  # of 4_300_079_472 with the tower that reads images
+    "gemma-3-12b": 11_766_034_176,
+    "gemma-3-27b": 27_009_346_304,
     "phi-1_5": 1_418_270_720,
     "phi-2": 2_779_683_840,
     "Phi-3-mini-4k": 3_821_079_552,
@@ -147,6 +153,41 @@ PUBLISHED = {
     "granite-3.1-2b-instruct": 2_533_531_648,
     "granite-3.1-8b-instruct": 8_170_848_256,
     "SmolLM3-3B": 3_075_098_624,
+    "Falcon3-1B-Base": 1_669_408_768,
+    "Falcon3-3B-Base": 3_227_655_168,
+    "Falcon3-7B-Base": 7_455_550_464,
+    "Falcon3-10B-Base": 10_305_653_760,
+    "Mistral-Nemo-Base-2407": 12_247_782_400,
+    "Mistral-Small-24B-Base-2501": 23_572_403_200,
+    "Olmo-3-1025-7B": 7_298_011_136,
+    "Olmo-3-1125-32B": 32_233_522_176,
+    "OLMo-1B-hf": 1_176_764_416,
+    "OLMo-7B-hf": 6_888_095_744,
+    "Seed-OSS-36B-Base": 36_151_104_512,
+    "ERNIE-4.5-0.3B-PT": 360_748_032,
+    "glm-4-9b-chat-hf": 9_399_951_360,
+    "GLM-4-9B-0414": 9_400_279_040,
+    "EXAONE-4.0-1.2B": 1_279_391_488,
+    "c4ai-command-r-v01": 34_980_831_232,
+    "aya-23-8B": 8_028_033_024,
+    "c4ai-command-r7b-12-2024": 8_028_033_024,
+    "starcoder2-3b": 3_030_371_328,
+    "starcoder2-7b": 7_173_923_840,
+    "starcoder2-15b": 15_957_889_024,
+    "Apertus-8B-2509": 8_053_338_176,
+    "nanochat-d32": 1_879_048_192,
+    "opt-125m": 125_239_296,
+    "opt-1.3b": 1_315_758_080,
+    "opt-2.7b": 2_651_596_800,
+    "opt-6.7b": 6_658_473_984,
+    "bloom-560m": 559_214_592,
+    "bloom-1b1": 1_065_314_304,
+    "bloom-1b7": 1_722_408_960,
+    "bloom-3b": 3_002_557_440,
+    "bloom-7b1": 7_069_016_064,
+    "gpt-j-6b": 6_050_882_784,
+    "starcoderbase-1b": 1_137_207_296,
+    "starcoder": 15_517_456_384,
     "distilgpt2": 81_912_576,
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,
@@ -155,6 +196,12 @@ PUBLISHED = {
     "mpt-7b": 6_649_286_656,
     "Mixtral-8x7B-v0.1": 46_702_792_704,
     "Mixtral-8x22B-v0.1": 140_620_634_112,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
+    "OLMoE-1B-7B-0924": 6_919_161_856,
+    "Qwen1.5-MoE-A2.7B": 14_315_784_192,
+    "Qwen2-57B-A14B": 57_409_011_712,
+    "granite-3.0-1b-a400m-base": 1_334_628_352,
     "Qwen3-30B-A3B": 30_532_122_624,
     "Qwen3-235B-A22B": 235_093_634_560,
 }
@@ -181,15 +228,25 @@ def size(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def test_the_table_in_the_readme_names_every_family():
+    rows = re.findall(r"\| `families/(\w+)\.py` \| ([^|]+) \|", (ROOT / "README.md").read_text())
+    listed = {name: tuple(re.findall(r"`(\w+)`", kinds)) for name, kinds in rows}
+    assert len(rows) == len(listed)
+    assert listed == {family.__name__.rpartition(".")[2]: family.MODEL_TYPES for family in families()}
+
+
 def test_unknown_names():
     with pytest.raises(UserError, match="did you mean 'falcon-7b'"):
         config_from_name("falcon7b")
     with pytest.raises(UserError, match="model_type 'mamba' is not supported"):
         config_from_hf({"model_type": "mamba"})
+    with pytest.raises(UserError, match="model_type 'llama4' is not supported: it attends within chunks"):
+        config_from_hf({"model_type": "llama4"})
+    assert not REFUSED.keys() & {kind for family in families() for kind in family.MODEL_TYPES}
     with pytest.raises(UserError, match="needs the field 'hidden_size'"):
         config_from_hf({"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 1})
     with pytest.raises(UserError, match="alibi"):
-        config_from_hf({"model_type": "falcon", "alibi": True})
+        config_from_hf(preset("falcon-7b") | {"alibi": True})
 
 
 def test_older_names_of_config_fields():

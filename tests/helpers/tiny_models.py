@@ -12,6 +12,17 @@ from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.conversion import hf, hf_shards
 from lit_gpt.families.registry import families
 
+# Families all of whose layouts go through every test each time; together they use every part of the model that is not
+# of one family alone. The others go through BRIEF, and through the rest with the slow tests.
+THOROUGH = {
+    "falcon", "gemma", "gpt2", "gpt_neox", "granite", "llama", "mixtral", "mpt", "olmo2", "phi", "phi3", "qwen",
+    "qwen_moe", "smollm3", "stablelm",
+}  # fmt: skip
+BRIEF = {
+    "test_logits_equal_transformers", "test_cache_changes_nothing", "test_round_trip_is_bit_identical",
+    "test_gradient_equals_transformers_on_a_padded_batch", "test_packed_samples_do_not_see_each_other",
+    "test_greedy_equals_transformers", "test_merged_equals_unmerged", "test_only_and_all_of_lora_trains",
+}  # fmt: skip
 LAYOUTS = [(family.__name__.rpartition(".")[2], name) for family in families() for name in family.tiny_hf()]
 
 
@@ -24,6 +35,9 @@ def tiny_hf_model(family: str, layout: str, **fields) -> torch.nn.Module:
         for parameter in model.parameters():
             center = parameter.mean() if parameter.ndim == 1 else 0.0  # 1 of a norm's weight, or 0 if 1 is added to it
             parameter.normal_(std=0.15).add_(center)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.15)
     return model
 
 

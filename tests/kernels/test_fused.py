@@ -15,6 +15,7 @@ from lit_gpt.kernels import attention, fused, ops
 from lit_gpt.kernels.attention import ScoreParams
 from lit_gpt.methods import lora
 from lit_gpt.model import inputs as inputs_module
+from lit_gpt.model import sdpa
 from lit_gpt.model.loss import summed_cross_entropy
 
 NARROW, WIDE = torch.bfloat16, torch.float64
@@ -259,6 +260,26 @@ def test_attention_gradcheck(monkeypatch):
         ScoreParams(0.5, 4, softcap=0.8),
     ):
         assert gradcheck(lambda q, k, v, scores=scores: attention.attention(q, k, v, scores, (2, 7)), args)
+        sinks = torch.randn(4).double().requires_grad_()
+        assert gradcheck(lambda *a, scores=scores: attention.attention(*a[:3], scores, (2, 7), a[3]), [*args, sinks])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scores", [ScoreParams(0.25), ScoreParams(0.25, 9)], ids=str)
+def test_a_sink_is_one_more_key_without_a_value(scores):
+    q, k, v = (x.detach().float() for x in inputs((2, 6, 45, 16), (2, 2, 45, 16), (2, 2, 45, 16)))
+    sinks = torch.randn(6)
+    repeated = k.repeat_interleave(3, dim=1)
+    seen = torch.ones(45, 45, dtype=torch.bool).tril()
+    seen = seen if scores.window is None else seen.triu(1 - scores.window)
+    logits = (q @ repeated.mT * scores.scale).masked_fill(~seen, -torch.inf)
+    with_sink = torch.cat((logits, sinks.view(1, 6, 1, 1).expand(2, 6, 45, 1)), dim=-1).softmax(-1)
+    expected = with_sink[..., :45] @ v.repeat_interleave(3, dim=1)
+    assert off(sdpa.attend(q, k, v, scores, sinks), expected) < 1e-6
+    assert off(sdpa.attend(q[:, :, 30:], k, v, scores, sinks), expected[:, :, 30:]) < 1e-6
+    assert off(sdpa.attend(q[:, :, 44:], k, v, scores, sinks), expected[:, :, 44:]) < 1e-6
+    last = sdpa.decode_attention(q[:, :, 44:], k, v, scores, torch.tensor([44, 44]), sinks)
+    assert off(last, expected[:, :, 44:]) < 1e-6
 
 
 def test_training_attends_as_evaluation(tiny: Tiny):

@@ -104,9 +104,14 @@ def test_adapter_follows_the_papers_equation(tiny: Tiny):
     outputs = []
     for head in range(config.n_head):
         group = head * config.n_query_groups // config.n_head
-        scores = (score(q[head], k[group]) - slopes[head] * behind).masked_fill(hidden, -torch.inf)
+        bias = -slopes[head] * behind
+        if config.alibi_rounded:
+            bias = scale * (slopes[head].bfloat16() * torch.arange(T)).float()
+        scores = (score(q[head], k[group]) + bias).masked_fill(hidden, -torch.inf)
+        if config.attention_sinks:
+            scores = torch.cat([scores, attention.sinks[head].expand(T, 1)], dim=1)
         gated = score(q[head], pk[group]).softmax(-1) * attention.prefix.gate[head]
-        outputs.append(torch.cat([gated, scores.softmax(-1)], dim=1) @ torch.cat([pv[group], v[group]]))
+        outputs.append(torch.cat([gated, scores.softmax(-1)[:, :T]], dim=1) @ torch.cat([pv[group], v[group]]))
     expected = F.linear(torch.cat(outputs, dim=-1), attention.proj.weight, attention.proj.bias)
     actual = attention.proj(attention.attend(*attention.project_qkv(x, rotation), None, None))
     assert off(actual[0], expected) < 1e-5

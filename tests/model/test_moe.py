@@ -30,7 +30,7 @@ EXPERTS = lora.LoRAConfig(r=2, alpha=6, dropout=0.0, query=False, value=False, m
 
 def random_moe(config: Config) -> MoE:
     torch.manual_seed(0)
-    layer = MoE(config)
+    layer = MoE(config, config.intermediate_size)
     torch.nn.init.normal_(layer.router.weight)
     layer.router.weight.data[2] = -layer.router.weight.data[3] * 50  # few tokens go to this expert
     return layer

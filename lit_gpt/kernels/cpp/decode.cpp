@@ -92,6 +92,7 @@ inline float activate(long kind, float x) {
     case GELU: return 0.5f * x * (1 + std::erf(x * 0.70710678f));
     case GELU_TANH: return 0.5f * x * (1 + std::tanh(0.79788456f * (x + 0.044715f * x * x * x)));
     case RELU: return std::max(x, 0.0f);
+    case RELU2: return std::max(x, 0.0f) * std::max(x, 0.0f);
     default: return x / (1 + std::exp(-x));
     }
 }

@@ -1,0 +1,49 @@
+"""GLM 4 (GLM Team 2024): Llama with biases of query, key and value, and half of each head rotated, by neighbors; from
+the models of April 2025 on with norms behind attention and MLP, too."""
+
+from typing import Any
+
+from lit_gpt.families import llama
+from lit_gpt.families.fields import rope, tiny_size
+from lit_gpt.families.tables import Table
+from lit_gpt.model.config import Config
+
+MODEL_TYPES = ("glm", "glm4")
+
+_9B: dict[str, Any] = llama.preset(
+    40, 32, 2, 4096, 13696, 151552, model_type="glm", head_dim=128, max_position_embeddings=131072,
+    rms_norm_eps=1.5625e-7, attention_bias=True, partial_rotary_factor=0.5,
+)  # fmt: skip
+PRESETS = {
+    "glm-4-9b-chat-hf": _9B,
+    "GLM-4-9B-0414": dict(_9B, model_type="glm4", max_position_embeddings=32768, rms_norm_eps=1e-5),
+}
+
+
+def config(hf: dict[str, Any]) -> dict[str, Any]:
+    two = hf["model_type"] == "glm4"
+    return llama.config({"head_dim": 128, "rms_norm_eps": 1.5625e-7} | hf) | {
+        "qkv_bias": hf.get("attention_bias", not two),
+        "proj_bias": False,
+        "bias": False,
+        "post_norm": two,
+        **rope({"partial_rotary_factor": 0.5} | hf),  # the family's default
+    }
+
+
+def weights(config: Config) -> Table:
+    layer = "model.layers.{}."
+    return {
+        **llama.weights(config),
+        **llama.turned_qkv(config),
+        "h.{}.mlp.gate_up": layer + "mlp.gate_up_proj",
+        "h.{}.post_norm_1": layer + "post_self_attn_layernorm",
+        "h.{}.post_norm_2": layer + "post_mlp_layernorm",
+    }
+
+
+def tiny_hf(**fields: Any) -> dict[str, Any]:
+    from transformers import Glm4Config, GlmConfig
+
+    size = tiny_size(**dict(num_key_value_heads=2, head_dim=24, pad_token_id=None, eos_token_id=2) | fields)
+    return {"glm": GlmConfig(**size), "glm4": Glm4Config(**size, attention_bias=True)}

@@ -1,0 +1,40 @@
+"""OLMo 3 (OLMo Team 2025): OLMo 2 with a window in three layers of four, and angles stretched in the fourth."""
+
+from typing import Any
+
+from lit_gpt.families import llama, olmo2
+from lit_gpt.families.fields import tiny_size, two_ropes, windows
+
+MODEL_TYPES = ("olmo3",)
+
+_YARN: dict[str, Any] = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=8192, beta_fast=32.0,
+             beta_slow=1.0, attention_factor=1.2079441541679836)  # fmt: skip
+_OWN: dict[str, Any] = dict(model_type="olmo3", vocab=100278, max_position_embeddings=65536, rope_theta=500000.0,
+                            rope_scaling=_YARN, sliding_window=4096)  # fmt: skip
+PRESETS = {
+    "Olmo-3-1025-7B": llama.preset(32, 32, 32, 4096, 11008, **_OWN),
+    "Olmo-3-1125-32B": llama.preset(64, 40, 8, 5120, 27648, **_OWN),
+}
+
+
+def config(hf: dict[str, Any]) -> dict[str, Any]:
+    kinds = ["sliding_attention" if (i + 1) % 4 else "full_attention" for i in range(hf["num_hidden_layers"])]
+    return olmo2.config(hf) | {
+        **windows({"sliding_window": 4096} | hf, kinds),
+        **two_ropes(hf, base=500000.0, local_base=500000.0, older_local="rope_theta"),
+    }
+
+
+weights = olmo2.weights
+
+
+def tiny_hf(**fields: Any) -> dict[str, Any]:
+    from transformers import Olmo3Config
+
+    yarn = _YARN | {"factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4}
+    own: dict[str, Any] = dict(
+        num_key_value_heads=2, pad_token_id=None, eos_token_id=2, sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"full_attention": yarn, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
+    )  # fmt: skip
+    return {"olmo3": Olmo3Config(**tiny_size(**own | fields))}

@@ -1,0 +1,50 @@
+"""Experts that are published in 4 bits: dequantized as transformers does, and exported in 16 bits."""
+
+import json
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from helpers.compare import TOLERANCE, off, tokens
+from helpers.tiny_models import tiny_hf_model
+from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.checkpoints.folder import load_state
+from lit_gpt.conversion import hf, hf_shards
+from lit_gpt.quantization import mxfp4
+
+
+def test_dequantized_numbers_are_those_of_transformers():
+    """All 16 values, and powers of two from the smallest to the largest that bfloat16 holds with them."""
+    torch.manual_seed(0)
+    blocks = torch.randint(256, (3, 8, 4, 16), dtype=torch.uint8)
+    scales = torch.randint(1, 250, (3, 8, 4), dtype=torch.uint8)
+    found = mxfp4.dequantize(blocks, scales)
+    assert torch.equal(found.mT, convert_moe_packed_tensors(blocks, scales)) and len(found.abs().unique()) > 1000
+
+
+def test_a_checkpoint_in_4_bits(tmp_path):
+    """As gpt-oss is published: experts in 4 bits, all else in bfloat16, and config.json names the quantization."""
+    model = tiny_hf_model("gpt_oss", "gpt_oss").bfloat16()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    expected = dict(tensors)
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        blocks = torch.randint(256, (experts, rows, columns // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(122, 127, (experts, rows, columns // 32), dtype=torch.uint8)
+        tensors |= {name + "_blocks": blocks, name + "_scales": scales}
+        expected[name] = convert_moe_packed_tensors(blocks, scales)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+
+    hf.convert(tmp_path, hf_shards.StoredWeights(tmp_path))
+    hf.export(tmp_path, tmp_path / "hf", load_state(tmp_path))
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    assert exported.keys() == expected.keys()
+    assert all(torch.equal(exported[name], expected[name]) for name in expected)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    with torch.no_grad():
+        assert off(load_model(tmp_path, torch.float32)(tokens(theirs)), theirs(tokens(theirs)).logits) < TOLERANCE
