@@ -63,13 +63,14 @@ def check_flags() -> None:
 def read_source(tokenizer: Any) -> Any:
     """Read what to score, before the model is loaded: token ids, or a split of prepared data."""
     from lit_gpt.data.dataset import Dataset, read_meta
+    from lit_gpt.files import read_text
 
     if text_path is None:
         read_meta(data_dir, tokenizer)
         return Dataset(data_dir, split or "validation")
     try:
-        ids = tokenizer.encode(text_path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        ids = tokenizer.encode(read_text(text_path))
+    except OSError as error:
         raise UserError(f"--text_path {text_path}: cannot be read ({error})") from None
     if len(ids) < 2:
         raise UserError(f"--text_path {text_path}: holds fewer than two tokens: nothing to predict; give more text")

@@ -342,7 +342,7 @@ def expand_config(argv: list[str], types: dict[str, Any], aliases: dict[str, str
 
 
 def read_config(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     return yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
 
 

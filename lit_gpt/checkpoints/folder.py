@@ -71,7 +71,7 @@ def quantization(checkpoint_dir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8-sig"))
         version, name = record["format_version"], record["quantize"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not readable as what scripts/quantize.py writes; quantize again") from None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_gpt import files
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation.answerer import Answerer
 from lit_gpt.generation.args import ModelArgs, PromptArgs, SamplingArgs
@@ -65,15 +66,18 @@ def read_prompt(args: PromptArgs, sampling: SamplingArgs, model: ModelArgs, **ow
 
 
 def read_text(path: Path | None) -> str:
-    if path is None or path.suffix == ".jsonl":
+    if path is None or path.suffix.lower() == ".jsonl":
         raise UsageError(f"--prompt_file {path}: holds a prompt on each line; add --out FILE for the answers")
     try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        text = sys.stdin.read().removeprefix("\ufeff") if str(path) == "-" else files.read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt_file {path}: cannot be read ({error})") from None
-    if not text:
+    without = text.removesuffix("\n").removesuffix("\r")
+    if not without:
         raise UsageError("--prompt_file: is empty")
-    return text
+    if without != text:  # editors and echo end a text so, and a model would go on in a new line
+        print(f"[the newline at the end of {path} is left out; end it with two to keep one]", file=sys.stderr)
+    return without
 
 
 class TokenTimer:

@@ -25,10 +25,20 @@ from lit_gpt.generation.args import ModelArgs, PromptArgs, SamplingArgs
 from lit_gpt.generation.engine import decode
 from lit_gpt.generation.sequence import Row
 from lit_gpt.hardware import peak_memory_bytes
-from lit_gpt.text.messages import Message, Tools, instruction_messages, read_messages, read_tools
+from lit_gpt.text.messages import (
+    Message,
+    Tools,
+    instruction_messages,
+    read_history,
+    read_messages,
+    read_tools,
+    text_of,
+    with_system,
+)
 
+SHAREGPT = "conversations"  # another name of messages
 OURS = ("answer", "ended", "row", "settings")  # what an answer's line has besides the prompt's fields
-FORMS = ("prompt", "instruction", "messages")  # what a prompt may be; a line has one of them
+FORMS = ("prompt", "instruction", "messages", SHAREGPT)  # what a prompt may be; a line has one of them
 SAMPLING = {"top_k", "top_p", "seed"}  # flags that change no answer at temperature 0
 
 
@@ -65,7 +75,7 @@ class PromptFile:
             UsageError: flags that do not go together.
             UserError: there is no such file, or the answers in --out are to something else.
         """
-        if args.prompt_file is None or args.prompt_file.suffix != ".jsonl":
+        if args.prompt_file is None or args.prompt_file.suffix.lower() != ".jsonl":
             raise UsageError("--out: goes with --prompt_file FILE.jsonl, which holds a prompt on each line")
         if args.num_samples != 1:
             raise UsageError("--num_samples: each line of --prompt_file gets one answer; repeat a line to get several")
@@ -230,21 +240,21 @@ def parse_prompt(fields: dict[str, Any]) -> tuple[list[Message], Tools, Path | N
         raise ValueError(f"expected exactly one of the fields {', '.join(FORMS)}, found {found}")
     if taken := sorted(fields.keys() & set(OURS)):
         raise ValueError(f"has a field '{taken[0]}', which the answer's line has for itself; rename it")
-    for name in {"prompt", "instruction", "input", "lora_path"} & fields.keys():
-        if not isinstance(fields[name] or "", str):
-            raise ValueError(f"the field '{name}' is {type(fields[name]).__name__}, expected text")
     json.dumps(fields, ensure_ascii=False).encode()  # JSON can spell half of an emoji
-    lora_path = Path(fields["lora_path"]) if fields.get("lora_path") else None
+    (form,), named = forms, text_of(fields, "lora_path")
+    lora_path = Path(named).expanduser() if named else None
     if lora_path and not lora_path.is_file():
         raise ValueError(f"the field 'lora_path' is {lora_path}, which is no file")
-    if forms != ["messages"]:
-        if fields.get("tools"):
-            raise ValueError("the field 'tools' goes with 'messages'")
-        return instruction_messages(fields[forms[0]], fields.get("input") or ""), None, lora_path
-    messages = read_messages(fields["messages"])
+    context, history, tools = text_of(fields, "input"), read_history(fields.get("history")), fields.get("tools")
+    if form in ("messages", SHAREGPT) or isinstance(fields[form], list):
+        if context or history:
+            raise ValueError(f"the field '{'input' if context else 'history'}' does not go with '{form}'")
+        messages = read_messages(fields[form], form)
+    else:
+        messages = history + instruction_messages(text_of(fields, form), context)
     if messages[-1]["role"] == "assistant":
         raise ValueError("the last message is the assistant's; expected one to be answered")
-    return messages, read_tools(fields.get("tools")), lora_path
+    return with_system(text_of(fields, "system"), messages), read_tools(tools), lora_path
 
 
 def answers(answerer: Answerer, requests: list[Request], batch_size: int) -> Iterator[tuple[Request, list[int], bool]]:

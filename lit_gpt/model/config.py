@@ -100,7 +100,7 @@ class Config:
         """
         path = Path(checkpoint_dir) / "lit_config.json"
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8-sig"))
             unknown = set(values) - {field.name for field in fields(cls)}
             if unknown:
                 raise ValueError(f"unknown fields {sorted(unknown)}")

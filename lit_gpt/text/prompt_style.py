@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt.errors import UsageError, UserError
-from lit_gpt.files import read_json
+from lit_gpt.files import read_json, read_text
 from lit_gpt.text import supervision
 from lit_gpt.text.chat_template import Template
-from lit_gpt.text.messages import Message, Tools
-from lit_gpt.text.supervision import REASONING, Encoded, Rendered
-from lit_gpt.text.tokenizer import CHAT_TEMPLATE_DIR, Encoding, Tokenizer, read_text
+from lit_gpt.text.messages import REASONING, Message, Tools
+from lit_gpt.text.supervision import Encoded, Rendered
+from lit_gpt.text.tokenizer import CHAT_TEMPLATE_DIR, Encoding, Tokenizer
 
 FIELDS = {"own_bos": "template_writes_bos"}  # names of fields in files, where they differ
 FILE = "prompt_style.json"
