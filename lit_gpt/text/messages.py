@@ -1,5 +1,7 @@
 """Messages and tools of a conversation, in the spellings in which people have them."""
 
+import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,11 +61,11 @@ def from_json(name: str, value: Any) -> Any:
     try:
         return STRICT_JSON.decode(value)
     except (ValueError, RecursionError) as error:
-        python = "; this is Python's own spelling, json.dumps writes JSON" if value.lstrip()[:2] in PYTHON else ""
+        python = "; this is Python's own spelling, json.dumps writes JSON" if PYTHON.match(value) else ""
         raise ValueError(f"the field '{name}' is text, {json_problem(error)}{python}") from None
 
 
-PYTHON = ("['", "{'", "[{")  # how lists and objects begin that str() has spelled
+PYTHON = re.compile(r"[\s\[{(]+'")  # how lists and objects begin that str() has spelled
 
 
 def read_messages(messages: Any, name: str = "messages") -> list[Message]:
@@ -237,3 +239,25 @@ def texts(messages: list[Message]) -> Iterator[str]:
     for message in messages:
         yield message.get("content") or ""
         yield from (message[name] for name in REASONING if isinstance(message.get(name), str))
+
+
+def spell_arguments(message: Message, wanted: str) -> Message:
+    """Return a message with the arguments of its calls as "text", JSON, or as "object"; OpenAI has text.
+
+    Raises:
+        ValueError: the text is not JSON.
+    """
+    if not message.get("tool_calls"):
+        return message
+
+    def spell(function: dict[str, Any]) -> dict[str, Any]:
+        arguments = function.get("arguments")
+        if wanted == "object" and isinstance(arguments, str):
+            arguments = from_json("arguments", arguments) if arguments.strip() else {}
+        elif wanted == "text" and isinstance(arguments, dict):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        return function | ({} if arguments is None else {"arguments": arguments})
+
+    calls = [spell(call) if "function" not in call else call | {"function": spell(call["function"])}
+             for call in message["tool_calls"]]  # fmt: skip
+    return message | {"tool_calls": calls}
