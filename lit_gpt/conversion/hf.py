@@ -60,8 +60,8 @@ def refuse_quantized(settings: Any) -> None:
     if settings:
         method = settings.get("quant_method") if isinstance(settings, dict) else None
         raise UserError(
-            f"config.json: 'quantization_config': the weights are quantized ({method or 'by an unnamed method'}), which "
-            "is not read; download the model in full precision, and quantize it here by --quantize"
+            f"config.json: 'quantization_config': the weights are quantized ({method or 'no method named'}), which is "
+            "not read; download the model in full precision, and quantize it here by --quantize"
         )
 
 

@@ -78,8 +78,8 @@ def shard_paths(folder: Path) -> list[Path]:
     if chosen is None:
         found = f", found {', '.join(there)}, which are not read" if there else ""
         raise UserError(
-            f"{folder}: no weights{found}; expected model.safetensors, pytorch_model.bin or their shards with an index, "
-            "as `python scripts/download.py` leaves them"
+            f"{folder}: no weights{found}; expected model.safetensors, pytorch_model.bin or their shards with an "
+            "index, as `python scripts/download.py` leaves them"
         )
     if others := [name for name in there if name != chosen and name in SETS]:
         print(f"{folder}: takes {chosen}, as transformers does, and leaves {', '.join(others)}")

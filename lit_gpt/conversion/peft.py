@@ -246,8 +246,8 @@ def read_pairs(folder: Path) -> tuple[Pairs, dict[str, Tensor]]:
             others[name.removeprefix(PREFIX)] = tensor
     if not halves and (named := next(filter(None, map(NAMED_ADAPTER.search, tensors)), None)):
         raise UserError(
-            f"{path}: its tensors carry an adapter's name, '{named[1]}', as in the state dict of a PeftModel; write it by "
-            "save_pretrained"
+            f"{path}: its tensors carry an adapter's name, '{named[1]}', as in the state dict of a PeftModel; write it "
+            "by save_pretrained"
         )
     if not halves:
         names = ", ".join([*tensors][:3]) or "none at all"

@@ -94,8 +94,8 @@ def split_names(text: str) -> Iterator[str]:
     while parts:
         for end in range(len(parts), 0, -1):  # the longest that there is
             part = os.path.expanduser(",".join(parts[:end]).strip())
-            name, equals, _ = part.rpartition("=")
-            if end == 1 or Path(part).exists() or (equals and Path(name).exists()):
+            name, equals, weight = part.rpartition("=")
+            if end == 1 or Path(part).exists() or (equals and "," not in weight and Path(name).exists()):
                 break
         parts = parts[end:]
         if part:
