@@ -48,9 +48,12 @@ class Conversation:
     nulls: int = 0
 
 
-def to_conversation(row: Row, columns: ColumnArgs) -> Conversation:
+def to_conversation(row: Row, columns: ColumnArgs, hint: str = NAME_YOURS) -> Conversation:
     """Return the messages of a row: from its column of messages; its instruction, input and output; its prompt and
     completion; or its text.
+
+    Args:
+        hint: what the error says where a column is missing.
 
     Raises:
         BadRow: a column is missing or holds something else.
@@ -58,7 +61,7 @@ def to_conversation(row: Row, columns: ColumnArgs) -> Conversation:
     if row.problem:
         raise BadRow(f"{row.where}: {row.problem}")
     try:
-        conversation = read_row(row, columns)
+        conversation = read_row(row, columns, hint)
         json.dumps([conversation.messages, conversation.tools], ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError as error:  # JSON can spell half of an emoji
         raise BadRow(f"{row.where}: holds text that is not Unicode ({error.reason})") from None
@@ -69,7 +72,7 @@ def to_conversation(row: Row, columns: ColumnArgs) -> Conversation:
     return conversation
 
 
-def read_row(row: Row, columns: ColumnArgs) -> Conversation:
+def read_row(row: Row, columns: ColumnArgs, hint: str) -> Conversation:
     """Read a row in the form that it has. Raises ValueError if it has none."""
     fields = {name: value for name, value in row.fields.items() if value is not None}
     listed = next((name for name in (columns.messages_column, SHAREGPT) if name in fields), None)
@@ -89,9 +92,7 @@ def read_row(row: Row, columns: ColumnArgs) -> Conversation:
         return Conversation(row.where, [{"role": "assistant", "content": fields["text"]}], plain=True, unused=unused)
     else:
         names = (columns.instruction_column, columns.input_column, columns.output_column)
-        texts = (
-            text_of(row.fields, name, hint) for name, hint in zip(names, (NAME_YOURS, None, NAME_YOURS), strict=True)
-        )
+        texts = (text_of(row.fields, name, need) for name, need in zip(names, (hint, None, hint), strict=True))
         messages, history = instruction_messages(*texts), read_history(fields.get("history"))
         taken |= {*names, "history"}
     messages, tools = with_system(text_of(fields, "system"), history + messages), read_tools(fields.get("tools"))

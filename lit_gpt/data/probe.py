@@ -13,6 +13,7 @@ from lit_gpt.errors import UserError
 from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
 
+FORMS = "; expected 'text', 'messages', or 'instruction' and 'output'"
 WINDOW = 1024  # tokens: the longest piece of a text, and about what is computed at once
 
 
@@ -42,7 +43,7 @@ class Probe:
     def samples_of(self, row: Row) -> list[dataset.Sample]:
         """Return the samples that a row gives."""
         try:
-            conversation = to_conversation(row, ColumnArgs())
+            conversation = to_conversation(row, ColumnArgs(), FORMS)
         except BadRow as error:
             raise UserError(f"--probe_path {error}") from None
         if conversation.plain:

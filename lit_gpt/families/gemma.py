@@ -15,6 +15,13 @@ from lit_gpt.families.tables import Layout, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma": dict(max_position_embeddings=8192, num_key_value_heads=16),
+    "gemma2": dict(max_position_embeddings=8192, num_key_value_heads=4, sliding_window=4096,
+                   final_logit_softcapping=30.0, attn_logit_softcapping=50.0),
+    "gemma3_text": dict(max_position_embeddings=131072, num_key_value_heads=4, sliding_window=4096),
+}  # fmt: skip
 
 
 _preset = partial(llama.preset, vocab=256000, max_position_embeddings=8192, head_dim=256, tie_word_embeddings=True)

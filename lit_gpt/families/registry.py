@@ -63,6 +63,7 @@ def config_from_hf(hf: dict[str, Any], name: str = "") -> Config:
         UserError: no family answers to the architecture, or the model uses a feature that is not supported.
     """
     family = family_of(hf)
+    hf = getattr(family, "DEFAULTS", {}).get(hf["model_type"], {}) | hf
     try:
         values = family.config(hf)
     except KeyError as missing:
