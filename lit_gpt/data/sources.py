@@ -209,6 +209,9 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     count = 0
     try:
         with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise UserError(f"{path}: two columns are named '{twice}'; rename or remove one")
             for batch in file.iter_batches(batch_size=256):
                 for fields in batch.to_pylist():
                     count += 1
