@@ -155,15 +155,16 @@ def write_checkpoint(out_dir: Path, state: dict[str, Tensor], base: BaseCheckpoi
     (out_dir / "lit_config.json").write_text(base.config.to_json())
     kept = share_kept(state, base.state)
     if kept < KEPT_WELL:
+        stored = str(base.dtype).removeprefix("torch.")
         print(
-            f"stored in {str(base.dtype).removeprefix('torch.')} like the base, {kept:.0%} of the weights' change is left; "
-            "a base that was converted with --dtype fp32 keeps all of it"
+            f"{kept:.0%} of the weights' change is left in {stored}, in which the base is stored; a base that was "
+            "converted with --dtype fp32 keeps all of it"
         )
     return out_dir
 
 
 def share_kept(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> float:
-    """Return how much of the change of a base's weights is left once they are rounded to its dtypes, along the change."""
+    """Return how much of the change of a base's weights is left, along the change, once they have the base's dtypes."""
     left = whole = 0.0
     for name, old in base.items():
         if (new := state[name].float().cpu()).dtype != old.dtype:
