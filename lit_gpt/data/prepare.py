@@ -5,8 +5,6 @@ their files are written from spans of these. Memory holds a few rows at a time, 
 its offset (8).
 """
 
-import shlex
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ from lit_gpt.data import dataset
 from lit_gpt.data.args import ColumnArgs, PrepareArgs
 from lit_gpt.data.audit import Audit
 from lit_gpt.data.conversations import BadRow, to_conversation
-from lit_gpt.data.report import print_audit, print_unused
+from lit_gpt.data.report import print_audit, print_next, print_unused
 from lit_gpt.data.sources import Source, parse_sources
 from lit_gpt.data.split_writer import SampleStore
 from lit_gpt.data.tokenization import DUPLICATE, KEPT, REFUSED, UNSUPERVISED, Tokenization
@@ -57,15 +55,12 @@ def prepare(
     with new_folder(out_dir) as folder:
         store = SampleStore(folder)
         tokenization = Tokenization(args, tokenizer, style, limit, folder, store)
-        unused: Counter[str] = Counter()
-        counts = tokenize_rows(all_sources, args, columns, tokenization, unused)
+        counts = tokenize_rows(all_sources, args, columns, tokenization)
         times = assign_splits(sources, counts[: len(sources)], fraction, args.seed)
         times = np.append(times, np.full(sum(counts[len(sources) :]), VALIDATION, np.int8))
         refuse_by_template(tokenization, times, args)
-        print_unused(unused, tokenization.plain_rows)
-        records = tokenization.records()
-        if args.prompt_style == "auto" and tokenization.plain_rows == len(records):
-            style = tokenization.plain
+        print_unused(tokenization.unused, tokenization.plain_rows)
+        records, style = tokenization.records(), tokenization.style_of_rows()
         if args.deduplicate:
             mark_duplicates(records, times)
         taken = {"train": np.maximum(times, 0), "validation": (times == VALIDATION).astype(np.int8)}
@@ -83,8 +78,7 @@ def prepare(
         record = {"max_seq_length": limit, "mask_inputs": args.mask_inputs, "seed": args.seed}
         record["sources"] = [vars(source) | {"rows": n} for source, n in zip(all_sources, counts, strict=True)]
         dataset.write_meta(folder, audits, tokenizer, style, **record)
-    folders = f"--checkpoint_dir {shlex.quote(str(args.checkpoint_dir))} --data_dir {shlex.quote(str(out_dir))}"
-    print(f"\nwrote {out_dir}; next: python finetune/lora.py {folders}")
+    print_next(args.checkpoint_dir, out_dir)
 
 
 def shuffled(rows: np.ndarray, seed: int) -> np.ndarray:
@@ -93,12 +87,9 @@ def shuffled(rows: np.ndarray, seed: int) -> np.ndarray:
 
 
 def tokenize_rows(
-    sources: list[Source], args: PrepareArgs, columns: ColumnArgs, tokenization: Tokenization, unused: Counter[str]
+    sources: list[Source], args: PrepareArgs, columns: ColumnArgs, tokenization: Tokenization
 ) -> list[int]:
     """Read and tokenize all rows, and return how many of each source can be used.
-
-    Args:
-        unused: gets the names of fields from which nothing is taken, with the number of their rows.
 
     Raises:
         UserError: names the first row that cannot be used and counts the others, unless `skip_bad_rows`.
@@ -111,7 +102,6 @@ def tokenize_rows(
             try:
                 conversation = to_conversation(row, columns)
                 good += 1
-                unused.update(conversation.unused)
             except BadRow as error:
                 first = first or str(error)
                 continue

@@ -1,6 +1,8 @@
 """Prints the supervision audit and one marked sample."""
 
+import shlex
 from collections import Counter
+from pathlib import Path
 
 from lit_gpt.data.audit import Audit
 from lit_gpt.text.prompt_style import PromptStyle
@@ -34,6 +36,12 @@ def print_unused(unused: Counter[str], plain_rows: int) -> None:
         fields = ", ".join(f"'{name}' ({n} rows)" for name, n in unused.most_common(8))
         more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
         print(f"fields that are not used: {fields}{more}")
+
+
+def print_next(checkpoint_dir: Path, data_dir: Path) -> None:
+    """Print the command that trains on what was written."""
+    folders = f"--checkpoint_dir {shlex.quote(str(checkpoint_dir))} --data_dir {shlex.quote(str(data_dir))}"
+    print(f"\nwrote {data_dir}; next: python finetune/lora.py {folders}")
 
 
 def marked(ids: list[int], supervised: list[int], tokenizer: Tokenizer) -> str:

@@ -3,6 +3,7 @@
 import json
 import struct
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -55,10 +56,12 @@ class Tokenization:
         self.batch: list[Waiting] = []
         self.characters = self.plain_rows = 0
         self.plain = PromptStyle.from_name("plain", tokenizer)
+        self.unused: Counter[str] = Counter()  # fields from which nothing is taken: in so many rows
 
     def add(self, conversation: Conversation) -> None:
         """Render a row, and tokenize those that wait once they are enough."""
         where, messages, style = conversation.where, conversation.messages, self.style
+        self.unused.update(conversation.unused)
         if conversation.plain:
             style, self.plain_rows = self.plain, self.plain_rows + 1
         rendered, status = None, EMPTY
@@ -126,6 +129,11 @@ class Tokenization:
     def records(self) -> np.ndarray:
         """Return the records of all rows, RECORD (rows,)."""
         return np.frombuffer(self.packed, RECORD).copy()
+
+    def style_of_rows(self) -> PromptStyle:
+        """Return the style that goes with the data: plain where none was asked for and all rows are texts."""
+        texts_alone = self.plain_rows * PACKED.size == len(self.packed)
+        return self.plain if texts_alone and self.args.prompt_style == "auto" else self.style
 
     def noted(self, status: int) -> Iterator[tuple[int, str]]:
         """Yield the rows of a status, in their order, each with its place and what was wrong."""
