@@ -289,7 +289,11 @@ def respell(previous: str, argument: str, kinds: dict[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Return a value of jsonargparse's restricted number types as the plain number, fit to be stored."""
+    """Return a value of jsonargparse's restricted number types as the plain number, fit to be stored; `~` expanded."""
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))
+    if isinstance(value, list):
+        return [plain(part) for part in value]
     return next((kind(value) for kind in (int, float) if isinstance(value, kind) and type(value) is not bool), value)
 
 
@@ -325,7 +329,7 @@ def expand_config(argv: list[str], types: dict[str, Any], aliases: dict[str, str
         if argument != "--config" and not argument.startswith("--config="):
             expanded.append(argument)
             continue
-        path = argument.partition("=")[2] or next(rest, "")
+        path = os.path.expanduser(argument.partition("=")[2] or next(rest, ""))
         try:
             values = read_config(Path(path))
         except (OSError, ValueError, yaml.YAMLError) as error:
@@ -342,7 +346,7 @@ def expand_config(argv: list[str], types: dict[str, Any], aliases: dict[str, str
 
 
 def read_config(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8-sig")
     return yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
 
 

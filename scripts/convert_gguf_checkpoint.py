@@ -7,6 +7,7 @@ Quantized tensors are dequantized to `dtype`, one at a time. Configuration, toke
 file's metadata; what cannot be taken over exactly is refused by name.
 """
 
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -28,8 +29,9 @@ def main() -> None:
 
     importer.convert(gguf_path, out_dir, hardware.DTYPES[dtype])
     print(f"converted {gguf_path} to {out_dir}; next:")
-    print(f"  python scripts/prepare_alpaca.py --checkpoint_dir {out_dir}")
-    print(f'  python generate/base.py --checkpoint_dir {out_dir} --prompt "..."')
+    folder_name = shlex.quote(str(out_dir))
+    print(f"  python scripts/prepare_alpaca.py --checkpoint_dir {folder_name}")
+    print(f'  python generate/base.py --checkpoint_dir {folder_name} --prompt "..."')
 
 
 if __name__ == "__main__":

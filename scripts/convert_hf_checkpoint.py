@@ -5,6 +5,7 @@
 Reads .safetensors or .bin shards one tensor at a time and adds lit_model.pth and lit_config.json.
 """
 
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -22,8 +23,9 @@ def main() -> None:
     folder.check_checkpoint_dir(checkpoint_dir, converted=False)
     hf.convert(checkpoint_dir, hf_shards.StoredWeights(checkpoint_dir), hardware.DTYPES.get(dtype))
     print(f"converted {checkpoint_dir}; next:")
-    print(f"  python scripts/prepare_alpaca.py --checkpoint_dir {checkpoint_dir}")
-    print(f'  python generate/base.py --checkpoint_dir {checkpoint_dir} --prompt "..."')
+    folder_name = shlex.quote(str(checkpoint_dir))
+    print(f"  python scripts/prepare_alpaca.py --checkpoint_dir {folder_name}")
+    print(f'  python generate/base.py --checkpoint_dir {folder_name} --prompt "..."')
 
 
 if __name__ == "__main__":

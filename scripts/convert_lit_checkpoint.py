@@ -21,7 +21,7 @@ checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Export this (or w
 lora_path: Path | None = None  # Export this LoRA file as a PEFT adapter of checkpoint_dir, its base.
 out_dir: Path | None = None  # Write to this folder, which must not hold anything yet.
 format: Literal["hf", "gguf"] = "hf"  # Write a folder for transformers, or a file for llama.cpp.
-dtype: Literal["bf16", "fp16", "fp32", "q8_0"] | None = None  # Store a GGUF's matrices so (null: as the checkpoint's).
+dtype: Literal["bf16", "fp16", "fp32", "q8_0"] | None = None  # Store weights so (null: as the checkpoint's).
 
 
 def main() -> None:
@@ -29,8 +29,11 @@ def main() -> None:
         raise UsageError("--out_dir: expected a folder to write to")
     if lora_path and format == "gguf":
         raise UsageError("--lora_path: of --format gguf the whole model; fold LoRA in with scripts/merge_lora.py first")
-    if dtype and format != "gguf":
-        raise UsageError(f"--dtype {dtype}: is for --format gguf; other weights are exported as they are")
+    if dtype and lora_path:
+        raise UsageError(f"--dtype {dtype}: an adapter is exported as it is; leave it out")
+    if dtype == "q8_0" and format == "hf":
+        raise UsageError("--dtype q8_0: is for --format gguf; expected bf16, fp16 or fp32")
+    from lit_gpt import hardware
     from lit_gpt.conversion import export
 
     if lora_path:
@@ -39,7 +42,10 @@ def main() -> None:
     elif format == "gguf":
         figures, loads = export.to_gguf(checkpoint_dir, out_dir, dtype), "llama.cpp loads the .gguf file in {}"
     else:
-        figures, loads = export.to_hf(checkpoint_dir, out_dir), "AutoModelForCausalLM.from_pretrained('{}')"
+        figures, loads = (
+            export.to_hf(checkpoint_dir, out_dir, hardware.DTYPES.get(dtype)),
+            "AutoModelForCausalLM.from_pretrained('{}')",
+        )
     off, reader = figures["logits_difference"], figures["reader"]
     print(f"wrote {out_dir}; read back by {reader}, its logits differ from the source's by {off:.1e} of their norm")
     print(f"  {loads.format(out_dir)}")

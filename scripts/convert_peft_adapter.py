@@ -7,6 +7,7 @@ Writes lit_model_lora_finetuned.pth. What the adapter has and LoRA here has not 
 installed the logits are compared with its own before anything is put in place.
 """
 
+import shlex
 from pathlib import Path
 
 from lit_gpt.cli import run
@@ -27,9 +28,10 @@ def main() -> None:
     settings = export.from_peft(peft_dir, checkpoint_dir, out_dir)
     flags = " ".join(f"--lora_{name} {str(value).lower()}" for name, value in vars(settings).items())
     path = out_dir / "lit_model_lora_finetuned.pth"
+    base, file = shlex.quote(str(checkpoint_dir)), shlex.quote(str(path))
     print(f"wrote {path}; next:")
-    print(f'  python generate/lora.py --checkpoint_dir {checkpoint_dir} --lora_path {path} --prompt "..."')
-    print(f"  python finetune/lora.py --checkpoint_dir {checkpoint_dir} --finetuned_path {path} {flags} ...")
+    print(f'  python generate/lora.py --checkpoint_dir {base} --lora_path {file} --prompt "..."')
+    print(f"  python finetune/lora.py --checkpoint_dir {base} --finetuned_path {file} {flags} ...")
 
 
 if __name__ == "__main__":

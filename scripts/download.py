@@ -124,19 +124,18 @@ def choose(files: dict[str, File], headers: dict[str, str]) -> list[File]:
 
 
 def choose_weights(files: dict[str, File], headers: dict[str, str]) -> list[str]:
-    """Return one set of weights with its index: what that names, else the usual single file, else all of the kind."""
+    """Return one set of weights: the usual single file, else the shards with their index, else all of the kind."""
     aside = {name for pattern in NOT_WEIGHTS for name in matching(files, pattern)}
     for single, pattern in WEIGHTS.items():
         candidates = sorted(set(matching(files, pattern)) - aside)
         index = f"{single}.index.json"
+        if single in candidates:  # before shards that lie beside it, as transformers loads them
+            return [single]
         if index not in files and candidates:
-            return [single] if single in candidates else candidates
+            return candidates
         if index in files:
             shards = sorted(set(json.loads(read(files[index], headers))["weight_map"].values()))
-            missing = [name for name in shards if name not in files]
-            if missing and single in candidates:  # an index that was forgotten when the shards were joined
-                return [single]
-            if missing:
+            if missing := [name for name in shards if name not in files]:
                 raise UserError(f"{index} names {missing[0]}, which the repository lacks: try another --revision")
             return [index, *shards]
     return []

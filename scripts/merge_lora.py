@@ -9,6 +9,7 @@ the dequantized one, and the result is not quantized.
 """
 
 from pathlib import Path
+from typing import Literal
 
 from lit_gpt.cli import run
 from lit_gpt.errors import UsageError
@@ -16,14 +17,16 @@ from lit_gpt.errors import UsageError
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Read the base, or a quantized one.
 lora_path: Path = Path("out/lora/alpaca/lit_model_lora_finetuned.pth")  # Fold in what finetune/lora.py wrote.
 out_dir: Path | None = None  # Write to this folder, which must not hold anything yet.
+dtype: Literal["bf16", "fp16", "fp32"] | None = None  # Store the weights so (null: as the base's; fp32 rounds nothing).
 
 
 def main() -> None:
     if out_dir is None:
         raise UsageError("--out_dir: expected a folder to write to")
+    from lit_gpt import hardware
     from lit_gpt.conversion import export
 
-    off = export.merge(checkpoint_dir, lora_path, out_dir)
+    off = export.merge(checkpoint_dir, lora_path, out_dir, hardware.DTYPES.get(dtype))
     print(f"wrote {out_dir}; its logits differ from the unmerged model's by {off:.1e} of their norm")
 
 

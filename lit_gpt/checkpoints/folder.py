@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def check_checkpoint_dir(checkpoint_dir: Path, converted: bool = True) -> None:
     if converted and not all((folder / name).is_file() for name in ("lit_model.pth", "lit_config.json")):
         raise UserError(
             f"--checkpoint_dir {folder}: not converted yet; run "
-            f"`python scripts/convert_hf_checkpoint.py --checkpoint_dir {folder}` first"
+            f"`python scripts/convert_hf_checkpoint.py --checkpoint_dir {shlex.quote(str(folder))}` first"
         )
 
 
@@ -71,7 +72,7 @@ def quantization(checkpoint_dir: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8-sig"))
         version, name = record["format_version"], record["quantize"]
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not readable as what scripts/quantize.py writes; quantize again") from None

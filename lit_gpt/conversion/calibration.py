@@ -23,6 +23,7 @@ from lit_gpt.checkpoints.base_model import BaseCheckpoint, skeleton
 from lit_gpt.data import dataset
 from lit_gpt.data.sources import READERS, Source
 from lit_gpt.errors import UsageError, UserError
+from lit_gpt.files import read_text
 from lit_gpt.generation.engine import decode
 from lit_gpt.generation.sequence import Row
 from lit_gpt.generation.steps import FastStep
@@ -46,9 +47,9 @@ def read_ids(path: Path, tokenizer: Tokenizer, tokens: int) -> Tensor:
         if path.is_dir():
             dataset.read_meta(path, tokenizer, "--calibration_path")
             return dataset.Dataset(path, "train").tokens[:tokens].long()
-        if path.suffix not in READERS:
-            return tokenizer.encode(path.read_text(encoding="utf-8"))[:tokens]
-    except (OSError, UnicodeDecodeError) as error:
+        if path.suffix.lower() not in READERS:
+            return tokenizer.encode(read_text(path))[:tokens]
+    except OSError as error:
         raise UserError(f"--calibration_path {path}: cannot be read ({error})") from None
     parts: list[Tensor] = []
     count = 0

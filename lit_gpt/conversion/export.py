@@ -75,15 +75,20 @@ class Source:
         model_card.write(folder, out_dir.resolve().name, checkpoint_dir, run_dir, use, library, figures)
 
 
-def to_hf(checkpoint_dir: Path, out_dir: Path) -> dict[str, Any]:
-    """Export a converted checkpoint as a folder that transformers loads. Return the figures of its comparison."""
+def to_hf(checkpoint_dir: Path, out_dir: Path, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Export a converted checkpoint as a folder that transformers loads. Return the figures of its comparison.
+
+    Args:
+        dtype: in which to store the weights; None: as they are.
+    """
     with files.new_folder(out_dir) as folder:
         source = Source.open(checkpoint_dir)
-        hf.export(checkpoint_dir, folder, source.base.state)
+        hf.export(checkpoint_dir, folder, hf.Cast(source.base.state, dtype) if dtype else source.base.state)
         source.write_prompt(folder)
         what, packages = f"the export of {checkpoint_dir}", ("transformers",)
         reader = readers.read_back(what, packages, lambda: readers.read_hf(folder), lambda: readers.own_hf(folder))
-        figures = source.reference.compare(reader, what)
+        rounded = dtype not in (None, torch.float32, source.model.dtype)
+        figures = source.reference.compare(reader, what, *(logits.rounding(dtype) if rounded else parity.SAME_SUMS))
         use = (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f'model = AutoModelForCausalLM.from_pretrained("{out_dir.name}", dtype="auto")\n'
@@ -134,11 +139,16 @@ def to_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None) -> dict[str,
     return figures
 
 
-def merge(checkpoint_dir: Path, lora_path: Path, out_dir: Path) -> float:
-    """Fold a LoRA file into its base: a checkpoint folder. Return how far its logits are off, by their norm."""
+def merge(checkpoint_dir: Path, lora_path: Path, out_dir: Path, dtype: torch.dtype | None = None) -> float:
+    """Fold a LoRA file into its base: a checkpoint folder. Return how far its logits are off, by their norm.
+
+    Args:
+        dtype: in which to store the weights; None: as the base is. In 16 bits, rounding swallows updates that are small
+            beside the weights.
+    """
     with files.new_folder(out_dir) as folder:
         source = Source.open(checkpoint_dir, lora_path, quantized=True)
-        lora.write_merged(folder / "lit_model.pth", source.model)
+        lora.write_merged(folder / "lit_model.pth", source.model, dtype)
         (folder / "lit_config.json").write_text(lora.merged_config(source.model).to_json())
         hf.copy_side_files(checkpoint_dir, folder)
         PromptStyle.from_dict(source.record["prompt_style"]).save(folder)
@@ -146,7 +156,9 @@ def merge(checkpoint_dir: Path, lora_path: Path, out_dir: Path) -> float:
         what, own = f"the merge of {lora_path}", lambda: readers.LitReader.open(folder, load_model(folder))
         reader = readers.read_back(what, ("transformers",), lambda: readers.read_lit(folder), own)
         without = logits.float32_logits(source.base.build(), source.reference.idx)
-        figures = source.reference.compare(reader, what, *logits.rounding(source.model.dtype), base=without)
+        kept_as = dtype or source.model.dtype
+        mend = "" if kept_as == torch.float32 else "; rounding swallowed the rest, --dtype fp32 keeps it"
+        figures = source.reference.compare(reader, what, *logits.rounding(kept_as), base=without, mend=mend)
         use = f'from lit_gpt import load_model\n\nmodel = load_model("{out_dir.name}")'
         source.finish(folder, out_dir, use, "lit-gpt", {"format": "merged", **figures})
     return figures["logits_difference"]

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "vocab.json", "merges.txt",
 )  # fmt: skip
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIDE_FILES = (
     *TOKENIZER_FILES, "generation_config.json", "config.json", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
@@ -39,7 +41,9 @@ def convert(checkpoint_dir: Path, hf: LazyTensors, dtype: torch.dtype | None = N
     Raises:
         UserError: what config.json, the family's table and the tensors do not agree on. Nothing is written then.
     """
-    config = config_from_hf(read_json(checkpoint_dir / "config.json"), name=checkpoint_dir.name)
+    fields = read_json(checkpoint_dir / "config.json")
+    refuse_quantized(fields.get("quantization_config"))
+    config = config_from_hf(fields, name=checkpoint_dir.name)
     stored = Dequantized(hf)
     hf = towers.language_model(stored)
     hf = hf.renamed(weights.full_names(config, hf))
@@ -49,6 +53,7 @@ def convert(checkpoint_dir: Path, hf: LazyTensors, dtype: torch.dtype | None = N
         print(line)
     layout = {}
     for row in weights.rows(config):
+        check_dtypes(row.hf, hf)
         widest = dtype or reduce(torch.promote_types, (hf.dtype(name) for name in row.hf))
         layout[row.lit] = torch.empty(row.shape, dtype=widest, device="meta")
     io.write_streamed(checkpoint_dir / "lit_model.pth", layout, in_range(layout, weights.to_lit(config, hf)))
@@ -56,6 +61,26 @@ def convert(checkpoint_dir: Path, hf: LazyTensors, dtype: torch.dtype | None = N
     with atomic(checkpoint_dir / "lit_config.json") as temporary:
         temporary.write_text(config.to_json())
     return config
+
+
+def refuse_quantized(settings: Any) -> None:
+    """Refuse the weights of a config.json that says how they are quantized, but for MXFP4. Raises UserError."""
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    if settings and method != "mxfp4":
+        raise UserError(
+            f"config.json: 'quantization_config': the weights are quantized ({method or 'no method named'}), which is "
+            "not read; download the model in full precision, and quantize it here by --quantize"
+        )
+
+
+def check_dtypes(names: Iterable[str], hf: LazyTensors) -> None:
+    """Refuse tensors that hold codes of a quantized model and not weights. Raises UserError."""
+    for name in names:
+        if (dtype := hf.dtype(name)) not in WEIGHT_DTYPES:
+            raise UserError(
+                f"{name}: is {str(dtype).removeprefix('torch.')}, which weights are not stored in; is the model "
+                "quantized? Download it in full precision"
+            )
 
 
 def in_range(layout: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -86,6 +111,24 @@ def export(checkpoint_dir: Path, out_dir: Path, lit: Mapping[str, Tensor], shard
     hf_config.pop("auto_map", None)  # points to code that is not here; transformers knows the architecture itself
     (out_dir / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
     write_shards(out_dir, towers.whole(checkpoint_dir, weights.to_hf(config, lit)), shard_bytes)
+
+
+class Cast(Mapping[str, Tensor]):
+    """Tensors in another dtype, into which each is cast when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+        self.tensors, self.layout = tensors, {name: t.to("meta", dtype) for name, t in tensors.items()}
+        self.dtype = dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        ((_, tensor),) = in_range(self.layout, [(name, self.tensors[name])])
+        return tensor.to(self.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
 
 
 def copy_side_files(source: Path, target: Path, names: tuple[str, ...] = CHECKPOINT_FILES) -> None:

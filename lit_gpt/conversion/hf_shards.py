@@ -20,6 +20,9 @@ from lit_gpt.quantization import mxfp4
 SHARD_BYTES = 2 * 10**9
 INDEX = "model.safetensors.index.json"
 BLOCKS, SCALES = "_blocks", "_scales"  # of a tensor in MXFP4
+# Sets of weights that a folder may hold, in the order in which transformers looks for them.
+SETS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+OTHER_SETS = ("tf_model.h5", "flax_model.msgpack", "consolidated.safetensors", "adapter_model.safetensors")
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -92,26 +95,32 @@ class Dequantized(LazyTensors):
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """Return the files that hold a folder's weights; of safetensors and .bin files the former."""
-    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        index = folder / f"{stem}{suffix}.index.json"
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise UserError(f"{index}: expected a weight_map that names the shards; download it again")
-            paths = [folder / name for name in sorted(set(weight_map.values()))]
-        elif (folder / (stem + suffix)).is_file():
-            paths = [folder / (stem + suffix)]
-        else:
-            continue
-        for path in paths:
-            if not path.is_file():
-                raise UserError(f"{path}: named by {index.name} but missing; download it again")
-        return paths
-    raise UserError(
-        f"{folder}: no weights; expected model.safetensors, pytorch_model.bin or their shards with an index, as "
-        "`python scripts/download.py` leaves them"
-    )
+    """Return the files that hold a folder's weights: of several sets the one that transformers loads, which is said.
+
+    Raises:
+        UserError: there are none, or a shard that the index names is missing.
+    """
+    there = [name for name in (*SETS, *OTHER_SETS) if (folder / name).is_file()]
+    chosen = next((name for name in there if name in SETS), None)
+    if chosen is None:
+        found = f", found {', '.join(there)}, which are not read" if there else ""
+        raise UserError(
+            f"{folder}: no weights{found}; expected model.safetensors, pytorch_model.bin or their shards with an "
+            "index, as `python scripts/download.py` leaves them"
+        )
+    if others := [name for name in there if name != chosen and name in SETS]:
+        print(f"{folder}: takes {chosen}, as transformers does, and leaves {', '.join(others)}")
+    index = folder / chosen
+    if index.suffix != ".json":
+        return [index]
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index}: expected a weight_map that names the shards; download it again")
+    paths = [folder / name for name in sorted(set(weight_map.values()))]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path}: named by {index.name} but missing; download it again")
+    return paths
 
 
 def open_shard(path: Path) -> Any:

@@ -92,11 +92,14 @@ def require_within(actual: Tensor, expected: Tensor, allowed: float, why: str, w
     return measured
 
 
-def check_finetune_kept(actual: Tensor, expected: Tensor, base: Tensor, what: str) -> float:
+def check_finetune_kept(actual: Tensor, expected: Tensor, base: Tensor, what: str, mend: str = "") -> float:
     """Return the share of a finetune's change of the base's logits that is in what was made of it: 1, but for rounding.
 
     Rounding moves logits in directions of its own. Along the finetune's a wrong scale shows that the norm of the
     difference hides in the rounding.
+
+    Args:
+        mend: what to do if it is not, for the error.
 
     Raises:
         UserError: it is not 1 within 5 %, and a tenth of how large the rounding is beside the change.
@@ -107,5 +110,7 @@ def check_finetune_kept(actual: Tensor, expected: Tensor, base: Tensor, what: st
     arrived = ((actual - base).flatten() @ change / (change @ change)).item()
     allowed = 0.05 + 0.1 * ((actual - expected).norm() / change.norm()).item()
     if not abs(arrived - 1) <= allowed:
-        raise UserError(f"{what}: {arrived:.0%} of the finetune's change of the logits arrived; nothing was written")
+        raise UserError(
+            f"{what}: {arrived:.0%} of the finetune's change of the logits arrived; nothing was written{mend}"
+        )
     return arrived

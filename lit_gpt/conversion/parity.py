@@ -51,12 +51,14 @@ class Reference:
         allowed: float = SAME_SUMS[0],
         why: str = SAME_SUMS[1],
         base: Tensor | None = None,
+        mend: str = "",
     ) -> dict[str, Any]:
         """Return the figures of the comparison with what a reader made of an export.
 
         Args:
             allowed: how far the logits may be off, relative to their norm; `why` names the cause.
             base: logits without the finetune, where it is to be seen that all of it arrived.
+            mend: what to do if it did not, for the error.
 
         Raises:
             UserError: something differs.
@@ -76,7 +78,7 @@ class Reference:
         off = verify.require_within(logits, self.logits, allowed, why, read)
         kept = {}
         if base is not None:
-            kept["finetune_arrived"] = verify.check_finetune_kept(logits, self.logits, base, read)
+            kept["finetune_arrived"] = verify.check_finetune_kept(logits, self.logits, base, read, mend)
         return {
             "reader": reader.name,
             "logits_difference": off,

@@ -146,6 +146,7 @@ SAY_NOTHING = {
     "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "megatron_core",
     "qalora_group_size", "runtime_config", "eva_config",
 }  # fmt: skip
+NAMED_ADAPTER = re.compile(r"\.lora_[AB]\.([^.]+)\.weight$")
 KEPT_BASE = (True, False, None, "gaussian", "orthogonal", "eva")  # initializations that leave the base as it was
 
 
@@ -243,8 +244,14 @@ def read_pairs(folder: Path) -> tuple[Pairs, dict[str, Tensor]]:
             halves.setdefault(key[1], {})[key[2]] = tensor.float()
         else:
             others[name.removeprefix(PREFIX)] = tensor
+    if not halves and (named := next(filter(None, map(NAMED_ADAPTER.search, tensors)), None)):
+        raise UserError(
+            f"{path}: its tensors carry an adapter's name, '{named[1]}', as in the state dict of a PeftModel; write it "
+            "by save_pretrained"
+        )
     if not halves:
-        raise UserError(f"{path}: holds no tensors")
+        names = ", ".join([*tensors][:3]) or "none at all"
+        raise UserError(f"{path}: holds no tensors lora_A and lora_B of LoRA; found {names}")
     for name, pair in halves.items():
         if len(pair) != 2 or len(pair["A"]) != pair["B"].shape[1]:
             shapes = ", ".join(f"{x} {tuple(t.shape)}" for x, t in pair.items())

@@ -56,7 +56,9 @@ def check_names(config: Config, stored: set[str]) -> None:
     derived = (ROTARY, *getattr(family, "DERIVED", ()), *getattr(family, "LEFT_OUT", {}))
     named = {hf for row in rows(config) for hf in row.hf}
     missing = sorted(named - stored)
-    leftover = sorted(name for name in stored - named if not any(fnmatch(name, pattern) for pattern in derived))
+    own_head = {head(config)} if config.tie_embeddings else set()  # equal to the embedding, see `as_stored`
+    others = stored - named - own_head
+    leftover = sorted(name for name in others if not any(fnmatch(name, pattern) for pattern in derived))
     if missing:
         raise UserError(f"the weights lack {len(missing)} tensors that config.json calls for: {_some(missing)}")
     if leftover:
@@ -76,13 +78,21 @@ def left_out(config: Config, stored: Iterable[str]) -> Iterator[str]:
 def as_stored(config: Config, hf: Mapping[str, Tensor]) -> Config:
     """Return the Config with head and embedding apart if the file holds both, though config.json ties them.
 
-    Falcon's published files do. Kept apart, they have the published number of parameters, and a head that differs is
-    not lost; transformers 5 does not tie it then either.
+    A head that equals the embedding stays tied, as transformers has it, unless the family has `HEAD_APART`. One that
+    differs is not lost; transformers 5 does not tie it then either.
     """
-    if not config.tie_embeddings:
+    if not config.tie_embeddings or head(config) not in hf:
         return config
-    apart = replace(config, tie_embeddings=False)
-    return apart if any(row.lit == "lm_head.weight" and row.hf[0] in hf for row in rows(apart)) else config
+    embedding = next(row.hf[0] for row in rows(config) if row.lit == "wte.weight")
+    apart = getattr(family_of_config(config), "HEAD_APART", False)
+    equal = embedding in hf and torch.equal(hf[embedding], hf[head(config)])
+    return config if equal and not apart else replace(config, tie_embeddings=False)
+
+
+def head(config: Config) -> str:
+    """Return the name of the head's weight in a Hugging Face file, whether it is tied or not."""
+    untied = rows(replace(config, tie_embeddings=False))
+    return next(row.hf[0] for row in untied if row.lit == "lm_head.weight")
 
 
 def full_names(config: Config, stored: Iterable[str]) -> dict[str, str]:

@@ -30,6 +30,9 @@ class Audit:
     not_verbatim: int = 0  # answers that the template does not show in full, and which are not learned
     content_dropped: int = 0  # rows of which the template leaves another message or a tool out
     unsupervised: int = 0  # rows in which no token is supervised
+    empty_answers: int = 0  # answers without content among others, which are not learned
+    special_tokens: int = 0  # special tokens that messages write out
+    nulls: int = 0  # null fields of calls and schemas, left out
 
     @classmethod
     def of_rows(cls, records: np.ndarray, lengths: np.ndarray, times: np.ndarray, args: PrepareArgs) -> "Audit":
@@ -48,19 +51,27 @@ class Audit:
         }
         kept = times * (status == KEPT)
         sizes, rows = np.unique(np.repeat(lengths, kept), return_counts=True)
-        names = ("truncated", "missing_eos", "prompt_mismatch", "not_verbatim", "content_dropped")
+        names = (
+            "truncated", "missing_eos", "prompt_mismatch", "not_verbatim", "content_dropped", "empty_answers",
+            "special_tokens", "nulls",
+        )  # fmt: skip
         return cls(
             dropped=Counter({reason: n for reason, n in dropped.items() if n}),
             lengths=Counter(dict(zip(sizes.tolist(), rows.tolist(), strict=True))),
             supervised=int((kept * records["supervised"]).sum()),
             unsupervised=int(times[status == UNSUPERVISED].sum()),
-            **{name: int((times * records[name]).sum()) for name in names},
+            **{name: int((times * records[name].astype(np.int64)).sum()) for name in names},
         )
 
     def summary(self) -> dict[str, Any]:
         """Return the figures for data.json and the printed table."""
         lengths, rows = sorted(self.lengths), self.lengths.total()
         tokens = sum(length * n for length, n in self.lengths.items())
+        seldom = {
+            "empty_answers_not_learned": self.empty_answers,
+            "special_tokens_in_messages": self.special_tokens,
+            "null_fields_left_out": self.nulls,
+        }
         return {
             "rows_kept": rows,
             "rows_dropped": dict(self.dropped),
@@ -75,6 +86,7 @@ class Audit:
             "answers_not_shown_in_full": self.not_verbatim,
             "rows_not_shown_in_full": self.content_dropped,
             "rows_without_supervised_token": self.unsupervised,
+            **{name: n for name, n in seldom.items() if n},
         }
 
     def median(self) -> float:

@@ -1,7 +1,7 @@
 """Prepares data for finetuning: rows to messages, messages to tokens, tokens to the data folder, with an audit.
 
 The rows are read once: each is checked, rendered and tokenized into temporary files. Then splits are assigned, and
-their files are written from spans of these. Memory holds a few rows at a time, and of each its record (24 bytes) and
+their files are written from spans of these. Memory holds a few rows at a time, and of each its record (30 bytes) and
 its offset (8).
 """
 
@@ -16,7 +16,7 @@ from lit_gpt.data import dataset
 from lit_gpt.data.args import ColumnArgs, PrepareArgs
 from lit_gpt.data.audit import Audit
 from lit_gpt.data.conversations import BadRow, to_conversation
-from lit_gpt.data.report import print_audit
+from lit_gpt.data.report import print_audit, print_next, print_unused
 from lit_gpt.data.sources import Source, parse_sources
 from lit_gpt.data.split_writer import SampleStore
 from lit_gpt.data.tokenization import DUPLICATE, KEPT, REFUSED, UNSUPERVISED, Tokenization
@@ -59,7 +59,8 @@ def prepare(
         times = assign_splits(sources, counts[: len(sources)], fraction, args.seed)
         times = np.append(times, np.full(sum(counts[len(sources) :]), VALIDATION, np.int8))
         refuse_by_template(tokenization, times, args)
-        records = tokenization.records()
+        print_unused(tokenization.unused, tokenization.plain_rows)
+        records, style = tokenization.records(), tokenization.style_of_rows()
         if args.deduplicate:
             mark_duplicates(records, times)
         taken = {"train": np.maximum(times, 0), "validation": (times == VALIDATION).astype(np.int8)}
@@ -77,8 +78,7 @@ def prepare(
         record = {"max_seq_length": limit, "mask_inputs": args.mask_inputs, "seed": args.seed}
         record["sources"] = [vars(source) | {"rows": n} for source, n in zip(all_sources, counts, strict=True)]
         dataset.write_meta(folder, audits, tokenizer, style, **record)
-    folders = f"--checkpoint_dir {args.checkpoint_dir} --data_dir {out_dir}"
-    print(f"\nwrote {out_dir}; next: python finetune/lora.py {folders}")
+    print_next(args.checkpoint_dir, out_dir)
 
 
 def shuffled(rows: np.ndarray, seed: int) -> np.ndarray:

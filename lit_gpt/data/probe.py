@@ -6,23 +6,25 @@ from pathlib import Path
 import torch
 
 from lit_gpt.data import dataset, packing
+from lit_gpt.data.args import ColumnArgs
+from lit_gpt.data.conversations import BadRow, to_conversation
 from lit_gpt.data.sources import Row, Source
 from lit_gpt.errors import UserError
-from lit_gpt.text.messages import read_messages, read_tools
 from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
 
+FORMS = "; expected 'text', 'messages', or 'instruction' and 'output'"
 WINDOW = 1024  # tokens: the longest piece of a text, and about what is computed at once
 
 
 class Probe:
-    """Makes samples of the rows of a .json, .jsonl, .csv or .parquet file: {"text": ...} or {"messages": [...]}.
+    """Makes samples of the rows of a file: {"text": ...}, {"messages": [...]} or another form of training rows.
 
     In a text every token is supervised that has one before it; a long text is cut into pieces that share one token. In
     messages the answers are supervised, as in training, within the first `limit` tokens, which the model takes.
 
     Raises:
-        UserError: a row is neither, or nothing is supervised.
+        UserError: a row has none of these forms, or nothing is supervised.
     """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, style: PromptStyle, limit: int) -> None:
@@ -41,15 +43,14 @@ class Probe:
     def samples_of(self, row: Row) -> list[dataset.Sample]:
         """Return the samples that a row gives."""
         try:
-            if row.problem:
-                raise ValueError(row.problem)
-            if isinstance(row.fields.get("text"), str):
-                return self.pieces(row.fields["text"])
-            if row.fields.get("messages") is None:
-                raise ValueError("expected the field 'text', with text, or 'messages'")
-            messages, tools = read_messages(row.fields["messages"]), read_tools(row.fields.get("tools"))
-            encoded = self.style.encode_sample(messages, self.tokenizer, tools)
-        except (TypeError, ValueError, UserError) as error:
+            conversation = to_conversation(row, ColumnArgs(), FORMS)
+        except BadRow as error:
+            raise UserError(f"--probe_path {error}") from None
+        if conversation.plain:
+            return self.pieces(row.fields["text"])
+        try:
+            encoded = self.style.encode_sample(conversation.messages, self.tokenizer, conversation.tools)
+        except UserError as error:
             raise UserError(f"--probe_path {row.where}: {error}") from None
         self.cut += len(encoded.ids) > self.limit
         ids = torch.tensor(encoded.ids[: self.limit], dtype=torch.int32)

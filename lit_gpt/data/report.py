@@ -1,5 +1,9 @@
 """Prints the supervision audit and one marked sample."""
 
+import shlex
+from collections import Counter
+from pathlib import Path
+
 from lit_gpt.data.audit import Audit
 from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
@@ -12,15 +16,32 @@ def print_audit(
     """Print the supervision audit and the first sample with its supervised part marked."""
     summaries = {name: audit.summary() for name, audit in audits.items()}
     print(f"{'':32}" + "".join(f"{name:>12}" for name in summaries))
-    for key in next(iter(summaries.values())):
+    for key in dict.fromkeys(key for summary in summaries.values() for key in summary):
         if key != "rows_dropped":
-            print(f"{key.replace('_', ' '):32}" + "".join(f"{summary[key]:>12}" for summary in summaries.values()))
+            counts = (f"{summary.get(key, 0):>12}" for summary in summaries.values())
+            print(f"{key.replace('_', ' '):32}" + "".join(counts))
     for reason in sorted({reason for audit in audits.values() for reason in audit.dropped}):
-        counts = (audit.dropped[reason] for audit in audits.values())
-        print(f"{'rows dropped: ' + reason:32}" + "".join(f"{count:>12}" for count in counts))
+        dropped = (f"{audit.dropped[reason]:>12}" for audit in audits.values())
+        print(f"{'rows dropped: ' + reason:32}" + "".join(dropped))
     print(f"\nprompt style {style.name}, at most {limit} tokens a row. The first row, its supervised part in ⟦ ⟧:\n")
     if first:
         print(marked(*first, tokenizer))
+
+
+def print_unused(unused: Counter[str], plain_rows: int) -> None:
+    """Print which fields nothing was taken from, in how many rows, and how many rows are plain text."""
+    if plain_rows:
+        print(f"{plain_rows} rows hold a text ('text'): learned whole, with the end token, in no prompt style")
+    if unused:
+        fields = ", ".join(f"'{name}' ({n} rows)" for name, n in unused.most_common(8))
+        more = f" and {len(unused) - 8} more" if len(unused) > 8 else ""
+        print(f"fields that are not used: {fields}{more}")
+
+
+def print_next(checkpoint_dir: Path, data_dir: Path) -> None:
+    """Print the command that trains on what was written."""
+    folders = f"--checkpoint_dir {shlex.quote(str(checkpoint_dir))} --data_dir {shlex.quote(str(data_dir))}"
+    print(f"\nwrote {data_dir}; next: python finetune/lora.py {folders}")
 
 
 def marked(ids: list[int], supervised: list[int], tokenizer: Tokenizer) -> str:

@@ -5,16 +5,18 @@ A .json file is decoded by hand, one value after another: Python's json reads fi
 dependency, which knows no line numbers.
 """
 
-import csv
 import itertools
-import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+from lit_gpt.data.csv_table import read_table
 from lit_gpt.errors import UserError
+from lit_gpt.files import STRICT_JSON, json_problem, not_utf8, undecodable
 
 NO_BLANK = re.compile(r"\S")
 BLOCK = 1 << 20  # characters of a .json file read at once
@@ -28,6 +30,7 @@ class Row(NamedTuple):
     where: str  # file and line, for errors
     fields: dict[str, Any]
     problem: str = ""
+    filled: bool = False  # null fields in it may be Arrow's, where other rows have the field
 
 
 @dataclass(frozen=True)
@@ -50,15 +53,16 @@ class Source:
             UserError: the source is missing, or malformed so that nothing after it can be read.
         """
         path = Path(self.name)
+        read = READERS.get(path.suffix.lower())
         try:
-            if path.suffix in READERS and not path.is_dir():
-                yield from READERS[path.suffix](path)
+            if read and not path.is_dir():
+                yield from read(path)
             else:
                 yield from dataset_rows(self.name)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text ({error.reason})") from None
+        except UnicodeDecodeError:
+            raise UserError(not_utf8(path)) from None
 
 
 def parse_sources(text: str) -> list[Source]:
@@ -67,10 +71,8 @@ def parse_sources(text: str) -> list[Source]:
     Raises:
         UserError: a weight is not a number above 0 and up to 100, or there is no source.
     """
-    if text and Path(text).exists():
-        return [Source(text)]
     sources = []
-    for part in filter(None, map(str.strip, text.split(","))):
+    for part in split_names(text):
         name, equals, weight = part.rpartition("=")
         if not equals or Path(part).exists():
             sources.append(Source(part))
@@ -84,6 +86,20 @@ def parse_sources(text: str) -> list[Source]:
     if not sources:
         raise UserError(f"'{text}': names no rows; expected a file, or several with commas between")
     return sources
+
+
+def split_names(text: str) -> Iterator[str]:
+    """Yield the parts of a text that lie between commas; a file may have commas in its name. `~` is expanded."""
+    parts = text.split(",")
+    while parts:
+        for end in range(len(parts), 0, -1):  # the longest that there is
+            part = os.path.expanduser(",".join(parts[:end]).strip())
+            name, equals, weight = part.rpartition("=")
+            if end == 1 or Path(part).exists() or (equals and "," not in weight and Path(name).exists()):
+                break
+        parts = parts[end:]
+        if part:
+            yield part
 
 
 def json_row(where: str, value: Any) -> Row:
@@ -100,13 +116,13 @@ def jsonl_rows(path: Path) -> Iterator[Row]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
-                    yield json_row(where, json.loads(text))
-            except UnicodeDecodeError as error:
-                yield Row(where, {}, f"not UTF-8 text ({error.reason} at byte {error.start} of the line)")
-            except json.JSONDecodeError as error:
-                yield Row(where, {}, f"not JSON: {error.msg}")
-            except RecursionError:
-                yield Row(where, {}, "not JSON that can be read: nested too deeply")
+                    yield json_row(where, STRICT_JSON.decode(text))
+            except UnicodeDecodeError:
+                yield Row(where, {}, f"not UTF-8 text ({undecodable(line)}); save the file as UTF-8")
+            except (ValueError, RecursionError) as error:
+                spread = number == 1 and text.strip() in ("[", "{")
+                hint = "; each line holds an object here, a list over many lines goes into a .json file"
+                yield Row(where, {}, json_problem(error) + (hint if spread else ""))
 
 
 def json_rows(path: Path) -> Iterator[Row]:
@@ -118,20 +134,23 @@ def json_rows(path: Path) -> Iterator[Row]:
         if first == "{":
             raise UserError(f"{path}: expected a list of objects (one object a line belongs into a .jsonl file)")
         window.take("[")
-        if window.peek() == "]":
-            return
         for count in itertools.count(1):
+            if window.peek() == "]" and count == 1:
+                break
             yield json_row(f"{path}: row {count}", window.value())
             if window.peek() == "]":
-                return
+                break
             window.take(",")
+        window.take("]")
+        if window.peek():
+            raise window.failure("not JSON: something follows the list", window.at)
 
 
 class Window:
     """Holds a piece of a JSON file, and moves on over the file as values are taken from it."""
 
     def __init__(self, path: Path, file: TextIO) -> None:
-        self.path, self.file, self.decoder = path, file, json.JSONDecoder()
+        self.path, self.file = path, file
         self.text, self.at, self.line, self.ended = "", 0, 1, False
 
     def more(self) -> None:
@@ -153,7 +172,7 @@ class Window:
     def take(self, character: str) -> None:
         """Move on over a character that must come next."""
         if self.peek() != character:
-            raise self.failure(f"Expecting '{character}'", self.at)
+            raise self.failure(f"not JSON: Expecting '{character}'", self.at)
         self.at += 1
 
     def value(self) -> Any:
@@ -161,35 +180,24 @@ class Window:
         self.peek()
         while True:
             try:
-                value, self.at = self.decoder.raw_decode(self.text, self.at)
+                value, self.at = STRICT_JSON.raw_decode(self.text, self.at)
                 return value
-            except json.JSONDecodeError as error:  # perhaps only for now
+            except JSONDecodeError as error:  # perhaps only for now
                 if self.ended or len(self.text) - self.at > MAX_ROW:
-                    raise self.failure(error.msg, error.pos) from None
+                    raise self.failure(json_problem(error), error.pos) from None
                 self.more()
-            except RecursionError:
-                raise self.failure("nested too deeply", self.at) from None
+            except (ValueError, RecursionError) as error:
+                raise self.failure(json_problem(error), self.at) from None
 
     def failure(self, message: str, place: int) -> UserError:
         """Return an error that names the line of a place in the text."""
         line = self.line + self.text.count("\n", 0, place)
-        return UserError(f"{self.path}: line {line}: not JSON: {message}")
+        return UserError(f"{self.path}: line {line}: {message}")
 
 
 def csv_rows(path: Path) -> Iterator[Row]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        csv.field_size_limit(2**31 - 1)
-        reader = csv.DictReader(file)
-        try:
-            for fields in reader:
-                where = f"{path}: line {reader.line_num}"
-                if None in fields or None in fields.values():
-                    columns = len(reader.fieldnames or ())
-                    yield Row(where, {}, f"expected {columns} columns as in the first line")
-                else:
-                    yield Row(where, fields)
-        except csv.Error as error:
-            raise UserError(f"{path}: line {reader.line_num}: not CSV: {error}") from None
+    for line, cells, problem in read_table(path):
+        yield Row(f"{path}: line {line}", cells, problem)
 
 
 def parquet_rows(path: Path) -> Iterator[Row]:
@@ -201,10 +209,13 @@ def parquet_rows(path: Path) -> Iterator[Row]:
     count = 0
     try:
         with ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise UserError(f"{path}: two columns are named '{twice}'; rename or remove one")
             for batch in file.iter_batches(batch_size=256):
                 for fields in batch.to_pylist():
                     count += 1
-                    yield Row(f"{path}: row {count}", fields)
+                    yield Row(f"{path}: row {count}", fields, filled=True)
     except ArrowException as error:
         raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from None
 
@@ -212,6 +223,11 @@ def parquet_rows(path: Path) -> Iterator[Row]:
 def dataset_rows(name: str) -> Iterator[Row]:
     """Yield the rows of a data set on the hub, kept in the cache of `datasets`, or of a folder that it saved."""
     folder, _, split = name.partition(":")
+    if Path(name).suffix.lower() in (".txt", ".md"):
+        raise UserError(
+            f"{name}: a text has no rows; write a .jsonl file, with an object on each line: "
+            '{"instruction": ..., "output": ...} to learn answers, {"text": ...} to learn texts whole'
+        )
     if not Path(folder).is_dir() and (Path(folder).exists() or not DATA_SET.fullmatch(name)):
         raise UserError(
             f"{name}: expected a file that ends in {', '.join(READERS)}, a folder that datasets has saved, or the "
@@ -231,10 +247,12 @@ def dataset_rows(name: str) -> Iterator[Row]:
     except Exception as error:  # whatever the network, the data set or its loader does
         raise UserError(f"{name}: could not be loaded by datasets ({' '.join(str(error).split())[:300]})") from None
     for i, fields in enumerate(rows, 1):
-        yield Row(f"{name}: row {i}", fields)
+        yield Row(f"{name}: row {i}", fields, filled=True)
 
 
-READERS = {".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows, ".parquet": parquet_rows}
+READERS = {
+    ".json": json_rows, ".jsonl": jsonl_rows, ".csv": csv_rows, ".tsv": csv_rows, ".parquet": parquet_rows
+}  # fmt: skip
 
 
 def source_file(repo_id: str, name: str) -> str:

@@ -14,6 +14,7 @@ from lit_gpt.data import packing
 from lit_gpt.data.dataset import Dataset, read_meta
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.evaluation.args import PerplexityArgs
+from lit_gpt.files import read_text
 from lit_gpt.hardware import DTYPES, default_device
 from lit_gpt.methods.finetuned_model import load_finetuned
 from lit_gpt.model.gpt import GPT
@@ -68,8 +69,8 @@ def evaluate(args: PerplexityArgs) -> Score:
 def read_ids(path: Path, tokenizer: Tokenizer) -> Tensor:
     """Read the token ids of a text, at least two."""
     try:
-        ids = tokenizer.encode(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        ids = tokenizer.encode(read_text(path))
+    except OSError as error:
         raise UserError(f"--text_path {path}: cannot be read ({error})") from None
     if len(ids) < 2:
         raise UserError(f"--text_path {path}: holds fewer than two tokens: nothing to predict; give more text")

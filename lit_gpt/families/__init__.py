@@ -8,6 +8,9 @@ A family's file defines
     config(hf)            the fields of lit_gpt.Config for a config.json
     weights(config)       {lit module: where its tensors lie in the Hugging Face file}, run in both directions by
                           lit_gpt.conversion.weights
+    DEFAULTS              {model_type: what transformers takes for fields of config.json that are left out}, if a
+                          field's absence would be read otherwise
+    HEAD_APART            if true, a head stored beside a tied embedding stays apart even where it equals it
     DERIVED               patterns of stored tensors that are not weights, if there are others than rotary frequencies
     LEFT_OUT              {pattern of stored tensors: what they are} for a part that neither we nor transformers have
     gguf(config)          the tables.Layout of llama.cpp; without it, exports to GGUF are refused

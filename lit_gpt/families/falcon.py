@@ -9,6 +9,9 @@ from lit_gpt.families.tables import Grouped, Layout, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("falcon",)
+# The published files hold the head beside the embedding that it equals, and the published number of parameters counts
+# it, 7,217,189,760 for 7B: it stays apart, and trains apart.
+HEAD_APART = True
 
 _7B: dict[str, Any] = dict(
     model_type="falcon", vocab_size=65024, hidden_size=4544, num_hidden_layers=32, num_attention_heads=71,

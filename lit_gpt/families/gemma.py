@@ -16,11 +16,14 @@ from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
 WRAPPERS = ("gemma3",)  # from 4B on
-# what the files of those leave out
-_TEXT_DEFAULTS: dict[str, Any] = dict(
-    num_attention_heads=8, num_key_value_heads=4, head_dim=256, vocab_size=262208, max_position_embeddings=131072,
-    sliding_window=4096,
-)  # fmt: skip
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma": dict(max_position_embeddings=8192, num_key_value_heads=16),
+    "gemma2": dict(max_position_embeddings=8192, num_key_value_heads=4, sliding_window=4096,
+                   final_logit_softcapping=30.0, attn_logit_softcapping=50.0),
+    "gemma3_text": dict(max_position_embeddings=131072, num_key_value_heads=4, sliding_window=4096,
+                        num_attention_heads=8, head_dim=256, vocab_size=262208),
+}  # fmt: skip
 
 
 _preset = partial(llama.preset, vocab=256000, max_position_embeddings=8192, head_dim=256, tie_word_embeddings=True)
@@ -47,7 +50,6 @@ PRESETS = {
 
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
-    hf = _TEXT_DEFAULTS | hf if hf["model_type"] == "gemma3_text" else hf
     if hf.get("use_bidirectional_attention"):
         raise UserError("config.json: 'use_bidirectional_attention' is not supported; expected a causal Gemma")
     kind, layers = hf["model_type"], hf["num_hidden_layers"]

@@ -9,6 +9,8 @@ from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("llama", "mistral")
 WRAPPERS = ("mistral3",)  # Mistral Small 3.1 and later, Ministral 3
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS = {"mistral": dict(max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096)}
 
 
 def preset(
@@ -73,8 +75,7 @@ PRESETS = {
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
     attention_bias, mlp_bias = hf.get("attention_bias", False), hf.get("mlp_bias", False)
-    # a Mistral file without the field means the first release's window; no Llama has one
-    window = hf.get("sliding_window", 4096) if hf["model_type"] == "mistral" else None
+    window = hf.get("sliding_window") if hf["model_type"] == "mistral" else None  # no Llama has one
     return {
         **sizes(hf),
         "n_query_groups": hf.get("num_key_value_heads") or hf["num_attention_heads"],

@@ -8,6 +8,10 @@ from lit_gpt.families.tables import PerExpert, Place, Stacked, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("mixtral",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "mixtral": dict(max_position_embeddings=131072, num_key_value_heads=8, rope_theta=1e6, rms_norm_eps=1e-5)
+}
 
 _8X7B: dict[str, Any] = dict(
     model_type="mixtral", num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, hidden_size=4096,
@@ -28,7 +32,7 @@ PRESETS = {
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
     return {
-        **llama.config({"rope_theta": 1e6, "rms_norm_eps": 1e-5} | hf),  # the family's defaults
+        **llama.config(hf),
         "sliding_window": hf.get("sliding_window"),
         "mlp_class": "MoE",
         "n_expert": hf.get("num_local_experts", 8),

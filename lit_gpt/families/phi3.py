@@ -9,6 +9,8 @@ from lit_gpt.families.tables import Layout, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("phi3",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS = {"phi3": dict(max_position_embeddings=4096)}
 
 # Divisors of the rotary frequencies, rounded to what is not noise of float32.
 _SHORT_3_5 = [

@@ -9,6 +9,9 @@ from lit_gpt.families.tables import Layout, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("qwen2", "qwen3")
+# What transformers takes for fields that a config.json leaves out.
+_SIZES = dict(max_position_embeddings=32768, num_key_value_heads=32, sliding_window=4096)
+DEFAULTS = {"qwen2": _SIZES, "qwen3": dict(_SIZES, head_dim=128)}
 
 _SMALL: dict[str, Any] = dict(model_type="qwen2", vocab=151936, rope_theta=1e6, max_position_embeddings=131072)
 _SHORT: dict[str, Any] = dict(_SMALL, max_position_embeddings=32768)

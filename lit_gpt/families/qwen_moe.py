@@ -8,6 +8,8 @@ from lit_gpt.families.tables import Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("qwen3_moe",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS = {"qwen3_moe": dict(max_position_embeddings=32768, num_key_value_heads=4, sliding_window=4096)}
 
 _30B = llama.preset(
     48, 32, 4, 2048, 6144, 151936, model_type="qwen3_moe", head_dim=128, max_position_embeddings=40960, rope_theta=1e6,

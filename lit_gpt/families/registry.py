@@ -86,6 +86,7 @@ def config_from_hf(hf: dict[str, Any], name: str = "") -> Config:
     """
     hf = language_model(hf)
     family = family_of(hf)
+    hf = getattr(family, "DEFAULTS", {}).get(hf["model_type"], {}) | hf
     try:
         values = family.config(hf)
     except KeyError as missing:

@@ -9,6 +9,8 @@ from lit_gpt.families.tables import Layout
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("smollm3",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS = {"smollm3": dict(max_position_embeddings=32768, num_key_value_heads=4)}
 
 PRESETS = {
     "SmolLM3-3B": llama.preset(36, 16, 4, 2048, 11008, 128256, model_type="smollm3", max_position_embeddings=65536,

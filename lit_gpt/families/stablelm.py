@@ -10,6 +10,8 @@ from lit_gpt.families.tables import Stacked, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("stablelm",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS = {"stablelm": dict(max_position_embeddings=4096, num_key_value_heads=32)}
 
 
 _preset = partial(

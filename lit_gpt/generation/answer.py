@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lit_gpt import files
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation.answerer import Answerer
 from lit_gpt.generation.args import ModelArgs, PromptArgs, SamplingArgs
-from lit_gpt.generation.engine import generate, new_generator
+from lit_gpt.generation.engine import generate, new_generator, up_to_stop
 from lit_gpt.generation.prompt_file import PromptFile, settings_hash
 from lit_gpt.hardware import peak_memory_bytes
 from lit_gpt.model.kv_cache import truncate
@@ -41,10 +42,11 @@ class TextPrompt:
             timer = TokenTimer()
             tokens = generate(
                 model, ids, sampling.max_new_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
-                top_p=sampling.top_p, stop_ids=style.stop_ids, generator=generator, cache=cache, step=step,
+                top_p=sampling.top_p, repetition_penalty=sampling.repetition_penalty, stop_ids=style.stop_ids,
+                generator=generator, cache=cache, step=step,
             )  # fmt: skip
             try:
-                for piece in answerer.tokenizer.decode_stream(timer.watch(tokens)):
+                for piece in up_to_stop(answerer.tokenizer.decode_stream(timer.watch(tokens)), sampling.stops):
                     print(piece, end="", flush=True)
             finally:
                 print(flush=True)
@@ -57,6 +59,7 @@ def read_prompt(args: PromptArgs, sampling: SamplingArgs, model: ModelArgs, **ow
     Args:
         own: the script's own flags on which an answer depends.
     """
+    _ = sampling.stops  # refused at once if they are none
     if bool(args.prompt) == bool(args.prompt_file):
         raise UsageError("--prompt: expected a prompt, either by --prompt or by --prompt_file (- is standard input)")
     if args.out:
@@ -65,15 +68,18 @@ def read_prompt(args: PromptArgs, sampling: SamplingArgs, model: ModelArgs, **ow
 
 
 def read_text(path: Path | None) -> str:
-    if path is None or path.suffix == ".jsonl":
+    if path is None or path.suffix.lower() == ".jsonl":
         raise UsageError(f"--prompt_file {path}: holds a prompt on each line; add --out FILE for the answers")
     try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        text = sys.stdin.read().removeprefix("\ufeff") if str(path) == "-" else files.read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt_file {path}: cannot be read ({error})") from None
-    if not text:
+    without = text.removesuffix("\n").removesuffix("\r")
+    if not without:
         raise UsageError("--prompt_file: is empty")
-    return text
+    if without != text:  # editors and echo end a text so, and a model would go on in a new line
+        print(f"[the newline at the end of {path} is left out; end it with two to keep one]", file=sys.stderr)
+    return without
 
 
 class TokenTimer:

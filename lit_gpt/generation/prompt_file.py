@@ -21,13 +21,24 @@ from lit_gpt.errors import UsageError, UserError
 from lit_gpt.files import atomic, take_lock
 from lit_gpt.generation.answerer import Answerer
 from lit_gpt.generation.args import ModelArgs, PromptArgs, SamplingArgs
-from lit_gpt.generation.engine import decode, new_generator
+from lit_gpt.generation.engine import before_stop, decode, new_generator
 from lit_gpt.generation.sequence import Row
 from lit_gpt.hardware import peak_memory_bytes
-from lit_gpt.text.messages import Message, Tools, instruction_messages, read_messages, read_tools
+from lit_gpt.text.messages import (
+    Message,
+    Tools,
+    instruction_messages,
+    read_history,
+    read_messages,
+    read_tools,
+    text_of,
+    with_system,
+)
 
+SHAREGPT = "conversations"  # another name of messages
 OURS = ("answer", "ended", "row", "settings")  # what an answer's line has besides the prompt's fields
-FORMS = ("prompt", "instruction", "messages")  # what a prompt may be; a line has one of them
+FORMS = ("prompt", "instruction", "messages", SHAREGPT)  # what a prompt may be; a line has one of them
+LATER_FLAGS = {"repetition_penalty": 1.0, "stop": ""}  # as answers had it before there were these flags
 SAMPLING = {"top_k", "top_p", "seed"}  # flags that change no answer at temperature 0
 
 
@@ -64,7 +75,7 @@ class PromptFile:
             UsageError: flags that do not go together.
             UserError: there is no such file, or the answers in --out are to something else.
         """
-        if args.prompt_file is None or args.prompt_file.suffix != ".jsonl":
+        if args.prompt_file is None or args.prompt_file.suffix.lower() != ".jsonl":
             raise UsageError("--out: goes with --prompt_file FILE.jsonl, which holds a prompt on each line")
         if args.num_samples != 1:
             raise UsageError("--num_samples: each line of --prompt_file gets one answer; repeat a line to get several")
@@ -158,7 +169,9 @@ class PromptFile:
             for request, ids, ended in answers(answerer, asked, self.batch_size):
                 bar.update()
                 total += len(ids)
-                ours = answerer.tokenizer.decode(ids), ended, request.prompt.row, self.settings
+                text = answerer.tokenizer.decode(ids)
+                cut = before_stop(text, answerer.sampling.stops)
+                ours = text if cut is None else cut, ended, request.prompt.row, self.settings
                 line = request.prompt.fields | dict(zip(OURS, ours, strict=True))
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
@@ -203,7 +216,9 @@ class PromptFile:
 
 def settings_hash(sampling: SamplingArgs, model: ModelArgs, own: dict[str, Any]) -> str:
     """Return a few letters that stand for all flags on which an answer depends, but for rounding."""
-    flags = {**own, **asdict(sampling), "precision": model.precision, "quantize": model.quantize}
+    later = {name for name in LATER_FLAGS if getattr(sampling, name) == LATER_FLAGS[name]}
+    drawn = {name: value for name, value in asdict(sampling).items() if name not in later}
+    flags = {**own, **drawn, "precision": model.precision, "quantize": model.quantize}
     names = flags.keys() - (set() if sampling.temperature else SAMPLING)
     values = {name: str(v.resolve() if isinstance(v := flags[name], Path) else v) for name in names}
     return blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=4).hexdigest()
@@ -229,21 +244,21 @@ def parse_prompt(fields: dict[str, Any]) -> tuple[list[Message], Tools, Path | N
         raise ValueError(f"expected exactly one of the fields {', '.join(FORMS)}, found {found}")
     if taken := sorted(fields.keys() & set(OURS)):
         raise ValueError(f"has a field '{taken[0]}', which the answer's line has for itself; rename it")
-    for name in {"prompt", "instruction", "input", "lora_path"} & fields.keys():
-        if not isinstance(fields[name] or "", str):
-            raise ValueError(f"the field '{name}' is {type(fields[name]).__name__}, expected text")
     json.dumps(fields, ensure_ascii=False).encode()  # JSON can spell half of an emoji
-    lora_path = Path(fields["lora_path"]) if fields.get("lora_path") else None
+    (form,), named = forms, text_of(fields, "lora_path")
+    lora_path = Path(named).expanduser() if named else None
     if lora_path and not lora_path.is_file():
         raise ValueError(f"the field 'lora_path' is {lora_path}, which is no file")
-    if forms != ["messages"]:
-        if fields.get("tools"):
-            raise ValueError("the field 'tools' goes with 'messages'")
-        return instruction_messages(fields[forms[0]], fields.get("input") or ""), None, lora_path
-    messages = read_messages(fields["messages"])
+    context, history, tools = text_of(fields, "input"), read_history(fields.get("history")), fields.get("tools")
+    if form in ("messages", SHAREGPT) or isinstance(fields[form], list):
+        if context or history:
+            raise ValueError(f"the field '{'input' if context else 'history'}' does not go with '{form}'")
+        messages = read_messages(fields[form], form)
+    else:
+        messages = history + instruction_messages(text_of(fields, form), context)
     if messages[-1]["role"] == "assistant":
         raise ValueError("the last message is the assistant's; expected one to be answered")
-    return messages, read_tools(fields.get("tools")), lora_path
+    return with_system(text_of(fields, "system"), messages), read_tools(tools), lora_path
 
 
 def answers(answerer: Answerer, requests: list[Request], batch_size: int) -> Iterator[tuple[Request, list[int], bool]]:
@@ -261,14 +276,18 @@ def answers(answerer: Answerer, requests: list[Request], batch_size: int) -> Ite
             loras.choose([row.lora for row in rows])
 
     new = decode(
-        model, rows, cache, sampling.temperature, sampling.top_k, sampling.top_p, step=answerer.step(), choose=choose
-    )
+        model, rows, cache, sampling.temperature, sampling.top_k, sampling.top_p,
+        repetition_penalty=sampling.repetition_penalty, step=answerer.step(), choose=choose,
+    )  # fmt: skip
+    stops, tokenizer = sampling.stops, answerer.tokenizer
     for row, token in new:
         request = by_row[row]
-        if ended := token in request.stop_ids:
+        closed = token in request.stop_ids
+        stopped = bool(stops) and before_stop(tokenizer.decode(row.ids[request.length :]), stops) is not None
+        if closed or stopped:
             row.remaining = 0
         if not row.remaining:
-            yield request, row.ids[request.length : len(row.ids) - ended], ended
+            yield request, row.ids[request.length : len(row.ids) - closed], closed or stopped
 
 
 def seed_of(seed: int, row: int) -> int:

@@ -209,15 +209,19 @@ def merged_config(model: GPT) -> Config:
     return replace(model.config, tie_embeddings=False) if "lm_head" in lora_layers(model) else model.config
 
 
-def write_merged(path: Path, model: GPT) -> None:
-    """Write the state dict of the merged model, dequantized if it is quantized, holding one tensor at a time."""
+def write_merged(path: Path, model: GPT, dtype: torch.dtype | None = None) -> None:
+    """Write the state dict of the merged model, dequantized if it is quantized, holding one tensor at a time.
+
+    Args:
+        dtype: in which to store it; None: as the base is.
+    """
     config = merged_config(model)
     with on_meta():
         names = GPT(config).state_dict()
     if config.tie_embeddings:
         del names["lm_head.weight"]  # the embedding's
     layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    layout = {name: names[name].to(stored_dtype(name, layer, model.dtype)) for name, layer in layers.items()}
+    layout = {name: names[name].to(dtype or stored_dtype(name, layer, model.dtype)) for name, layer in layers.items()}
     io.write_streamed(path, layout, ((name, merged_tensor(name, layer)) for name, layer in layers.items()))
 
 

@@ -1,6 +1,7 @@
 """The configuration of a model. Which checkpoints exist is the families' business (lit_gpt/families)."""
 
 import json
+import shlex
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ class Config:
         """
         path = Path(checkpoint_dir) / "lit_config.json"
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = json.loads(path.read_text(encoding="utf-8-sig"))
             unknown = set(values) - {field.name for field in fields(cls)}
             if unknown:
                 raise ValueError(f"unknown fields {sorted(unknown)}")
@@ -136,7 +137,7 @@ class Config:
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
                 f"{path}: not a readable model configuration ({error}); convert the checkpoint again with "
-                f"`python scripts/convert_hf_checkpoint.py --checkpoint_dir {checkpoint_dir}`"
+                f"`python scripts/convert_hf_checkpoint.py --checkpoint_dir {shlex.quote(str(checkpoint_dir))}`"
             ) from None
 
     def to_json(self) -> str:

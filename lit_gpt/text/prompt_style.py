@@ -5,6 +5,7 @@ as in Hugging Face chat templates. Rows of instruction data add `instruction` an
 styles that set them apart.
 """
 
+import codecs
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt.errors import UsageError, UserError
-from lit_gpt.files import read_json
+from lit_gpt.files import read_json, read_text
 from lit_gpt.text import supervision
 from lit_gpt.text.chat_template import Template
-from lit_gpt.text.messages import Message, Tools
-from lit_gpt.text.supervision import REASONING, Encoded, Rendered
-from lit_gpt.text.tokenizer import CHAT_TEMPLATE_DIR, Encoding, Tokenizer, read_text
+from lit_gpt.text.messages import REASONING, Message, Tools, spell_arguments
+from lit_gpt.text.supervision import Encoded, Rendered
+from lit_gpt.text.tokenizer import CHAT_TEMPLATE_DIR, Encoding, Tokenizer
 
 FIELDS = {"own_bos": "template_writes_bos"}  # names of fields in files, where they differ
 FILE = "prompt_style.json"
@@ -48,12 +49,14 @@ _LLAMA2 = (
     "{% if m.role == 'system' %}{{ '[INST] <<SYS>>\n' + m.content + '\n<</SYS>>\n\n' }}{% else %}"
     "{{ '[INST] ' if loop.first or loop.previtem.role != 'system' }}{{ m.content + ' [/INST]' }}{% endif %}"
 )
+_NEXT_BOS = "{{ next_bos if m.role == 'user' and not loop.first and loop.previtem.role == 'assistant' }}"
+
 _FALCON = "{{ m.content + '\n' if m.role == 'system' else 'User: ' + m.content + '\nAssistant:' }}"
 STYLES = {
     "plain": _turns("{{ m.content }}"),
     "alpaca": _turns(_ALPACA),
     "chatml": _CHATML,
-    "llama2": _turns(_LLAMA2, before_answer=" "),
+    "llama2": _turns(_NEXT_BOS + _LLAMA2, before_answer=" "),
     "falcon-instruct": _turns(_FALCON, before_answer=" "),
 }
 
@@ -70,13 +73,16 @@ class PromptStyle:
 
     @classmethod
     def from_name(cls, name: str, tokenizer: Tokenizer) -> "PromptStyle":
-        """Return a style of STYLES, of a Jinja file, or for "auto" the checkpoint's own template, else alpaca.
+        """Return a style of STYLES, of a Jinja file, or for "auto" the one that a finetune left in the checkpoint, else
+        its own template, else alpaca.
 
         Raises:
             UsageError: neither a style nor a file.
             UserError: the checkpoint has no template, or the file holds none.
         """
         if name == "auto":
+            if left := cls.left_in(tokenizer.checkpoint_dir):
+                return left
             name = "checkpoint" if tokenizer.chat_template else "alpaca"
         if name == "checkpoint":
             if not tokenizer.chat_template:
@@ -85,8 +91,8 @@ class PromptStyle:
             style = cls(name, tokenizer.chat_template, template_writes_bos=True, tool_template=with_tools)
         elif name in STYLES:
             style = cls(name, STYLES[name], template_writes_bos=False)
-        elif Path(name).is_file():
-            style = cls(name, read_text(Path(name)), template_writes_bos=False)
+        elif (path := Path(name).expanduser()).is_file():
+            style = cls(name, read_text(path), template_writes_bos=False)
         else:
             raise UsageError(
                 f"--prompt_style {name}: expected auto, checkpoint, {', '.join(STYLES)} or a path to a Jinja file"
@@ -96,14 +102,21 @@ class PromptStyle:
     @classmethod
     def from_checkpoint(cls, checkpoint_dir: Path, tokenizer: Tokenizer) -> "PromptStyle":
         """Return the style that a finetune left in the folder, else the checkpoint's own template, else plain text."""
-        path = Path(checkpoint_dir) / FILE
-        if path.is_file():
-            try:
-                return cls.from_dict(read_json(path))
-            except (KeyError, TypeError) as error:
-                raise UserError(f"{path}: expected what a finetune leaves ({error}); make the folder again") from None
+        if left := cls.left_in(checkpoint_dir):
+            return left
         style = cls.from_name("checkpoint" if tokenizer.chat_template else "plain", tokenizer)
         return replace(style, stop_ids=tuple(dict.fromkeys((*style.stop_ids, *generation_stop_ids(checkpoint_dir)))))
+
+    @classmethod
+    def left_in(cls, checkpoint_dir: Path) -> "PromptStyle | None":
+        """Return the style that a finetune left in the folder, if one did."""
+        path = Path(checkpoint_dir) / FILE
+        if not path.is_file():
+            return None
+        try:
+            return cls.from_dict(read_json(path))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path}: expected what a finetune leaves ({error}); make the folder again") from None
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "PromptStyle":
@@ -122,9 +135,11 @@ class PromptStyle:
 
     def write_template(self, folder: Path, tokenizer: Tokenizer) -> None:
         """Write the template into a folder as transformers, vLLM and llama.cpp take it, in place of others there."""
-        if self.for_others(tokenizer) == tokenizer.chat_template:
+        file, template = folder / "chat_template.jinja", self.for_others(tokenizer)
+        marked = file.is_file() and file.read_bytes().startswith(codecs.BOM_UTF8)  # which transformers would render
+        if template == tokenizer.chat_template and not marked:
             return
-        (folder / "chat_template.jinja").write_text(self.for_others(tokenizer), encoding="utf-8")
+        file.write_text(template, encoding="utf-8")
         shutil.rmtree(folder / CHAT_TEMPLATE_DIR, ignore_errors=True)
         settings = folder / "tokenizer_config.json"
         fields = read_json(settings, missing_ok=True)
@@ -167,11 +182,26 @@ class PromptStyle:
             **{name: token or "" for name, token in tokens.items()},
         }
         variables |= {"tools": tools, "documents": None, "add_generation_prompt": answer}
+        variables |= {"next_bos": tokenizer.bos_token or "" if tokenizer.adds_bos else ""}
         try:
             template = self._compiled if tools is None else self._compiled_for_tools
+            if any(message.get("tool_calls") for message in messages):
+                wanted = self._arguments_of(template, variables)
+                messages = [spell_arguments(message, wanted) for message in messages]
             return getattr(template, function)(messages=[present(message) for message in messages], **variables)
         except Exception as error:  # a template may fail in any way that its code can
             raise UserError(f"prompt style '{self.name}': the template failed: {error}") from None
+
+    def _arguments_of(self, template: Template, variables: dict[str, Any]) -> str:
+        """Return how a template wants the arguments of calls, "object", "text" or "any", by rendering both."""
+        if template not in self._wanted:
+            text, object = (template_shows(template, kind, variables) for kind in ("text", "object"))
+            self._wanted[template] = "any" if text and object else "text" if text else "object"
+        return self._wanted[template]
+
+    @cached_property
+    def _wanted(self) -> dict[Template, str]:
+        return {}
 
     def encode_prompt(self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Tools = None) -> list[int]:
         """Return the token ids up to where the assistant answers."""
@@ -209,6 +239,8 @@ class PromptStyle:
         if self.template_writes_bos:  # it is the checkpoint's own
             return self.template
         before = "{{ bos_token }}" if tokenizer.adds_bos else ""
+        if before and "next_bos" in self.template:
+            before += "{%- set next_bos = bos_token %}"
         if tokenizer.eos_token != tokenizer.named_tokens.get("eos_token"):
             before = f"{{%- set eos_token = {json.dumps(tokenizer.eos_token)} %}}" + before
         return before + self.template
@@ -216,12 +248,33 @@ class PromptStyle:
     def find_stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Find the end token, and the special token with which the template closes an answer if that is another."""
         answer = "Quux"  # a word that no template writes
-        whole = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}], tokenizer)
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+        system = [{"role": "system", "content": "a"}]  # some templates want one, others refuse it
+        rendered = (supervision.attempt(self.render, [*start, *turns], tokenizer=tokenizer) for start in ([], system))
+        whole = next((text for text in rendered if text is not None), "")
         stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
         if closing := whole.rpartition(answer)[2].lstrip() if answer in whole else "":
             first = int(tokenizer.encode(closing, bos=False)[0])
             stops += [first] if first in tokenizer.added_tokens else []
         return tuple(dict.fromkeys(stops))
+
+
+ARGUMENTS: dict[str, Any] = {"text": '{"quux": 1}', "object": {"quux": 1}}  # of a call, as a template may want them
+
+
+def template_shows(template: Template, kind: str, variables: dict[str, Any]) -> bool:
+    """Return whether a template shows arguments of this kind of ARGUMENTS rightly: text as it is, an object as JSON
+    or field by field, but not as Python spells it.
+    """
+    call = {"id": "call00001", "type": "function", "function": {"name": "act", "arguments": ARGUMENTS[kind]}}
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    for start in ([], [{"role": "system", "content": "a"}]):
+        try:
+            text = template.render(messages=[*start, *turns], **variables)
+        except Exception:  # whatever a template's code can do
+            continue
+        return ARGUMENTS["text"] in text if kind == "text" else "quux" in text and "'quux'" not in text
+    return False
 
 
 def present(message: Message) -> Message:

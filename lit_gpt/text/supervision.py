@@ -16,13 +16,12 @@ from operator import itemgetter
 from typing import Any
 
 from lit_gpt.errors import UserError
-from lit_gpt.text.messages import Message
+from lit_gpt.text.messages import REASONING, Message
 from lit_gpt.text.tokenizer import Encoding, Tokenizer
 
 Render = Callable[..., str]  # of messages; with answer=True as a prompt, up to where the assistant answers
 MARKS = tuple(f"\U0010fffd{secrets.token_hex(8)}{end}\U0010fffd" for end in "<>")
 BEGIN, END = itemgetter(0), itemgetter(1)
-REASONING = ("reasoning_content", "thinking", "reasoning")  # the names under which a message's reasoning goes
 
 
 @dataclass(frozen=True)

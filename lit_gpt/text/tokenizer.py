@@ -17,7 +17,7 @@ import torch
 from tokenizers import AddedToken, decoders
 
 from lit_gpt.errors import UserError
-from lit_gpt.files import read_json
+from lit_gpt.files import read_json, read_text
 
 FILES = ("tokenizer.json", "tokenizer.model")
 NAMED = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
@@ -177,6 +177,12 @@ class Tokenizer:
         return hashlib.sha256(self._path.read_bytes() + rest.encode()).hexdigest()
 
     @cached_property
+    def special_tokens(self) -> re.Pattern[str]:
+        """A pattern of the special tokens, which a text may write out and which are encoded as such then."""
+        contents = sorted((token.content for token in self._added.values() if token.special), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, contents)) or r"(?!)")
+
+    @cached_property
     def _special_ids(self) -> set[int]:
         return {i for i, token in self.added_tokens.items() if token.special}
 
@@ -287,13 +293,6 @@ def sentencepiece_vocabulary(model: Any, stated: dict[int, AddedToken]) -> token
     tokens.decoder = decoders.Sequence(steps)
     tokens.add_tokens(control)
     return tokens
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: expected UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Sets up a finetuning run from its arguments, and writes its result."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,8 @@ from lit_gpt.training.records import Records
 from lit_gpt.training.resume import ResumeStates
 from lit_gpt.training.schedule import Schedule
 from lit_gpt.training.strategy import Worker
+
+KEPT_WELL = 0.95  # of what was trained, once it is rounded; below it is said
 
 
 def finetune(args: TrainArgs, method: Method) -> None:
@@ -150,4 +153,21 @@ def write_checkpoint(out_dir: Path, state: dict[str, Tensor], base: BaseCheckpoi
     tensors: Any = ((name, state[name]) for name in base.state)
     io.write_streamed(out_dir / "lit_model.pth", base.state, tensors)
     (out_dir / "lit_config.json").write_text(base.config.to_json())
+    kept = share_kept(state, base.state)
+    if kept < KEPT_WELL:
+        stored = str(base.dtype).removeprefix("torch.")
+        print(
+            f"{kept:.0%} of the weights' change is left in {stored}, in which the base is stored; a base that was "
+            "converted with --dtype fp32 keeps all of it"
+        )
     return out_dir
+
+
+def share_kept(state: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> float:
+    """Return how much of the change of a base's weights is left, along the change, once they have the base's dtypes."""
+    left = whole = 0.0
+    for name, old in base.items():
+        if (new := state[name].float().cpu()).dtype != old.dtype:
+            change, rounded = new - old.float(), new.to(old.dtype).float() - old.float()
+            left, whole = left + (rounded * change).sum().item(), whole + change.square().sum().item()
+    return left / whole if whole else 1.0
