@@ -11,7 +11,7 @@ from lit_gpt import files
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation.answerer import Answerer
 from lit_gpt.generation.args import ModelArgs, PromptArgs, SamplingArgs
-from lit_gpt.generation.engine import generate, new_generator, up_to_stop
+from lit_gpt.generation.engine import generate, new_generator
 from lit_gpt.generation.prompt_file import PromptFile, settings_hash
 from lit_gpt.hardware import peak_memory_bytes
 from lit_gpt.model.kv_cache import truncate
@@ -42,11 +42,10 @@ class TextPrompt:
             timer = TokenTimer()
             tokens = generate(
                 model, ids, sampling.max_new_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
-                top_p=sampling.top_p, repetition_penalty=sampling.repetition_penalty, stop_ids=style.stop_ids,
-                generator=generator, cache=cache, step=step,
+                top_p=sampling.top_p, stop_ids=style.stop_ids, generator=generator, cache=cache, step=step,
             )  # fmt: skip
             try:
-                for piece in up_to_stop(answerer.tokenizer.decode_stream(timer.watch(tokens)), sampling.stops):
+                for piece in answerer.tokenizer.decode_stream(timer.watch(tokens)):
                     print(piece, end="", flush=True)
             finally:
                 print(flush=True)
@@ -59,7 +58,6 @@ def read_prompt(args: PromptArgs, sampling: SamplingArgs, model: ModelArgs, **ow
     Args:
         own: the script's own flags on which an answer depends.
     """
-    _ = sampling.stops  # refused at once if they are none
     if bool(args.prompt) == bool(args.prompt_file):
         raise UsageError("--prompt: expected a prompt, either by --prompt or by --prompt_file (- is standard input)")
     if args.out:

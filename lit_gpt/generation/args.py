@@ -1,12 +1,10 @@
 """The arguments that the generate scripts and chat share, as flags. Nothing here imports torch."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Quantizer
-from lit_gpt.errors import UsageError
+from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, Quantizer
 
 
 @dataclass(frozen=True)
@@ -29,28 +27,7 @@ class SamplingArgs:
     temperature: NonNegativeFloat = 0.8  # Divide the logits: higher is more varied, 0 takes the likeliest token.
     top_k: PositiveInt | None = 200  # Sample among this many likeliest tokens (null: all).
     top_p: ClosedUnitInterval = 1.0  # Sample among the likeliest tokens of together this probability.
-    repetition_penalty: PositiveFloat = 1.0  # Make tokens that stand in prompt or answer less likely by this factor.
-    stop: str = ""  # End an answer before this text, or before any of a JSON list of them.
     seed: NonNegativeInt = 1234  # Seed the sampling.
-
-    @property
-    def stops(self) -> list[str]:
-        """Return the texts before which an answer ends.
-
-        Raises:
-            UsageError: `stop` begins as a list and is none of texts.
-        """
-        if not self.stop.lstrip().startswith("["):
-            return [self.stop] if self.stop else []
-        try:
-            texts = json.loads(self.stop)
-        except ValueError:
-            texts = None
-        if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-            raise UsageError(
-                f'--stop {self.stop}: expected a text, or a JSON list of texts such as \'["###", "User:"]\''
-            )
-        return texts
 
 
 @dataclass(frozen=True)

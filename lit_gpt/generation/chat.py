@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation.args import SamplingArgs
-from lit_gpt.generation.engine import generate, new_generator, up_to_stop
+from lit_gpt.generation.engine import generate, new_generator
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.methods.multi_lora import LoRAPool
 from lit_gpt.model.gpt import GPT
@@ -113,7 +113,7 @@ class Chat:
         pieces: list[str] = []
         ids: list[int] = []
         try:
-            for piece in up_to_stop(self.tokenizer.decode_stream(self._watch(prompt, ids)), self.sampling.stops):
+            for piece in self.tokenizer.decode_stream(self._watch(prompt, ids)):
                 pieces.append(piece)
                 yield piece
         finally:
@@ -126,8 +126,8 @@ class Chat:
         sampling = self.sampling
         tokens = generate(
             self.model, prompt, self.max_new_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
-            top_p=sampling.top_p, repetition_penalty=sampling.repetition_penalty, stop_ids=self.style.stop_ids,
-            generator=self.generator, cache=self.cache, step=self.step,
+            top_p=sampling.top_p, stop_ids=self.style.stop_ids, generator=self.generator, cache=self.cache,
+            step=self.step,
         )  # fmt: skip
         for token in tokens:
             ids.append(token)

@@ -26,7 +26,6 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
     stop_ids: Iterable[int] = (),
     generator: torch.Generator | None = None,
     cache: KVCache | None = None,
@@ -39,7 +38,6 @@ def generate(
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: sample among this many likeliest tokens only.
         top_p: sample among the likeliest tokens that together have this probability (Holtzman et al. 2020).
-        repetition_penalty: makes tokens that stand there already less likely, see `penalized`.
         generator: on the model's device; None: torch's own.
         cache: holds a beginning of the prompt, shorter than it, and has room for the rest and the answer; all that is
             fed is added. None: a new one.
@@ -56,8 +54,7 @@ def generate(
     stops = set(stop_ids)
     cache = cache or model.kv_cache(1, len(prompt) + max_new_tokens)
     row = Row(list(prompt), max_new_tokens, generator, cache[0].length)
-    penalty = repetition_penalty
-    for _, token in decode(model, [row], cache, temperature, top_k, top_p, repetition_penalty=penalty, step=step):
+    for _, token in decode(model, [row], cache, temperature, top_k, top_p, step=step):
         if token in stops:
             return
         yield token
@@ -81,7 +78,6 @@ def decode(
     top_k: int | None,
     top_p: float,
     *,
-    repetition_penalty: float = 1.0,
     step: Step | None = None,
     choose: Callable[[list[Row]], None] = lambda rows: None,
 ) -> Iterator[tuple[Row, int]]:
@@ -110,10 +106,7 @@ def decode(
         if not active:
             return
         logits = next_logits(model, active, cache, step, choose)
-        drawn = [
-            sample(penalized(x, row.ids, repetition_penalty), temperature, top_k, top_p, row.generator)
-            for x, row in zip(logits, active, strict=True)
-        ]
+        drawn = [sample(x, temperature, top_k, top_p, row.generator) for x, row in zip(logits, active, strict=True)]
         for row, token in zip(active, torch.cat(drawn).tolist(), strict=True):
             row.ids.append(token)
             row.remaining -= 1
@@ -186,38 +179,6 @@ def compact(rows: list[Row], i: int) -> None:
     if i < len(rows):
         copy_cache(last.cache, rows[i].cache)
         last.cache, rows[i] = rows[i].cache, last
-
-
-def penalized(logits: Tensor, ids: list[int], penalty: float) -> Tensor:
-    """Return logits (vocabulary,) in which those of tokens that stand in `ids` are divided by the penalty; or, where
-    they are below 0, multiplied (Keskar et al. 2019).
-    """
-    if penalty == 1:
-        return logits
-    seen = torch.tensor(sorted(set(ids)), device=logits.device)
-    theirs = logits[seen].float()
-    return logits.float().index_copy(0, seen, torch.where(theirs < 0, theirs * penalty, theirs / penalty))
-
-
-def up_to_stop(pieces: Iterable[str], stops: list[str]) -> Iterator[str]:
-    """Yield pieces of a text up to where one of the stops begins; what may begin one is held back until it is known."""
-    held = ""
-    for piece in pieces:
-        held += piece
-        ended = before_stop(held, stops)
-        if ended is not None:
-            yield ended
-            return
-        begun = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
-        yield held[: len(held) - begun]
-        held = held[len(held) - begun :]
-    yield held
-
-
-def before_stop(text: str, stops: list[str]) -> str | None:
-    """Return the text before the first of the stops in it; None if there is none."""
-    places = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return text[: min(places)] if places else None
 
 
 def sample(

@@ -21,7 +21,7 @@ from lit_gpt.errors import UsageError, UserError
 from lit_gpt.files import atomic, take_lock
 from lit_gpt.generation.answerer import Answerer
 from lit_gpt.generation.args import ModelArgs, PromptArgs, SamplingArgs
-from lit_gpt.generation.engine import before_stop, decode, new_generator
+from lit_gpt.generation.engine import decode, new_generator
 from lit_gpt.generation.sequence import Row
 from lit_gpt.hardware import peak_memory_bytes
 from lit_gpt.text.messages import (
@@ -38,7 +38,6 @@ from lit_gpt.text.messages import (
 SHAREGPT = "conversations"  # another name of messages
 OURS = ("answer", "ended", "row", "settings")  # what an answer's line has besides the prompt's fields
 FORMS = ("prompt", "instruction", "messages", SHAREGPT)  # what a prompt may be; a line has one of them
-LATER_FLAGS = {"repetition_penalty": 1.0, "stop": ""}  # as answers had it before there were these flags
 SAMPLING = {"top_k", "top_p", "seed"}  # flags that change no answer at temperature 0
 
 
@@ -169,9 +168,7 @@ class PromptFile:
             for request, ids, ended in answers(answerer, asked, self.batch_size):
                 bar.update()
                 total += len(ids)
-                text = answerer.tokenizer.decode(ids)
-                cut = before_stop(text, answerer.sampling.stops)
-                ours = text if cut is None else cut, ended, request.prompt.row, self.settings
+                ours = answerer.tokenizer.decode(ids), ended, request.prompt.row, self.settings
                 line = request.prompt.fields | dict(zip(OURS, ours, strict=True))
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
@@ -216,9 +213,7 @@ class PromptFile:
 
 def settings_hash(sampling: SamplingArgs, model: ModelArgs, own: dict[str, Any]) -> str:
     """Return a few letters that stand for all flags on which an answer depends, but for rounding."""
-    later = {name for name in LATER_FLAGS if getattr(sampling, name) == LATER_FLAGS[name]}
-    drawn = {name: value for name, value in asdict(sampling).items() if name not in later}
-    flags = {**own, **drawn, "precision": model.precision, "quantize": model.quantize}
+    flags = {**own, **asdict(sampling), "precision": model.precision, "quantize": model.quantize}
     names = flags.keys() - (set() if sampling.temperature else SAMPLING)
     values = {name: str(v.resolve() if isinstance(v := flags[name], Path) else v) for name in names}
     return blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=4).hexdigest()
@@ -276,18 +271,14 @@ def answers(answerer: Answerer, requests: list[Request], batch_size: int) -> Ite
             loras.choose([row.lora for row in rows])
 
     new = decode(
-        model, rows, cache, sampling.temperature, sampling.top_k, sampling.top_p,
-        repetition_penalty=sampling.repetition_penalty, step=answerer.step(), choose=choose,
-    )  # fmt: skip
-    stops, tokenizer = sampling.stops, answerer.tokenizer
+        model, rows, cache, sampling.temperature, sampling.top_k, sampling.top_p, step=answerer.step(), choose=choose
+    )
     for row, token in new:
         request = by_row[row]
-        closed = token in request.stop_ids
-        stopped = bool(stops) and before_stop(tokenizer.decode(row.ids[request.length :]), stops) is not None
-        if closed or stopped:
+        if ended := token in request.stop_ids:
             row.remaining = 0
         if not row.remaining:
-            yield request, row.ids[request.length : len(row.ids) - closed], closed or stopped
+            yield request, row.ids[request.length : len(row.ids) - ended], ended
 
 
 def seed_of(seed: int, row: int) -> int:
