@@ -10,6 +10,7 @@ another LoRA of the same base, `/lora` with the base alone.
 
 from pathlib import Path
 
+from lit_gpt.checkpoints.folder import check_inputs
 from lit_gpt.cli import NonNegativeFloat, PositiveInt, run
 from lit_gpt.generation.args import ModelArgs, SamplingArgs
 
@@ -23,6 +24,7 @@ temperature: NonNegativeFloat = 0.7
 
 
 def main(sampling: SamplingArgs, model: ModelArgs) -> None:
+    check_inputs(checkpoint_dir, finetuned_path)
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
     from lit_gpt.generation.chat import Chat, converse
     from lit_gpt.hardware import DTYPES, default_device

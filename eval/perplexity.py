@@ -12,6 +12,7 @@ import json as json_format
 from pathlib import Path
 from typing import Any, Literal
 
+from lit_gpt.checkpoints.folder import check_inputs
 from lit_gpt.cli import PositiveInt, Quantizer, run
 from lit_gpt.errors import UsageError, UserError
 
@@ -30,6 +31,7 @@ json: bool = False  # Print the figures as JSON.
 
 def main() -> None:
     check_flags()
+    check_inputs(checkpoint_dir, finetuned_path)
     from lit_gpt.checkpoints.base_model import load_model
     from lit_gpt.hardware import DTYPES, default_device
     from lit_gpt.methods.finetuned_model import load_finetuned

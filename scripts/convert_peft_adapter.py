@@ -9,8 +9,10 @@ installed the logits are compared with its own before anything is put in place.
 
 from pathlib import Path
 
+from lit_gpt.checkpoints.folder import check_inputs
 from lit_gpt.cli import run
 from lit_gpt.errors import UsageError
+from lit_gpt.files import check_new
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Read the base from this converted folder.
 peft_dir: Path | None = None  # Read adapter_config.json and adapter_model.safetensors from here.
@@ -22,13 +24,15 @@ def main() -> None:
         raise UsageError("--peft_dir: expected a folder")
     if out_dir is None:
         raise UsageError("--out_dir: expected a folder")
+    check_inputs(checkpoint_dir)
+    check_new(out_dir)
     from lit_gpt.conversion import export
 
     settings = export.from_peft(peft_dir, checkpoint_dir, out_dir)
     flags = " ".join(f"--lora_{name} {str(value).lower()}" for name, value in vars(settings).items())
     path = out_dir / "lit_model_lora_finetuned.pth"
     print(f"wrote {path}; next:")
-    print(f'  python generate/lora.py --checkpoint_dir {checkpoint_dir} --lora_path {path} --prompt "..."')
+    print(f'  python generate/lora.py --checkpoint_dir {checkpoint_dir} --finetuned_path {path} --prompt "..."')
     print(f"  python finetune/lora.py --checkpoint_dir {checkpoint_dir} --finetuned_path {path} {flags} ...")
 
 

@@ -52,7 +52,7 @@ def make_planner(config: Any, args: TrainArgs) -> Any:
     stored = None if model else quantization(folder)
     quantize = stored["quantize"] if stored else args.memory.quantize
     finetune_method, memory = make_method(method, config), int((memory_gb or 80) * 1e9)
-    check_quantized(args, finetune_method, quantize)
+    check_quantized(args, finetune_method.trains_base, quantize)
     objective = make_objective(args.optimization.objective)
     return MemoryPlanner(model_config, finetune_method, objective, args, quantize, device == "cuda", memory)
 
