@@ -81,6 +81,8 @@ class WatchArgs:
     eval_interval: PositiveInt = 100  # Validate every so many steps.
     eval_samples: PositiveInt | None = 200  # Validate on this many samples (null: all).
     sample_tokens: NonNegativeInt = 50  # Show an answer of this length at each validation.
+    patience: PositiveInt | None = None  # Stop after this many validations without a lower loss (null: never).
+    result: Literal["last", "best"] = "last"  # Write the last step's weights, or those of the lowest validation loss.
     save_interval: PositiveInt = 100  # Save a resume state every so many steps.
     keep_states: PositiveInt = 2  # Keep this many of the newest resume states, and the best by validation loss.
     profile_steps: NonNegativeInt = 0  # Write a trace of this many steps to out_dir, which Perfetto opens.

@@ -30,7 +30,7 @@ FREE_TO_CHANGE = {
     "checkpoint_dir", "data_dir", "out_dir", "resume", "log_interval", "eval_interval", "eval_samples", "save_interval",
     "sample_tokens", "keep_states", "profile_steps", "activation_checkpointing", "compile", "micro_batch_size",
     "micro_batch_tokens", "devices", "num_nodes", "strategy", "zero_stage", "zero_offload", "optimizer_in_backward",
-    "finetuned_path", "logger", "probe_path", "quantize",
+    "finetuned_path", "logger", "probe_path", "quantize", "patience", "result",
 }  # fmt: skip
 
 

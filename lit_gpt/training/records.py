@@ -72,6 +72,10 @@ class Records:
             self.open_logger(step)
             self.write_rows()
 
+    def validations(self) -> dict[int, float]:
+        """Return the validation losses, by step."""
+        return {int(row["step"]): float(row["val_loss"]) for row in self.rows if row["val_loss"] != ""}
+
     def progress(self) -> dict[str, Any]:
         """Return what `resume` needs."""
         return {"tokens": self.tokens, "seconds": self.seconds, "probed": self.probe_losses}

@@ -125,7 +125,8 @@ def write_result(trainer: Trainer, base: BaseCheckpoint, style: PromptStyle, tra
             path = out_dir / f"lit_model_{method.name}_finetuned.pth"
             io.save(path, contents)
         trainer.records.finish(method.name, worker.objective.name, trainable, base.quantization)
-        print(f"wrote {path}{trainer.states.best_step_note(trainer.step)}")
+        note = trainer.states.best_step_note(trainer.step) if trainer.args.watch.result == "last" else ""
+        print(f"wrote {path}{note}")
 
     on_main(worker.fabric, write)
 
