@@ -16,6 +16,7 @@ from lit_gpt.data import dataset
 from lit_gpt.data.args import ColumnArgs, PrepareArgs
 from lit_gpt.data.audit import Audit
 from lit_gpt.data.conversations import BadRow, to_conversation
+from lit_gpt.data.recipe import recipe
 from lit_gpt.data.report import print_audit
 from lit_gpt.data.sources import Source, parse_sources
 from lit_gpt.data.split_writer import SampleStore
@@ -78,7 +79,7 @@ def prepare(
         record["sources"] = [vars(source) | {"rows": n} for source, n in zip(all_sources, counts, strict=True)]
         dataset.write_meta(folder, audits, tokenizer, style, **record)
     folders = f"--checkpoint_dir {args.checkpoint_dir} --data_dir {out_dir}"
-    print(f"\nwrote {out_dir}; next: python finetune/lora.py {folders}")
+    print(f"\nwrote {out_dir}; next: python finetune/lora.py {folders} {recipe(len(kept['train']))}".rstrip())
 
 
 def shuffled(rows: np.ndarray, seed: int) -> np.ndarray:

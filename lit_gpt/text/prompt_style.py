@@ -15,7 +15,7 @@ from typing import Any
 
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.files import read_json
-from lit_gpt.text import supervision
+from lit_gpt.text import known_styles, supervision
 from lit_gpt.text.chat_template import Template
 from lit_gpt.text.messages import Message, Tools
 from lit_gpt.text.supervision import REASONING, Encoded, Rendered
@@ -56,6 +56,7 @@ STYLES = {
     "llama2": _turns(_LLAMA2, before_answer=" "),
     "falcon-instruct": _turns(_FALCON, before_answer=" "),
 }
+STYLES |= known_styles.STYLES
 
 
 @dataclass(frozen=True)

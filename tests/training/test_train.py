@@ -393,3 +393,20 @@ def test_without_master_weights_they_are_of_the_precision(cli, flags):
     assert all(tensor.dtype == torch.bfloat16 for tensor in state.values())
     summary = json.loads((flags["out_dir"] / "summary.json").read_text())
     assert summary["val_loss_last"] < summary["val_loss_first"]
+
+
+def test_patience_ends_a_run_and_the_best_is_the_result(cli, flags):
+    """It gets worse after its first steps; the result is the state of the lowest loss, and going on changes nothing."""
+    flags |= {"eval_interval": 1, "learning_rate": 1.0, "weight_decay": 3.0, "schedule": "constant", "warmup_steps": 0}
+    flags |= {"save_interval": 100, "patience": 2, "result": "best", "resume": "auto"}
+    result = cli(SCRIPT, **flags)
+    losses = {int(row["step"]): float(row["val_loss"]) for row in metrics(flags["out_dir"])}
+    lowest, last = min(losses, key=losses.get), max(losses)
+    assert result.code == 0 and last < STEPS and last == lowest + 2, (losses, result.err)
+    assert f"ended after step {last}: 2 validations without a lower loss" in result.out
+    best = min((step for step in losses if step), key=losses.get)
+    kept = io.load(flags["out_dir"] / "state" / f"step_{best:08d}.pth")["state"]
+    weights = final(flags["out_dir"])
+    assert all(torch.equal(weights[name], kept[name]) for name in kept)
+    assert cli(SCRIPT, **flags).code == 0 and len(metrics(flags["out_dir"])) == last + 1
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in final(flags["out_dir"]).items())
