@@ -1,7 +1,7 @@
 """Prompt styles of models that were published without a chat template, by name; an entry here is a new one.
 
-Each is a Jinja template over the messages of a conversation, as its model card has it. It renders the user's turns up to
-where the answer begins, and closes an answer with `eos_token`. BOS is what the tokenizer adds.
+Each is a Jinja template over the messages of a conversation, as its model card has it. It renders the user's turns up
+to where the answer begins, and closes an answer with `eos_token`. BOS is what the tokenizer adds.
 """
 
 

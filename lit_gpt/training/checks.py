@@ -76,17 +76,22 @@ def check_out_dir(args: TrainArgs, flags: dict[str, Any]) -> None:
 
 
 def refuse_changed(before: dict[str, Any], flags: dict[str, Any], path: Path) -> None:
-    """Refuse to go on from a state with other flags, where they bear on the weights.
+    """Refuse to go on from a state with other flags, where they bear on the weights, but for more steps.
 
     Args:
         before: the flags of the run that wrote the state `path`.
     """
     for name, value in locked_flags(flags).items():
-        if before.get(name) != value:
+        if before.get(name) != value and not raised(name, value, before.get(name)):
             now, then = ("null" if v is None else v for v in (value, before.get(name)))
             raise UserError(
                 f"--{name} {now}: the run in {path} has {then}; resume it with that or choose another --out_dir"
             )
+
+
+def raised(name: str, value: Any, before: Any) -> bool:
+    """Return whether a run that may have ended is to take more steps: by more --max_steps, or more --epochs."""
+    return name in ("max_steps", "epochs") and value is not None and before is not None and value > before
 
 
 def locked_flags(flags: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lit_gpt.errors import UserError
 from lit_gpt.methods.finetuned_file import file_contents
 from lit_gpt.training.args import TrainArgs
 from lit_gpt.training.batches import Batch, Batches
+from lit_gpt.training.checks import raised
 from lit_gpt.training.evaluate import Evaluator
 from lit_gpt.training.records import Records
 from lit_gpt.training.resume import ResumeStates
@@ -171,7 +172,11 @@ class Trainer:
         self.step = resume["step"]
         self.records.resume(self.step, resume["progress"])
         self.evaluator.losses = self.records.validations()
-        return worker.fabric.print(f"resumed after step {self.step} from {path}")
+        worker.fabric.print(f"resumed after step {self.step} from {path}")
+        before = resume["hyperparameters"]
+        if any(raised(name, value, before.get(name)) for name, value in self.states.flags.items()):
+            rate, steps = self.schedule.learning_rate(self.step), self.schedule.steps
+            worker.fabric.print(f"it goes on to step {steps}; the learning rate is now that of such a run, {rate:.3g}")
 
     def profiler(self) -> AbstractContextManager[Any]:
         """Return what traces the steps after the first one and writes a trace for Perfetto, if that is asked for."""

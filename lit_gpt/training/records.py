@@ -70,6 +70,7 @@ class Records:
             self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
         if self.main:
             self.open_logger(step)
+            write_json(self.out_dir / "hyperparameters.json", self.hyperparameters)
             self.write_rows()
 
     def validations(self) -> dict[int, float]:

@@ -410,3 +410,18 @@ def test_patience_ends_a_run_and_the_best_is_the_result(cli, flags):
     assert all(torch.equal(weights[name], kept[name]) for name in kept)
     assert cli(SCRIPT, **flags).code == 0 and len(metrics(flags["out_dir"])) == last + 1
     assert all(torch.equal(tensor, weights[name]) for name, tensor in final(flags["out_dir"]).items())
+
+
+def test_a_run_that_has_ended_goes_on_if_its_steps_are_raised(cli, flags):
+    """On the learning rate of a run of the new length; fewer steps than it has are refused."""
+    longer = flags | {"resume": "auto", "max_steps": 8, "warmup_steps": 0, "schedule": "constant"}
+    assert cli(SCRIPT, **longer | {"max_steps": 4}).code == 0
+    result = cli(SCRIPT, **longer)
+    assert "resumed after step 4" in result.out and "goes on to step 8" in result.out, result.err
+    assert len(metrics(flags["out_dir"])) == 9
+    assert json.loads((flags["out_dir"] / "hyperparameters.json").read_text())["max_steps"] == 8
+    cli(SCRIPT, **longer | {"max_steps": 6}).refused("--max_steps 6", "has 8")
+    # the samples and the rates of these steps are those of one long run, and so are the weights
+    assert cli(SCRIPT, **longer | {"out_dir": flags["out_dir"].with_name("once")}).code == 0
+    once = final(flags["out_dir"].with_name("once"))
+    assert all(torch.equal(tensor, once[name]) for name, tensor in final(flags["out_dir"]).items())
