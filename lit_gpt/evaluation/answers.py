@@ -1,7 +1,7 @@
 """Answers questions whose answers are known, and scores them: from prepared data, or from a file of rows."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class Question:
     wanted_tokens: int
 
 
-def question_of(ids: list[int], supervised: list[int], tokenizer: Tokenizer, stop_ids: Iterable[int]) -> Question:
+def question_of(ids: list[int], supervised: Sequence[int], tokenizer: Tokenizer, stop_ids: Iterable[int]) -> Question:
     """Return the last answer of a sample as a question: what is supervised last is wanted, all before it is read.
 
     Raises:
@@ -52,8 +52,8 @@ def question_of(ids: list[int], supervised: list[int], tokenizer: Tokenizer, sto
 def prepared_questions(data_dir: Path, split: str, tokenizer: Tokenizer) -> list[Question]:
     """Return the questions of a split of prepared data."""
     style = PromptStyle.from_dict(read_meta(data_dir, tokenizer)["prompt_style"])
-    questions = []
-    for sample in Dataset(data_dir, split):
+    dataset, questions = Dataset(data_dir, split), []
+    for sample in (dataset[i] for i in range(len(dataset))):
         try:
             ids, supervised = sample.tokens.tolist(), sample.supervised.tolist()
             questions.append(question_of(ids, supervised, tokenizer, style.stop_ids))
