@@ -4,12 +4,13 @@
     python chat/base.py --checkpoint_dir checkpoints/tiiuae/falcon-7b \\
         --finetuned_path out/lora/alpaca/lit_model_lora_finetuned.pth
 
-Keeps the conversation as long as the context holds it. Ctrl-C stops an answer, Ctrl-D ends. `/lora PATH` goes on with
-another LoRA of the same base, `/lora` with the base alone.
+Keeps the conversation as long as the context holds it. Ctrl-C stops an answer, /exit or Ctrl-D ends, /help lists the
+other commands: `/lora PATH` goes on with another LoRA of the same base, `/lora` with the base alone.
 """
 
 from pathlib import Path
 
+from lit_gpt.checkpoints.folder import check_inputs
 from lit_gpt.cli import NonNegativeFloat, PositiveInt, run
 from lit_gpt.generation.args import ModelArgs, SamplingArgs
 
@@ -23,8 +24,10 @@ temperature: NonNegativeFloat = 0.7
 
 
 def main(sampling: SamplingArgs, model: ModelArgs) -> None:
+    check_inputs(checkpoint_dir, finetuned_path)
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
-    from lit_gpt.generation.chat import Chat, converse
+    from lit_gpt.generation.chat import Chat
+    from lit_gpt.generation.commands import converse, greeting, say
     from lit_gpt.hardware import DTYPES, default_device
     from lit_gpt.methods.finetuned_model import build_finetuned, method_of
     from lit_gpt.methods.multi_lora import LoRAPool
@@ -34,12 +37,11 @@ def main(sampling: SamplingArgs, model: ModelArgs) -> None:
     device = {"dtype": DTYPES[model.precision], "device": default_device()}
     base = BaseCheckpoint.open(checkpoint_dir, model.quantize)
     own = style = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else base.prompt_style
-    switchable = True
+    method = None
     if finetuned_path:
         gpt, record = build_finetuned(base, finetuned_path, None, **device)
         base = base.quantized_as(record.get("quantize"), finetuned_path)
         method = method_of(record, finetuned_path)
-        switchable = method.merges
         if method.merges and not is_quantized(gpt):
             method.merge(gpt)
         style = own if prompt_style else PromptStyle.from_dict(record["prompt_style"])
@@ -49,9 +51,18 @@ def main(sampling: SamplingArgs, model: ModelArgs) -> None:
     def open_loras() -> LoRAPool:
         return LoRAPool(base.build(**device) if finetuned_path else gpt, base, own, fixed=bool(prompt_style))
 
-    chat = Chat(gpt, base.tokenizer, style, context, sampling, open_loras if switchable else None, model.compile)
+    chat = Chat(
+        gpt,
+        base.tokenizer,
+        style,
+        context,
+        sampling,
+        open_loras if method is None or method.merges else None,
+        model.compile,
+    )
     if system:
         chat.messages.append({"role": "system", "content": system})
+    say(greeting(str(checkpoint_dir), method.name if method else None, chat))
     converse(chat)
 
 

@@ -10,6 +10,7 @@ Prints a table and writes the figures as JSON. Tasks bring their data from the H
 
 from pathlib import Path
 
+from lit_gpt.checkpoints.folder import check_inputs
 from lit_gpt.cli import run
 from lit_gpt.evaluation.args import HarnessArgs
 
@@ -23,6 +24,7 @@ def main(args: HarnessArgs) -> None:
     from lit_gpt.errors import require
 
     require("lm_eval", "lm-eval", "eval/lm_eval_harness.py")
+    check_inputs(args.checkpoint_dir, args.finetuned_path)
     from lit_gpt.evaluation.lm_eval_model import evaluate
 
     evaluate(args)

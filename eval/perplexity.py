@@ -11,6 +11,7 @@ A text is one stream of tokens, read in windows that overlap, so that each token
 import json
 from pathlib import Path
 
+from lit_gpt.checkpoints.folder import check_inputs
 from lit_gpt.cli import run
 from lit_gpt.evaluation.args import PerplexityArgs
 
@@ -21,6 +22,7 @@ data_dir: Path | None = None
 
 
 def main(args: PerplexityArgs) -> None:
+    check_inputs(args.checkpoint_dir, args.finetuned_path)
     from lit_gpt.evaluation.perplexity import evaluate
 
     score = evaluate(args)

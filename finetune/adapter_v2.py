@@ -13,6 +13,7 @@ from pathlib import Path
 from lit_gpt.cli import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, run
 from lit_gpt.methods.hyperparameters import AdapterConfig
 from lit_gpt.training.args import ALIASES, TrainArgs
+from lit_gpt.training.checks import check_early
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")
 data_dir: Path = Path("data/alpaca")
@@ -23,12 +24,13 @@ adapter_start_layer: NonNegativeInt = 2
 # optimization
 learning_rate: PositiveFloat = 9e-3
 weight_decay: NonNegativeFloat = 0.02
-warmup_steps: NonNegativeInt = 100
-epochs: PositiveInt = 1
+warmup_steps: NonNegativeInt | None = None
+epochs: PositiveFloat = 1
 batch_size: PositiveInt = 128
 
 
 def main(config: AdapterConfig, args: TrainArgs) -> None:
+    check_early(args, "adapter_v2", config)
     from lit_gpt.methods.adapter_v2 import AdapterV2
     from lit_gpt.training.setup import finetune
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from lit_gpt.cli import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, run
 from lit_gpt.methods.hyperparameters import FullConfig
 from lit_gpt.training.args import ALIASES, TrainArgs
+from lit_gpt.training.checks import check_early
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")
 data_dir: Path = Path("data/alpaca")
@@ -19,12 +20,13 @@ out_dir: Path = Path("out/full/alpaca")
 # optimization
 learning_rate: PositiveFloat = 2e-5
 weight_decay: NonNegativeFloat = 0.01
-warmup_steps: NonNegativeInt = 100
-epochs: PositiveInt = 1
+warmup_steps: NonNegativeInt | None = None
+epochs: PositiveFloat = 1
 batch_size: PositiveInt = 128
 
 
 def main(config: FullConfig, args: TrainArgs) -> None:
+    check_early(args, "full", config)
     from lit_gpt.methods.full import Full
     from lit_gpt.training.setup import finetune
 

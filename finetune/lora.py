@@ -12,6 +12,7 @@ from pathlib import Path
 from lit_gpt.cli import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, run
 from lit_gpt.methods.hyperparameters import LoRAConfig
 from lit_gpt.training.args import ALIASES, TrainArgs
+from lit_gpt.training.checks import check_early
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")
 data_dir: Path = Path("data/alpaca")
@@ -29,12 +30,13 @@ lora_head: bool = False
 # optimization
 learning_rate: PositiveFloat = 3e-4
 weight_decay: NonNegativeFloat = 0.01
-warmup_steps: NonNegativeInt = 100
-epochs: PositiveInt = 1
+warmup_steps: NonNegativeInt | None = None
+epochs: PositiveFloat = 1
 batch_size: PositiveInt = 128
 
 
 def main(config: LoRAConfig, args: TrainArgs) -> None:
+    check_early(args, "lora", config)
     from lit_gpt.methods.lora import LoRA
     from lit_gpt.training.setup import finetune
 

@@ -7,6 +7,7 @@ The text goes to stdout as it comes; speed and memory go to stderr.
 
 from pathlib import Path
 
+from lit_gpt.checkpoints.folder import check_inputs
 from lit_gpt.cli import NonNegativeFloat, PositiveInt, run
 from lit_gpt.generation.args import ModelArgs, PromptArgs, SamplingArgs
 
@@ -17,6 +18,7 @@ temperature: NonNegativeFloat = 0.8
 
 
 def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
+    check_inputs(checkpoint_dir)
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
     from lit_gpt.generation.answer import read_prompt
     from lit_gpt.generation.answerer import Answerer

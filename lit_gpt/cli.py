@@ -39,6 +39,7 @@ from jsonargparse.typing import (
     restricted_number_type,
 )
 
+from lit_gpt import habits
 from lit_gpt.errors import UsageError, UserError
 
 # A fraction of which something must be left: dropout, validation splits.
@@ -255,10 +256,11 @@ def parse(
         if flag.group not in sections:
             sections[flag.group] = parser.add_argument_group(flag.group)
         add_flag(sections[flag.group], flag)
-    argv = [rename_flag(argument, aliases) for argument in argv]
+    argv = [rename_flag(habits.underscored(argument), aliases) for argument in argv]
+    choices = {name: metavar(kind) for name, kind in kinds.items()}
     try:
-        expanded = expand_config(argv, kinds, aliases)
-        values = vars(parser.parse_args([respell(*pair, kinds) for pair in pairwise(["", *expanded])]))
+        expanded = habits.with_true(expand_config(argv, kinds, aliases), kinds)
+        values = vars(parser.parse_args([habits.respell(*pair, choices) for pair in pairwise(["", *expanded])]))
     except Exception as error:  # jsonargparse has no common base for what a value can do wrong
         raise UsageError(explain(str(error), argv, kinds)) from None
     return {name: plain(values[name]) for name in kinds}
@@ -278,14 +280,6 @@ def rename_flag(argument: str, aliases: dict[str, str]) -> str:
     """Return `--old` or `--old=value` with the flag's present name."""
     name, equals, value = argument.removeprefix("--").partition("=")
     return f"--{aliases[name]}{equals}{value}" if argument.startswith("--") and name in aliases else argument
-
-
-def respell(previous: str, argument: str, kinds: dict[str, Any]) -> str:
-    """Return an argument with f16 and f32, llama.cpp's names of dtypes, as fp16 and fp32 where the flag takes these."""
-    flag, _, value = argument.partition("=") if argument.startswith("--") else (previous, "", argument)
-    if value in ("f16", "f32") and f"fp{value[1:]}" in metavar(kinds.get(flag.removeprefix("--"), str)):
-        return argument.removesuffix(value) + f"fp{value[1:]}"
-    return argument
 
 
 def plain(value: Any) -> Any:
@@ -338,6 +332,7 @@ def expand_config(argv: list[str], types: dict[str, Any], aliases: dict[str, str
         if not isinstance(values, dict):
             raise UsageError(f'--config {path}: expected an object of flag values, such as {{"seed": 1}}')
         for name, value in values.items():
+            name = name.replace("-", "_")
             name = aliases.get(name, name)
             if name not in types:
                 raise UsageError(f"--config {path}: {unknown_flag(f'--{name}', types)}")
@@ -385,6 +380,8 @@ def expected(kind: Any) -> str:
 
 
 def unknown_flag(flag: str, types: dict[str, Any]) -> str:
-    """Return the error line for a flag that a script does not have, with the nearest that it has."""
-    near = difflib.get_close_matches(flag.lstrip("-"), types, n=1, cutoff=0.5)
+    """Return the error line for a flag that a script does not have, with ours for it, or the nearest in letters."""
+    if instead := habits.advice(flag.lstrip("-"), types):
+        return f"unknown flag {flag}: {instead}"
+    near = difflib.get_close_matches(flag.lstrip("-"), types, n=1, cutoff=0.7)
     return f"unknown flag {flag}" + (f"; did you mean --{near[0]}?" if near else "; --help lists the flags")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from lit_gpt.cli import run
-from lit_gpt.errors import UsageError
+from lit_gpt.errors import UsageError, UserError
+from lit_gpt.files import check_new
 
 gguf_path: Path | None = None  # Read this file; merge the files of a model in several first.
 out_dir: Path | None = None  # Write to this folder, which must not hold anything yet.
@@ -24,6 +25,9 @@ def main() -> None:
         raise UsageError("--gguf_path: expected a path")
     if out_dir is None:
         raise UsageError("--out_dir: expected a path")
+    if not gguf_path.is_file():
+        raise UserError(f"--gguf_path {gguf_path}: no such file")
+    check_new(out_dir)
     from lit_gpt import hardware
     from lit_gpt.conversion.gguf import importer
 

@@ -9,6 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
+from lit_gpt.checkpoints.folder import check_checkpoint_dir
 from lit_gpt.cli import run
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Convert what scripts/download.py put here.
@@ -16,11 +17,10 @@ dtype: Literal["bf16", "fp16", "fp32"] | None = None  # Convert the weights to t
 
 
 def main() -> None:
+    check_checkpoint_dir(checkpoint_dir, converted=False)
     from lit_gpt import hardware
-    from lit_gpt.checkpoints import folder
     from lit_gpt.conversion import hf, hf_shards
 
-    folder.check_checkpoint_dir(checkpoint_dir, converted=False)
     hf.convert(checkpoint_dir, hf_shards.StoredWeights(checkpoint_dir), hardware.DTYPES.get(dtype))
     print(f"converted {checkpoint_dir}; next:")
     folder_name = shlex.quote(str(checkpoint_dir))

@@ -2,7 +2,7 @@
 
     python scripts/convert_lit_checkpoint.py --checkpoint_dir checkpoints/tiiuae/falcon-7b --out_dir out/falcon-7b-hf
     python scripts/convert_lit_checkpoint.py --checkpoint_dir checkpoints/tiiuae/falcon-7b \\
-        --lora_path out/lora/alpaca/lit_model_lora_finetuned.pth --out_dir out/falcon-7b-alpaca-peft
+        --finetuned_path out/lora/alpaca/lit_model_lora_finetuned.pth --out_dir out/falcon-7b-alpaca-peft
     python scripts/convert_lit_checkpoint.py --checkpoint_dir out/falcon-7b-alpaca --format gguf --dtype q8_0 \\
         --out_dir out/falcon-7b-alpaca-gguf
 
@@ -14,11 +14,13 @@ the figures and hashes.
 from pathlib import Path
 from typing import Literal
 
+from lit_gpt.checkpoints.folder import check_inputs
 from lit_gpt.cli import run
 from lit_gpt.errors import UsageError
+from lit_gpt.files import check_new
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Export this (or what merge_lora.py wrote).
-lora_path: Path | None = None  # Export this LoRA file as a PEFT adapter of checkpoint_dir, its base.
+finetuned_path: Path | None = None  # Export this LoRA file as a PEFT adapter of checkpoint_dir, its base.
 out_dir: Path | None = None  # Write to this folder, which must not hold anything yet.
 format: Literal["hf", "gguf"] = "hf"  # Write a folder for transformers, or a file for llama.cpp.
 dtype: Literal["bf16", "fp16", "fp32", "q8_0"] | None = None  # Store weights so (null: as the checkpoint's).
@@ -27,17 +29,21 @@ dtype: Literal["bf16", "fp16", "fp32", "q8_0"] | None = None  # Store weights so
 def main() -> None:
     if out_dir is None:
         raise UsageError("--out_dir: expected a folder to write to")
-    if lora_path and format == "gguf":
-        raise UsageError("--lora_path: of --format gguf the whole model; fold LoRA in with scripts/merge_lora.py first")
-    if dtype and lora_path:
+    if finetuned_path and format == "gguf":
+        raise UsageError(
+            "--finetuned_path: of --format gguf the whole model; fold LoRA in with scripts/merge_lora.py first"
+        )
+    if dtype and finetuned_path:
         raise UsageError(f"--dtype {dtype}: an adapter is exported as it is; leave it out")
     if dtype == "q8_0" and format == "hf":
         raise UsageError("--dtype q8_0: is for --format gguf; expected bf16, fp16 or fp32")
+    check_inputs(checkpoint_dir, finetuned_path)
+    check_new(out_dir)
     from lit_gpt import hardware
     from lit_gpt.conversion import export
 
-    if lora_path:
-        figures = export.to_peft(checkpoint_dir, lora_path, out_dir)
+    if finetuned_path:
+        figures = export.to_peft(checkpoint_dir, finetuned_path, out_dir)
         loads = "PeftModel.from_pretrained(base, '{}')"
     elif format == "gguf":
         figures, loads = export.to_gguf(checkpoint_dir, out_dir, dtype), "llama.cpp loads the .gguf file in {}"
@@ -52,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, aliases={"lora_path": "finetuned_path"})  # spelling of before

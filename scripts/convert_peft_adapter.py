@@ -10,8 +10,10 @@ installed the logits are compared with its own before anything is put in place.
 import shlex
 from pathlib import Path
 
+from lit_gpt.checkpoints.folder import check_inputs
 from lit_gpt.cli import run
 from lit_gpt.errors import UsageError
+from lit_gpt.files import check_new
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Read the base from this converted folder.
 peft_dir: Path | None = None  # Read adapter_config.json and adapter_model.safetensors from here.
@@ -23,6 +25,8 @@ def main() -> None:
         raise UsageError("--peft_dir: expected a folder")
     if out_dir is None:
         raise UsageError("--out_dir: expected a folder")
+    check_inputs(checkpoint_dir)
+    check_new(out_dir)
     from lit_gpt.conversion import export
 
     settings = export.from_peft(peft_dir, checkpoint_dir, out_dir)
@@ -30,7 +34,7 @@ def main() -> None:
     path = out_dir / "lit_model_lora_finetuned.pth"
     base, file = shlex.quote(str(checkpoint_dir)), shlex.quote(str(path))
     print(f"wrote {path}; next:")
-    print(f'  python generate/lora.py --checkpoint_dir {base} --lora_path {file} --prompt "..."')
+    print(f'  python generate/lora.py --checkpoint_dir {base} --finetuned_path {file} --prompt "..."')
     print(f"  python finetune/lora.py --checkpoint_dir {base} --finetuned_path {file} {flags} ...")
 
 

@@ -7,8 +7,10 @@ Downloads it unless --data_path gives a local copy, prints an audit of what is s
 
 from pathlib import Path
 
+from lit_gpt.checkpoints.folder import check_checkpoint_dir
 from lit_gpt.cli import Fraction, run
 from lit_gpt.data.args import ALIASES, ColumnArgs, PrepareArgs
+from lit_gpt.files import check_new
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")
 out_dir: Path = Path("data/dolly")  # Write to this folder.
@@ -23,6 +25,8 @@ SOURCE = ("databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl")
 
 
 def main(args: PrepareArgs, columns: ColumnArgs) -> None:
+    check_checkpoint_dir(args.checkpoint_dir, converted=False)
+    check_new(out_dir)
     from lit_gpt.data.prepare import prepare
     from lit_gpt.data.sources import source_file
 

@@ -11,9 +11,11 @@ than memory. Prints an audit of what is supervised; refuses rows from which noth
 
 from pathlib import Path
 
+from lit_gpt.checkpoints.folder import check_checkpoint_dir
 from lit_gpt.cli import Fraction, run
 from lit_gpt.data.args import ALIASES, ColumnArgs, PrepareArgs
 from lit_gpt.errors import UsageError
+from lit_gpt.files import check_new
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")
 data_path: str | None = None  # Read these rows; several, with weights: a.jsonl,b.parquet=0.5 (half of b's rows).
@@ -27,6 +29,8 @@ def main(args: PrepareArgs, columns: ColumnArgs) -> None:
         raise UsageError("--data_path: expected a path")
     if out_dir is None:
         raise UsageError("--out_dir: expected a path")
+    check_checkpoint_dir(args.checkpoint_dir, converted=False)
+    check_new(out_dir)
     from lit_gpt.data.prepare import prepare
 
     prepare(args, columns, out_dir, data_path, validation_path)

@@ -11,8 +11,10 @@ nearest, and with --rounding nearest so are 4 bits: that is what --quantize of t
 from pathlib import Path
 from typing import Literal
 
+from lit_gpt.checkpoints.folder import check_inputs
 from lit_gpt.cli import PositiveInt, Quantizer, run
 from lit_gpt.errors import UsageError
+from lit_gpt.files import check_new
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Quantize this converted folder.
 out_dir: Path | None = None  # Write to this folder, which must not hold anything yet.
@@ -31,6 +33,8 @@ def main() -> None:
         raise UsageError("--rounding calibrated: is for 4 bits; int8 loses nothing by --rounding nearest")
     if calibration_path and chosen == "nearest":
         raise UsageError("--calibration_path: is not used by --rounding nearest, nor by int8; leave it out")
+    check_inputs(checkpoint_dir)
+    check_new(out_dir)
     from lit_gpt import files
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
     from lit_gpt.conversion import calibration, hf

@@ -71,7 +71,7 @@ def main() -> None:
     write_json(out_dir / "result.json", result)
     show(result)
     heading("Write one yourself")
-    flags = {"checkpoint_dir": checkpoint_dir, "lora_path": lora_path, "temperature": 0}
+    flags = {"checkpoint_dir": checkpoint_dir, "finetuned_path": lora_path, "temperature": 0}
     message = "Table for two on Sunday at half past eight. Ana"
     print(spell("generate/lora.py", **flags, prompt=rows[0]["instruction"], input=message)[1])
 

@@ -1,20 +1,36 @@
-"""A checkpoint folder: what belongs in it, its fingerprint, and how it is quantized."""
+"""A checkpoint folder: what belongs in it, its fingerprint, and how it is quantized.
+
+Importing this does not import torch, so that scripts refuse a wrong folder at once.
+"""
 
 import hashlib
 import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args
 
-import torch
-from torch import Tensor
-
-from lit_gpt.checkpoints.io import load
+from lit_gpt.cli import Quantizer
 from lit_gpt.errors import UserError
-from lit_gpt.quantization.formats import FORMATS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 QUANTIZED_VERSION = 1
+FORMATS = get_args(Quantizer)
+
+
+def check_inputs(checkpoint_dir: Path, finetuned_path: Path | None = None, flag: str = "--finetuned_path") -> None:
+    """Refuse a folder that is not a converted checkpoint, and a finetuned file that is not there, without torch.
+
+    Raises:
+        UserError
+    """
+    check_checkpoint_dir(checkpoint_dir)
+    if finetuned_path and not finetuned_path.is_file():
+        near = sorted(map(str, Path("out").glob("*/*/lit_model_*_finetuned.pth")))
+        there = f"there are {', '.join(near)}" if near else "a script of finetune/ writes one"
+        raise UserError(f"{flag} {finetuned_path}: no such file; {there}")
 
 
 def check_checkpoint_dir(checkpoint_dir: Path, converted: bool = True) -> None:
@@ -43,12 +59,14 @@ def check_checkpoint_dir(checkpoint_dir: Path, converted: bool = True) -> None:
         )
 
 
-def fingerprint(state: Mapping[str, Tensor]) -> str:
+def fingerprint(state: "Mapping[str, Tensor]") -> str:
     """Return a short hash of a state dict, by which a finetuned file knows its base.
 
     It covers names, shapes, dtypes and 16 spread-out rows of each tensor: enough to tell any two models apart that
     were trained apart, in milliseconds for a mapped file of any size.
     """
+    import torch
+
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach()
@@ -78,7 +96,7 @@ def quantization(checkpoint_dir: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: not readable as what scripts/quantize.py writes; quantize again") from None
     if version != QUANTIZED_VERSION:
         raise UserError(f"{path}: format version {version!r}, expected {QUANTIZED_VERSION}; quantize again")
-    if name not in list(FORMATS):  # a dictionary would refuse what cannot be hashed
+    if name not in FORMATS:
         raise UserError(f"{path}: the quantization {name!r} is not known; expected one of {', '.join(FORMATS)}")
     if not isinstance(record.get("source"), str):
         raise UserError(f"{path}: source: expected the fingerprint of the full weights; quantize again")
@@ -94,7 +112,7 @@ def refuse_quantized(checkpoint_dir: Path) -> None:
         )
 
 
-def load_state(checkpoint_dir: Path) -> dict[str, Tensor]:
+def load_state(checkpoint_dir: Path) -> "dict[str, Tensor]":
     """Load the state dict of a converted checkpoint that is not quantized, mapped from lit_model.pth.
 
     Raises:
@@ -105,8 +123,12 @@ def load_state(checkpoint_dir: Path) -> dict[str, Tensor]:
     return read_state(checkpoint_dir)
 
 
-def read_state(checkpoint_dir: Path) -> dict[str, Tensor]:
+def read_state(checkpoint_dir: Path) -> "dict[str, Tensor]":
     """Map the tensors of lit_model.pth, quantized or not. Raises UserError if it holds anything else."""
+    from torch import Tensor
+
+    from lit_gpt.checkpoints.io import load
+
     path = Path(checkpoint_dir) / "lit_model.pth"
     state = load(path)
     if not all(isinstance(tensor, Tensor) for tensor in state.values()):

@@ -18,13 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_gpt.data.audit import Audit
+from lit_gpt.data.folder import FORMAT_VERSION, read_record
 from lit_gpt.errors import UserError
-from lit_gpt.files import read_json, write_json
+from lit_gpt.files import write_json
 from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
-
-FORMAT_VERSION = 1
-SPLITS = ("train", "validation")
 
 
 def write_meta(folder: Path, audits: dict[str, Audit], tokenizer: Tokenizer, style: PromptStyle, **record: Any) -> None:
@@ -103,18 +101,7 @@ def read_meta(data_dir: Path, tokenizer: Tokenizer, flag: str = "--data_dir") ->
     Raises:
         UserError: not a data folder, or one prepared with another tokenizer or by another format version.
     """
-    path = Path(data_dir) / "data.json"
-    try:
-        meta = read_json(path)
-    except UserError:
-        raise UserError(
-            f"{flag} {data_dir}: not a folder of prepared data; make one with scripts/prepare_alpaca.py or "
-            "scripts/prepare_json.py"
-        ) from None
-    if meta.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: format version {meta.get('format_version')}, expected {FORMAT_VERSION}; prepare again"
-        )
+    meta = read_record(data_dir, flag)
     if meta["tokenizer"] != tokenizer.fingerprint:
         raise UserError(
             f"{flag} {data_dir}: prepared with another tokenizer than that of {tokenizer.checkpoint_dir}; "

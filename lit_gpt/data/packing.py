@@ -75,6 +75,12 @@ def step_samples(n: int, batch_size: int, seed: int, step: int, total: int) -> l
     return [epoch_order(n, seed, p // n)[p % n] for p in positions]
 
 
+def longest_row(shares: Iterable[list[int]], lengths: Sequence[int], size: RowSize) -> list[int]:
+    """Return the samples of the longest packed row that any of these shares of a step makes, or the first sample."""
+    rows = (row for share in shares for row in micro_batches(share, lengths, *size))
+    return max(rows, key=lambda row: sum(lengths[i] for i in row), default=[0])
+
+
 def micro_batches(
     indices: list[int], lengths: Sequence[int], samples: int | None, tokens: int | None
 ) -> Iterator[list[int]]:

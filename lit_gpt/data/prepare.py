@@ -78,7 +78,7 @@ def prepare(
         record = {"max_seq_length": limit, "mask_inputs": args.mask_inputs, "seed": args.seed}
         record["sources"] = [vars(source) | {"rows": n} for source, n in zip(all_sources, counts, strict=True)]
         dataset.write_meta(folder, audits, tokenizer, style, **record)
-    print_next(args.checkpoint_dir, out_dir)
+    print_next(args.checkpoint_dir, out_dir, len(kept["train"]))
 
 
 def shuffled(rows: np.ndarray, seed: int) -> np.ndarray:

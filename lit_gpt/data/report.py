@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from lit_gpt.data.audit import Audit
+from lit_gpt.data.recipe import recipe
 from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
 
@@ -38,10 +39,10 @@ def print_unused(unused: Counter[str], plain_rows: int) -> None:
         print(f"fields that are not used: {fields}{more}")
 
 
-def print_next(checkpoint_dir: Path, data_dir: Path) -> None:
-    """Print the command that trains on what was written."""
+def print_next(checkpoint_dir: Path, data_dir: Path, rows: int) -> None:
+    """Print the command that trains on what was written, whose training split has so many rows."""
     folders = f"--checkpoint_dir {shlex.quote(str(checkpoint_dir))} --data_dir {shlex.quote(str(data_dir))}"
-    print(f"\nwrote {data_dir}; next: python finetune/lora.py {folders}")
+    print(f"\nwrote {data_dir}; next: python finetune/lora.py {folders} {recipe(rows)}".rstrip())
 
 
 def marked(ids: list[int], supervised: list[int], tokenizer: Tokenizer) -> str:

@@ -10,7 +10,7 @@ from lit_gpt.cli import PositiveInt
 class DeviceArgs:
     """Devices"""
 
-    devices: PositiveInt = 1  # Use this many devices on each node.
+    devices: PositiveInt | Literal["auto"] = 1  # Use this many devices on each node (auto: all GPUs, or the CPU).
     num_nodes: PositiveInt = 1  # Use this many machines.
     strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"  # Choose how devices share the work.
     zero_stage: Literal[2, 3] = 2  # Shard gradients and optimizer state with deepspeed (2), and weights too (3).
@@ -18,5 +18,5 @@ class DeviceArgs:
 
     @property
     def ranks(self) -> int:
-        """Return how many processes the run has, over all nodes."""
-        return self.devices * self.num_nodes
+        """Return how many processes the run has, over all nodes. `auto` must have been resolved."""
+        return int(self.devices) * self.num_nodes

@@ -63,6 +63,11 @@ def started_by_fabric_run() -> bool:
     return os.environ.get("LT_CLI_USED") == "1"
 
 
+def resolve_devices(args: DeviceArgs) -> DeviceArgs:
+    """Return the arguments with the number of this machine's devices for `--devices auto`."""
+    return replace(args, devices=max(1, torch.cuda.device_count())) if args.devices == "auto" else args
+
+
 def told_by_fabric_run(args: DeviceArgs) -> DeviceArgs:
     """Return the arguments with what `fabric run` was told, if it has started this process.
 
@@ -77,13 +82,14 @@ def told_by_fabric_run(args: DeviceArgs) -> DeviceArgs:
     if "LT_PRECISION" in os.environ:
         raise UsageError("--precision: `fabric run` took it for its own flag; write -- before the script's flags")
     changes: dict[str, Any] = {}
-    for name, default in {"devices": 1, "num_nodes": 1, "strategy": "auto"}.items():
+    defaults: dict[str, Any] = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+    for name, default in defaults.items():
         told, own = os.environ.pop(f"LT_{name.upper()}", str(default)), getattr(args, name)
         if told not in (str(own), "auto"):
             known = told in ("ddp", "fsdp", "deepspeed") if name == "strategy" else told.isdecimal()
-            if own != default or not known:
+            if own not in (default, "auto") or not known:
                 raise UsageError(f"--{name} {own}: `fabric run` was told --{name} {told}; give both the same")
-            changes[name] = type(own)(told)
+            changes[name] = type(default)(told)
     return replace(args, **changes)
 
 

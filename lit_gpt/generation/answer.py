@@ -58,8 +58,6 @@ def read_prompt(args: PromptArgs, sampling: SamplingArgs, model: ModelArgs, **ow
     Args:
         own: the script's own flags on which an answer depends.
     """
-    if bool(args.prompt) == bool(args.prompt_file):
-        raise UsageError("--prompt: expected a prompt, either by --prompt or by --prompt_file (- is standard input)")
     if args.out:
         return PromptFile.read(args, args.out, model.compile, settings_hash(sampling, model, own))
     return TextPrompt(args.prompt or read_text(args.prompt_file), args.input, args.num_samples)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, Quantizer
+from lit_gpt.errors import UsageError, UserError
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,14 @@ class PromptArgs:
     input: str = ""  # Give this context with an instruction, for prompt styles that have a place for it.
     num_samples: PositiveInt = 1  # Give this many answers.
     batch_size: PositiveInt = 16  # Answer this many lines of a .jsonl file together.
+
+    def __post_init__(self) -> None:
+        if bool(self.prompt) == bool(self.prompt_file):
+            raise UsageError(
+                "--prompt: expected a prompt, either by --prompt or by --prompt_file (- is standard input)"
+            )
+        if self.prompt_file and str(self.prompt_file) != "-" and not self.prompt_file.is_file():
+            raise UserError(f"--prompt_file {self.prompt_file}: no such file")
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,7 @@
 """A conversation with a model: its history, within the context, and a cache that lives as long as it does."""
 
-import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 from lit_gpt.errors import UsageError, UserError
@@ -13,7 +11,7 @@ from lit_gpt.generation.steps import FastStep
 from lit_gpt.methods.multi_lora import LoRAPool
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.kv_cache import truncate
-from lit_gpt.text.messages import Message
+from lit_gpt.text.messages import Message, instruction_messages
 from lit_gpt.text.prompt_style import PromptStyle, common_prefix
 from lit_gpt.text.tokenizer import Tokenizer
 
@@ -50,6 +48,7 @@ class Chat:
                 "ask for fewer, or raise --context"
             )
         self.messages: list[Message] = []
+        self.instruction = ""  # of which messages are the input, if it is set
         self.cache = model.kv_cache(1, self.context)
         self.cached: list[int] = []  # the tokens behind the cache's entries
 
@@ -103,7 +102,8 @@ class Chat:
         Raises:
             UserError: `prompt` refuses the message, which is taken back.
         """
-        self.messages.append({"role": "user", "content": text})
+        told = instruction_messages(self.instruction, text) if self.instruction else [{"role": "user", "content": text}]
+        self.messages += told
         try:
             prompt = self.prompt()
         except UserError:
@@ -132,40 +132,3 @@ class Chat:
         for token in tokens:
             ids.append(token)
             yield token
-
-
-def converse(chat: Chat) -> None:
-    """Read messages from standard input until it ends; Ctrl-C stops an answer, not the conversation.
-
-    `/lora PATH` is no message: it changes the LoRA, and alone takes it off. Nor is any other word behind a slash alone.
-    """
-    with suppress(ImportError):
-        import readline  # noqa: F401  (with it a line can be edited, and called back)
-    while True:
-        try:
-            text = input("> ")
-        except EOFError:
-            return print()
-        except UnicodeDecodeError as error:
-            print(f"[not sent: the message is not UTF-8 text ({error.reason})]", file=sys.stderr)
-            continue
-        except KeyboardInterrupt:
-            print("\n[Ctrl-D ends the conversation]", file=sys.stderr)
-            continue
-        if not text.strip():
-            continue
-        command, _, path = text.strip().partition(" ")
-        try:
-            if command == "/lora":
-                chat.use(Path(path.strip()) if path else None)
-                print(f"[from now on: {path.strip() or 'the base alone'}]", file=sys.stderr)
-                continue
-            if re.fullmatch(r"/[a-zA-Z]+", text.strip()) or command.lower() == "/lora":
-                raise UserError(f"no command {command}; /lora PATH changes the LoRA, Ctrl-D ends the conversation")
-            for piece in chat.answer(text):
-                print(piece, end="", flush=True)
-            print()
-        except KeyboardInterrupt:
-            print(" [stopped]")
-        except UserError as error:
-            print(f"[{error}]", file=sys.stderr)

@@ -16,7 +16,7 @@ from typing import Any
 
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.files import read_json, read_text
-from lit_gpt.text import supervision
+from lit_gpt.text import known_styles, supervision
 from lit_gpt.text.chat_template import Template
 from lit_gpt.text.messages import REASONING, Message, Tools, spell_arguments
 from lit_gpt.text.supervision import Encoded, Rendered
@@ -59,6 +59,7 @@ STYLES = {
     "llama2": _turns(_NEXT_BOS + _LLAMA2, before_answer=" "),
     "falcon-instruct": _turns(_FALCON, before_answer=" "),
 }
+STYLES |= known_styles.STYLES
 
 
 @dataclass(frozen=True)

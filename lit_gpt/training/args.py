@@ -12,6 +12,14 @@ from lit_gpt.distributed.args import DeviceArgs
 
 ALIASES = {"lora_path": "finetuned_path", "keep": "keep_states"}  # spellings of before
 
+# Short names; any other optimizer that is installed goes by its own, package.module.Class.
+OPTIMIZERS = {
+    "adamw": "torch.optim.AdamW",
+    "sgd": "torch.optim.SGD",
+    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
+    "paged_adamw8bit": "bitsandbytes.optim.PagedAdamW8bit",
+}
+
 
 @dataclass(frozen=True)
 class PathArgs:
@@ -32,13 +40,13 @@ class OptimizationArgs:
     learning_rate: PositiveFloat = 3e-4  # Set the peak learning rate, reached after warmup_steps.
     min_lr: NonNegativeFloat = 0.0  # Let the cosine end at this learning rate.
     weight_decay: NonNegativeFloat = 0.01  # Decay what trains, decoupled from the gradient.
-    warmup_steps: NonNegativeInt = 100  # Raise the learning rate linearly over this many steps.
+    warmup_steps: NonNegativeInt | None = None  # Raise the learning rate over these steps (null: 100, at most a third).
     schedule: Literal["cosine", "constant"] = "cosine"  # Choose how the learning rate goes on after the warmup.
     optimizer: str = "adamw"  # Use adamw, sgd, adamw8bit, paged_adamw8bit, or another by its name, package.Class.
     optimizer_args: dict[str, Any] = field(default_factory=dict)  # Pass it more arguments: '{"betas": [0.9, 0.95]}'.
     optimizer_in_backward: bool = False  # Step as gradients come, holding one at a time; one packed row makes a step.
     max_grad_norm: PositiveFloat | None = None  # Clip the gradient of all that trains to this norm (null: never).
-    epochs: PositiveInt = 1  # Go through the data this many times.
+    epochs: PositiveFloat = 1  # Go through the data this many times; 0.5 is half of it.
     max_steps: PositiveInt | None = None  # Stop after this many optimizer steps instead of epochs.
     seed: NonNegativeInt = 1337  # Seed initialization, data order and dropout.
 
@@ -73,6 +81,8 @@ class WatchArgs:
     eval_interval: PositiveInt = 100  # Validate every so many steps.
     eval_samples: PositiveInt | None = 200  # Validate on this many samples (null: all).
     sample_tokens: NonNegativeInt = 50  # Show an answer of this length at each validation.
+    patience: PositiveInt | None = None  # Stop after this many validations without a lower loss (null: never).
+    result: Literal["last", "best"] = "last"  # Write the last step's weights, or those of the lowest validation loss.
     save_interval: PositiveInt = 100  # Save a resume state every so many steps.
     keep_states: PositiveInt = 2  # Keep this many of the newest resume states, and the best by validation loss.
     profile_steps: NonNegativeInt = 0  # Write a trace of this many steps to out_dir, which Perfetto opens.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_gpt.data.dataset import Samples
-from lit_gpt.data.packing import RowSize, micro_batches, step_samples
+from lit_gpt.data.packing import RowSize, longest_row, micro_batches, step_samples
 from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.training.args import BatchArgs
 from lit_gpt.training.objectives import Objective
@@ -56,12 +56,9 @@ class Batches:
 
     def longest_row(self) -> list[int]:
         """Return the samples of this rank's longest row in an epoch."""
-        lengths, longest = self.dataset.lengths, list[int]()
-        for step in range(min(self.schedule.steps, math.ceil(len(lengths) / self.args.batch_size))):
-            share = self.indices(step)[self.fabric.global_rank :: self.fabric.world_size]
-            rows = micro_batches(share, lengths, *self.row_size)
-            longest = max([longest, *rows], key=lambda row: sum(lengths[i] for i in row))
-        return longest or [0]
+        steps = range(min(self.schedule.steps, math.ceil(len(self.dataset) / self.args.batch_size)))
+        shares = (self.indices(step)[self.fabric.global_rank :: self.fabric.world_size] for step in steps)
+        return longest_row(shares, self.dataset.lengths, self.row_size)
 
     def shortest_row(self) -> list[int]:
         """Return the shortest sample, as a row of its own."""

@@ -1,14 +1,114 @@
-"""Refuses runs that cannot work, before anything is loaded."""
+"""Refuses runs that cannot work, before anything is loaded. Nothing here imports torch, which takes seconds."""
 
 from collections.abc import Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from lit_gpt.data.dataset import Samples
-from lit_gpt.errors import UsageError, UserError
-from lit_gpt.methods.method import Method
+from lit_gpt.checkpoints.folder import check_inputs, quantization
+from lit_gpt.cli import flag_values
+from lit_gpt.data.folder import SPLITS, read_record, sample_lengths
+from lit_gpt.errors import UsageError, UserError, require
+from lit_gpt.files import read_json
+from lit_gpt.methods import registry
 from lit_gpt.model.config import Config
-from lit_gpt.training.args import TrainArgs
+from lit_gpt.training.args import OPTIMIZERS, TrainArgs
+from lit_gpt.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOGGERS = {  # the packages that each needs; Lightning has the loggers of the last two
+    "csv": (),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb", "lightning"),
+    "mlflow": ("mlflow", "lightning"),
+}
+# Flags that a resumed run may change: they bear on the weights that come out by no more than rounding, or, through the
+# cut into rows, by which inputs dropout strikes.
+FREE_TO_CHANGE = {
+    "checkpoint_dir", "data_dir", "out_dir", "resume", "log_interval", "eval_interval", "eval_samples", "save_interval",
+    "sample_tokens", "keep_states", "profile_steps", "activation_checkpointing", "compile", "micro_batch_size",
+    "micro_batch_tokens", "devices", "num_nodes", "strategy", "zero_stage", "zero_offload", "optimizer_in_backward",
+    "finetuned_path", "logger", "probe_path", "quantize", "patience", "result",
+}  # fmt: skip
+
+
+def check_early(args: TrainArgs, method: str, config: Any) -> None:
+    """Refuse what flags and files tell without torch: scripts ask before they import it.
+
+    What needs the tokenizer, the model or the devices is refused by `setup.run`.
+
+    Args:
+        method: a method's name, and `config` its hyperparameters.
+    """
+    paths = args.paths
+    if paths.out_dir.resolve() == paths.checkpoint_dir.resolve():
+        raise UsageError(f"--out_dir {paths.out_dir}: is the base's own folder; choose another")
+    if args.devices.devices != "auto":
+        check_batch(args, args.devices.ranks)
+    locate_optimizer(args.optimization.optimizer)
+    for package in LOGGERS[args.watch.logger]:
+        require(package, package, f"--logger {args.watch.logger}")
+    check_inputs(paths.checkpoint_dir, paths.finetuned_path)
+    stored = quantization(paths.checkpoint_dir) or {"quantize": args.memory.quantize}
+    check_quantized(args, not registry.entry(method).attaches, stored["quantize"])
+    if args.watch.probe_path and not args.watch.probe_path.is_file():
+        raise UserError(f"--probe_path {args.watch.probe_path}: no such file")
+    check_out_dir(args, flag_values(config) | flag_values(args))
+    read_record(paths.data_dir)
+    if args.optimization.objective == "sft":  # others may read the folder in another way
+        train, validation = (sample_lengths(paths.data_dir, split) for split in SPLITS)
+        Schedule.from_args(args.optimization, args.batch, len(train))
+        check_lengths(args, length_limit(args, Config.from_checkpoint(paths.checkpoint_dir)), train, validation)
+
+
+def check_out_dir(args: TrainArgs, flags: dict[str, Any]) -> None:
+    """Refuse an out_dir that holds a run which is not to be resumed, or one that had other flags."""
+    folder = args.paths.out_dir
+    if args.paths.resume == "no":
+        if (folder / "metrics.csv").exists():
+            raise UserError(f"--out_dir {folder}: already holds a run; --resume auto continues it, or choose another")
+        return
+    states = sorted((folder / "state").glob("step_*.pth"))
+    if states and (before := read_json(folder / "hyperparameters.json", missing_ok=True)):
+        refuse_changed(before, flags, states[-1])
+
+
+def refuse_changed(before: dict[str, Any], flags: dict[str, Any], path: Path) -> None:
+    """Refuse to go on from a state with other flags, where they bear on the weights, but for more steps.
+
+    Args:
+        before: the flags of the run that wrote the state `path`.
+    """
+    for name, value in locked_flags(flags).items():
+        if before.get(name) != value and not raised(name, value, before.get(name)):
+            now, then = ("null" if v is None else v for v in (value, before.get(name)))
+            raise UserError(
+                f"--{name} {now}: the run in {path} has {then}; resume it with that or choose another --out_dir"
+            )
+
+
+def raised(name: str, value: Any, before: Any) -> bool:
+    """Return whether a run that may have ended is to take more steps: by more --max_steps, or more --epochs."""
+    return name in ("max_steps", "epochs") and value is not None and before is not None and value > before
+
+
+def locked_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the flags that a resumed run must share."""
+    return {name: value for name, value in flags.items() if name not in FREE_TO_CHANGE}
+
+
+def locate_optimizer(name: str) -> tuple[str, str]:
+    """Return module and class of the optimizer that `--optimizer` names. Raises UsageError: there is none."""
+    module, _, cls = OPTIMIZERS.get(name, name).rpartition(".")
+    if not module:
+        known = ", ".join(OPTIMIZERS)
+        raise UsageError(f"--optimizer {name}: expected {known}, or the full name of one installed: package.Class")
+    package = module.partition(".")[0]
+    if find_spec(package) is None:
+        raise UsageError(f"--optimizer {name}: needs {package}; `pip install {package}` brings it")
+    return module, cls
 
 
 def check_batch(args: TrainArgs, world_size: int) -> None:
@@ -32,11 +132,11 @@ def check_batch(args: TrainArgs, world_size: int) -> None:
         )
 
 
-def check_quantized(args: TrainArgs, method: Method, quantize: str | None) -> None:
+def check_quantized(args: TrainArgs, trains_base: bool, quantize: str | None) -> None:
     """Refuse what a base that is quantized to the format `quantize` does not go with."""
     by_flag = args.memory.quantize is not None
     asked = f"--quantize {quantize}" if by_flag else f"--checkpoint_dir {args.paths.checkpoint_dir} ({quantize})"
-    if quantize and method.trains_base:
+    if quantize and trains_base:
         raise UsageError(f"{asked}: quantized weights cannot train; finetune/lora.py trains beside them")
     if quantize and args.devices.strategy in ("fsdp", "deepspeed"):
         raise UsageError(f"{asked}: --strategy {args.devices.strategy} does not share out quantized weights; use ddp")
@@ -48,9 +148,9 @@ def check_offload(args: TrainArgs, on_cuda: bool) -> None:
         raise UsageError("--activation_checkpointing offload: there is no GPU to move activations away from; try full")
 
 
-def check_lengths(args: TrainArgs, limit: int, *splits: Samples) -> None:
-    """Refuse data with samples of more than `limit` tokens."""
-    longest = max(max(split.lengths) for split in splits)
+def check_lengths(args: TrainArgs, limit: int, *splits: list[int]) -> None:
+    """Refuse data with samples of more than `limit` tokens; `splits` are their lengths."""
+    longest = max(max(lengths, default=0) for lengths in splits)
     if longest > limit:
         raise UserError(
             f"--data_dir {args.paths.data_dir}: holds samples of up to {longest} tokens, more than --max_seq_length "
@@ -63,7 +163,7 @@ def length_limit(args: TrainArgs, config: Config) -> int:
     return min(args.batch.max_seq_length or config.block_size, config.block_size)
 
 
-def check_vocabulary(config: Config, token_ids: Iterable[Tensor]) -> None:
+def check_vocabulary(config: Config, token_ids: "Iterable[Tensor]") -> None:
     """Refuse data whose token ids the model's embedding does not have."""
     largest = max(int(ids.max()) for ids in token_ids)
     if largest >= config.padded_vocab_size:

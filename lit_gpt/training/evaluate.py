@@ -28,7 +28,7 @@ class Evaluator:
     Attributes:
         samples: validate on so many; None: on all.
         show: shows an answer of the model.
-        losses: validation losses that this process has measured, by step.
+        losses: validation losses of the run so far, by step.
     """
 
     worker: Worker

@@ -12,22 +12,10 @@ from typing import Any
 from tqdm import tqdm
 
 from lit_gpt.distributed.fabric import TensorBoardLogger
-from lit_gpt.errors import UserError, require
+from lit_gpt.errors import UserError
 from lit_gpt.files import read_json
 
 FILE = "logger.json"
-PACKAGES = {  # that each needs; Lightning has the loggers of the last two
-    "csv": (),
-    "tensorboard": ("tensorboard",),
-    "wandb": ("wandb", "lightning"),
-    "mlflow": ("mlflow", "lightning"),
-}
-
-
-def check_installed(logger: str) -> None:
-    """Refuse a logger that is not installed."""
-    for package in PACKAGES[logger]:
-        require(package, package, f"--logger {logger}")
 
 
 def _tensorboard(out_dir: Path, run: str | None, step: int) -> tuple[Any, str]:

@@ -13,6 +13,7 @@ from lit_gpt.errors import UserError
 from lit_gpt.methods.finetuned_file import file_contents
 from lit_gpt.training.args import TrainArgs
 from lit_gpt.training.batches import Batch, Batches
+from lit_gpt.training.checks import raised
 from lit_gpt.training.evaluate import Evaluator
 from lit_gpt.training.records import Records
 from lit_gpt.training.resume import ResumeStates
@@ -43,14 +44,14 @@ class Trainer:
     prefetched: Batch | None = None
 
     def fit(self) -> bool:
-        """Train to the last step. Return False if a signal stopped the run before that, its state saved."""
+        """Train to the end. Return False if a signal stopped the run before that, its state saved."""
         args, records, steps, fabric = self.args.watch, self.records, self.schedule.steps, self.worker.fabric
         self.restore()
         with records.show_progress(self.step, steps), StopSignals(fabric) as signals, self.profiler() as profiler:
             if self.step == 0:
                 records.write({"step": 0, "tokens": 0, "val_loss": self.validate()})
                 self.measure_probe()
-            while self.step < steps:
+            while not self.finished():
                 loss, norm, tokens = self.train_step()
                 self.step += 1
                 records.record_step(self.step, loss, norm, tokens)
@@ -61,13 +62,37 @@ class Trainer:
                 stopping = (logging or fabric.world_size == 1) and signals.asked()
                 if logging or evaluating or saving or stopping or last:
                     self.log(evaluating or last)
-                if saving or stopping or last:
+                if saving or stopping or self.finished() or args.result == "best" and self.improved():
                     self.save()
-                if stopping and not last:
+                if stopping and not self.finished():
                     fabric.print(f"stopped after step {self.step}; the same command with --resume auto goes on")
                     return False
+            if self.step < steps:
+                fabric.print(f"ended after step {self.step}: {args.patience} validations without a lower loss")
+            if args.result == "best":
+                self.take_best()
             self.measure_probe()
         return True
+
+    def finished(self) -> bool:
+        """Return whether the last step is done, or --patience has run out."""
+        losses, patience = self.evaluator.losses, self.args.watch.patience
+        since_lowest = len(losses) - 1 - list(losses.values()).index(min(losses.values())) if losses else 0
+        return self.step >= self.schedule.steps or patience is not None and since_lowest >= patience
+
+    def improved(self) -> bool:
+        """Return whether the validation loss was measured after this step, and is the lowest so far."""
+        losses = self.evaluator.losses
+        return self.step in losses and losses[self.step] == min(losses.values())
+
+    def take_best(self) -> None:
+        """Go back to the weights of the lowest validation loss, if others have followed."""
+        if self.states.best is None or self.states.best[0] == self.step:
+            return
+        step, loss = self.states.best
+        path = self.states.path(step)
+        self.worker.method.load_state(self.worker.model, io.load(path, mmap=False)["state"], path)
+        self.worker.fabric.print(f"the result is that of step {step}, whose validation loss {loss:.3f} was the lowest")
 
     def train_step(self) -> tuple[Tensor, Tensor | None, int]:
         """Take one optimizer step along the gradient of the mean over the global batch.
@@ -146,7 +171,12 @@ class Trainer:
         worker.load_optimizer_state(resume["optimizer"])
         self.step = resume["step"]
         self.records.resume(self.step, resume["progress"])
-        return worker.fabric.print(f"resumed after step {self.step} from {path}")
+        self.evaluator.losses = self.records.validations()
+        worker.fabric.print(f"resumed after step {self.step} from {path}")
+        before = resume["hyperparameters"]
+        if any(raised(name, value, before.get(name)) for name, value in self.states.flags.items()):
+            rate, steps = self.schedule.learning_rate(self.step), self.schedule.steps
+            worker.fabric.print(f"it goes on to step {steps}; the learning rate is now that of such a run, {rate:.3g}")
 
     def profiler(self) -> AbstractContextManager[Any]:
         """Return what traces the steps after the first one and writes a trace for Perfetto, if that is asked for."""

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lit_gpt.data.dataset import SPLITS, Dataset, Sample, Samples
+from lit_gpt.data.dataset import Dataset, Sample, Samples
+from lit_gpt.data.folder import SPLITS
 from lit_gpt.data.packing import PackedRow, pack, supervised_count
 from lit_gpt.errors import UsageError
 

@@ -9,14 +9,8 @@ from torch import Tensor, nn
 
 from lit_gpt.errors import UsageError
 from lit_gpt.training.args import OptimizationArgs
+from lit_gpt.training.checks import locate_optimizer
 
-# Short names; any other optimizer that is installed goes by its own, package.module.Class.
-OPTIMIZERS = {
-    "adamw": "torch.optim.AdamW",
-    "sgd": "torch.optim.SGD",
-    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
-    "paged_adamw8bit": "bitsandbytes.optim.PagedAdamW8bit",
-}
 EIGHT_BIT = {"adamw8bit", "paged_adamw8bit"}
 DEFAULTS: dict[str, dict[str, Any]] = {"adamw": {"fused": True}}
 
@@ -75,15 +69,11 @@ def clear_state(optimizer: Any) -> None:
 
 def find_class(name: str) -> type[torch.optim.Optimizer]:
     """Return the class that `--optimizer` names."""
-    module, _, cls = OPTIMIZERS.get(name, name).rpartition(".")
-    if not module:
-        known = ", ".join(OPTIMIZERS)
-        raise UsageError(f"--optimizer {name}: expected {known}, or the full name of one installed: package.Class")
+    module, cls = locate_optimizer(name)
     try:
         return getattr(importlib.import_module(module), cls)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise UsageError(f"--optimizer {name}: needs {package}; `pip install {package}` brings it") from None
+    except ImportError as error:
+        raise UsageError(f"--optimizer {name}: {module} cannot be imported ({error})") from None
     except AttributeError:
         raise UsageError(f"--optimizer {name}: {module} has no {cls}") from None
 

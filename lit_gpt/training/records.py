@@ -70,7 +70,12 @@ class Records:
             self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
         if self.main:
             self.open_logger(step)
+            write_json(self.out_dir / "hyperparameters.json", self.hyperparameters)
             self.write_rows()
+
+    def validations(self) -> dict[int, float]:
+        """Return the validation losses, by step."""
+        return {int(row["step"]): float(row["val_loss"]) for row in self.rows if row["val_loss"] != ""}
 
     def progress(self) -> dict[str, Any]:
         """Return what `resume` needs."""

@@ -12,15 +12,7 @@ from lit_gpt.checkpoints import io
 from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.distributed.launch import on_main
 from lit_gpt.errors import UserError
-
-# Flags that a resumed run may change: they bear on the weights that come out by no more than rounding, or, through the
-# cut into rows, by which inputs dropout strikes.
-FREE_TO_CHANGE = {
-    "checkpoint_dir", "data_dir", "out_dir", "resume", "log_interval", "eval_interval", "eval_samples", "save_interval",
-    "sample_tokens", "keep_states", "profile_steps", "activation_checkpointing", "compile", "micro_batch_size",
-    "micro_batch_tokens", "devices", "num_nodes", "strategy", "zero_stage", "zero_offload", "optimizer_in_backward",
-    "finetuned_path", "logger", "probe_path", "quantize",
-}  # fmt: skip
+from lit_gpt.training.checks import locked_flags, refuse_changed
 
 FORMAT_VERSION = 2  # of the part of a state that resuming needs
 
@@ -108,12 +100,7 @@ class ResumeStates:
                 f"{path}: not a resume state of format version {FORMAT_VERSION}, but of an earlier release; start anew "
                 "in another --out_dir"
             )
-        for name, value in locked_flags(self.flags).items():
-            if before["hyperparameters"].get(name) != value:
-                raise UserError(
-                    f"--{name} {value}: the run in {path} has {before['hyperparameters'].get(name)}; resume it with "
-                    "that or choose another --out_dir"
-                )
+        refuse_changed(before["hyperparameters"], self.flags, path)
         for name, value in self.identity.items():
             if before["identity"].get(name) != value:
                 raise UserError(f"{path}: that run has another {name}; choose another --out_dir")
@@ -123,8 +110,3 @@ class ResumeStates:
         if self.best is None or self.best[0] == step:
             return ""
         return f"; the lowest validation loss, {self.best[1]:.3f}, was that of {self.path(self.best[0])}"
-
-
-def locked_flags(flags: dict[str, Any]) -> dict[str, Any]:
-    """Return the flags that a resumed run must share."""
-    return {name: value for name, value in flags.items() if name not in FREE_TO_CHANGE}

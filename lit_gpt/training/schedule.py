@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from lit_gpt.errors import UsageError
 from lit_gpt.training.args import BatchArgs, OptimizationArgs
 
+WARMUP_STEPS = 100  # unless told otherwise, in runs that are three times as long or longer
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -30,16 +32,16 @@ class Schedule:
         Raises:
             UsageError: the warmup is no shorter than the run, or min_lr is above the peak.
         """
-        samples = args.max_steps * batch.batch_size if args.max_steps else args.epochs * n
+        samples = args.max_steps * batch.batch_size if args.max_steps else max(1, round(args.epochs * n))
         steps = math.ceil(samples / batch.batch_size)
-        if args.warmup_steps >= steps:
+        warmup = min(WARMUP_STEPS, steps // 3) if args.warmup_steps is None else args.warmup_steps
+        if warmup >= steps:
             raise UsageError(
-                f"--warmup_steps {args.warmup_steps}: expected fewer than the run's {steps} steps, such as "
-                f"{steps // 10}"
+                f"--warmup_steps {warmup}: expected fewer than the run's {steps} steps, such as {steps // 10}"
             )
         if args.min_lr > args.learning_rate:
             raise UsageError(f"--min_lr {args.min_lr}: expected at most --learning_rate {args.learning_rate}")
-        return cls(steps, samples, args.warmup_steps, args.learning_rate, args.min_lr, args.schedule)
+        return cls(steps, samples, warmup, args.learning_rate, args.min_lr, args.schedule)
 
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""

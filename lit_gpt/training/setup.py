@@ -18,15 +18,14 @@ from lit_gpt.data.dataset import read_meta
 from lit_gpt.data.probe import Probe
 from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.distributed.heartbeat import peer_watchdog
-from lit_gpt.distributed.launch import launch, on_main, told_by_fabric_run
+from lit_gpt.distributed.launch import launch, on_main, resolve_devices, told_by_fabric_run
 from lit_gpt.distributed.sharding import build_device
-from lit_gpt.errors import UsageError, UserError
 from lit_gpt.kernels.policy import policy, use_policy
 from lit_gpt.methods.method import Method
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantization.modules import count_parameters
 from lit_gpt.text.prompt_style import PromptStyle
-from lit_gpt.training import checks, loggers
+from lit_gpt.training import checks
 from lit_gpt.training.args import TrainArgs
 from lit_gpt.training.batches import Batches
 from lit_gpt.training.evaluate import Evaluator, show_answer
@@ -53,10 +52,8 @@ def finetune(args: TrainArgs, method: Method) -> None:
         UsageError: flags contradict each other.
         UserError: checkpoint, data or out_dir cannot be used, or another process of the run is lost.
     """
-    paths = args.paths
-    if paths.out_dir.resolve() == paths.checkpoint_dir.resolve():
-        raise UsageError(f"--out_dir {paths.out_dir}: is the base's own folder; choose another")
-    args = replace(args, devices=told_by_fabric_run(args.devices))
+    checks.check_early(args, method.name, method.config)
+    args = replace(args, devices=resolve_devices(told_by_fabric_run(args.devices)))
     precision = args.memory.precision
     trained = method.weight_dtype(precision) if method.trains_base else torch.float32
     frozen = hardware.DTYPES[precision]
@@ -71,15 +68,14 @@ def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
     """Set a run up on this rank, train, and write the result."""
     checks.check_batch(args, fabric.world_size)
     base = BaseCheckpoint.open(args.paths.checkpoint_dir, args.memory.quantize)
-    checks.check_quantized(args, method, base.quantize)
+    checks.check_quantized(args, method.trains_base, base.quantize)
     objective = make_objective(args.optimization.objective)
     style = PromptStyle.from_dict(read_meta(args.paths.data_dir, base.tokenizer)["prompt_style"])
     train, validation = objective.datasets(args.paths.data_dir)
     limit = checks.length_limit(args, base.config)
-    checks.check_lengths(args, limit, train, validation)
+    checks.check_lengths(args, limit, train.lengths, validation.lengths)
     probe = Probe(args.watch.probe_path, base.tokenizer, style, limit) if args.watch.probe_path else None
     schedule = Schedule.from_args(args.optimization, args.batch, len(train))
-    check_unused(args)
     on_cuda = fabric.device.type == "cuda"
     checks.check_offload(args, on_cuda)
     compiled = compiles_blocks(args, base.config, base.quantize, fabric.device.type)
@@ -112,15 +108,6 @@ def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
         write_result(trainer, base, style, trainable)
 
 
-def check_unused(args: TrainArgs) -> None:
-    """Refuse an out_dir that holds a run which is not to be resumed, and a logger that is not installed."""
-    loggers.check_installed(args.watch.logger)
-    if (args.paths.out_dir / "metrics.csv").exists() and args.paths.resume == "no":
-        raise UserError(
-            f"--out_dir {args.paths.out_dir}: already holds a run; --resume auto continues it, or choose another"
-        )
-
-
 def build(args: TrainArgs, method: Method, fabric: Fabric, base: BaseCheckpoint) -> GPT:
     """Return the base with the method attached."""
     torch.manual_seed(args.optimization.seed % 2**63)
@@ -141,7 +128,8 @@ def write_result(trainer: Trainer, base: BaseCheckpoint, style: PromptStyle, tra
             path = out_dir / f"lit_model_{method.name}_finetuned.pth"
             io.save(path, contents)
         trainer.records.finish(method.name, worker.objective.name, trainable, base.quantization)
-        print(f"wrote {path}{trainer.states.best_step_note(trainer.step)}")
+        note = trainer.states.best_step_note(trainer.step) if trainer.args.watch.result == "last" else ""
+        print(f"wrote {path}{note}")
 
     on_main(worker.fabric, write)
 

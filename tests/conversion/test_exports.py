@@ -409,7 +409,7 @@ def test_a_card_in_another_encoding_does_not_end_an_export(bases, tmp_path):
 
 def test_flags_that_do_not_go_together(cli, bases, tmp_path):
     flags = {"checkpoint_dir": bases["llama"], "out_dir": tmp_path / "out"}
-    cli(EXPORT, **flags, lora_path="x.pth", format="gguf").refused("--lora_path", "merge_lora.py", code=2)
+    cli(EXPORT, **flags, lora_path="x.pth", format="gguf").refused("--finetuned_path", "merge_lora.py", code=2)
     for dtype in ("fp16", "f16"):  # llama.cpp's spelling is taken, too
         cli(EXPORT, **flags, dtype=dtype).refused("--dtype fp16", code=2)
 

@@ -18,7 +18,8 @@ from lit_gpt import Tokenizer
 from lit_gpt.checkpoints.base_model import BaseCheckpoint, load_model
 from lit_gpt.errors import UserError
 from lit_gpt.generation.args import SamplingArgs
-from lit_gpt.generation.chat import Chat, converse
+from lit_gpt.generation.chat import Chat
+from lit_gpt.generation.commands import converse, greeting
 from lit_gpt.generation.engine import generate, prompt_ids
 from lit_gpt.methods import finetuned_model
 from lit_gpt.methods.multi_lora import LoRAPool
@@ -92,7 +93,7 @@ def test_switching_between_loras(parts, llama, tmp_path, monkeypatch, capsys):
 
 def test_what_is_no_message_does_not_end_the_conversation(parts, monkeypatch, capsys):
     chat = Chat(*parts, 256, SamplingArgs(max_new_tokens=3, temperature=0))
-    typed = ["the cat", "/quit", "/Lora x", "caf\udce9", UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "why"), "/ the dog"]
+    typed = ["the cat", "/bye", "/Lora x", "caf\udce9", UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "why"), "/ the dog"]
 
     def read(_: str) -> str:
         if not typed:
@@ -104,7 +105,7 @@ def test_what_is_no_message_does_not_end_the_conversation(parts, monkeypatch, ca
     monkeypatch.setattr("builtins.input", read)
     converse(chat)
     told = capsys.readouterr().err
-    assert "no command /quit" in told and "no command /Lora" in told and told.count("not UTF-8 text") == 2
+    assert "no command /bye" in told and "no command /Lora" in told and told.count("not UTF-8 text") == 2
     assert [m["content"] for m in chat.messages[::2]] == ["the cat", "/ the dog"]
 
 
@@ -175,3 +176,25 @@ def test_through_a_terminal(llama):
     os.write(control, b"\x04")
     assert process.wait(timeout=30) == 0
     assert "Traceback" not in seen and ("[stopped]" in seen or len(seen) > 100)
+
+
+def test_commands_act_on_the_conversation(parts, tmp_path, monkeypatch, capsys):
+    chat, path = Chat(*parts, 256, SamplingArgs(max_new_tokens=3, temperature=0)), tmp_path / "chat.json"
+
+    def told(*typed: str) -> str:
+        lines = iter(typed)
+        monkeypatch.setattr("builtins.input", lambda _: next(lines))
+        converse(chat)
+        return capsys.readouterr().err
+
+    seen = told("/help", "/system Be brief.", "the cat", f"/save {path}", f"/save {path}", "/clear", "exit")
+    assert all(name in seen for name in ("/load FILE", "/lora [FILE]", "/exit")) and "exists already" in seen
+    assert chat.messages == [{"role": "system", "content": "Be brief."}]
+    assert "/load nowhere: expected a file" in told("/load nowhere", "/system", "/instruction Say it.", "cat", "quit")
+    assert chat.messages[0]["content"] == "Say it.\n\ncat" and chat.messages[0]["input"] == "cat"
+    assert "3 messages" in told(f"/load {path}", "/exit")
+    assert [message["role"] for message in chat.messages] == ["system", "user", "assistant"]
+    assert greeting("m", "lora", chat).startswith("m, finetuned by lora; prompt style chatml; 256 tokens")
+    assert "/instruction" not in greeting("m", None, chat)
+    chat.style = PromptStyle.from_name("alpaca", parts[1])
+    assert "/instruction TEXT" in greeting("m", None, chat)

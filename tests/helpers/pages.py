@@ -190,7 +190,7 @@ class Reader:
         argv = [script, *self.extended(script, flags)]
         if signalled:
             threading.Thread(target=self.interrupt, args=(Path(option(argv, "--out_dir")),), daemon=True).start()
-        if option(argv, "--devices") in (None, "1"):
+        if option(argv, "--devices") in (None, "1", "auto"):
             return in_process(argv, stdin="hello\n" if script.startswith("chat/") else "")
         assert option(argv, "--devices") == "2", "on one machine the pages have two"
         return subprocess.run([sys.executable, *argv], timeout=120).returncode

@@ -130,6 +130,8 @@ MISTAKES = {
         (SLURM | {"SLURM_NTASKS_PER_NODE": "2"}, FINETUNE + "--out_dir out/x"),
         (SLURM, FINETUNE + "--out_dir out/x --devices 2"),
     ],
+    "coming_from.md": [FINETUNE + "--out_dir out/x --lr 0.1"],
+    "chat.md": [f"python chat/base.py --checkpoint_dir {BASE} --max_new_tokens 4096"],
     "generate.md": [
         f"{ANSWER} --prompt_file prompts.jsonl --out answers.jsonl --temperature 0",
         edit("prompts.jsonl", lambda text: text + '{"question": "who?"}\n'),

@@ -193,13 +193,13 @@ def test_a_loss_that_is_not_a_number_stops_the_run(cli, flags, llama):
         ({"compile": "maybe"}, ["--compile", "true, false, auto", "maybe"], 2),
         ({"activation_checkpointing": "offload"}, ["--activation_checkpointing offload", "try full"], 2),
         ({"optimizer": "adam"}, ["--optimizer adam", "adamw, sgd"], 2),
-        ({"lora_rank": 8}, ["unknown flag --lora_rank", "did you mean --lora_"], 2),
+        ({"lora_rank": 8}, ["unknown flag --lora_rank: here it is --lora_r"], 2),
         ({"lora_query": "false", "lora_value": "false", "lora_mlp": "false"}, ["nothing would be trained"], 2),
         ({"max_seq_length": 10}, ["--max_seq_length 10", "prepare it again"], 1),
         ({"data_dir": "nowhere"}, ["--data_dir nowhere", "prepare_alpaca"], 1),
         ({"checkpoint_dir": "nowhere"}, ["--checkpoint_dir nowhere", "no such folder"], 1),
         ({"out_dir": "/proc/x"}, ["/proc/x"], 1),
-        ({"lora": 8}, ["unknown flag --lora;"], 2),
+        ({"lorra": 8}, ["unknown flag --lorra;"], 2),
         ({"optimizer_args": '{"beta": 1}'}, ["--optimizer_args", "adamw takes no 'beta'", "betas"], 2),
         ({"optimizer_args": '{"betas": [2, 2]}'}, ["--optimizer adamw", "beta"], 2),
         ({"optimizer_args": '{"lr": 2}'}, ["--optimizer_args", "flags of their own"], 2),
@@ -393,3 +393,35 @@ def test_without_master_weights_they_are_of_the_precision(cli, flags):
     assert all(tensor.dtype == torch.bfloat16 for tensor in state.values())
     summary = json.loads((flags["out_dir"] / "summary.json").read_text())
     assert summary["val_loss_last"] < summary["val_loss_first"]
+
+
+def test_patience_ends_a_run_and_the_best_is_the_result(cli, flags):
+    """It gets worse after its first steps; the result is the state of the lowest loss, and going on changes nothing."""
+    flags |= {"eval_interval": 1, "learning_rate": 1.0, "weight_decay": 3.0, "schedule": "constant", "warmup_steps": 0}
+    flags |= {"save_interval": 100, "patience": 2, "result": "best", "resume": "auto"}
+    result = cli(SCRIPT, **flags)
+    losses = {int(row["step"]): float(row["val_loss"]) for row in metrics(flags["out_dir"])}
+    lowest, last = min(losses, key=losses.get), max(losses)
+    assert result.code == 0 and last < STEPS and last == lowest + 2, (losses, result.err)
+    assert f"ended after step {last}: 2 validations without a lower loss" in result.out
+    best = min((step for step in losses if step), key=losses.get)
+    kept = io.load(flags["out_dir"] / "state" / f"step_{best:08d}.pth")["state"]
+    weights = final(flags["out_dir"])
+    assert all(torch.equal(weights[name], kept[name]) for name in kept)
+    assert cli(SCRIPT, **flags).code == 0 and len(metrics(flags["out_dir"])) == last + 1
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in final(flags["out_dir"]).items())
+
+
+def test_a_run_that_has_ended_goes_on_if_its_steps_are_raised(cli, flags):
+    """On the learning rate of a run of the new length; fewer steps than it has are refused."""
+    longer = flags | {"resume": "auto", "max_steps": 8, "warmup_steps": 0, "schedule": "constant"}
+    assert cli(SCRIPT, **longer | {"max_steps": 4}).code == 0
+    result = cli(SCRIPT, **longer)
+    assert "resumed after step 4" in result.out and "goes on to step 8" in result.out, result.err
+    assert len(metrics(flags["out_dir"])) == 9
+    assert json.loads((flags["out_dir"] / "hyperparameters.json").read_text())["max_steps"] == 8
+    cli(SCRIPT, **longer | {"max_steps": 6}).refused("--max_steps 6", "has 8")
+    # the samples and the rates of these steps are those of one long run, and so are the weights
+    assert cli(SCRIPT, **longer | {"out_dir": flags["out_dir"].with_name("once")}).code == 0
+    once = final(flags["out_dir"].with_name("once"))
+    assert all(torch.equal(tensor, once[name]) for name, tensor in final(flags["out_dir"]).items())

@@ -21,12 +21,12 @@ from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT, quantize
 from lit_gpt.quantization.modules import count_parameters
 from lit_gpt.training import optimizers
-from lit_gpt.training.args import OptimizationArgs, TrainArgs
+from lit_gpt.training.args import OPTIMIZERS, OptimizationArgs, TrainArgs
 from lit_gpt.training.checks import length_limit
 from lit_gpt.training.memory.checkpointing import KINDS, apply_activation_checkpointing
 from lit_gpt.training.memory.tracker import MemoryTracker
 from lit_gpt.training.objectives import Objective
-from lit_gpt.training.optimizers import EIGHT_BIT, OPTIMIZERS, optimizer_for
+from lit_gpt.training.optimizers import EIGHT_BIT, optimizer_for
 
 CPU_ROW = 2048  # tokens of a packed row on a CPU: its products gain little beyond, and activations grow
 

@@ -1,0 +1,45 @@
+"""Says what a run over prepared data feeds, before it starts: its longest packed row, its steps and its tokens."""
+
+import math
+from dataclasses import dataclass
+
+from lit_gpt.data.packing import longest_row, step_samples
+from lit_gpt.training.memory.plan import MemoryPlanner, Row
+from lit_gpt.training.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class RunSize:
+    """Holds the size of a run.
+
+    Attributes:
+        row: the longest packed row that any rank computes in an epoch.
+        steps: optimizer steps.
+        tokens: fed to all ranks, over all steps.
+    """
+
+    row: Row
+    steps: int
+    tokens: int
+
+    @classmethod
+    def of(cls, planner: MemoryPlanner) -> "RunSize":
+        """Return the size of the run that a planner plans, over its `--data_dir`.
+
+        Raises:
+            UserError: the folder is no prepared data.
+        """
+        args, (train, _) = planner.args, planner.objective.datasets(planner.args.paths.data_dir)
+        batch, n, lengths = args.batch, len(train), train.lengths
+        schedule = Schedule.from_args(args.optimization, batch, n)
+        whole, rest = divmod(schedule.samples, n)
+        epoch = range(min(schedule.steps, math.ceil(n / batch.batch_size)))
+        steps = (step_samples(n, batch.batch_size, args.optimization.seed, step, schedule.samples) for step in epoch)
+        shares = (step[rank :: args.devices.ranks] for step in steps for rank in range(args.devices.ranks))
+        tokens = None if batch.micro_batch_size else batch.micro_batch_tokens or planner.row_tokens()
+        row = longest_row(shares, lengths, (batch.micro_batch_size, tokens))
+        # the last epoch's share is an estimate: by the mean length
+        fed = round((whole + rest / n) * (sum(lengths) - n))
+        return cls(
+            ([lengths[i] - 1 for i in row], planner.objective.weight(train[i] for i in row)), schedule.steps, fed
+        )

@@ -1,0 +1,150 @@
+"""What people type who come from elsewhere, and what is refused before torch is there."""
+
+import subprocess
+import sys
+
+import pytest
+
+from helpers.paths import ROOT
+from helpers.rows import write_rows
+from helpers.runs import metrics
+from lit_gpt import cli as command_line
+from lit_gpt import habits
+from lit_gpt.data.recipe import recipe
+from lit_gpt.errors import UsageError
+from lit_gpt.methods.hyperparameters import LoRAConfig
+from lit_gpt.training import setup
+from lit_gpt.training.args import BatchArgs, OptimizationArgs, TrainArgs
+from lit_gpt.training.schedule import Schedule
+
+SCRIPT = {"__file__": str(ROOT / "finetune" / "lora.py"), "__doc__": "", "__annotations__": {}}
+
+
+def parsed(*argv: str) -> dict:
+    return command_line.parse(SCRIPT, list(argv), (LoRAConfig, TrainArgs), {"keep": "keep_states"})
+
+
+def test_spellings_of_others_are_taken():
+    typed = "--learning-rate 0.1 --lora-mlp --precision=32-true --devices auto --epochs .5 --no-lora_query "
+    values = parsed(*(typed + "--quantize bnb.nf4 --keep 3 --zero_offload").split())
+    wanted = {"learning_rate": 0.1, "lora_mlp": True, "precision": "fp32", "devices": "auto", "epochs": 0.5,
+              "lora_query": False, "quantize": "nf4", "keep_states": 3, "zero_offload": True}  # fmt: skip
+    assert {name: values[name] for name in wanted} == wanted
+    assert parsed("--compile", "--lora_mlp", "false")["compile"] is True
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--lr=1", "here it is --learning_rate"),
+        ("--num_train_epochs=1", "here it is --epochs"),
+        ("--lora_rank=8", "here it is --lora_r"),
+        ("--early_stopping", "here it is --patience"),
+        ("--output_dir=x", "here it is --out_dir"),
+        ("--train.global_batch_size=8", "here it is --batch_size"),
+        ("--gradient_accumulation_steps=4", "--batch_size counts"),
+        ("--per-device-train-batch-size=4", "--micro_batch_size"),
+        ("--lora_target_modules=all", "--lora_query"),
+        ("--wandb", "use --logger wandb"),
+        ("--bf16", "use --precision bf16"),
+        ("--load_in_4bit", "use --quantize nf4"),
+        ("--stop=x", "--max_new_tokens"),
+        ("--eopchs=3", "did you mean --epochs?"),
+        ("--nothing_like_it=3", "--help lists the flags"),
+    ],
+)
+def test_flags_of_others_lead_to_ours(flag, words):
+    with pytest.raises(UsageError) as refused:
+        parsed(flag)
+    assert words in str(refused.value) and str(refused.value).startswith("unknown flag --")
+
+
+def test_the_tables_name_flags_that_there_are():
+    """No name of ours stands for another flag of ours, and each advice is about a flag that is not ours."""
+    ours = set(parsed())
+    theirs = {name for names in habits.NAMES.values() for name in names.split()} | habits.ADVICE.keys()
+    assert not ours & theirs, ours & theirs
+    assert len(ours & habits.NAMES.keys()) > 20
+
+
+@pytest.mark.parametrize(("rows", "warmup"), [(40, 0), (1280, 3), (50_000, 100), (400_000, 100)])
+def test_the_warmup_fits_the_run(rows, warmup):
+    """From 300 steps on it is the article's 100."""
+    assert Schedule.from_args(OptimizationArgs(), BatchArgs(), rows).warmup == warmup
+    assert Schedule.from_args(OptimizationArgs(epochs=0.5), BatchArgs(batch_size=1), 3).steps == 2
+
+
+@pytest.mark.subprocess
+def test_what_needs_no_torch_is_refused_without_it(llama, data_dir, tmp_path):
+    """In one process, into which torch is never imported: each is refused in its line."""
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "metrics.csv").write_text("step\n")
+    (tmp_path / "rows.jsonl").write_text("")
+    tune = f"finetune/lora.py --checkpoint_dir {llama} --data_dir {data_dir} --out_dir {tmp_path / 'out'} "
+    full, has = tune.replace("lora.py", "full.py"), f"--checkpoint_dir {llama} "
+    cases = {
+        "finetune/lora.py --checkpoint_dir nowhere": "no such folder",
+        tune + "--data_dir nowhere": "not a folder of prepared data",
+        tune + f"--out_dir {taken}": "already holds a run",
+        tune + f"--out_dir {llama}": "the base's own folder",
+        tune + "--warmup_steps 900": "--warmup_steps 900",
+        tune + "--logger wandb": "--logger wandb needs wandb",
+        tune + "--optimizer nowhere.Adam": "needs nowhere",
+        tune + "--batch_size 8 --micro_batch_size 3": "--micro_batch_size 3",
+        tune + "--max_seq_length 5": "--max_seq_length 5",
+        tune + "--finetuned_path nowhere.pth": "nowhere.pth: no such file",
+        tune + "--probe_path nowhere.jsonl": "nowhere.jsonl: no such file",
+        tune + "--min_lr 1": "--min_lr",
+        full + "--quantize nf4": "cannot train",
+        f"generate/lora.py {has} --prompt x --lora_path nowhere": "--finetuned_path nowhere: no such file",
+        f"generate/base.py {has}": "--prompt",
+        f"generate/base.py {has} --prompt_file nowhere": "nowhere",
+        f"chat/base.py {has} --finetuned_path nowhere": "no such file",
+        f"eval/answers.py {has} --data_dir {data_dir} --metric nothing": "--metric nothing",
+        f"eval/perplexity.py {has}": "nothing to score",
+        f"scripts/merge_lora.py {has} --finetuned_path {taken}/metrics.csv --out_dir {taken}": "already exists",
+        f"scripts/quantize.py {has} --out_dir {taken}": "already exists",
+        f"scripts/prepare_json.py {has} --data_path {tmp_path}/rows.jsonl --out_dir {taken}": "already exists",
+        "scripts/plan.py --model falcon-7b --data_dir nowhere": "not a folder of prepared data",
+    }
+    code = (
+        "import runpy, sys\n"
+        "sys.modules['wandb'] = None\n"
+        "for line in sys.stdin.read().splitlines():\n"
+        "    sys.argv = line.split()\n"
+        "    try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "    except SystemExit as exit: print(exit.code, 'torch' in sys.modules, file=sys.stderr)\n"
+    )
+    argv = [sys.executable, "-c", code]
+    process = subprocess.run(argv, cwd=ROOT, input="\n".join(cases), capture_output=True, text=True)
+    said = process.stderr.splitlines()
+    assert len(said) == 2 * len(cases), process.stderr
+    for (command, words), line, number in zip(cases.items(), said[::2], said[1::2], strict=True):
+        assert line.startswith("error: ") and words in line, (command, line)
+        assert number in ("1 False", "2 False"), (command, number)
+
+
+def test_changed_settings_are_refused_before_the_state_is_read(cli, flags, monkeypatch):
+    flags["max_steps"] = 3
+    assert cli("finetune/lora.py", **flags).code == 0
+    monkeypatch.setattr(setup, "run", None)
+    cli("finetune/lora.py", **flags | {"resume": "auto", "lora_r": 4}).refused("--lora_r 4", "has 8", "state/step_")
+
+
+@pytest.mark.parametrize("rows", [3, 20])
+def test_the_next_command_works_for_few_rows(cli, llama, tmp_path, rows):
+    path = write_rows(tmp_path / "r.jsonl")
+    path.write_text("".join(path.read_text().splitlines(True)[:rows]))
+    out = cli("scripts/prepare_json.py", checkpoint_dir=llama, data_path=path, out_dir=tmp_path / "d").out
+    script, *argv = out.partition("next: python ")[2].split()
+    more = {"out_dir": tmp_path / "out", "max_steps": 3, "sample_tokens": 0}
+    result = cli(script, *argv, **more)
+    assert result.code == 0, result.err
+    assert len(metrics(tmp_path / "out")) == 4
+
+
+def test_the_recipe_leaves_the_article_alone():
+    assert recipe(12_800) == recipe(50_000) == ""
+    assert "--epochs 6" in recipe(50) and "--batch_size 4" in recipe(50)
+    assert "--epochs" not in recipe(1000) and "--batch_size 8" in recipe(1000) and "--batch_size 16" in recipe(5000)
