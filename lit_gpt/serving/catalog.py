@@ -127,7 +127,7 @@ def named_files(arguments: Iterable[str]) -> dict[str, Path]:
             raise UsageError(f"--loras {argument}: expected NAME=FILE, such as alpaca={LIKE}")
         if name in named:
             raise UsageError(f"--loras {argument}: the name {name} comes twice; choose another")
-        named[name] = Path(path)
+        named[name] = Path(path).expanduser()
     return named
 
 

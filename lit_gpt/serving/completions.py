@@ -4,7 +4,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -18,11 +18,12 @@ from lit_gpt.generation.engine import check_ids, new_generator
 from lit_gpt.generation.sequence import Row
 from lit_gpt.generation.stopping import AnswerText
 from lit_gpt.serving.catalog import Catalog, Served
-from lit_gpt.serving.errors import APIError
+from lit_gpt.serving.errors import APIError, bad
 from lit_gpt.serving.metrics import Metrics
 from lit_gpt.serving.replies import Reply, event
 from lit_gpt.serving.requests import Asked, parse_json, read_request
 from lit_gpt.serving.scheduler import Job, Piece, QueueFull, Scheduler
+from lit_gpt.text.tokenizer import Encoding
 
 Pieces = asyncio.Queue[tuple[int, Piece]]  # of a request's answers, by their index
 FAILED = "the server failed at this answer; its log says why"
@@ -54,6 +55,7 @@ class Completions:
         """
         start, asked = time.monotonic(), read_request(parse_json(await self.read_body(request)), chat)
         served = self.catalog.find(asked.model)
+        self.check_number(asked)
         prompts = [await self.encode(prompt, served) for prompt in ([asked.messages] if chat else asked.prompts)]
         pieces: Pieces = asyncio.Queue()
         jobs = self.jobs(asked, served, prompts, pieces)
@@ -83,20 +85,25 @@ class Completions:
 
     async def encode(self, prompt: Any, served: Served) -> list[int]:
         """Return the token ids of a text, of ids, or of a chat up to where the answer begins."""
-        style, tokenizer, encode = served.style, self.catalog.tokenizer, None
+        style, tokenizer, model = served.style, self.catalog.tokenizer, self.catalog.model
         if isinstance(prompt, str):
-            encode = partial(tokenizer.encode_batch, [prompt])
+            ids = await self.tokenized(partial(tokenizer.encode_batch, [prompt]))
         elif isinstance(prompt[0], dict):
             # rendering limits the memory of the process, which a step of the model must not meet
             rendering = self.scheduler.between_turns(partial(style.render, prompt, tokenizer, True))
-            encode = partial(style.encode, [await asyncio.wrap_future(rendering)], tokenizer)
-        if encode:
-            run = asyncio.get_running_loop().run_in_executor
-            prompt = await run(self.tokenizing, lambda: next(encode()).ids)
-        if not prompt:
+            ids = await self.tokenized(partial(style.encode, [await asyncio.wrap_future(rendering)], tokenizer))
+        else:
+            ids = prompt
+            if max(ids) >= model.config.padded_vocab_size:
+                raise bad("prompt", f"token ids below {model.config.padded_vocab_size}")
+        if not ids:
             raise APIError(400, "the prompt holds no tokens; give it some text")
-        check_ids(self.catalog.model, prompt)
-        return prompt
+        check_ids(model, ids)
+        return ids
+
+    async def tokenized(self, encode: Callable[[], Iterator[Encoding]]) -> list[int]:
+        """Return the ids of a text, tokenized while the loop goes on."""
+        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, lambda: next(encode()).ids)
 
     def jobs(self, asked: Asked, served: Served, prompts: list[list[int]], pieces: Pieces) -> list[Job]:
         """Return a job for each prompt and choice, which puts its pieces into the queue."""
@@ -118,10 +125,12 @@ class Completions:
                 jobs.append(Job(row, served.style.stop_ids, text, emit, asked.logprobs))
         return jobs
 
+    def check_number(self, asked: Asked) -> None:
+        most, wanted = self.scheduler.most_waiting, asked.n * max(1, len(asked.prompts))
+        if wanted > most:
+            raise APIError(400, f"n: {wanted} answers at once; expected at most {most}", "n", "invalid_value")
+
     def submit(self, owner: str, jobs: list[Job]) -> None:
-        most = self.scheduler.most_waiting
-        if len(jobs) > most:
-            raise APIError(400, f"n: {len(jobs)} answers at once; expected at most {most}", "n", "invalid_value")
         try:
             self.scheduler.submit(owner, jobs)
         except QueueFull as full:

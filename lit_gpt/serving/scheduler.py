@@ -169,6 +169,8 @@ class Scheduler:
         future: Future[Any] = Future()
 
         def task() -> None:
+            if not future.set_running_or_notify_cancel():  # who asked has gone
+                return
             try:
                 future.set_result(function())
             except BaseException as error:
