@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from lit_gpt.checkpoints.base_model import load_model as load_model
     from lit_gpt.families.registry import config_from_hf as config_from_hf
     from lit_gpt.families.registry import config_from_name as config_from_name
+    from lit_gpt.generation.api import LitGPT as LitGPT
     from lit_gpt.model.config import Config as Config
     from lit_gpt.model.gpt import GPT as GPT
     from lit_gpt.text.tokenizer import Tokenizer as Tokenizer
@@ -16,10 +17,11 @@ _MODULES = {
     "config_from_hf": "families.registry",
     "config_from_name": "families.registry",
     "GPT": "model.gpt",
+    "LitGPT": "generation.api",
     "Tokenizer": "text.tokenizer",
     "load_model": "checkpoints.base_model",
 }
-__all__ = ["GPT", "Config", "Tokenizer", "config_from_hf", "config_from_name", "load_model"]
+__all__ = ["GPT", "Config", "LitGPT", "Tokenizer", "config_from_hf", "config_from_name", "load_model"]
 __version__ = "0.2.0"
 
 

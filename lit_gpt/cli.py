@@ -271,9 +271,10 @@ def add_flag(section: Any, flag: Flag) -> None:
         name = flag.name.removesuffix("s").upper()
         section.add_argument(flag.name, type=Path, nargs="*", metavar=name, help=flag.help)
         return
-    default = json.dumps(flag.default, default=str).strip('"')
-    text = f"{flag.help} [{default}]"
-    section.add_argument(f"--{flag.name}", type=flag.kind, default=flag.default, metavar=metavar(flag.kind), help=text)
+    default = json.dumps(flag.default, default=str).strip('"') if flag.default != [] else "none"
+    text, several = f"{flag.help} [{default}]", {"type": str, "nargs": "*"} if flag.kind == list[str] else {}
+    settings = {"type": flag.kind, "default": flag.default, "metavar": metavar(flag.kind), "help": text} | several
+    section.add_argument(f"--{flag.name}", **settings)
 
 
 def rename_flag(argument: str, aliases: dict[str, str]) -> str:
@@ -336,7 +337,10 @@ def expand_config(argv: list[str], types: dict[str, Any], aliases: dict[str, str
             name = aliases.get(name, name)
             if name not in types:
                 raise UsageError(f"--config {path}: {unknown_flag(f'--{name}', types)}")
-            expanded.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+            if types[name] == list[str] and isinstance(value, list):
+                expanded += [f"--{name}", *map(str, value)]
+            else:
+                expanded.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
     return expanded
 
 

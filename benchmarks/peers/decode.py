@@ -26,6 +26,7 @@ about: dict[str, int] = {}
 def ours() -> Answer:
     from lit_gpt.checkpoints.base_model import load_model
     from lit_gpt.generation.engine import decode
+    from lit_gpt.generation.sampling import GREEDY
     from lit_gpt.generation.sequence import Row
     from lit_gpt.generation.steps import FastStep
     from lit_gpt.methods import adapter, adapter_v2, lora
@@ -49,9 +50,9 @@ def ours() -> Answer:
     step = None if "eager" in options else FastStep(model.eval(), compile="compiled" in options)
 
     def answer() -> Turns:
-        rows, turn = [Row(list(prompt), NEW) for prompt in PROMPTS], []
+        rows, turn = [Row(list(prompt), NEW, sampling=GREEDY) for prompt in PROMPTS], []
         cache = model.kv_cache(len(rows), len(PROMPTS[0]) + NEW)
-        for _, token in decode(model, rows, cache, 0, None, 1.0, step=step):
+        for _, token in decode(model, rows, cache, step=step):
             turn.append(token)
             if len(turn) == len(rows):
                 yield time.perf_counter(), turn

@@ -114,7 +114,7 @@ def own_text(base: BaseCheckpoint, tokens: int, device: torch.device) -> Tensor:
     known = min(tokenizer.vocab_size, model.config.vocab_size)
     first = torch.randint(known, (n,), generator=generator, device=device).tolist()
     rows = [Row([token], length - 1, generator) for token in first]
-    new = decode(model, rows, model.kv_cache(n, length), 1.0, None, 1.0, step=FastStep(model))
+    new = decode(model, rows, model.kv_cache(n, length), step=FastStep(model))
     for _ in tqdm(new, total=n * (length - 1), unit="token", disable=None):
         pass
     return torch.tensor([row.ids for row in rows], device=device)

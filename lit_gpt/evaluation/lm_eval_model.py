@@ -27,6 +27,7 @@ from lit_gpt.errors import UsageError, UserError
 from lit_gpt.evaluation.args import HarnessArgs
 from lit_gpt.files import atomic, read_json
 from lit_gpt.generation.engine import decode, new_generator
+from lit_gpt.generation.sampling import Sampling
 from lit_gpt.generation.sequence import Row
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.hardware import DTYPES, default_device
@@ -240,11 +241,11 @@ class Harness(TemplateLM):
         room, sampling = options.pop("max_gen_toks"), self.sampling(options)
         stops = handle_stop_sequences(list(options["until"]), self.tok.eos_token)
         complete, prompts = self.completion(stops), [self.prompt(text, room) for text in texts]
-        rows = {Row(list(prompt), room, self.generator): i for i, prompt in enumerate(prompts)}
+        rows = {Row(list(prompt), room, self.generator, sampling=sampling): i for i, prompt in enumerate(prompts)}
         length = max(map(len, prompts)) + room
         cache = self.model.kv_cache(max(1, min(len(rows), self.batch_tokens // length)), length)
         longest_first = sorted(rows, key=lambda row: len(row.ids), reverse=True)
-        for row, _ in decode(self.model, longest_first, cache, *sampling, step=FastStep(self.model)):
+        for row, _ in decode(self.model, longest_first, cache, step=FastStep(self.model)):
             answer = row.ids[len(prompts[rows[row]]) :]
             row.remaining = 0 if complete(answer) else row.remaining
             if not row.remaining:
@@ -261,15 +262,15 @@ class Harness(TemplateLM):
 
         return complete
 
-    def sampling(self, options: dict[str, Any]) -> tuple[float, int | None, float]:
-        """Return the temperature, top_k and top_p of `lit_gpt.generation.engine.sample`."""
+    def sampling(self, options: dict[str, Any]) -> Sampling:
+        """Return how a task wants its answers sampled. Raises UserError if it asks for what is not known."""
         unknown = sorted(options.keys() - SAMPLING - {"until"})
         if unknown:
             raise UserError(
                 f"a task asks to generate with {', '.join(unknown)}; known here are {', '.join(sorted(SAMPLING))}"
             )
         temperature = options["temperature"] if options.get("do_sample") else 0.0
-        return temperature, options.get("top_k") or None, options.get("top_p") or 1.0
+        return Sampling(temperature, options.get("top_k") or None, options.get("top_p") or 1.0)
 
 
 def end_tokens(checkpoint_dir: Path) -> list[int]:

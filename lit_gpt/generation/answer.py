@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from lit_gpt.generation.answerer import Answerer
 from lit_gpt.generation.args import ModelArgs, PromptArgs, SamplingArgs
 from lit_gpt.generation.engine import generate, new_generator
 from lit_gpt.generation.prompt_file import PromptFile, settings_hash
+from lit_gpt.generation.sampling import Sampling
+from lit_gpt.generation.stopping import answer_text
 from lit_gpt.hardware import peak_memory_bytes
 from lit_gpt.model.kv_cache import truncate
 from lit_gpt.text.messages import instruction_messages
@@ -41,11 +43,11 @@ class TextPrompt:
             truncate(cache, len(ids) - 1)
             timer = TokenTimer()
             tokens = generate(
-                model, ids, sampling.max_new_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
-                top_p=sampling.top_p, stop_ids=style.stop_ids, generator=generator, cache=cache, step=step,
+                model, ids, sampling.max_new_tokens, stop_ids=style.stop_ids, generator=generator, cache=cache,
+                step=step, **asdict(Sampling.of(sampling)),
             )  # fmt: skip
             try:
-                for piece in answerer.tokenizer.decode_stream(timer.watch(tokens)):
+                for piece in answer_text(answerer.tokenizer, timer.watch(tokens), sampling.stop):
                     print(piece, end="", flush=True)
             finally:
                 print(flush=True)

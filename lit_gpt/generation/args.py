@@ -1,10 +1,10 @@
 """The arguments that the generate scripts and chat share, as flags. Nothing here imports torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveInt, Quantizer
+from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Quantizer
 from lit_gpt.errors import UsageError, UserError
 
 
@@ -36,6 +36,9 @@ class SamplingArgs:
     temperature: NonNegativeFloat = 0.8  # Divide the logits: higher is more varied, 0 takes the likeliest token.
     top_k: PositiveInt | None = 200  # Sample among this many likeliest tokens (null: all).
     top_p: ClosedUnitInterval = 1.0  # Sample among the likeliest tokens of together this probability.
+    min_p: ClosedUnitInterval = 0.0  # Leave out tokens of less than this part of the likeliest token's probability.
+    repetition_penalty: PositiveFloat = 1.0  # Make tokens that are there already less likely by this factor.
+    stop: list[str] = field(default_factory=list)  # End the answer before the first of these strings.
     seed: NonNegativeInt = 1234  # Seed the sampling.
 
 

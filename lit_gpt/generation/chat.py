@@ -2,12 +2,15 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation.args import SamplingArgs
 from lit_gpt.generation.engine import generate, new_generator
+from lit_gpt.generation.sampling import Sampling
 from lit_gpt.generation.steps import FastStep
+from lit_gpt.generation.stopping import answer_text
 from lit_gpt.methods.multi_lora import LoRAPool
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.kv_cache import truncate
@@ -113,7 +116,7 @@ class Chat:
         pieces: list[str] = []
         ids: list[int] = []
         try:
-            for piece in self.tokenizer.decode_stream(self._watch(prompt, ids)):
+            for piece in answer_text(self.tokenizer, self._watch(prompt, ids), self.sampling.stop):
                 pieces.append(piece)
                 yield piece
         finally:
@@ -123,11 +126,9 @@ class Chat:
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
     def _watch(self, prompt: list[int], ids: list[int]) -> Iterator[int]:
-        sampling = self.sampling
         tokens = generate(
-            self.model, prompt, self.max_new_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
-            top_p=sampling.top_p, stop_ids=self.style.stop_ids, generator=self.generator, cache=self.cache,
-            step=self.step,
+            self.model, prompt, self.max_new_tokens, stop_ids=self.style.stop_ids, generator=self.generator,
+            cache=self.cache, step=self.step, **asdict(Sampling.of(self.sampling)),
         )  # fmt: skip
         for token in tokens:
             ids.append(token)

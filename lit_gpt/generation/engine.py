@@ -1,11 +1,14 @@
 """The decoder loop, the only one: prompts are read in batches, then each row grows by one token at a time."""
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_gpt.errors import UsageError, UserError
+from lit_gpt.generation.sampling import Sampling, sample
 from lit_gpt.generation.sequence import Row, Step, eager_step
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.inputs import Segments
@@ -23,25 +26,21 @@ def generate(
     prompt: list[int],
     max_new_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
     stop_ids: Iterable[int] = (),
     generator: torch.Generator | None = None,
     cache: KVCache | None = None,
     step: Step | None = None,
+    **sampling: Any,
 ) -> Iterator[int]:
     """Yield token ids that continue `prompt`, one by one, until a stop id (not yielded) or `max_new_tokens`.
 
     Args:
         prompt: token ids, at least one.
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_k: sample among this many likeliest tokens only.
-        top_p: sample among the likeliest tokens that together have this probability (Holtzman et al. 2020).
         generator: on the model's device; None: torch's own.
         cache: holds a beginning of the prompt, shorter than it, and has room for the rest and the answer; all that is
             fed is added. None: a new one.
         step: takes the place of the model after the prompt.
+        sampling: the attributes of `Sampling`, such as temperature.
 
     Raises:
         UserError: the prompt is empty, or prompt and answer do not fit the model's context.
@@ -53,8 +52,8 @@ def generate(
         return
     stops = set(stop_ids)
     cache = cache or model.kv_cache(1, len(prompt) + max_new_tokens)
-    row = Row(list(prompt), max_new_tokens, generator, cache[0].length)
-    for _, token in decode(model, [row], cache, temperature, top_k, top_p, step=step):
+    row = Row(list(prompt), max_new_tokens, generator, cache[0].length, sampling=Sampling(**sampling))
+    for _, token in decode(model, [row], cache, step=step):
         if token in stops:
             return
         yield token
@@ -69,51 +68,116 @@ def check_context(model: GPT, length: int, max_new_tokens: int) -> None:
         )
 
 
-@torch.no_grad()
 def decode(
     model: GPT,
     rows: Iterable[Row],
     cache: KVCache,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
     *,
     step: Step | None = None,
     choose: Callable[[list[Row]], None] = lambda rows: None,
 ) -> Iterator[tuple[Row, int]]:
-    """Yield each row with its next token, in turns.
+    """Yield each row with its next token, in turns. A row whose `remaining` is set to 0 ends.
 
-    As many are continued together as the cache has slots; when one ends, the next takes its slot.
+    As many are continued together as the cache has slots; when one ends, the next takes its slot. For the arguments see
+    Batch.
+    """
+    queue, batch = iter(rows), Batch(model, cache, step, choose)
+    while True:
+        for row in islice(queue, batch.free):
+            batch.join(row)
+        if not batch.rows:
+            return
+        yield from batch.advance()
+
+
+class Batch:
+    """Rows that are continued together. Between turns others may join and leave.
 
     Prompts are packed to be read, so nothing is padded; from then on each row adds a token to its own slot in the
     cache, at its own position. So a row is what it would be alone but for rounding, wherever the others are.
 
     Args:
-        cache: each slot has room for every row's prompt and answer.
+        cache: each slot has room for a row's prompt and answer, whichever joins.
         step: takes the place of the model once the prompts are read.
         choose: is told which rows the model is about to compute.
+        piece: tokens of prompts that are read in a turn, so that rows that are further need not wait for a long one;
+            None: all.
     """
-    queue, n = iter(rows), len(cache[0].k)
-    active: list[Row] = []
-    slots = [cache] if n == 1 else [row_view(cache, i) for i in range(n)]
-    while True:
-        for slot in slots[len(active) :]:
-            if (row := next(queue, None)) is None:
-                break
-            truncate(slot, row.cached)
-            row.cache = list(slot)  # a list of its own tells a step that another row begins
-            active.append(row)
+
+    def __init__(
+        self,
+        model: GPT,
+        cache: KVCache,
+        step: Step | None = None,
+        choose: Callable[[list[Row]], None] = lambda rows: None,
+        piece: int | None = None,
+    ) -> None:
+        self.model, self.cache, self.step, self.choose, self.piece = model, cache, step, choose, piece
+        n = len(cache[0].k)
+        self.slots = [cache] if n == 1 else [row_view(cache, i) for i in range(n)]
+        self.rows: list[Row] = []  # those whose prompts are read come first; each has the slot of its place
+        self.read = 0  # how many these are
+
+    @property
+    def free(self) -> int:
+        """Return how many rows can join."""
+        return len(self.slots) - len(self.rows)
+
+    def join(self, row: Row) -> None:
+        """Continue a row, from the next turn on."""
+        slot = self.slots[len(self.rows)]
+        truncate(slot, row.cached)
+        row.cache = list(slot)  # a list of its own tells a step that another row begins
+        self.rows.append(row)
+
+    def leave(self, row: Row) -> None:
+        """Continue a row no more: those that remain move up, so that theirs are the cache's first slots."""
+        i = self.rows.index(row)
+        if i < self.read:
+            self.read -= 1
+            self._move(self.read, i)
+            i = self.read
+        self._move(len(self.rows) - 1, i)
+        self.rows.pop()
+
+    def _move(self, source: int, target: int) -> None:
+        """Put a row into the place, and its cache into the slot, of another that leaves."""
+        if source != target:
+            row, left = self.rows[source], self.rows[target]
+            copy_cache(row.cache, left.cache)
+            row.cache, left.cache = left.cache, row.cache
+            self.rows[target], self.rows[source] = row, left
+
+    @torch.no_grad()
+    def advance(self) -> Iterator[tuple[Row, int]]:
+        """Take a turn: yield each row whose prompt is read with its next token. Rows that have ended leave."""
+        self.read_prompts()
+        active = self.rows[: self.read]
         if not active:
             return
-        logits = next_logits(model, active, cache, step, choose)
-        drawn = [sample(x, temperature, top_k, top_p, row.generator) for x, row in zip(logits, active, strict=True)]
-        for row, token in zip(active, torch.cat(drawn).tolist(), strict=True):
+        logits = next_logits(self.model, active, self.cache, self.step, self.choose)
+        drawn = [sample(x, row.sampling, row.generator, row.ids) for x, row in zip(logits, active, strict=True)]
+        tokens = torch.cat(drawn).tolist()
+        for row, x, token in zip(active, logits, tokens, strict=True):
+            if row.observe:
+                row.observe(x, token)
             row.ids.append(token)
             row.remaining -= 1
             yield row, token
-        for i in reversed(range(len(active))):
-            if active[i].remaining <= 0:
-                compact(active, i)
+        for row in reversed(active):
+            if row.remaining <= 0:
+                self.leave(row)
+
+    def read_prompts(self) -> None:
+        """Read on in the prompts, the oldest first; `next_logits` reads the last piece of each."""
+        room = self.piece or sum(len(row.ids) for row in self.rows)
+        for row in self.rows[self.read :]:
+            known = row.cache[0].length
+            if len(row.ids) - known > room:
+                self.choose([row])
+                return read(self.model, row, known + room)
+            room -= len(row.ids) - known
+            self.read += 1
 
 
 def next_logits(
@@ -124,7 +188,6 @@ def next_logits(
     choose: Callable[[list[Row]], None],
 ) -> Tensor:
     """Return the logits that follow each row, (len(rows), padded_vocab_size)."""
-    device = model.wte.weight.device
     for batch in prefill_batches(model, rows) if len(rows) > 1 else ():
         choose(batch[:1])
         prefill_packed(model, batch)
@@ -133,14 +196,21 @@ def next_logits(
             truncate(row.cache, 0)
         # alone, the last chunk gives the logits; else all rows add one token together
         read_to = len(row.ids) - (PREFILL_CHUNK if len(rows) == 1 else 1)
-        while (start := row.cache[0].length) < read_to:
+        if row.cache[0].length < read_to:
             choose([row])
-            chunk = row.ids[start : min(start + PREFILL_CHUNK, read_to)]
-            model.hidden(torch.tensor([chunk], device=device), cache=row.cache, length=len(row.ids))
+            read(model, row, read_to)
     choose(rows)
     if step and all(row.cache[0].length == len(row.ids) - 1 for row in rows):
         return step(rows, cache)
     return eager_step(model, rows, cache)
+
+
+def read(model: GPT, row: Row, end: int) -> None:
+    """Read a row's tokens up to the `end`-th, in chunks."""
+    while (start := row.cache[0].length) < end:
+        chunk = row.ids[start : min(start + PREFILL_CHUNK, end)]
+        idx = torch.tensor([chunk], device=model.wte.weight.device)
+        model.hidden(idx, cache=row.cache, length=len(row.ids))
 
 
 def prefill_batches(model: GPT, rows: list[Row]) -> Iterator[list[Row]]:
@@ -173,31 +243,6 @@ def prefill_packed(model: GPT, rows: list[Row]) -> None:
         row.cache[0].uses_long_rope = model.rope.is_long(len(row.ids))
 
 
-def compact(rows: list[Row], i: int) -> None:
-    """Take out row i, and put the last into its slot, so that those that remain are the cache's first."""
-    last = rows.pop()
-    if i < len(rows):
-        copy_cache(last.cache, rows[i].cache)
-        last.cache, rows[i] = rows[i].cache, last
-
-
-def sample(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float, generator: torch.Generator | None
-) -> Tensor:
-    """Draw one token id, int64 (1,), from logits (vocabulary,)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.numel())).values[-1], -torch.inf)
-    if top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(-1)
-        beyond = probabilities.cumsum(-1) - probabilities > top_p  # the likeliest token is never among these
-        logits = logits.index_fill(0, order[beyond], -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
-
-
 def new_generator(model: GPT, seed: int) -> torch.Generator:
     """Return a random generator for sampling on the model's device."""
     return torch.Generator(model.wte.weight.device).manual_seed(seed)
@@ -214,6 +259,11 @@ def prompt_ids(
     ids = style.encode_prompt(messages, tokenizer, tools)
     if not ids:
         raise UsageError(f"the prompt holds no tokens in the prompt style '{style.name}'; give it some text")
+    check_ids(model, ids)
+    return ids
+
+
+def check_ids(model: GPT, ids: list[int]) -> None:
+    """Refuse token ids that the model does not have."""
     if max(ids) >= model.config.padded_vocab_size:
         raise UserError(f"the tokenizer gives the id {max(ids)}, which the model's embedding does not have")
-    return ids

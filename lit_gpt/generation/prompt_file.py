@@ -22,7 +22,9 @@ from lit_gpt.files import atomic, take_lock
 from lit_gpt.generation.answerer import Answerer
 from lit_gpt.generation.args import ModelArgs, PromptArgs, SamplingArgs
 from lit_gpt.generation.engine import decode, new_generator
+from lit_gpt.generation.sampling import Sampling
 from lit_gpt.generation.sequence import Row
+from lit_gpt.generation.stopping import AnswerText, answer_text
 from lit_gpt.hardware import peak_memory_bytes
 from lit_gpt.text.messages import (
     Message,
@@ -38,7 +40,8 @@ from lit_gpt.text.messages import (
 SHAREGPT = "conversations"  # another name of messages
 OURS = ("answer", "ended", "row", "settings")  # what an answer's line has besides the prompt's fields
 FORMS = ("prompt", "instruction", "messages", SHAREGPT)  # what a prompt may be; a line has one of them
-SAMPLING = {"top_k", "top_p", "seed"}  # flags that change no answer at temperature 0
+SAMPLING = {"top_k", "top_p", "min_p", "seed"}  # flags that change no answer at temperature 0
+NEUTRAL = {"min_p", "repetition_penalty", "stop"}  # flags that change no answer unless they are given
 
 
 @dataclass
@@ -168,7 +171,8 @@ class PromptFile:
             for request, ids, ended in answers(answerer, asked, self.batch_size):
                 bar.update()
                 total += len(ids)
-                ours = answerer.tokenizer.decode(ids), ended, request.prompt.row, self.settings
+                text = "".join(answer_text(answerer.tokenizer, ids, answerer.sampling.stop))
+                ours = text, ended, request.prompt.row, self.settings
                 line = request.prompt.fields | dict(zip(OURS, ours, strict=True))
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
                 file.flush()
@@ -201,8 +205,9 @@ class PromptFile:
                 self.report(f"{prompt.where}: {error}")
                 continue
             generator = new_generator(answerer.model, seed_of(sampling.seed, prompt.row))
-            row = Row(ids, sampling.max_new_tokens, generator, lora=number)
-            yield Request(prompt, row, len(ids), style.stop_ids)
+            row = Row(ids, sampling.max_new_tokens, generator, lora=number, sampling=Sampling.of(sampling))
+            text = AnswerText(answerer.tokenizer, sampling.stop)
+            yield Request(prompt, row, len(ids), style.stop_ids, text if sampling.stop else None)
 
     def put_in_order(self) -> None:
         if list(self.answers) != sorted(self.answers):
@@ -215,6 +220,7 @@ def settings_hash(sampling: SamplingArgs, model: ModelArgs, own: dict[str, Any])
     """Return a few letters that stand for all flags on which an answer depends, but for rounding."""
     flags = {**own, **asdict(sampling), "precision": model.precision, "quantize": model.quantize}
     names = flags.keys() - (set() if sampling.temperature else SAMPLING)
+    names -= {name for name in NEUTRAL if flags[name] == getattr(SamplingArgs(), name)}
     values = {name: str(v.resolve() if isinstance(v := flags[name], Path) else v) for name in names}
     return blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=4).hexdigest()
 
@@ -225,6 +231,14 @@ class Request:
     row: Row
     length: int  # of the prompt
     stop_ids: tuple[int, ...]
+    text: AnswerText | None  # where there are strings that end an answer
+
+    def ended(self, token: int) -> bool:
+        """Take a token of the answer, and return whether the answer ends by it."""
+        if token in self.stop_ids or self.text is None:
+            return token in self.stop_ids
+        self.text.push(token)
+        return self.text.ended
 
 
 def parse_prompt(fields: dict[str, Any]) -> tuple[list[Message], Tools, Path | None]:
@@ -270,15 +284,12 @@ def answers(answerer: Answerer, requests: list[Request], batch_size: int) -> Ite
         if loras:
             loras.choose([row.lora for row in rows])
 
-    new = decode(
-        model, rows, cache, sampling.temperature, sampling.top_k, sampling.top_p, step=answerer.step(), choose=choose
-    )
-    for row, token in new:
+    for row, token in decode(model, rows, cache, step=answerer.step(), choose=choose):
         request = by_row[row]
-        if ended := token in request.stop_ids:
+        if ended := request.ended(token):
             row.remaining = 0
         if not row.remaining:
-            yield request, row.ids[request.length : len(row.ids) - ended], ended
+            yield request, row.ids[request.length : len(row.ids) - (token in request.stop_ids)], ended
 
 
 def seed_of(seed: int, row: int) -> int:

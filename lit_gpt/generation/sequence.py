@@ -1,11 +1,13 @@
 """A sequence that is being continued, and the step that adds one token to each of several."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lit_gpt.generation.sampling import Sampling
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.kv_cache import DecodeCache, KVCache
 
@@ -19,6 +21,8 @@ class Row:
     generator: torch.Generator | None = None  # of the sampling, on the model's device; None: torch's own
     cached: int = 0  # beginning of the prompt that its slot in the cache holds already
     lora: int = 0  # see lit_gpt.methods.multi_lora
+    sampling: Sampling = Sampling()
+    observe: Callable[[Tensor, int], None] | None = None  # is shown the logits from which a token was drawn, and it
     cache: KVCache = field(default_factory=list)  # its slot
 
 

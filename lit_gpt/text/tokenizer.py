@@ -139,21 +139,11 @@ class Tokenizer:
 
         A piece comes as soon as later ids cannot change it, so a character split over several tokens comes whole.
         """
-        shown: list[int] = []  # tokens of the last piece: what stands before decides whether a space is stripped
-        held: list[int] = []  # tokens since then
+        stream = TextStream(self, skip_special_tokens)
         for token_id in map(int, ids):
-            token = self._tokens.id_to_token(token_id)
-            if token is None or (skip_special_tokens and token_id in self._special_ids):
-                continue
-            held.append(token_id)
-            if BYTE_TOKEN.fullmatch(token):  # one bad byte makes U+FFFD of the whole run of byte tokens
-                continue
-            piece = self._text_after(shown, held)
-            if not piece.endswith("\ufffd"):
-                shown, held = held, []
-                if piece:
-                    yield piece
-        if rest := self._text_after(shown, held):
+            if piece := stream.push(token_id):
+                yield piece
+        if rest := stream.rest():
             yield rest
 
     @property
@@ -226,6 +216,33 @@ class Tokenizer:
             return []
         probe = self._tokens.encode("a 0.")
         return probe.ids[: [*probe.special_tokens_mask, 0].index(0)]
+
+
+class TextStream:
+    """The text of ids that come one by one. Its pieces joined equal `Tokenizer.decode` of all ids."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+        self._shown: list[int] = []  # tokens of the last piece: what stands before decides whether a space is stripped
+        self._held: list[int] = []  # tokens since then
+
+    def push(self, token_id: int) -> str:
+        """Return the text of the ids since the last piece if later ids cannot change it, else none."""
+        token = self._tokenizer._tokens.id_to_token(token_id)
+        if token is None or (self._skip and token_id in self._tokenizer._special_ids):
+            return ""
+        self._held.append(token_id)
+        if BYTE_TOKEN.fullmatch(token):  # one bad byte makes U+FFFD of the whole run of byte tokens
+            return ""
+        piece = self.rest()
+        if piece.endswith("\ufffd"):
+            return ""
+        self._shown, self._held = self._held, []
+        return piece
+
+    def rest(self) -> str:
+        """Return the text that has not been shown yet, as it is if no id follows."""
+        return self._tokenizer._text_after(self._shown, self._held)
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -15,6 +15,7 @@ from lit_gpt.conversion import hf, hf_shards
 from lit_gpt.errors import UserError
 from lit_gpt.generation import engine
 from lit_gpt.generation.engine import decode, generate
+from lit_gpt.generation.sampling import GREEDY
 from lit_gpt.generation.sequence import Row, Step
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.methods import finetuned_model, lora
@@ -31,9 +32,9 @@ def together(
     model: GPT, prompts: list[list[int]], new: list[int], places: int, step: Step | None = None
 ) -> list[list[int]]:
     """The greedy answers of rows in a batch with so many places."""
-    rows = [Row(list(prompt), n) for prompt, n in zip(prompts, new, strict=True)]
+    rows = [Row(list(prompt), n, sampling=GREEDY) for prompt, n in zip(prompts, new, strict=True)]
     cache = model.kv_cache(places, max(map(len, prompts)) + max(new))
-    for _ in decode(model, rows, cache, 0, None, 1.0, step=step):
+    for _ in decode(model, rows, cache, step=step):
         pass
     return [row.ids[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)]
 
@@ -94,8 +95,10 @@ def mixed_equals_single(folder: Path, paths: list[Path]) -> None:
     expected = [list(generate(singles[n], p, 10, temperature=0)) for n, p in zip(numbers, prompts, strict=True)]
     options = {"choose": lambda rows: loras.choose([row.lora for row in rows])}
     for step in (None, FastStep(loras.model)):
-        rows = [Row(list(prompt), 10, lora=number) for prompt, number in zip(prompts, numbers, strict=True)]
-        for _ in decode(loras.model, rows, loras.model.kv_cache(5, 30), 0, None, 1.0, step=step, **options):
+        rows = [
+            Row(list(prompt), 10, lora=number, sampling=GREEDY) for prompt, number in zip(prompts, numbers, strict=True)
+        ]
+        for _ in decode(loras.model, rows, loras.model.kv_cache(5, 30), step=step, **options):
             pass
         assert [row.ids[len(prompt) :] for row, prompt in zip(rows, prompts, strict=True)] == expected
         for number in (0, 3, 1):  # switched

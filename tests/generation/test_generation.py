@@ -13,8 +13,9 @@ from helpers.tiny_models import Tiny
 from lit_gpt import Config, Tokenizer
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.errors import UserError
-from lit_gpt.generation.engine import generate, sample
+from lit_gpt.generation.engine import generate
 from lit_gpt.generation.native_step import NativeStep
+from lit_gpt.generation.sampling import Sampling, sample
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.kernels import build
 
@@ -67,12 +68,12 @@ def test_top_k_and_top_p_keep_the_likeliest():
     logits = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05]).log()
 
     def drawn(**options) -> set[int]:
-        options = {"temperature": 1.0, "top_k": None, "top_p": 1.0, "generator": None} | options
-        return {int(sample(logits, **options)) for _ in range(400)}
+        return {int(sample(logits, Sampling(**options), None)) for _ in range(400)}
 
     assert drawn() == {0, 1, 2, 3, 4}
     assert drawn(top_k=2) == {0, 1} and drawn(top_k=99) == {0, 1, 2, 3, 4}
     assert drawn(top_p=0.69) == {0, 1} and drawn(top_p=0.71) == {0, 1, 2} and drawn(top_p=0.0) == {0}
+    assert drawn(min_p=0.39) == {0, 1} and drawn(min_p=0.41) == {0}
     assert drawn(temperature=0) == {0} and drawn(temperature=0.01) == {0}
 
 

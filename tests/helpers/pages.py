@@ -133,6 +133,7 @@ class Reader:
         self.steps, self.output = STEPS.get(page, 2), ""
         self.first_node: subprocess.Popen | None = None
         self.port = free_port()
+        self.server: subprocess.Popen | None = None
 
     def read(self, commands: list[str]) -> None:
         """Run them all. Each must end as it should."""
@@ -162,6 +163,11 @@ class Reader:
                 return subprocess.run(command, shell=True).returncode
             case ["python", "scripts/download.py", *rest]:
                 return self.download(rest)
+            case ["python", "generate/serve.py", *rest]:
+                return self.serve(rest)
+            case ["curl", *rest]:
+                argv = ["curl", "--silent", "--fail-with-body", *rest]
+                return subprocess.run([word.replace(":8000", f":{self.port}") for word in argv]).returncode
             case ["python", script, *rest]:
                 return self.python(script, rest, signalled)
             case ["torchrun" | "fabric" as launcher, *rest]:
@@ -194,6 +200,18 @@ class Reader:
             return in_process(argv, stdin="hello\n" if script.startswith("chat/") else "")
         assert option(argv, "--devices") == "2", "on one machine the pages have two"
         return subprocess.run([sys.executable, *argv], timeout=120).returncode
+
+    def serve(self, flags: list[str]) -> int:
+        """Start a server for the commands that follow, and return when it is there."""
+        argv = [sys.executable, "generate/serve.py", *flags, "--port", str(self.port)]
+        self.server = subprocess.Popen(argv)
+        while self.server.poll() is None:
+            try:
+                socket.create_connection(("127.0.0.1", self.port)).close()
+                return 0
+            except ConnectionRefusedError:
+                time.sleep(0.1)
+        return self.server.returncode
 
     def interrupt(self, out_dir: Path) -> None:
         """Send SIGTERM to this process, in which the run is, once it has taken steps."""
@@ -317,4 +335,7 @@ def run_page(name: str, wanted: list[str], place: Path, llama: Path, capfd) -> R
     finally:
         if reader.first_node:
             reader.first_node.terminate()
+        if reader.server:
+            reader.server.terminate()
+            assert reader.server.wait(timeout=60) == 0
     return reader

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-ins
 FINETUNE = f"python finetune/lora.py --checkpoint_dir {BASE} --data_dir data/alpaca --max_steps 2 --warmup_steps 0 "
 FILMS = f"python scripts/prepare_json.py --checkpoint_dir {BASE} --json_path films.jsonl --destination_path "
 EXPORT = "python scripts/convert_lit_checkpoint.py --checkpoint_dir out/falcon-7b-alpaca "
+SERVE = f"python generate/serve.py --checkpoint_dir {BASE} --port 0"
 ANSWER = f"python generate/base.py --checkpoint_dir {BASE}"
 
 
@@ -91,6 +92,12 @@ def another_base() -> None:
     torch.save(torch.load(path) | {"base": "0123456789abcdef"}, path)
 
 
+def untrained_lora() -> None:
+    record = torch.load("out/lora/alpaca/lit_model_lora_finetuned.pth")
+    state = {name: tensor * (0 if "lora_B" in name else 1) for name, tensor in record["state"].items()}
+    torch.save(record | {"state": state}, "out/lora/fresh.pth")
+
+
 def lost_rank() -> None:  # tests/distributed/test_devices.py kills one
     print(f"error: rank 0: lost touch with another process of the run{heartbeat.Heartbeat.ADVICE}")
 
@@ -139,6 +146,13 @@ MISTAKES = {
         f"{ANSWER} --prompt dog --max_new_tokens 3000",
         another_base,
         f"{ANSWER} --prompt_file mixed.jsonl --out x.jsonl",
+    ],
+    "serve.md": [
+        f"{SERVE} --host 0.0.0.0",
+        f"{SERVE} --loras out/lora/alpaca/lit_model_lora_finetuned.pth",
+        untrained_lora,
+        f"{SERVE} --loras fresh=out/lora/fresh.pth",
+        f"{SERVE} --batch_size 1000000000",
     ],
     "quantize.md": [
         f"python generate/base.py --checkpoint_dir {BASE}-nf4 --quantize nf4 --prompt x",

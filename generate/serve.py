@@ -1,0 +1,47 @@
+"""Serve a checkpoint, alone or with finetuned files, by the API that OpenAI's clients speak.
+
+    python generate/serve.py --checkpoint_dir checkpoints/tiiuae/falcon-7b \\
+        --loras alpaca=out/lora/alpaca/lit_model_lora_finetuned.pth
+
+Requests name the base (by its folder's name) or a LoRA by its own; all are answered in one batch, each through its own
+weights. http://127.0.0.1:8000 shows a page that asks several side by side. Needs `pip install lit-gpt[serve]`.
+"""
+
+from pathlib import Path
+
+from lit_gpt.cli import run
+from lit_gpt.generation.args import ModelArgs
+from lit_gpt.serving.args import ServeArgs
+
+checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Read a converted folder, or what finetune/full.py wrote.
+loras: list[str] = []  # Serve these LoRA files beside the base, each given as NAME=FILE.
+finetuned_path: Path | None = None  # Attach this file of any method, and serve it alone.
+prompt_style: str | None = None  # Render in this style, or a Jinja file (null: the finetune's or the checkpoint's).
+
+
+def main(server: ServeArgs, model: ModelArgs) -> None:
+    from lit_gpt.errors import UsageError, require
+
+    for package in ("starlette", "uvicorn"):
+        require(package, "lit-gpt[serve]", "generate/serve.py")
+    from lit_gpt.checkpoints.base_model import BaseCheckpoint
+    from lit_gpt.hardware import DTYPES, default_device
+    from lit_gpt.serving.catalog import Catalog, named_files
+    from lit_gpt.serving.server import read_key, serve
+    from lit_gpt.text.prompt_style import PromptStyle
+
+    if loras and finetuned_path:
+        raise UsageError("--loras: goes with the base, not with --finetuned_path; give one of them")
+    files, key = named_files(loras), read_key(server)
+    base = BaseCheckpoint.open(checkpoint_dir, model.quantize)
+    style = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else None
+    place = {"dtype": DTYPES[model.precision], "device": default_device()}
+    if finetuned_path:
+        catalog = Catalog.with_finetuned(base, finetuned_path, style, **place)
+    else:
+        catalog = Catalog.with_loras(base, files, style, **place)
+    serve(catalog, server, key, model.compile)
+
+
+if __name__ == "__main__":
+    run(main)

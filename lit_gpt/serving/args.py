@@ -1,0 +1,22 @@
+"""The flags of the server. Nothing here imports torch."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lit_gpt.cli import NonNegativeInt, PositiveInt
+
+
+@dataclass(frozen=True)
+class ServeArgs:
+    """Server"""
+
+    host: str = "127.0.0.1"  # Listen on this address; any but the loopback needs an API key.
+    port: NonNegativeInt = 8000  # Listen on this port (0: a free one).
+    api_key_file: Path | None = None  # Ask for the key in this file (null: for that in LIT_GPT_API_KEY, if it is set).
+    batch_size: PositiveInt = 8  # Continue this many answers together.
+    context: PositiveInt = 2048  # Keep this many tokens of prompt and answer together, at most what the model takes.
+    prefixes: NonNegativeInt = 4  # Keep this many ended answers with their prompts, for prompts that begin alike.
+    max_queue: NonNegativeInt = 64  # Let this many answers wait for a place, and refuse more for the time being.
+    max_body: PositiveInt = 1_000_000  # Refuse requests of more bytes.
+    drain_seconds: NonNegativeInt = 30  # After SIGTERM, go on this long with what was accepted.
+    log_prompts: bool = False  # Write each request's prompt to the log.

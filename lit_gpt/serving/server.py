@@ -1,0 +1,129 @@
+"""Starts the server, and ends it by SIGTERM: what was accepted is answered first."""
+
+import asyncio
+import ipaddress
+import os
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from lit_gpt.errors import UsageError, UserError
+from lit_gpt.generation.steps import FastStep
+from lit_gpt.hardware import device_memory
+from lit_gpt.serving.app import App
+from lit_gpt.serving.args import ServeArgs
+from lit_gpt.serving.catalog import Catalog
+from lit_gpt.serving.completions import Completions
+from lit_gpt.serving.scheduler import Scheduler
+
+KEY_VARIABLE = "LIT_GPT_API_KEY"
+
+
+def serve(catalog: Catalog, args: ServeArgs, key: str | None, compile: bool = False) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        UsageError: the port cannot be had, or the caches would not fit the device.
+        UserError: at the end, if requests were cut short by the limit of `drain_seconds`.
+    """
+    with listen(args.host, args.port) as listening:
+        completions = start(catalog, args, compile)
+        host, port = listening.getsockname()[:2]
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        names = ", ".join(catalog.served)
+        print(f"serving {names} at {url}; SIGTERM or Ctrl-C ends it", file=sys.stderr, flush=True)
+        server = Server(config(completions, key, args.drain_seconds))
+        asyncio.run(server.serve(sockets=[listening]))
+        completions.scheduler.close()
+    if completions.cut_short:
+        raise UserError(f"{completions.cut_short} requests were cut short after --drain_seconds {args.drain_seconds}")
+
+
+def start(catalog: Catalog, args: ServeArgs, compile: bool = False) -> Completions:
+    """Take the memory for the caches, and start the thread that answers.
+
+    Raises:
+        UsageError: the device does not have that much memory.
+    """
+    model, context = catalog.model, min(args.context, catalog.model.config.block_size)
+    told, size = plan(catalog, args, context)
+    if size > device_memory(model.wte.weight.device):
+        raise UsageError(f"--batch_size {args.batch_size}: {told}, more than there is; lower it, or --context")
+    print(told, file=sys.stderr)
+    cache = model.kv_cache(args.batch_size, context)
+    kept = model.kv_cache(args.prefixes, context) if args.prefixes else None
+    scheduler = Scheduler(model, cache, kept, FastStep(model, compile), catalog.choose, args.max_queue)
+    return Completions(catalog, scheduler, context, args.max_body, args.log_prompts)
+
+
+def plan(catalog: Catalog, args: ServeArgs, context: int) -> tuple[str, int]:
+    """Return what the caches are for, in words, and how many bytes they take."""
+    config, rows = catalog.model.config, args.batch_size + args.prefixes
+    numbers = 2 * rows * context * config.n_layer * config.n_query_groups * config.head_size
+    size = numbers * catalog.model.dtype.itemsize
+    told = f"{args.batch_size} answers and {args.prefixes} kept prefixes of {context} tokens take {size / 1e9:.2f} GB"
+    return f"{told} for keys and values", size
+
+
+def config(completions: Completions, key: str | None, drain_seconds: int) -> uvicorn.Config:
+    """Return how uvicorn is to run the application."""
+    return uvicorn.Config(
+        App(completions, key).starlette(), http="h11", ws="none", lifespan="off", loop="asyncio", log_level="error",
+        access_log=False, server_header=False, timeout_graceful_shutdown=drain_seconds,
+    )  # fmt: skip
+
+
+class Server(uvicorn.Server):
+    """Ends by a signal without raising it again, so that the process ends as any other that is done.
+
+    A second signal ends it at once.
+    """
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit, self.should_exit = self.should_exit, True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens, before the model takes its time."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"--host {host} --port {port}: cannot be listened on ({reason}); choose another") from None
+
+
+def read_key(args: ServeArgs) -> str | None:
+    """Return the API key that the file or the environment has, or None.
+
+    Raises:
+        UsageError: the host is not the loopback, and there is no key.
+        UserError: the file cannot be read, or is empty.
+    """
+    key = os.environ.get(KEY_VARIABLE) or None
+    if args.api_key_file is not None:
+        key = key_in(args.api_key_file)
+    if key is None and not is_loopback(args.host):
+        raise UsageError(
+            f"--host {args.host}: others can reach it; set {KEY_VARIABLE} or give --api_key_file, or leave out --host"
+        )
+    return key
+
+
+def key_in(path: Path) -> str:
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--api_key_file {path}: cannot be read ({error})") from None
+    if not key:
+        raise UserError(f"--api_key_file {path}: is empty; expected the API key")
+    return key
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
