@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -42,8 +42,10 @@ from jsonargparse.typing import (
 from lit_gpt import habits
 from lit_gpt.errors import UsageError, UserError
 
-# A fraction of which something must be left: dropout, validation splits.
-Fraction = restricted_number_type("Fraction", float, [(">=", 0.0), ("<", 1.0)])
+if TYPE_CHECKING:
+    Fraction = float
+else:  # a fraction of which something must be left: dropout, validation splits
+    Fraction = restricted_number_type("Fraction", float, [(">=", 0.0), ("<", 1.0)])
 # The formats of lit_gpt/quantization/formats.py.
 Quantizer = Literal["int8", "int4", "nf4", "nf4-dq"]
 # What lit_gpt/training/memory/checkpointing.py can keep for the backward pass.

@@ -87,8 +87,10 @@ def to_hf(checkpoint_dir: Path, out_dir: Path, dtype: torch.dtype | None = None)
         source.write_prompt(folder)
         what, packages = f"the export of {checkpoint_dir}", ("transformers",)
         reader = readers.read_back(what, packages, lambda: readers.read_hf(folder), lambda: readers.own_hf(folder))
-        rounded = dtype not in (None, torch.float32, source.model.dtype)
-        figures = source.reference.compare(reader, what, *(logits.rounding(dtype) if rounded else parity.SAME_SUMS))
+        rounded = dtype not in (torch.float32, source.model.dtype)
+        figures = source.reference.compare(
+            reader, what, *(logits.rounding(dtype) if dtype and rounded else parity.SAME_SUMS)
+        )
         use = (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             f'model = AutoModelForCausalLM.from_pretrained("{out_dir.name}", dtype="auto")\n'

@@ -58,12 +58,12 @@ class LitGPT:
             UserError: the folder is no converted checkpoint, or the file does not fit it.
         """
         base = BaseCheckpoint.open(Path(checkpoint_dir), quantize)
-        place = {"dtype": DTYPES[precision], "device": torch.device(device) if device else default_device()}
+        place = DTYPES[precision], torch.device(device) if device else default_device()
         style = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else None
         if finetuned_path is None:
-            model, style = base.build(**place), style or base.prompt_style
+            model, style = base.build(*place), style or base.prompt_style
         else:
-            model, record = build_finetuned(base, Path(finetuned_path), None, **place)
+            model, record = build_finetuned(base, Path(finetuned_path), None, *place)
             style = style or PromptStyle.from_dict(record["prompt_style"])
         return cls(model, base.tokenizer, style, FastStep(model))
 

@@ -197,7 +197,9 @@ class Tape:
         expect(norm, nn.LayerNorm, LayerNorms, RMSNorm, UnitOffsetRMSNorm, PlainRMSNorm)
         assert isinstance(norm, nn.LayerNorm | RMSNorm | PlainRMSNorm)
         y, size = x if name is None else self.buffer(name, x.size(1)), x.size(1) // parts
-        weight, bias = (None if w is None else w.float() for w in (norm.weight, getattr(norm, "bias", None)))
+        weight, bias = (
+            w.float() if isinstance(w, Tensor) else None for w in (norm.weight, getattr(norm, "bias", None))
+        )
         stride = size if type(norm) is LayerNorms else 0
         offset, centered = getattr(norm, "offset", 0.0), isinstance(norm, nn.LayerNorm)
         rows = y[0], y.stride(0), x[0], x.stride(0)  # of a view only a row is contiguous

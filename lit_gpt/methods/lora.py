@@ -137,7 +137,7 @@ def targets(model: GPT, config: LoRAConfig) -> Iterator[tuple[str, list[tuple[in
         if config.projection:
             yield f"h.{layer}.attn.proj", [(0, model.config.n_embd)]
         if config.mlp:
-            yield from ((f"h.{layer}.mlp.{path}", parts) for path, parts in mlp_targets(block.mlp))
+            yield from ((f"h.{layer}.mlp.{path}", parts) for path, parts in mlp_targets(block.get_submodule("mlp")))
     if config.head:
         yield "lm_head", [(0, model.config.padded_vocab_size)]
 

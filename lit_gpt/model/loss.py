@@ -71,7 +71,7 @@ def _chunks(head: nn.Module, hidden: Tensor, labels: Tensor, trained: bool) -> l
     on_cpu = hidden.device.type == "cpu" and not policy().simulate_cuda
     widened = arithmetic(hidden.device, hidden.dtype) != hidden.dtype
     limit = MAX_LOGITS * ((8 if trained or widened else 1) if on_cpu else 32)
-    size = max(1, limit // head.out_features)  # type: ignore[operator]  # torch: attributes are tensors or modules
+    size = max(1, limit // int(head.out_features))  # type: ignore[arg-type]  # torch: attributes are tensors or modules
     if not on_cpu and size > TILE:
         size -= size % TILE
     return list(zip(hidden.split(size), labels.split(size), strict=True))

@@ -47,6 +47,8 @@ class XIELU(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.beta: Tensor
+        self.eps: Tensor
         self.alpha_p, self.alpha_n = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
         self.register_buffer("beta", torch.tensor(0.5))
         self.register_buffer("eps", torch.tensor(-1e-6))

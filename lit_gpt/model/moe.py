@@ -147,6 +147,7 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_expert)) if config.router_bias else None
         # it balances the load, by another rule than gradients
         correction = torch.zeros(config.n_expert) if config.router_correction else None
+        self.e_score_correction_bias: Tensor | None
         self.register_buffer("e_score_correction_bias", correction)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:

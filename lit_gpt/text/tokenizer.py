@@ -168,8 +168,10 @@ class Tokenizer:
 
     @cached_property
     def special_tokens(self) -> re.Pattern[str]:
-        """A pattern of the special tokens, which a text may write out and which are encoded as such then."""
-        contents = sorted((token.content for token in self._added.values() if token.special), key=len, reverse=True)
+        """Return a pattern of the special tokens, which a text may write out and which are encoded as such then."""
+        contents = sorted(
+            (token.content for token in self.added_tokens.values() if token.special), key=len, reverse=True
+        )
         return re.compile("|".join(map(re.escape, contents)) or r"(?!)")
 
     @cached_property
