@@ -61,10 +61,10 @@ class CausalSelfAttention(nn.Module):
             Queries (B, n_head, T, head_size); keys and values (B, n_query_groups, T, head_size).
         """
         qkv = self.qkv(x)
-        if self.clip is not None:
-            qkv = qkv.clamp(-self.clip, self.clip)
         if not self.norms_rotated:
             qkv = self.normed(qkv)
+        if self.clip is not None:
+            qkv = qkv.clamp(-self.clip, self.clip)
         if rotation is not None:
             qkv = fused.rotate(qkv, rotation.cos, rotation.sin, self.n_head + self.n_query_groups, self.head_size)
         if self.norms_rotated:

@@ -50,7 +50,8 @@ def test_the_language_model_goes_in_and_out(kind, tmp_path):
 
     state = dict(load_state(tmp_path))
     state["h.1.attn.proj.weight"] = state["h.1.attn.proj.weight"] + 0.1
-    torch.save(state, tmp_path / "lit_model.pth")
+    torch.save(state, tmp_path / "changed.pth")  # the other is mapped
+    (tmp_path / "changed.pth").replace(tmp_path / "lit_model.pth")
     hf.export(tmp_path, tmp_path / "hf", state)
     before, after = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "hf"))
     changed = [name for name in before if not torch.equal(before[name], after[name])]
