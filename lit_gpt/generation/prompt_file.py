@@ -87,14 +87,14 @@ class PromptFile:
         if out.resolve() == args.prompt_file.resolve():
             raise UsageError(f"--out {out}: is the file of the prompts; choose another")
         file = cls(args.prompt_file, out, settings, args.batch_size)
-        for where, fields, problem in Source(str(file.path)).rows():
+        for row in Source(str(file.path)).rows():
             file.rows += 1
             try:
-                if problem:
-                    raise ValueError(problem)
-                file.prompts.append(Prompt(file.rows, where, fields, *parse_prompt(fields)))
+                if row.problem:
+                    raise ValueError(row.problem)
+                file.prompts.append(Prompt(file.rows, row.where, row.fields, *parse_prompt(row.fields)))
             except (TypeError, ValueError) as error:
-                file.report(f"{where}: {error}")
+                file.report(f"{row.where}: {error}")
         if not file.rows:
             raise UserError(f"--prompt_file {file.path}: holds no prompts")
         file.read_answers()
