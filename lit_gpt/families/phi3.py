@@ -56,7 +56,7 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
         # the first files say "su" or "yarn", and all leave the original context beside the dictionary
         original = hf.get("original_max_position_embeddings", 4096)
         named = "longrope" if scaling["rope_type"] in ("su", "yarn") else scaling["rope_type"]
-        values["rope_scaling"] = {"original_max_position_embeddings": original, **scaling, "rope_type": named}
+        values["rope_scaling"] = {**scaling, "original_max_position_embeddings": original, "rope_type": named}
     return values
 
 

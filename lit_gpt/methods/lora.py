@@ -73,18 +73,19 @@ class LoRALayer(LinearWrapper):
         """Return the B (..., stop - start, r) of each part."""
         return self.lora_B.split(self.sizes, dim=-2)
 
-    def merged(self) -> Tensor:
+    def merged(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the base's weight plus the updates, in the weight's shape, computed in float32.
 
-        It has the base's dtype. Where the base is quantized, the updates are added to the dequantized weight, and the
-        sum stays float32.
+        Args:
+            dtype: of the sum; None: the base's. Where the base is quantized, the updates are added to the dequantized
+                weight, and the sum stays float32.
         """
         base = weight_of(self.linear)
         weight = base.to(torch.float32, copy=True)  # the original may be tied, or mapped
         with torch.no_grad():
             for (start, stop), A, B in zip(self.parts, self.lora_A.split(self.r, dim=-2), self.split_B(), strict=True):
                 weight[..., start:stop, :] += self.scale * (B @ A)
-        return weight.to(base.dtype)
+        return weight.to(dtype or base.dtype)
 
 
 class LoRALinear(LoRALayer):
@@ -222,7 +223,7 @@ def write_merged(path: Path, model: GPT, dtype: torch.dtype | None = None) -> No
         del names["lm_head.weight"]  # the embedding's
     layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
     layout = {name: names[name].to(dtype or stored_dtype(name, layer, model.dtype)) for name, layer in layers.items()}
-    io.write_streamed(path, layout, ((name, merged_tensor(name, layer)) for name, layer in layers.items()))
+    io.write_streamed(path, layout, ((name, merged_tensor(name, layer, dtype)) for name, layer in layers.items()))
 
 
 def stored_dtype(name: str, layer: nn.Module, dtype: torch.dtype) -> torch.dtype:
@@ -231,8 +232,8 @@ def stored_dtype(name: str, layer: nn.Module, dtype: torch.dtype) -> torch.dtype
     return dtype if isinstance(layer, Quantized) else getattr(layer, name.rpartition(".")[2]).dtype
 
 
-def merged_tensor(name: str, layer: nn.Module) -> Tensor:
+def merged_tensor(name: str, layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
     """Return the tensor `name` of a layer, its weight with the layer's update added if it has one."""
     if not name.endswith(".weight"):
         return getattr(layer.linear if isinstance(layer, LoRALayer) else layer, name.rpartition(".")[2])
-    return layer.merged() if isinstance(layer, LoRALayer) else weight_of(layer)
+    return layer.merged(dtype) if isinstance(layer, LoRALayer) else weight_of(layer)

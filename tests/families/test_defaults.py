@@ -23,10 +23,14 @@ def test_a_field_left_out_is_transformers_default(layout):
     whole = theirs.to_dict()
     for left_out in sorted(whole.keys() - SAYS_WHICH):
         fields = {name: value for name, value in whole.items() if name != left_out}
-        try:
-            ours = config_from_hf(fields)
-        except UserError as error:
-            assert "needs the field" in str(error), (left_out, str(error))
-            continue
-        filled = AutoConfig.for_model(**fields).to_dict()
-        assert asdict(ours) == asdict(config_from_hf(filled)), left_out
+        ours = outcome(fields)
+        if not isinstance(ours, str) or "needs the field" not in ours:
+            assert ours == outcome(AutoConfig.for_model(**fields).to_dict()), left_out
+
+
+def outcome(fields: dict) -> dict | str:
+    """Return the fields of the Config, or why there is none: not every default goes with a tiny model's heads."""
+    try:
+        return asdict(config_from_hf(fields))
+    except UserError as error:
+        return str(error)

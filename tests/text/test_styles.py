@@ -5,6 +5,8 @@ import json
 import shutil
 
 import pytest
+import tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from helpers.chat_templates import call, says
 from lit_gpt import Tokenizer
@@ -70,16 +72,11 @@ def test_llama_2_has_end_and_begin_tokens_between_turns(llama, tmp_path):
     from transformers import AutoTokenizer
 
     shutil.copytree(llama, tmp_path / "c")
-    fields = json.loads((tmp_path / "c" / "tokenizer.json").read_text())
-    special = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    fields["added_tokens"].append(special | {"id": 300, "content": "<s>"})
-    fields["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [300], "tokens": ["<s>"]}},
-    }
-    (tmp_path / "c" / "tokenizer.json").write_text(json.dumps(fields))
+    tokens = tokenizers.Tokenizer.from_file(str(tmp_path / "c" / "tokenizer.json"))
+    tokens.add_special_tokens(["<s>"])
+    begin = [("<s>", tokens.token_to_id("<s>"))]
+    tokens.post_processor = TemplateProcessing(single="<s> $A", special_tokens=begin)
+    tokens.save(str(tmp_path / "c" / "tokenizer.json"))
     settings = json.loads((tmp_path / "c" / "tokenizer_config.json").read_text())
     (tmp_path / "c" / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<s>"}))
     tokenizer = Tokenizer(tmp_path / "c")
