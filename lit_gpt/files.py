@@ -102,6 +102,19 @@ def put_in_place(temporary: Path, path: Path) -> None:
         ) from None
 
 
+def refuse_folder(path: Path, expected: str, pattern: str) -> None:
+    """Refuse a folder where a file is expected, naming the files in it that may be meant.
+
+    Args:
+        expected: what should have been given, in words.
+        pattern: a glob of such files' names.
+    """
+    if Path(path).is_dir():
+        there = " or ".join(map(str, sorted(Path(path).glob(pattern))))
+        mend = f"did you mean {there}?" if there else "name the file in it"
+        raise UserError(f"{path}: is a folder, expected {expected}; {mend}")
+
+
 def take_lock(opened: int, path: Path) -> None:
     """Lock an open file or folder, until it is closed or the process ends in whatever way."""
     try:

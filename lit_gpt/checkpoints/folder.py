@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from lit_gpt.cli import Quantizer
 from lit_gpt.errors import UserError
+from lit_gpt.files import refuse_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,10 @@ def check_inputs(checkpoint_dir: Path, finetuned_path: Path | None = None, flag:
         UserError
     """
     check_checkpoint_dir(checkpoint_dir)
-    if finetuned_path and not finetuned_path.is_file():
+    if not finetuned_path:
+        return
+    refuse_folder(finetuned_path, "a file of tensors", "lit_model_*finetuned.pth")
+    if not finetuned_path.is_file():
         near = sorted(map(str, Path("out").glob("*/*/lit_model_*_finetuned.pth")))
         there = f"there are {', '.join(near)}" if near else "a script of finetune/ writes one"
         raise UserError(f"{flag} {finetuned_path}: no such file; {there}")

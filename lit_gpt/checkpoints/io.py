@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lit_gpt.errors import UserError
-from lit_gpt.files import atomic
+from lit_gpt.files import atomic, refuse_folder
 
 SAFETENSORS = {torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8"}  # the names of dtypes in such files
 
@@ -86,10 +86,7 @@ def load(path: Path, mmap: bool = True) -> dict[str, Any]:
     except PermissionError:
         raise UserError(f"{path}: may not be read") from None
     except Exception as error:  # a damaged file can make its reader fail in any way
-        if Path(path).is_dir():
-            there = " or ".join(map(str, sorted(Path(path).glob("lit_model_*finetuned.pth"))))
-            mend = f"did you mean {there}?" if there else "name the file in it"
-            raise UserError(f"{path}: is a folder, expected a file of tensors; {mend}") from None
+        refuse_folder(path, "a file of tensors", "lit_model_*finetuned.pth")
         if "Cannot allocate memory" in str(error):  # to map it to
             raise MemoryError(str(error)) from None
         reason = "it holds code, which is never run" if "Weights only load failed" in str(error) else "is it truncated?"

@@ -62,12 +62,11 @@ def read_prompt(args: PromptArgs, sampling: SamplingArgs, model: ModelArgs, **ow
     """
     if args.out:
         return PromptFile.read(args, args.out, model.compile, settings_hash(sampling, model, own))
-    return TextPrompt(args.prompt or read_text(args.prompt_file), args.input, args.num_samples)
+    text = read_text(args.prompt_file) if args.prompt_file else args.prompt
+    return TextPrompt(text, args.input, args.num_samples)
 
 
-def read_text(path: Path | None) -> str:
-    if path is None or path.suffix.lower() == ".jsonl":
-        raise UsageError(f"--prompt_file {path}: holds a prompt on each line; add --out FILE for the answers")
+def read_text(path: Path) -> str:
     try:
         text = sys.stdin.read().removeprefix("\ufeff") if str(path) == "-" else files.read_text(path)
     except (OSError, UnicodeDecodeError) as error:

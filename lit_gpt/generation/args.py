@@ -24,8 +24,26 @@ class PromptArgs:
             raise UsageError(
                 "--prompt: expected a prompt, either by --prompt or by --prompt_file (- is standard input)"
             )
-        if self.prompt_file and str(self.prompt_file) != "-" and not self.prompt_file.is_file():
+        lines = self.prompt_file is not None and self.prompt_file.suffix.lower() == ".jsonl"
+        if lines and self.out is None:
+            raise UsageError(
+                f"--prompt_file {self.prompt_file}: holds a prompt on each line; add --out FILE for the answers"
+            )
+        if self.out:
+            self.check_out(lines)
+        if self.prompt_file and str(self.prompt_file) != "-" and not self.prompt_file.exists():
             raise UserError(f"--prompt_file {self.prompt_file}: no such file")
+
+    def check_out(self, lines: bool) -> None:
+        """Refuse what does not go with --out. Raises UsageError."""
+        if not lines:
+            raise UsageError("--out: goes with --prompt_file FILE.jsonl, which holds a prompt on each line")
+        if self.num_samples != 1:
+            raise UsageError("--num_samples: each line of --prompt_file gets one answer; repeat a line to get several")
+        if self.input:
+            raise UsageError('--input: goes with --prompt; a line of --prompt_file has its own "input"')
+        if self.out and self.prompt_file and self.out.resolve() == self.prompt_file.resolve():
+            raise UsageError(f"--out {self.out}: is the file of the prompts; choose another")
 
 
 @dataclass(frozen=True)

@@ -77,16 +77,9 @@ class PromptFile:
             UsageError: flags that do not go together.
             UserError: there is no such file, or the answers in --out are to something else.
         """
-        if args.prompt_file is None or args.prompt_file.suffix.lower() != ".jsonl":
-            raise UsageError("--out: goes with --prompt_file FILE.jsonl, which holds a prompt on each line")
-        if args.num_samples != 1:
-            raise UsageError("--num_samples: each line of --prompt_file gets one answer; repeat a line to get several")
-        if args.input:
-            raise UsageError('--input: goes with --prompt; a line of --prompt_file has its own "input"')
+        assert args.prompt_file is not None  # refused by PromptArgs
         if compile and args.batch_size > 1:
             raise UsageError("--compile true: serves one row at a time; leave it out, or add --batch_size 1")
-        if out.resolve() == args.prompt_file.resolve():
-            raise UsageError(f"--out {out}: is the file of the prompts; choose another")
         file = cls(args.prompt_file, out, settings, args.batch_size)
         for row in Source(str(file.path)).rows():
             file.rows += 1
