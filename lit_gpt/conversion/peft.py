@@ -50,7 +50,7 @@ def layers(config: Config) -> Iterator[Layer]:
     """Yield the layers of transformers that hold a matrix; a tied head too, for it can have an adapter of its own."""
     modules = getattr(family_of_config(config), "MODULES", {})
     for row in weights.rows(replace(config, tie_embeddings=False)):
-        if len(row.shape) == 2:
+        if len(row.shape) == 2 and row.lit.endswith(".weight"):
             parts = row.place.to_hf(torch.arange(row.shape[0]))
             for name, rows in zip(row.hf, parts, strict=True):
                 stored = name.removesuffix(".weight")

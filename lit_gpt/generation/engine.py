@@ -93,7 +93,7 @@ def decode(
         step: takes the place of the model once the prompts are read.
         choose: is told which rows the model is about to compute.
     """
-    queue, n = iter(rows), len(cache[0].k)
+    queue, n = iter(rows), cache[0].rows
     active: list[Row] = []
     slots = [cache] if n == 1 else [row_view(cache, i) for i in range(n)]
     while True:

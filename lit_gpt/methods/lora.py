@@ -5,9 +5,10 @@ attached model gives exactly the base's logits.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from lit_gpt.methods.hyperparameters import LoRAConfig
 from lit_gpt.methods.method import LinearWrapper, Method, experts_of, mark_trainable
 from lit_gpt.methods.recording import DecodingTape
 from lit_gpt.model.config import Config
-from lit_gpt.model.gpt import GPT
+from lit_gpt.model.gpt import GPT, Block
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.moe import Experts, Routing, grouped_product
 from lit_gpt.quantization.modules import Quantized, QuantizedLinear, weight_of
@@ -128,20 +129,26 @@ def attach(model: GPT, config: LoRAConfig) -> GPT:
 
 def targets(model: GPT, config: LoRAConfig) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     """Yield the path of each linear layer to adapt, and the rows (start, stop) of its adapted projections."""
-    q, k, v = model.config.qkv_sizes
-    spans = {"query": (0, q), "key": (q, q + k), "value": (q + k, q + k + v)}
-    qkv = [span for name, span in spans.items() if getattr(config, name)]
-    n, inner = model.config.n_embd, model.config.intermediate_size
-    # gate and up have an update each; which experts a token goes to stays the base's choice
-    mlp = {"fc": [(0, inner)], "gate_up": [(0, inner), (inner, 2 * inner)], "proj": [(0, n)]} if config.mlp else {}
-    for layer, block in enumerate(model.h):
-        if qkv:
-            yield f"h.{layer}.attn.qkv", qkv
+    n = model.config.n_embd
+    for layer, block in enumerate(cast(Iterable[Block], model.h)):
+        mixer = f"h.{layer}." + ("mixer" if block.attn is None else "attn")
+        projections = block.token_mixer.projections.items()
+        if qkv := sorted(span for name, spans in projections if getattr(config, name) for span in spans):
+            yield f"{mixer}.qkv", qkv
         if config.projection:
-            yield f"h.{layer}.attn.proj", [(0, n)]
-        yield from ((f"h.{layer}.mlp.{name}", parts) for name, parts in mlp.items() if hasattr(block.mlp, name))
+            yield f"{mixer}.proj", [(0, n)]
+        if config.mlp:
+            yield from ((f"h.{layer}.mlp.{name}", parts) for name, parts in mlp_targets(block.mlp, model.config))
     if config.head:
         yield "lm_head", [(0, model.config.padded_vocab_size)]
+
+
+def mlp_targets(mlp: nn.Module, config: Config) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """Yield what `targets` does for an MLP. Gate and up have an update each; the router stays as the base has it."""
+    shared = getattr(mlp, "shared", None)
+    for prefix, part, inner in ("", mlp, config.intermediate_size), ("shared.", shared, config.shared_expert_size):
+        spans = {"fc": [(0, inner)], "gate_up": [(0, inner), (inner, 2 * inner)], "proj": [(0, config.n_embd)]}
+        yield from ((prefix + name, parts) for name, parts in spans.items() if hasattr(part, name))
 
 
 def updates(
@@ -204,18 +211,18 @@ def write_merged(path: Path, model: GPT) -> None:
     with on_meta():
         names = dict(GPT(config).named_parameters())  # tied ones once
     layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    layout = {name: names[name].to(stored_dtype(layer, model.dtype)) for name, layer in layers.items()}
+    layout = {name: names[name].to(stored_dtype(name, layer, model.dtype)) for name, layer in layers.items()}
     io.write_streamed(path, layout, ((name, merged_tensor(name, layer)) for name, layer in layers.items()))
 
 
-def stored_dtype(layer: nn.Module, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that a layer's tensors have once merged: `dtype` if the layer is quantized now, else its own."""
+def stored_dtype(name: str, layer: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that a layer's tensor has once merged: `dtype` if the layer is quantized now, else its own."""
     layer = layer.linear if isinstance(layer, LoRALayer) else layer
-    return dtype if isinstance(layer, Quantized) else layer.get_parameter("weight").dtype
+    return dtype if isinstance(layer, Quantized) else layer.get_parameter(name.rpartition(".")[2]).dtype
 
 
 def merged_tensor(name: str, layer: nn.Module) -> Tensor:
-    """Return the weight or bias `name` of a layer, with the layer's update added if it has one."""
+    """Return the parameter `name` of a layer, with the layer's update added if it is a weight that has one."""
     if not name.endswith(".weight"):
-        return (layer.linear if isinstance(layer, LoRALayer) else layer).get_parameter("bias")
+        return (layer.linear if isinstance(layer, LoRALayer) else layer).get_parameter(name.rpartition(".")[2])
     return layer.merged() if isinstance(layer, LoRALayer) else weight_of(layer)

@@ -27,8 +27,9 @@ def test_greedy_equals_transformers(tiny: Tiny):
     assert list(generate(model, prompt[0].tolist(), 20, temperature=0)) == expected.tolist()
     step = FastStep(model)
     assert list(generate(model, prompt[0].tolist(), 20, temperature=0, step=step)) == expected.tolist()
-    if build.library("decode"):  # which knows all but routed experts
-        assert isinstance(step.chosen, NativeStep) == (not model.config.n_expert)
+    if build.library("decode"):  # which knows all but routed experts and recurrences
+        unknown = model.config.n_expert or model.config.recurrent_layers
+        assert isinstance(step.chosen, NativeStep) == (not unknown)
 
 
 def test_greedy_with_cache_equals_without(llama):

@@ -49,7 +49,8 @@ def plain_like(model: GPT) -> GPT:
     with torch.no_grad():
         for name, parameter in plain.named_parameters():
             layer = model.get_submodule(name.rpartition(".")[0])
-            parameter.copy_(modules.weight_of(layer) if name.endswith(".weight") else layer.bias)
+            own = name.rpartition(".")[2]
+            parameter.copy_(modules.weight_of(layer) if own == "weight" else layer.get_parameter(own))
     return plain
 
 
