@@ -116,7 +116,7 @@ def test_a_state_goes_back_to_nothing_but_its_start(hybrid: GPT):
 
 
 def test_compiling_a_recurrence_is_refused(hybrid: GPT):
-    with pytest.raises(UsageError, match="--compile true: the mixer .* cannot be compiled"):
+    with pytest.raises(UsageError, match="--compile true: .* cannot be compiled"):
         FastStep(hybrid, compile=True)
 
 
@@ -127,7 +127,7 @@ def test_qlora_on_a_recurrence(hybrid: GPT):
         return  # which are not quantized
     model, idx = quantize(copy.deepcopy(hybrid), "nf4"), torch.arange(3, 40)[None]
     expected = model(idx)
-    config = lora.LoRAConfig(r=2, alpha=4, key=True, projection=True)
+    config = lora.LoRAConfig(r=2, alpha=4, dropout=0.0, key=True, projection=True)
     assert torch.equal(lora.attach(model, config)(idx), expected)
     layers = lora.lora_layers(model)
     mixers = {f"h.{i}.{'attn' if block.mixer is None else 'mixer'}" for i, block in enumerate(hybrid.h)}

@@ -49,7 +49,8 @@ class GatedDeltaNet(Mixer):
         q, k = (unit(x.unflatten(-1, (self.groups, -1))) for x in (q, k))
         v = v.unflatten(-1, (self.heads, -1))
         with torch.autocast(v.device.type, enabled=False):
-            decay = -self.A_log.float().exp() * F.softplus(decay.float() + self.dt_bias.float())
+            decay, A_log, dt_bias = (x.to(state.dtype) for x in (decay, self.A_log, self.dt_bias))
+            decay = -A_log.exp() * F.softplus(decay + dt_bias)
             y, state = recurrence.run(q * self.state_size**-0.5, k, v, decay, rate.sigmoid(), state, positions)
         y = self.norm(y.to(gate.dtype)).to(gate.dtype) * F.silu(gate.unflatten(-1, (self.heads, -1)))
         return y.flatten(2), (state, tail)

@@ -51,10 +51,10 @@ class Mamba2(Mixer):
         q, k = (x.unflatten(-1, (self.groups, -1)) for x in (q, k))
         v = v.unflatten(-1, (self.heads, -1))
         with torch.autocast(v.device.type, enabled=False):
-            step = F.softplus(step.float() + self.dt_bias.float())
-            decay = -self.A_log.float().exp() * step
-            y, state = recurrence.run(q, k, v.float() * step.unsqueeze(-1), decay, None, state, positions)
-            y = y + self.D.float().unsqueeze(-1) * v.float()
+            step, A_log, dt_bias, D, v = (x.to(state.dtype) for x in (step, self.A_log, self.dt_bias, self.D, v))
+            step = F.softplus(step + dt_bias)
+            y, state = recurrence.run(q, k, v * step.unsqueeze(-1), -A_log.exp() * step, None, state, positions)
+            y = y + D.unsqueeze(-1) * v
         return self.norm(y.flatten(2).to(gate.dtype) * F.silu(gate)), (state, tail)
 
     def blank(self, rows: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:

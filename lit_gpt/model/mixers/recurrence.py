@@ -78,7 +78,7 @@ def by_chunk(
     q, k = (spans.cut(x).transpose(2, 3) for x in (q, k))  # (B, chunks, groups, C, state_size)
     v, decay = spans.cut(v).transpose(2, 3), spans.cut(decay).transpose(2, 3)  # (B, chunks, heads, C, ...)
     total = decay @ spans.seen.to(decay.dtype).mT  # logarithm of the decay since the sample or chunk began
-    between = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(~spans.seen.unsqueeze(1), -torch.inf).exp()
+    between = spans.decay_between(decay)
     scores = per_head(q @ k.mT, heads) * between
     inverse = rates = None
     if rate is not None:
@@ -87,7 +87,7 @@ def by_chunk(
         eye = torch.eye(system.size(-1), dtype=system.dtype, device=system.device)
         inverse = torch.linalg.solve_triangular(system, eye.expand_as(system), upper=False, unitriangular=True)
     into = (total.exp() * spans.enters.unsqueeze(1)).unsqueeze(-1)
-    out = (total[..., -1:] - total).masked_fill(~spans.leaves.unsqueeze(1), -torch.inf).exp().unsqueeze(-1)
+    out = between[..., -1, :].unsqueeze(-1)  # 0 for tokens of samples that end before
     kept = (total[..., -1].exp() * spans.through).unsqueeze(-1).unsqueeze(-1)
     outputs, both = [], torch.cat((k, q), dim=-2)
     for i in range(spans.chunks):
@@ -108,8 +108,7 @@ class Spans:
     Attributes:
         seen: bool (chunks, C, C), whether a token sees another: one of its sample, not after it.
         enters: bool (chunks, C), whether a token is of the sample that the chunk before ended in.
-        leaves: bool (chunks, C), whether a token is of the sample that the chunk ends in.
-        through: bool (chunks, 1), whether these two are one.
+        through: bool (chunks, 1), whether that is the sample that the chunk ends in.
     """
 
     def __init__(self, T: int, positions: Tensor | None, like: Tensor) -> None:
@@ -124,7 +123,20 @@ class Spans:
         self.seen = (sample.unsqueeze(2) == sample.unsqueeze(1)) & causal
         last = sample[:, -1:]
         before = torch.cat((sample[:1, :1], last[:-1]))
-        self.enters, self.leaves, self.through = sample == before, sample == last, before == last
+        self.enters, self.through = sample == before, before == last
+
+    def decay_between(self, decay: Tensor) -> Tensor:
+        """Return by how much what a token added has decayed when another sees it, (B, chunks, heads, C, C).
+
+        It is the sum of the logarithms between the two, not a difference of sums from the start on, whose gradient
+        would be a small difference of large numbers.
+
+        Args:
+            decay: logarithms (B, chunks, heads, C).
+        """
+        after = torch.ones(self.size, self.size, dtype=torch.bool, device=decay.device).triu(1)
+        sums = decay.unsqueeze(-2).masked_fill(~after, 0).cumsum(-1).mT  # of the tokens after j up to i, in i and j
+        return sums.masked_fill(~self.seen.unsqueeze(1), -torch.inf).exp()
 
     def cut(self, x: Tensor) -> Tensor:
         """Return x (B, T, ...) as (B, chunks, C, ...), with zeros, which change no state, after the last token."""
