@@ -127,7 +127,7 @@ class Tape:
     def block(self, block: nn.Module, x: Tensor, layer: int, rotation: tuple[Tensor, Tensor] | None) -> None:
         expect(block, Block)
         assert isinstance(block, Block)
-        if block.attn is None or block.attn.gated:
+        if block.attn is None or block.attn.gated or block.mlp is None:
             raise Unsupported("a token mixer")
         n_1 = self.norm(block.norm_1, x, "n_1")
         h = self.norm(block.post_norm_1, self.attention(block.attn, n_1, layer, rotation), "h")

@@ -49,8 +49,8 @@ class Mixer(nn.Module):
             rows = zip(*(part.split(cache.lengths, 1) for part in parts), strict=True)
             return torch.cat([self.mix(row, None, own) for row, own in zip(rows, cache.caches, strict=True)], dim=1)
         if cache is None:
-            x = parts[0]
-            return self.recur(parts, segments and segments.positions, self.blank(len(x), x.device, x.dtype))[0]
+            x, positions = parts[0], segments.positions if segments else None
+            return self.recur(parts, positions, self.blank(len(x), x.device, x.dtype))[0]
         assert isinstance(cache, StateCache)
         y, carried = self.recur(parts, None, cache.tensors)
         cache.store(carried, parts[0].size(1))

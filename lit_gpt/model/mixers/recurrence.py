@@ -94,7 +94,7 @@ def by_chunk(
         found = by_head(both[:, i] @ by_group(state, groups), heads)  # of keys and queries in the state
         of_keys, of_queries = found.chunk(2, dim=-2)
         new = v[:, i]
-        if inverse is not None:
+        if inverse is not None and rates is not None:
             new = inverse[:, i] @ (rates[:, i] * (new - into[:, i] * of_keys))
         outputs.append(into[:, i] * of_queries + scores[:, i] @ new)
         added = by_head(k[:, i].mT @ by_group(out[:, i] * new, groups), heads)

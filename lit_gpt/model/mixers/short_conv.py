@@ -18,6 +18,7 @@ class ShortConvolution(Mixer):
         n, bias = config.n_embd, config.conv_bias
         self.qkv = Linear(n, 3 * n, bias=bias)  # rows as LFM2 has them: k, q, v
         self.projections = {"query": [(n, 2 * n)], "key": [(0, n)], "value": [(2 * n, 3 * n)]}
+        self.channels = n
         self.conv = CausalConvolution(n, config.conv_size, bias)
         self.proj = Linear(n, n, bias=bias)
 
@@ -32,4 +33,4 @@ class ShortConvolution(Mixer):
         return q * y, (tail,)
 
     def blank(self, rows: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        return (torch.zeros(rows, self.conv.size - 1, self.proj.in_features, device=device, dtype=dtype),)
+        return (torch.zeros(rows, self.conv.size - 1, self.channels, device=device, dtype=dtype),)
