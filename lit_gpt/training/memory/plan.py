@@ -147,7 +147,9 @@ class MemoryPlanner:
         else:
             one = self.simulate(self.with_mixers(few), row, checkpointing)
             more = Counter(mixers) - Counter(few)
-            longer = {kind: self.simulate(self.with_mixers([*few, kind]), row, checkpointing) for kind in more}
+            # within, so that the last layers, with which the backward pass begins, are the same
+            mixed = {kind: self.with_mixers([*few[:first], kind, *few[first:]]) for kind in more}
+            longer = {kind: self.simulate(config, row, checkpointing) for kind, config in mixed.items()}
             totals = asdict(one)
             for kind, figures in ((kind, asdict(plan)) for kind, plan in longer.items()):
                 totals |= {name: totals[name] + (figures[name] - a) * more[kind] for name, a in asdict(one).items()}
