@@ -143,7 +143,7 @@ def calibrated(base: BaseCheckpoint, ids: Tensor, dtype: torch.dtype) -> Iterato
     name = base.quantize or ""
     quantizer = FORMATS[name]
     assert isinstance(quantizer, FourBit), "8 bits are not calibrated"
-    chosen = {f"h.{i}.{path}.weight" for i in range(base.config.n_layer) for path in linears(base.config)}
+    chosen = {f"h.{i}.{path}.weight" for i in range(base.config.n_layer) for path in linears(base.config, i)}
     others = {key: tensor for key, tensor in base.state.items() if key not in chosen}
     yield from replace(base, state=others).quantized(dtype, ids.device)
     exact, quantized = (streams(base, ids, dtype, quantize) for quantize in (False, True))
@@ -151,7 +151,7 @@ def calibrated(base: BaseCheckpoint, ids: Tensor, dtype: torch.dtype) -> Iterato
     rotations = model_of(base).rotations(positions, (ids.size(1),), dtype)
     for layer in tqdm(range(base.config.n_layer), unit="block", disable=None):
         true, block = (block_of(base, layer, dtype, ids.device) for _ in range(2))
-        for path in linears(base.config):
+        for path in linears(base.config, layer):
             stats = statistics(true, block, path, exact, quantized, rotations[layer])
             weight = true.get_parameter(f"{path}.weight").float()
             parts = gptq.quantize(weight, stats, quantizer, dtype)
@@ -173,10 +173,10 @@ def model_of(base: BaseCheckpoint) -> GPT:
         return GPT(base.config)
 
 
-def linears(config: Config) -> list[str]:
+def linears(config: Config, layer: int) -> list[str]:
     """Return the paths of a block's linear layers, in the order in which they compute."""
     with torch.device("meta"):
-        return [path for path, module in Block(config, 0).named_modules() if isinstance(module, nn.Linear)]
+        return [path for path, module in Block(config, layer).named_modules() if isinstance(module, nn.Linear)]
 
 
 def block_of(base: BaseCheckpoint, layer: int, dtype: torch.dtype, device: torch.device) -> Block:

@@ -143,6 +143,40 @@ class Grouped(Place):
         return [torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], dim=1).flatten(0, 2)]
 
 
+@dataclass(frozen=True)
+class Interleaved(Place):
+    """Several modules' rows, one below the other, where a module's go group by group and a group holds all its parts.
+
+    Attributes:
+        groups: how many groups each module has.
+        parts: rows of each part in a group, for each module; here the rows of a part lie together.
+        order: in which order the parts of all modules follow each other here; (): as they come.
+    """
+
+    groups: tuple[int, ...]
+    parts: tuple[tuple[int, ...], ...]
+    order: tuple[int, ...] = ()
+
+    def to_lit(self, tensors: list[Tensor]) -> Tensor:
+        each = zip(tensors, self.groups, self.parts, strict=True)
+        parts = [part.flatten(0, 1) for t, n, sizes in each for part in t.unflatten(0, (n, -1)).split(sizes, dim=1)]
+        return torch.cat([parts[i] for i in self._order])
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        sizes = [n * size for n, own in zip(self.groups, self.parts, strict=True) for size in own]
+        pieces = tensor.split([sizes[i] for i in self._order])
+        by_part = dict(zip(self._order, pieces, strict=True))
+        parts = iter(by_part[i] for i in range(len(sizes)))
+        return [
+            torch.cat([next(parts).unflatten(0, (n, -1)) for _ in own], dim=1).flatten(0, 1)
+            for n, own in zip(self.groups, self.parts, strict=True)
+        ]
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        return self.order or tuple(range(sum(map(len, self.parts))))
+
+
 Table = Mapping[str, str | Place]
 
 

@@ -122,7 +122,7 @@ class Chat:
         finally:
             known = min(layer.length for layer in self.cache)  # Ctrl-C may come between layers
             truncate(self.cache, known)
-            self.cached = (prompt + ids)[:known]
+            self.cached = (prompt + ids)[: self.cache[0].length]
             self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
     def _watch(self, prompt: list[int], ids: list[int]) -> Iterator[int]:

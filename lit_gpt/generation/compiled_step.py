@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lit_gpt.errors import UsageError
 from lit_gpt.generation.sequence import Row, eager_step
 from lit_gpt.model.gpt import GPT
-from lit_gpt.model.kv_cache import DecodeCache, KVCache
+from lit_gpt.model.kv_cache import AttentionCache, DecodeCache, KVCache
 from lit_gpt.model.rope import Rotation
 
 aten = torch.ops.aten
@@ -34,6 +34,9 @@ class CompiledStep:
     def __init__(self, model: GPT) -> None:
         if model.config.n_expert:
             raise UsageError("--compile true: routed experts cannot be compiled; leave it out")
+        if recurrent := model.config.recurrent_layers:
+            mixer = model.config.mixer(recurrent[0])
+            raise UsageError(f"--compile true: the mixer {mixer} cannot be compiled; leave it out")
         kind = model.wte.weight.device.type
         if kind == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
             raise UsageError("--compile true: needs a C++ compiler on a CPU; install g++, or leave it out")
@@ -52,6 +55,7 @@ class CompiledStep:
             x = model.embed(idx, positions, (start + 1,))
             rotations = model.rotations(positions, (start + 1,), x.dtype)
             for block, rotation, layer in zip(model.h, rotations, cache, strict=True):
+                assert isinstance(layer, AttentionCache)
                 for tensor in () if self.ready else (layer.k, layer.v):  # so that caches of all sizes share the code
                     torch._dynamo.maybe_mark_dynamic(tensor, 2)
                 x = self.block(block, x, rotation, layer.k, layer.v, positions)

@@ -113,7 +113,7 @@ class Batch:
         piece: int | None = None,
     ) -> None:
         self.model, self.cache, self.step, self.choose, self.piece = model, cache, step, choose, piece
-        n = len(cache[0].k)
+        n = cache[0].rows
         self.slots = [cache] if n == 1 else [row_view(cache, i) for i in range(n)]
         self.rows: list[Row] = []  # those whose prompts are read come first; each has the slot of its place
         self.read = 0  # how many these are

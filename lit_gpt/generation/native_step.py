@@ -49,7 +49,7 @@ class NativeStep:
         if lengths != [length + 1 for length in self.lengths] or not all(map(is_, slots, self.slots)):
             outdated = self.model.training or changed(self.seen, versions(self.model))
             if outdated or self.tape.n < len(rows):
-                self.record(max(len(rows), len(cache[0].k)))
+                self.record(max(len(rows), cache[0].rows))
             self.tape.use(rows[0].cache if len(rows) == 1 else cache)
         self.slots, self.lengths = slots, lengths
         logits = self.tape.run([row.ids[-1] for row in rows], [length - 1 for length in lengths])

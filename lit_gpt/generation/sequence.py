@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_gpt.generation.sampling import Sampling
 from lit_gpt.model.gpt import GPT
-from lit_gpt.model.kv_cache import DecodeCache, KVCache
+from lit_gpt.model.kv_cache import KVCache
 
 
 @dataclass(eq=False)
@@ -47,8 +47,8 @@ def eager_step(model: GPT, rows: list[Row], cache: KVCache) -> Tensor:
         return model(idx, cache=slot, last=True)[:, -1]
     idx = torch.tensor([row.ids[-1:] for row in rows], device=device)
     lengths = tuple(len(row.ids) for row in rows)
-    positions, span = torch.tensor(lengths, device=device) - 1, (slice(len(rows)), slice(None), slice(max(lengths)))
-    logits = model(idx, cache=[DecodeCache(x.k[span], x.v[span], positions, lengths) for x in cache], last=True)
+    positions = torch.tensor(lengths, device=device) - 1
+    logits = model(idx, cache=[layer.decoding(len(rows), positions, lengths) for layer in cache], last=True)
     for row in rows:
         for layer in row.cache:
             layer.length += 1

@@ -32,7 +32,7 @@ class FastStep:
         if self.chosen is self.otherwise:
             return self.otherwise(rows, cache)
         try:  # not before: the first token, which comes from the prompt, need not wait for it
-            self.chosen = self.chosen or NativeStep(self.model, len(cache[0].k))
+            self.chosen = self.chosen or NativeStep(self.model, cache[0].rows)
             return self.chosen(rows, cache)
         except Unsupported:
             self.chosen = self.otherwise

@@ -14,7 +14,7 @@ from lit_gpt.methods.recording import RowChoice
 from lit_gpt.model.alibi import alibi_slopes
 from lit_gpt.model.attention import CausalSelfAttention
 from lit_gpt.model.gpt import GPT, Block
-from lit_gpt.model.kv_cache import KVCache
+from lit_gpt.model.kv_cache import AttentionCache, KVCache
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.mlp import GptNeoxMLP, SwiGLU
 from lit_gpt.model.norms import LayerNorms, PlainRMSNorm, QKNorm, RMSNorm, UnitOffsetRMSNorm
@@ -44,8 +44,9 @@ class Tape:
 
     def use(self, cache: KVCache) -> None:
         """Add to this cache, to its first places, from now on."""
-        self.cache, self.places = cache, cache[0].k.size(2)
-        pointers = [tensor.data_ptr() for layer in cache for tensor in (layer.k, layer.v)]
+        layers = [layer for layer in cache if isinstance(layer, AttentionCache)]  # all, of a model that is recorded
+        self.cache, self.places = cache, layers[0].k.size(2)
+        pointers = [tensor.data_ptr() for layer in layers for tensor in (layer.k, layer.v)]
         self.pointers = (ctypes.c_void_p * len(pointers))(*pointers)
 
     def run(self, tokens: list[int], positions: list[int]) -> Tensor:
@@ -130,6 +131,8 @@ class Tape:
     def block(self, block: nn.Module, x: Tensor, layer: int, rotation: tuple[Tensor, Tensor] | None) -> None:
         expect(block, Block)
         assert isinstance(block, Block)
+        if block.attn is None or block.attn.gated or block.mlp is None:
+            raise Unsupported("a token mixer")
         n_1 = self.norm(block.norm_1, x, "n_1")
         h = self.norm(block.post_norm_1, self.attention(block.attn, n_1, layer, rotation), "h")
         if not block.parallel:

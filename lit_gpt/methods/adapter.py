@@ -5,6 +5,9 @@ by a softmax of their own; what they find is added to the attention's output, mu
 at zero. A freshly attached model therefore gives exactly the base's logits.
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +15,7 @@ from lit_gpt.errors import UsageError
 from lit_gpt.methods.hyperparameters import AdapterConfig
 from lit_gpt.methods.method import Method, mark_trainable
 from lit_gpt.model.attention import CausalSelfAttention
-from lit_gpt.model.gpt import GPT
+from lit_gpt.model.gpt import GPT, Block
 from lit_gpt.model.sdpa import sdpa
 
 
@@ -64,11 +67,23 @@ class AdapterPrompt(nn.Module):
 
 
 def attach(model: GPT, config: AdapterConfig) -> GPT:
-    """Give the layers from `start_layer` on their prompts, in place, and let only what is attached train."""
-    attentions = [module for module in model.modules() if isinstance(module, CausalSelfAttention)]
-    if config.start_layer >= len(attentions):
-        raise UsageError(f"--adapter_start_layer {config.start_layer}: the model has only {len(attentions)} layers")
-    for attention in attentions[config.start_layer :]:
-        attention.prefix = AdapterPrompt(attention, config)
+    """Give the layers from `start_layer` on their prompts, in place, and let only what is attached train.
+
+    Raises:
+        UsageError: there is no attention from that layer on.
+    """
+    if not add_prompts(model, config):
+        raise UsageError(f"--adapter_start_layer {config.start_layer}: no layer from there on has attention; use LoRA")
     mark_trainable(model)
     return model
+
+
+def add_prompts(model: GPT, config: AdapterConfig) -> int:
+    """Give the layers from `start_layer` on that have attention their prompts, in place; return how many these are."""
+    layers, start = model.config.n_layer, config.start_layer
+    if start >= layers:
+        raise UsageError(f"--adapter_start_layer {start}: the model has only {layers} layers")
+    attentions = [block.attn for block in list(cast(Iterable[Block], model.h))[start:] if block.attn is not None]
+    for attention in attentions:
+        attention.prefix = AdapterPrompt(attention, config)
+    return len(attentions)

@@ -85,7 +85,7 @@ class TrainedNorm(nn.Module):
 
 def attach(model: GPT, config: AdapterConfig) -> GPT:
     """Attach Adapter, wrap every linear layer and every norm, in place, and let only what is attached train."""
-    adapter.attach(model, config)
+    adapter.add_prompts(model, config)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.LayerNorm | RMSNorm):
             model.set_submodule(name, TrainedNorm(module))

@@ -5,9 +5,10 @@ attached model gives exactly the base's logits.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from lit_gpt.methods.hyperparameters import LoRAConfig
 from lit_gpt.methods.method import LinearWrapper, Method, experts_of, mark_trainable
 from lit_gpt.methods.recording import DecodingTape
 from lit_gpt.model.config import Config
-from lit_gpt.model.gpt import GPT
+from lit_gpt.model.gpt import GPT, Block
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.moe import Experts, Routing, grouped_product
 from lit_gpt.quantization.modules import Quantized, QuantizedLinear, weight_of
@@ -129,16 +130,16 @@ def attach(model: GPT, config: LoRAConfig) -> GPT:
 
 def targets(model: GPT, config: LoRAConfig) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     """Yield the path of each linear layer to adapt, and the rows (start, stop) of its adapted projections."""
-    q, k, v = model.config.qkv_sizes
-    spans = {"query": (0, q), "key": (q, q + k), "value": (q + k, q + k + v)}
-    qkv = [span for name, span in spans.items() if getattr(config, name)]
-    for layer, block in enumerate(model.h):
-        if qkv:
-            yield f"h.{layer}.attn.qkv", qkv
+    n = model.config.n_embd
+    for layer, block in enumerate(cast(Iterable[Block], model.h)):
+        mixer = f"h.{layer}." + ("mixer" if block.attn is None else "attn")
+        projections = block.token_mixer.projections.items()
+        if qkv := sorted(span for name, spans in projections if getattr(config, name) for span in spans):
+            yield f"{mixer}.qkv", qkv
         if config.projection:
-            yield f"h.{layer}.attn.proj", [(0, model.config.n_embd)]
-        if config.mlp:
-            yield from ((f"h.{layer}.mlp.{path}", parts) for path, parts in mlp_targets(block.get_submodule("mlp")))
+            yield f"{mixer}.proj", [(0, n)]
+        if config.mlp and block.mlp is not None:
+            yield from ((f"h.{layer}.mlp.{path}", parts) for path, parts in mlp_targets(block.mlp))
     if config.head:
         yield "lm_head", [(0, model.config.padded_vocab_size)]
 

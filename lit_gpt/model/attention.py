@@ -8,7 +8,7 @@ from lit_gpt.kernels.attention import ScoreParams
 from lit_gpt.model.alibi import with_alibi
 from lit_gpt.model.config import Config
 from lit_gpt.model.inputs import Segments
-from lit_gpt.model.kv_cache import AnyCache, DecodeCache
+from lit_gpt.model.kv_cache import AnyCache, AttentionCache, DecodeCache, PackedPrefillCache
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.norms import QKNorm
 from lit_gpt.model.rope import Rotation
@@ -23,20 +23,57 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.n_head, self.n_query_groups, self.head_size = config.n_head, config.n_query_groups, config.head_size
-        self.sizes = config.qkv_sizes
+        self.sizes, self.gated = config.qkv_sizes, config.attention_gate
         scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
         self.scores = ScoreParams(scale, config.window(layer), config.attention_softcap)
         self.alibi, self.alibi_rounded, self.clip = config.alibi, config.alibi_rounded, config.clip_qkv
         self.sinks = nn.Parameter(torch.zeros(config.n_head)) if config.attention_sinks else None
-        # one product for all: rows of the queries, then of the keys, then of the values
-        self.qkv = Linear(config.n_embd, sum(self.sizes), bias=config.qkv_bias)
+        # one product for all: rows of the queries, then of the keys, the values, and what gates the output
+        gate = self.sizes[0] if self.gated else 0
+        self.qkv = Linear(config.n_embd, sum(self.sizes) + gate, bias=config.qkv_bias)
         self.qk_norm, self.norms_rotated = QKNorm(config) if config.qk_norm else None, config.qk_norm_rotated
         self.proj = Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
         self.register_module("prefix", None)
 
+    @property
+    def projections(self) -> dict[str, list[tuple[int, int]]]:
+        """Return the rows (start, stop) of `qkv` by the names under which methods adapt them: a gate is the query's."""
+        q, k, v = self.sizes
+        gate = [(q + k + v, 2 * q + k + v)] if self.gated else []
+        return {"query": [(0, q), *gate], "key": [(q, q + k)], "value": [(q + k, q + k + v)]}
+
+    def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
+        """Project x (B, T, n_embd) to what `mix` takes: queries, keys and values, and the output's gate if any."""
+        qkv = self.qkv(x)
+        if not self.norms_rotated:
+            qkv = self.normed(qkv)
+        if self.clip is not None:
+            qkv = qkv.clamp(-self.clip, self.clip)
+        if rotation is not None:
+            qkv = fused.rotate(qkv, rotation.cos, rotation.sin, self.n_head + self.n_query_groups, self.head_size)
+        if self.norms_rotated:
+            qkv = self.normed(qkv)
+        gate = (qkv[..., sum(self.sizes) :],) if self.gated else ()
+        q, k, v = qkv[..., : sum(self.sizes)].split(self.sizes, dim=-1)
+        if rotation is not None and rotation.query_scale is not None:
+            q = q * rotation.query_scale.to(q.dtype)
+        return *(y.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for y in (q, k, v)), *gate
+
+    def mix(self, parts: tuple[Tensor, ...], segments: Segments | None, cache: AnyCache | None) -> Tensor:
+        """Return the attention output (B, T, n_head * head_size) for what `project` gives."""
+        q, k, v, *gate = parts
+        y = self.attend(q, k, v, segments, cache)
+        return y * torch.sigmoid(gate[0]) if gate else y
+
+    def new_cache(self, rows: int, max_length: int, device: torch.device, dtype: torch.dtype) -> AttentionCache:
+        """Make an empty cache for sequences of up to `max_length` tokens."""
+        shape = rows, self.n_query_groups, max_length, self.head_size
+        return AttentionCache(*(torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"))
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, cache: AnyCache | None) -> Tensor:
         """Return the attention output (B, T, n_head * head_size) for q, k, v as `project_qkv` gives them."""
         if cache is not None:
+            assert isinstance(cache, AttentionCache | DecodeCache | PackedPrefillCache)
             k, v = cache.append(k, v)
         heads = q, k, v
         if self.alibi:
@@ -60,24 +97,12 @@ class CausalSelfAttention(nn.Module):
         Returns:
             Queries (B, n_head, T, head_size); keys and values (B, n_query_groups, T, head_size).
         """
-        qkv = self.qkv(x)
-        if not self.norms_rotated:
-            qkv = self.normed(qkv)
-        if self.clip is not None:
-            qkv = qkv.clamp(-self.clip, self.clip)
-        if rotation is not None:
-            qkv = fused.rotate(qkv, rotation.cos, rotation.sin, self.n_head + self.n_query_groups, self.head_size)
-        if self.norms_rotated:
-            qkv = self.normed(qkv)
-        q, k, v = qkv.split(self.sizes, dim=-1)
-        if rotation is not None and rotation.query_scale is not None:
-            q = q * rotation.query_scale.to(q.dtype)
-        q, k, v = (y.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for y in (q, k, v))
+        q, k, v, *_ = self.project(x, rotation)
         return q, k, v
 
     def normed(self, qkv: Tensor) -> Tensor:
         """Return the projections with normed queries and keys, if the model norms them."""
         if self.qk_norm is None:
             return qkv
-        q, k, v = qkv.split(self.sizes, dim=-1)
-        return torch.cat((*self.qk_norm(q, k), v), dim=-1)
+        q, k, rest = qkv.split((*self.sizes[:2], qkv.size(-1) - sum(self.sizes[:2])), dim=-1)
+        return torch.cat((*self.qk_norm(q, k), rest), dim=-1)

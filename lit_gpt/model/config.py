@@ -50,6 +50,17 @@ class Config:
     qk_norm_rotated: bool = False  # they are normed after they are rotated, not before
     clip_qkv: float | None = None  # queries, keys and values are clamped to this from 0 on either side
     attention_sinks: bool = False  # a score of each head's own, of a key without a value (Xiao et al. 2024)
+    attention_gate: bool = False  # a sigmoid of another projection multiplies what attention gives, element by element
+    # token mixers besides attention
+    mixers: list[str] = field(default_factory=list)  # each layer's: "attention" or a key of mixers.registry.MIXERS
+    conv_size: int = 4  # tokens that a mixer's convolution sees, itself included
+    conv_bias: bool = False
+    state_heads: int = 0  # a recurrence's state has so many heads, each (state_size, state_head_size)
+    state_head_size: int = 0  # of a value
+    state_groups: int = 0  # heads of queries and keys, which as many heads of values share
+    state_size: int = 0  # of a query or key
+    state_norm_eps: float = 1e-6  # of Mamba's norms of queries, keys and time steps
+    step_rank: int = 0  # Mamba's time steps are made of so many numbers
     # block
     parallel_residual: bool = False
     shared_attention_norm: bool = False  # with parallel_residual: attention and MLP read one norm
@@ -58,7 +69,7 @@ class Config:
     pre_norm: bool = True  # attention and MLP read norms of the stream
     post_norm: bool = False  # norms of what attention and MLP give are added to it
     residual_scale: float = 1.0  # multiplies what attention and MLP add, with sequential residuals
-    mlp_class: str = "GptNeoxMLP"  # or XIELUMLP, SwiGLU, MoE
+    mlp_class: str = "GptNeoxMLP"  # or XIELUMLP, SwiGLU, MoE; "": a block is a token mixer alone
     activation: str = "gelu"  # a key of lit_gpt.kernels.fused.ACTIVATIONS
     intermediate_size: int = 0  # 0: 4 * n_embd; of MoE: each expert's
     n_expert: int = 0  # how many experts an MoE has
@@ -113,6 +124,15 @@ class Config:
     def window(self, layer: int) -> int | None:
         """Return how many tokens one sees in this layer, itself included; None for all before it."""
         return None if layer in self.global_layers else self.sliding_window
+
+    def mixer(self, layer: int) -> str:
+        """Return by what this layer mixes tokens, "attention" unless `mixers` names another."""
+        return self.mixers[layer] if self.mixers else "attention"
+
+    @property
+    def recurrent_layers(self) -> list[int]:
+        """Return the layers that mix tokens by something else than attention."""
+        return [layer for layer in range(self.n_layer) if self.mixer(layer) != "attention"]
 
     @property
     def qkv_sizes(self) -> tuple[int, int, int]:

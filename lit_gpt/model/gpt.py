@@ -1,12 +1,12 @@
-"""The GPT: embedding, blocks of attention and MLP, head. One file for every family; Config chooses among its options.
+"""The GPT: embedding, blocks of token mixer and MLP, head. One file for every family; Config chooses among its options.
 
 Finetuning methods attach from outside: by wrapping linear layers and norms, or as an attention's `prefix`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from lit_gpt.errors import UsageError, UserError
 from lit_gpt.model.attention import CausalSelfAttention
 from lit_gpt.model.config import Config
 from lit_gpt.model.inputs import Segments, Targets
-from lit_gpt.model.kv_cache import AnyCache, DecodeCache, KVCache, LayerCache, PackedPrefillCache
+from lit_gpt.model.kv_cache import AnyCache, DecodeCache, KVCache, LayerCache, PackedPrefillCache, StateDecodeCache
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.loss import log_probabilities, summed_cross_entropy
+from lit_gpt.model.mixers.mixer import Mixer
+from lit_gpt.model.mixers.registry import MIXERS
 from lit_gpt.model.mlp import MLPS
 from lit_gpt.model.norms import norm
 from lit_gpt.model.rope import RotaryEmbedding, Rotation
@@ -51,7 +53,7 @@ class GPT(nn.Module):
         self,
         idx: Tensor,
         segments: Segments | None = None,
-        cache: KVCache | list[DecodeCache] | None = None,
+        cache: KVCache | list[DecodeCache | StateDecodeCache] | None = None,
         targets: Targets | None = None,
         last: bool = False,
     ) -> Tensor:
@@ -89,7 +91,7 @@ class GPT(nn.Module):
         self,
         idx: Tensor,
         segments: Segments | None = None,
-        cache: KVCache | list[DecodeCache] | list[PackedPrefillCache] | None = None,
+        cache: KVCache | list[DecodeCache | StateDecodeCache] | list[PackedPrefillCache] | None = None,
         length: int | None = None,
     ) -> Tensor:
         """Return the last block's output (B, T, n_embd), before norm and head; see `forward` for arguments and errors.
@@ -100,7 +102,7 @@ class GPT(nn.Module):
         first = cache[0] if cache else None
         if segments is not None:
             positions, lengths = segments.positions, segments.lengths
-        elif isinstance(first, DecodeCache):
+        elif isinstance(first, DecodeCache | StateDecodeCache):
             positions, lengths = first.positions.unsqueeze(1), first.lengths
         else:
             start = first.length if isinstance(first, LayerCache) else 0
@@ -152,9 +154,8 @@ class GPT(nn.Module):
 
     def kv_cache(self, batch_size: int, max_length: int) -> KVCache:
         """Make an empty cache in the model's dtype for `batch_size` sequences of up to `max_length` tokens."""
-        shape = (batch_size, self.config.n_query_groups, max_length, self.config.head_size)
-        new = partial(torch.zeros, shape, device=self.wte.weight.device, dtype=self.dtype)
-        return [LayerCache(new(), new()) for _ in self.h]
+        where = self.wte.weight.device, self.dtype
+        return [block.token_mixer.new_cache(batch_size, max_length, *where) for block in cast(Iterable[Block], self.h)]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -163,7 +164,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP around the residual stream.
+    """A token mixer, which is attention or another, and MLP around the residual stream.
 
     How it runs is `execution`'s to say, the seam for activation checkpointing and compilation.
     """
@@ -173,11 +174,13 @@ class Block(nn.Module):
         self.parallel, self.scale = config.parallel_residual, config.residual_scale
         pre, post = (partial(norm, config) if there else nn.Identity for there in (config.pre_norm, config.post_norm))
         self.norm_1 = pre()
-        self.attn = CausalSelfAttention(config, layer)
+        kind = config.mixer(layer)
+        self.attn = CausalSelfAttention(config, layer) if kind == "attention" else None
+        self.mixer = MIXERS[kind](config) if self.attn is None else None
         self.post_norm_1 = post()
-        self.norm_2 = None if config.shared_attention_norm else pre()
+        self.norm_2 = pre() if config.mlp_class and not config.shared_attention_norm else None
         mlp_class, intermediate_size = config.mlp(layer)
-        self.mlp = MLPS[mlp_class](config, intermediate_size)
+        self.mlp = MLPS[mlp_class](config, intermediate_size) if mlp_class else None
         self.post_norm_2 = post()
         self.execution = BlockExecution()
 
@@ -190,24 +193,32 @@ class Block(nn.Module):
         self, x: Tensor, rotation: Rotation | None, segments: Segments | None, cache: AnyCache | None
     ) -> Tensor:
         """Return the block's output for the arguments of `forward`, as a plain block computes it."""
-        n_1, q, k, v = self.execution.pre_attention(self, x, rotation)
-        y = self.attn.attend(q, k, v, segments, cache)
-        del q, k, v  # not to be held where no backward pass follows
+        n_1, *parts = self.execution.pre_attention(self, x, rotation)
+        y = self.token_mixer.mix(tuple(parts), segments, cache)
+        del parts  # not to be held where no backward pass follows
         return self.execution.post_attention(self, x, n_1, y)
+
+    @property
+    def token_mixer(self) -> CausalSelfAttention | Mixer:
+        mixer = self.mixer if self.attn is None else self.attn
+        assert mixer is not None
+        return mixer
 
     # what comes before attention and what after it are functions of tensors alone, fit to be compiled
 
-    def pre_attention(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the normed x, and its queries, keys and values."""
+    def pre_attention(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
+        """Return the normed x, and what the token mixer projects it to: queries, keys and values, for attention."""
         n_1 = self.execution.apply(self.norm_1, x)
-        return n_1, *self.attn.project_qkv(n_1, rotation)
+        return n_1, *self.token_mixer.project(n_1, rotation)
 
     def post_attention(self, x: Tensor, n_1: Tensor, y: Tensor) -> Tensor:
         """Return the block's output, from its input, the normed input, and what attention gives."""
         apply, scale = self.execution.apply, self.scale
-        h = self.post_norm_1(self.attn.proj(y))
+        h = self.post_norm_1(self.token_mixer.proj(y))
         if not self.parallel:
             x = torch.add(x, h, alpha=scale)
+        if self.mlp is None:
+            return x
         h_2 = self.post_norm_2(self.mlp(n_1 if self.norm_2 is None else apply(self.norm_2, x), apply))
         return x + h + h_2 if self.parallel else torch.add(x, h_2, alpha=scale)
 

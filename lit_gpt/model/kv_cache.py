@@ -1,16 +1,52 @@
-"""Keys and values of the tokens seen so far, for one sequence, a batch that decodes, or packed prompts."""
+"""What the layers keep of the tokens seen so far, for one sequence, a batch that decodes, or packed prompts: attention
+keys and values, a recurrence its state."""
+
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
 
 
-class LayerCache:
+class LayerCache(ABC):
+    """Holds what one layer keeps of the tokens seen so far."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.uses_long_rope = False  # whether keys are rotated as those of a long sequence; see GPT.needs_reread
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """Return how many sequences it has room for."""
+
+    @abstractmethod
+    def row(self, i: int) -> "LayerCache":
+        """Return an empty cache of one sequence, in the memory of a row."""
+
+    @abstractmethod
+    def copy_from(self, other: "LayerCache") -> None:
+        """Take over what is in another cache with as much room."""
+        self.length, self.uses_long_rope = other.length, other.uses_long_rope
+
+    @abstractmethod
+    def can_return_to(self, length: int) -> bool:
+        """Return whether the tokens after the first `length` can be dropped."""
+
+    def drop_after(self, length: int) -> None:
+        """Drop all but the first `length` tokens."""
+        self.length = min(self.length, length)
+
+    @abstractmethod
+    def decoding(self, rows: int, positions: Tensor, lengths: tuple[int, ...]) -> "DecodeCache | StateDecodeCache":
+        """Return the first rows as a cache to which each adds a token at its own position; see DecodeCache."""
+
+
+class AttentionCache(LayerCache):
     """Holds the keys and values of one layer for the tokens seen so far."""
 
     def __init__(self, k: Tensor, v: Tensor) -> None:
+        super().__init__()
         self.k, self.v = k, v  # (B, n_query_groups, max_length, head_size)
-        self.length = 0
-        self.uses_long_rope = False  # whether the keys are rotated as those of a long sequence; see GPT.needs_reread
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of new tokens, return those of all."""
@@ -18,6 +54,71 @@ class LayerCache:
         self.k[:, :, start : self.length] = k
         self.v[:, :, start : self.length] = v
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+    @property
+    def rows(self) -> int:
+        return len(self.k)
+
+    def row(self, i: int) -> "AttentionCache":
+        return AttentionCache(self.k[i : i + 1], self.v[i : i + 1])
+
+    def copy_from(self, other: LayerCache) -> None:
+        assert isinstance(other, AttentionCache)
+        super().copy_from(other)
+        for mine, theirs in ((self.k, other.k), (self.v, other.v)):
+            mine[:, :, : self.length] = theirs[:, :, : self.length]
+
+    def can_return_to(self, length: int) -> bool:
+        return True
+
+    def decoding(self, rows: int, positions: Tensor, lengths: tuple[int, ...]) -> "DecodeCache":
+        span = slice(rows), slice(None), slice(max(lengths))
+        return DecodeCache(self.k[span], self.v[span], positions, lengths)
+
+
+class StateCache(LayerCache):
+    """Holds what a recurrence carries from the last token on; there is no way back to an earlier one but the start.
+
+    Args:
+        tensors: (B, ...) each; zeros as long as the length is 0.
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.tensors = tensors
+
+    def store(self, carried: tuple[Tensor, ...], tokens: int) -> None:
+        """Replace what is carried, after so many more tokens."""
+        total, self.length = self.length + tokens, 0  # Ctrl-C may come between: what is half written counts for nothing
+        for old, new in zip(self.tensors, carried, strict=True):
+            old.copy_(new)
+        self.length = total
+
+    @property
+    def rows(self) -> int:
+        return len(self.tensors[0])
+
+    def row(self, i: int) -> "StateCache":
+        view = StateCache(tuple(x[i : i + 1] for x in self.tensors))
+        view.drop_after(0)
+        return view
+
+    def copy_from(self, other: LayerCache) -> None:
+        assert isinstance(other, StateCache)
+        super().copy_from(other)
+        for mine, theirs in zip(self.tensors, other.tensors, strict=True):
+            mine.copy_(theirs)
+
+    def can_return_to(self, length: int) -> bool:
+        return length in (0, self.length)
+
+    def drop_after(self, length: int) -> None:
+        super().drop_after(length)
+        for x in self.tensors if self.length == 0 else ():
+            x.zero_()
+
+    def decoding(self, rows: int, positions: Tensor, lengths: tuple[int, ...]) -> "StateDecodeCache":
+        return StateDecodeCache(tuple(x[:rows] for x in self.tensors), positions, lengths)
 
 
 class DecodeCache:
@@ -41,6 +142,14 @@ class DecodeCache:
         return self.k, self.v
 
 
+class StateDecodeCache(StateCache):
+    """Holds what a recurrence carries for rows that each are at a position of their own; see DecodeCache."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], positions: Tensor, lengths: tuple[int, ...]) -> None:
+        super().__init__(tensors)
+        self.positions, self.lengths = positions, lengths
+
+
 class PackedPrefillCache:
     """Adds a row of packed sequences to the caches, empty so far, of each sequence."""
 
@@ -49,6 +158,7 @@ class PackedPrefillCache:
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         for cache, *new in zip(self.caches, k.split(self.lengths, 2), v.split(self.lengths, 2), strict=True):
+            assert isinstance(cache, AttentionCache)
             cache.append(*new)
         return k, v
 
@@ -59,17 +169,19 @@ AnyCache = LayerCache | DecodeCache | PackedPrefillCache
 
 def row_view(cache: KVCache, row: int) -> KVCache:
     """Return a cache of one sequence, in the memory of a row of another."""
-    return [LayerCache(layer.k[row : row + 1], layer.v[row : row + 1]) for layer in cache]
+    return [layer.row(row) for layer in cache]
 
 
 def copy_cache(source: KVCache, target: KVCache) -> None:
     """Copy what is in one cache into another with as much room."""
     for old, new in zip(source, target, strict=True):
-        new.length, new.uses_long_rope = old.length, old.uses_long_rope
-        new.k[:, :, : old.length], new.v[:, :, : old.length] = old.k[:, :, : old.length], old.v[:, :, : old.length]
+        new.copy_from(old)
 
 
 def truncate(cache: KVCache, length: int) -> None:
-    """Drop all but the first `length` tokens."""
+    """Drop all but the first `length` tokens; or all, where a layer has a state, which cannot go back to there."""
+    length = min([length, *(layer.length for layer in cache)])
+    if not all(layer.can_return_to(length) for layer in cache):
+        length = 0
     for layer in cache:
-        layer.length = min(layer.length, length)
+        layer.drop_after(length)

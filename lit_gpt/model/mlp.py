@@ -91,6 +91,8 @@ class SwiGLU(nn.Module):
 class MoE(nn.Module):
     """Many SwiGLUs, the experts; each token goes through a few of them (Jiang et al. 2024, Mixtral of Experts).
 
+    All go through one more, if it has a shared expert, whose output a sigmoid of the token gates (Qwen Team 2024).
+
     Training has no loss besides that of the tokens. transformers' one that balances the experts' load is off as well,
     unless `output_router_logits` asks for it.
     """

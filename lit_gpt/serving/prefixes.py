@@ -28,7 +28,7 @@ class Prefixes:
     """
 
     def __init__(self, cache: KVCache | None) -> None:
-        self.free = [row_view(cache, i) for i in range(len(cache[0].k))] if cache else []
+        self.free = [row_view(cache, i) for i in range(cache[0].rows)] if cache else []
         self.kept: list[Kept] = []  # the least recently used first
 
     def keep(self, row: Row) -> None:

@@ -110,7 +110,7 @@ def test_a_file_whose_tensors_are_of_another_rank(tiny: Tiny, tmp_path):
 def test_fingerprints_tell_models_apart(tiny: Tiny):
     state = folder.load_state(tiny.folder)
     changed = {name: tensor.clone() for name, tensor in state.items()}
-    changed["h.1.attn.proj.weight"] += 1e-3
+    changed[next(name for name in changed if name.startswith("h.1.") and name.endswith(".proj.weight"))] += 1e-3
     assert folder.fingerprint(state) == folder.fingerprint(dict(reversed(state.items())))
     assert folder.fingerprint(state) != folder.fingerprint(changed)
 

@@ -16,6 +16,7 @@ from helpers.tiny_models import Tiny
 from lit_gpt import GPT
 from lit_gpt.checkpoints import folder
 from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.errors import UsageError
 from lit_gpt.families.registry import config_from_name
 from lit_gpt.methods import adapter, adapter_v2, finetuned_file, finetuned_model, lora
 from lit_gpt.methods.registry import config_class, make_method
@@ -38,7 +39,12 @@ def attach(request) -> Callable[[GPT], GPT]:
 
 def attached(tiny: Tiny, attach, scramble: bool = True, dtype=None) -> GPT:
     torch.manual_seed(1)
-    model = attach(load_model(tiny.folder, dtype))
+    model = load_model(tiny.folder, dtype)
+    if attach is not ATTACH["adapter_v2"] and all(block.attn is None for block in model.h):
+        with pytest.raises(UsageError, match="no layer from there on has attention; use LoRA"):
+            attach(model)
+        pytest.skip("refused")
+    model = attach(model)
     for parameter in finetuned_file.trained_state(model).values() if scramble else ():
         parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model

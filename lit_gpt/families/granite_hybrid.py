@@ -1,0 +1,79 @@
+"""Granite 4 hybrid (Granite Team 2025), its dense sizes: Granite with Mamba-2 in most layers, without positions."""
+
+from typing import Any
+
+from lit_gpt.errors import UserError
+from lit_gpt.families import granite, llama
+from lit_gpt.families.fields import refuse, tiny_size
+from lit_gpt.families.tables import Table
+from lit_gpt.model.config import Config
+
+MODEL_TYPES = ("granitemoehybrid",)
+
+_FACTORS: dict[str, Any] = dict(
+    embedding_multiplier=12.0, attention_multiplier=0.015625, logits_scaling=8.0, residual_multiplier=0.22
+)
+PRESETS = {
+    "granite-4.0-h-micro": llama.preset(
+        40, 32, 8, 2048, 8192, 100352, model_type="granitemoehybrid", shared_intermediate_size=8192, rms_norm_eps=1e-5,
+        max_position_embeddings=131072, num_local_experts=0, tie_word_embeddings=True, mamba_n_heads=64,
+        mamba_d_head=64, mamba_d_state=128,
+        layer_types=["attention" if i % 10 == 5 else "mamba" for i in range(40)], **_FACTORS,
+    ),
+}  # fmt: skip
+
+MIXERS = {"mamba": "mamba2", "linear_attention": "mamba2", "attention": "attention", "full_attention": "attention"}
+UNLIMITED: tuple[Any, ...] = (float("inf"), {"__float__": "Infinity"}, "Infinity")
+
+
+def config(hf: dict[str, Any]) -> dict[str, Any]:
+    refuse({"num_local_experts": 8} | hf, num_local_experts=0, mamba_n_groups=1, mamba_proj_bias=False)
+    refuse(hf, attention_bias=False, hidden_act="silu")
+    low, high = hf.get("time_step_limit") or (0.0, float("inf"))
+    if low != 0 or high not in UNLIMITED:
+        raise UserError(f"config.json: 'time_step_limit': {[low, high]} is not supported; expected [0, Infinity]")
+    kinds = hf.get("layer_types") or hf.get("layers_block_type") or ["mamba"] * hf["num_hidden_layers"]
+    if unknown := sorted(set(kinds) - set(MIXERS)):
+        raise UserError(f"config.json: layer_types {unknown} are not supported; expected {sorted(MIXERS)}")
+    heads = hf.get("mamba_n_heads", 128)
+    size = hf.get("mamba_d_head", "auto")
+    return granite.config(hf) | {
+        "intermediate_size": hf.get("shared_intermediate_size", 1024),
+        "unrotated_layers": [] if hf.get("position_embedding_type") == "rope" else list(range(len(kinds))),
+        "mixers": [MIXERS[kind] for kind in kinds],
+        "conv_size": hf.get("mamba_d_conv", 4),
+        "conv_bias": hf.get("mamba_conv_bias", True),
+        "state_heads": heads,
+        "state_head_size": hf.get("mamba_expand", 2) * hf["hidden_size"] // heads if size == "auto" else size,
+        "state_groups": 1,
+        "state_size": hf.get("mamba_d_state", 256),
+    }
+
+
+def weights(config: Config) -> Table:
+    mixer, mlp = "model.layers.{}.mamba", "model.layers.{}.shared_mlp."
+    return {
+        **llama.weights(config),
+        "h.{}.mixer": mixer,
+        "h.{}.mixer.qkv": mixer + ".in_proj",
+        "h.{}.mixer.conv": mixer + ".conv1d",
+        "h.{}.mixer.norm": mixer + ".norm",
+        "h.{}.mixer.proj": mixer + ".out_proj",
+        "h.{}.mlp.gate_up": mlp + "input_linear",
+        "h.{}.mlp.proj": mlp + "output_linear",
+    }
+
+
+def tiny_hf(**fields: Any) -> dict[str, Any]:
+    from transformers import GraniteMoeHybridConfig
+
+    own: dict[str, Any] = dict(
+        num_key_value_heads=2, num_local_experts=0, shared_intermediate_size=112, mamba_n_heads=8, mamba_d_head=16,
+        mamba_d_state=8, embedding_multiplier=3.0, attention_multiplier=0.125, residual_multiplier=0.4,
+        logits_scaling=2.0, layer_types=["mamba", "attention"],
+    )  # fmt: skip
+    size = tiny_size(**own | fields)
+    return {
+        "granite_hybrid-rope": GraniteMoeHybridConfig(**size, position_embedding_type="rope"),
+        "granite_hybrid": GraniteMoeHybridConfig(**size, tie_word_embeddings=True),
+    }

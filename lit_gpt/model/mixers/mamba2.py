@@ -1,0 +1,63 @@
+"""Mamba-2 (Dao & Gu 2024, Transformers are SSMs), as Granite 4 has it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_gpt.model.config import Config
+from lit_gpt.model.linear import Linear
+from lit_gpt.model.mixers import recurrence
+from lit_gpt.model.mixers.convolution import CausalConvolution
+from lit_gpt.model.mixers.mixer import Mixer
+from lit_gpt.model.norms import RMSNorm
+from lit_gpt.model.rope import Rotation
+
+
+class Mamba2(Mixer):
+    """Adds to its state each value as far as the token's time step goes, by which the state also decays.
+
+    The paper's B, C and x are keys, queries and values.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.heads, self.head_size = config.state_heads, config.state_head_size
+        self.groups, self.state_size = config.state_groups, config.state_size
+        keys, values = self.groups * self.state_size, self.heads * self.head_size
+        self.convolved = (values, keys, keys)
+        # rows of the output's gate, of the values, keys and queries, of the time step of each head
+        self.sizes = (values, sum(self.convolved), self.heads)
+        self.qkv = Linear(config.n_embd, sum(self.sizes), bias=False)
+        self.projections = {
+            "query": [(0, values), (2 * values + keys, 2 * values + 2 * keys)],
+            "key": [(2 * values, 2 * values + keys)],
+            "value": [(values, 2 * values)],
+        }
+        self.conv = CausalConvolution(sum(self.convolved), config.conv_size, config.conv_bias)
+        self.A_log = nn.Parameter(torch.arange(1, self.heads + 1).float().log())
+        self.dt_bias, self.D = nn.Parameter(torch.ones(self.heads)), nn.Parameter(torch.ones(self.heads))
+        self.norm = RMSNorm(values, config.norm_eps)
+        self.proj = Linear(values, config.n_embd, bias=False)
+
+    def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
+        return self.qkv(x).split(self.sizes, dim=-1)
+
+    def recur(
+        self, parts: tuple[Tensor, ...], positions: Tensor | None, carried: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        (gate, vkq, step), (state, tail) = parts, carried
+        vkq, tail = self.conv(vkq, tail, positions)
+        v, k, q = F.silu(vkq).split(self.convolved, dim=-1)
+        q, k = (x.unflatten(-1, (self.groups, -1)) for x in (q, k))
+        v = v.unflatten(-1, (self.heads, -1))
+        with torch.autocast(v.device.type, enabled=False):
+            step, A_log, dt_bias, D, v = (x.to(state.dtype) for x in (step, self.A_log, self.dt_bias, self.D, v))
+            step = F.softplus(step + dt_bias)
+            y, state = recurrence.run(q, k, v * step.unsqueeze(-1), -A_log.exp() * step, None, state, positions)
+            y = y + D.unsqueeze(-1) * v
+        return self.norm(y.flatten(2).to(gate.dtype) * F.silu(gate)), (state, tail)
+
+    def blank(self, rows: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        wide = torch.promote_types(dtype, torch.float32)
+        state = torch.zeros(rows, self.heads, self.state_size, self.head_size, device=device, dtype=wide)
+        return state, torch.zeros(rows, self.conv.size - 1, sum(self.convolved), device=device, dtype=dtype)

@@ -1,0 +1,36 @@
+"""Gated short convolution (Liquid AI 2025, LFM2 Technical Report): a few tokens of each channel, gated twice."""
+
+import torch
+from torch import Tensor
+
+from lit_gpt.model.config import Config
+from lit_gpt.model.linear import Linear
+from lit_gpt.model.mixers.convolution import CausalConvolution
+from lit_gpt.model.mixers.mixer import Mixer
+from lit_gpt.model.rope import Rotation
+
+
+class ShortConvolution(Mixer):
+    """Gives q * conv(k * v), of three projections of the input."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        n, bias = config.n_embd, config.conv_bias
+        self.qkv = Linear(n, 3 * n, bias=bias)  # rows as LFM2 has them: k, q, v
+        self.projections = {"query": [(n, 2 * n)], "key": [(0, n)], "value": [(2 * n, 3 * n)]}
+        self.channels = n
+        self.conv = CausalConvolution(n, config.conv_size, bias)
+        self.proj = Linear(n, n, bias=bias)
+
+    def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
+        return self.qkv(x).chunk(3, dim=-1)
+
+    def recur(
+        self, parts: tuple[Tensor, ...], positions: Tensor | None, carried: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        k, q, v = parts
+        y, tail = self.conv(k * v, *carried, positions)
+        return q * y, (tail,)
+
+    def blank(self, rows: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (torch.zeros(rows, self.conv.size - 1, self.channels, device=device, dtype=dtype),)
