@@ -73,7 +73,8 @@ def shared(row: Row, kept: Kept, model: GPT) -> int:
     """Return how many tokens a row begins with that are kept as it needs them, never all of its tokens."""
     if kept.lora != row.lora or not kept.ids or model.needs_reread(kept.cache[0], len(row.ids)):
         return 0
-    return min(common_prefix(kept.ids, row.ids), len(row.ids) - 1)
+    length = min(common_prefix(kept.ids, row.ids), len(row.ids) - 1)
+    return length if all(layer.can_return_to(length) for layer in kept.cache) else 0
 
 
 def computed(row: Row) -> Kept:
