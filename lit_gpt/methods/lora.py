@@ -143,7 +143,7 @@ def targets(model: GPT, config: LoRAConfig) -> Iterator[tuple[str, list[tuple[in
         yield "lm_head", [(0, model.config.padded_vocab_size)]
 
 
-def mlp_targets(mlp: nn.Module, config: Config) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+def mlp_targets(mlp: nn.Module | None, config: Config) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     """Yield what `targets` does for an MLP. Gate and up have an update each; the router stays as the base has it."""
     shared = getattr(mlp, "shared", None)
     for prefix, part, inner in ("", mlp, config.intermediate_size), ("shared.", shared, config.shared_expert_size):
