@@ -1,5 +1,5 @@
-"""The language models of Qwen 3.5 (Qwen Team 2026), dense and with experts: Qwen3-Next, but a gated delta net's input
-projections are stored apart."""
+"""The language models of Qwen 3.5 (Qwen Team 2026), the dense ones: Qwen3-Next without experts, and a gated delta
+net's input projections are stored apart."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from lit_gpt.families import llama, qwen3_next
 from lit_gpt.families.tables import Stacked, Table
 from lit_gpt.model.config import Config
 
-MODEL_TYPES = ("qwen3_5_text", "qwen3_5_moe_text")
+MODEL_TYPES = ("qwen3_5_text",)
 
 PRESETS = {
     "Qwen3.5-9B": llama.preset(32, 16, 4, 4096, 12288, 248320, model_type="qwen3_5_text", head_dim=256,
@@ -16,7 +16,7 @@ PRESETS = {
 
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
-    return qwen3_next.hybrid(hf) if hf["model_type"] == "qwen3_5_text" else qwen3_next.config(hf)
+    return qwen3_next.hybrid(hf)
 
 
 def weights(config: Config) -> Table:
@@ -28,10 +28,7 @@ def weights(config: Config) -> Table:
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:
-    from transformers import Qwen3_5MoeTextConfig, Qwen3_5TextConfig
+    from transformers import Qwen3_5TextConfig
 
     size = qwen3_next.tiny_size_of_hybrid(**fields)
-    return {
-        "qwen3_5_moe": Qwen3_5MoeTextConfig(**size | qwen3_next.TINY_EXPERTS),
-        "qwen3_5": Qwen3_5TextConfig(**size, tie_word_embeddings=True),
-    }
+    return {"qwen3_5": Qwen3_5TextConfig(**size, tie_word_embeddings=True)}

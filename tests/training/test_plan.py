@@ -30,18 +30,6 @@ def test_few_layers_tell_of_many(method, kind):
     assert astuple(few)[:-1] == pytest.approx(astuple(all_layers)[:-1], rel=0.002)
 
 
-@pytest.mark.parametrize("method", ["lora", "adapter"])
-def test_few_layers_of_each_token_mixer_tell_of_many(method):
-    """Which of them comes last decides on peaks a little."""
-    mixers = ["gated_delta_net", "gated_delta_net", "attention", "short_conv"] * 3
-    sizes = dict(state_heads=4, state_head_size=16, state_groups=2, state_size=8)
-    hybrid = replace(SMALL, n_layer=12, mixers=mixers, **sizes)
-    planner = planner_of(hybrid, method, cuda=True)
-    few, all_layers = planner.plan((ROW, 50), "full"), planner.simulate(hybrid, (ROW, 50), "full")
-    assert few.parameters == all_layers.parameters and few.trainable == all_layers.trainable
-    assert astuple(few)[:-1] == pytest.approx(astuple(all_layers)[:-1], rel=0.02)
-
-
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["selective", "full"])
 @pytest.mark.parametrize("method", METHODS)

@@ -5,7 +5,6 @@ while every storage that lives is counted. Blocks are alike, so two small models
 """
 
 import itertools
-from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -137,30 +136,16 @@ class MemoryPlanner:
         return self.plans[key]
 
     def extrapolated(self, row: Row, checkpointing: str) -> Plan:
-        """Return the plan for all layers, from what a few need, and what one more of each token mixer adds."""
-        mixers = [self.config.mixer(layer) for layer in range(self.config.n_layer)]
-        first = self.method.first_uniform_layer
-        kinds = list(dict.fromkeys(mixers[first:]))
-        few = mixers[:first] + (kinds if len(kinds) > 1 else 2 * kinds)  # layers, that all kinds are among them
-        if len(mixers) <= len(few) + 1:
+        """Return the plan for all layers, from what the first few need; of a hybrid, whose layers differ, from all."""
+        few = self.method.first_uniform_layer + 2  # layers, that all kinds are among them
+        if self.config.n_layer <= few + 1 or len({*self.config.mixers}) > 1:
             plan = self.simulate(self.config, row, checkpointing)
         else:
-            one = self.simulate(self.with_mixers(few), row, checkpointing)
-            more = Counter(mixers) - Counter(few)
-            # within, so that the last layers, with which the backward pass begins, are the same
-            mixed = {kind: self.with_mixers([*few[:first], kind, *few[first:]]) for kind in more}
-            longer = {kind: self.simulate(config, row, checkpointing) for kind, config in mixed.items()}
-            totals = asdict(one)
-            for kind, figures in ((kind, asdict(plan)) for kind, plan in longer.items()):
-                totals |= {name: totals[name] + (figures[name] - a) * more[kind] for name, a in asdict(one).items()}
-            merge = max(plan.merge for plan in longer.values())  # goes block by block
-            block = max(plan.weights for plan in longer.values()) - one.weights
-            plan = Plan(**totals | {"merge": merge, "block": block})
+            one, two = (self.simulate(replace(self.config, n_layer=n), row, checkpointing) for n in (few, few + 1))
+            more, figures = self.config.n_layer - few, asdict(two)
+            plan = Plan(**{name: a + (figures[name] - a) * more for name, a in asdict(one).items()})
+            plan = replace(plan, merge=two.merge, block=two.weights - one.weights)  # a merge goes block by block
         return (plan if self.cuda else plan.resident()).sharded(self.args.devices)
-
-    def with_mixers(self, mixers: list[str]) -> Config:
-        """Return the configuration of a model with these token mixers alone."""
-        return replace(self.config, n_layer=len(mixers), mixers=mixers)
 
     def choose_settings(self, rows: list[Row]) -> tuple[str, Row, Plan]:
         """Return the first activation checkpointing that the flags admit, and the first of `rows`, whose plan fits.
