@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
+from lit_gpt.errors import UsageError
 from lit_gpt.generation.engine import generate, new_generator, prompt_ids
 from lit_gpt.generation.sequence import Step
 from lit_gpt.generation.steps import FastStep
@@ -57,8 +58,13 @@ class LitGPT:
         Raises:
             UserError: the folder is no converted checkpoint, or the file does not fit it.
         """
+        if precision not in DTYPES:
+            raise UsageError(f"precision {precision!r}: expected one of {', '.join(DTYPES)}")
         base = BaseCheckpoint.open(Path(checkpoint_dir), quantize)
-        place = {"dtype": DTYPES[precision], "device": torch.device(device) if device else default_device()}
+        place: dict[str, Any] = {
+            "dtype": DTYPES[precision],
+            "device": torch.device(device) if device else default_device(),
+        }
         style = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else None
         if finetuned_path is None:
             model, style = base.build(**place), style or base.prompt_style
