@@ -21,7 +21,7 @@ ASKED = {"model": "base", "messages": [{"role": "user", "content": "the cat"}], 
 
 
 def post(server, body: bytes, path: str = CHAT, **headers) -> httpx.Response:
-    return httpx.post(server.url + path, content=body, headers=JSON | headers, timeout=60)
+    return CLIENT.post(server.url + path, content=body, headers=JSON | headers)
 
 
 def answer(server) -> str:
@@ -30,6 +30,8 @@ def answer(server) -> str:
     return reply.json()["choices"][0]["message"]["content"]
 
 
+# each request by a connection of its own, and no certificates to be read for each
+CLIENT = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
 GARBAGE = [
     b"", b"{", b"[]", b"null", b"3", b'"x"', b"\xff\xfe", b'{"model": "base", "messages": "\xe9"}', b"[" * 100_000,
     b'{"model": "base", "messages": [{"role": "user", "content": "\\ud83d"}]}', b'{"temperature": NaN}',
@@ -194,7 +196,7 @@ def test_sigterm_under_load(llama, tmp_path):
     (path,) = lora_files(folder, LORAS[:1])
     process = spawn(
         "generate/serve.py", checkpoint_dir=folder, loras=f"mine={path}", port=0, precision="fp32", context=256,
-        batch_size=2, drain_seconds=60,
+        batch_size=2, drain_seconds=60, prompt_style="chatml",
     )  # fmt: skip
     try:
         line = next(line for line in process.stderr if line.startswith("serving base, mine at http://127.0.0.1:"))
