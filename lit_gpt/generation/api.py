@@ -57,6 +57,8 @@ class LitGPT:
         Raises:
             UserError: the folder is no converted checkpoint, or the file does not fit it.
         """
+        if precision not in DTYPES:
+            raise UsageError(f"precision {precision!r}: expected one of {', '.join(DTYPES)}")
         base = BaseCheckpoint.open(Path(checkpoint_dir), quantize)
         place = DTYPES[precision], torch.device(device) if device else default_device()
         style = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else None

@@ -7,11 +7,13 @@ import pytest
 from helpers.methods import LORAS, lora_files
 from lit_gpt import LitGPT, Tokenizer
 from lit_gpt.errors import UserError
+from lit_gpt.text.prompt_style import PromptStyle
 
 
 def test_it_answers_as_the_scripts_do(cli, llama, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "base")
-    (path,) = lora_files(folder, LORAS[:1])
+    style = PromptStyle.from_name("alpaca", Tokenizer(folder)).to_dict()
+    (path,) = lora_files(folder, LORAS[:1], style=style)
     flags = {"checkpoint_dir": folder, "precision": "fp32", "max_new_tokens": 12, "seed": 5, "prompt": "the cat"}
     sampling = {"temperature": 0.9, "top_k": 30, "min_p": 0.01}
     for script, finetuned in (("generate/base.py", None), ("generate/lora.py", path)):

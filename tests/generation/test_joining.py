@@ -63,7 +63,7 @@ def run(schedule: random.Random, loras, step, piece: int | None) -> int:
 @pytest.mark.parametrize("piece", [None, 16])
 def test_random_schedules(loras, piece):
     step = FastStep(loras[0].model)
-    assert sum(run(random.Random(seed), loras, step if seed % 4 else None, piece) for seed in range(24)) == 240
+    assert sum(run(random.Random(seed), loras, step if seed % 4 else None, piece) for seed in range(12)) == 120
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,12 @@ class Running:
     url: str
     completions: Completions
 
-    def wait_until_idle(self) -> None:
-        """Wait until no answer is continued or waits, for half a minute at most."""
+    def wait_for(self, right: Callable[[int], bool]) -> None:
+        """Wait until so many answers are continued or wait, for half a minute at most."""
         deadline = time.monotonic() + 30
-        while self.completions.scheduler.unfinished:
+        while not right(self.completions.scheduler.unfinished):
             assert time.monotonic() < deadline
-            time.sleep(0.01)
+            time.sleep(0.001)
 
 
 @contextmanager

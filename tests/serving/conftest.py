@@ -13,7 +13,7 @@ def served(llama, tmp_path_factory):
     """A tiny Llama under the name base and four LoRAs, `lora0` to `lora3`, in fp32; three answers at a time."""
     folder = shutil.copytree(llama, tmp_path_factory.mktemp("served") / "base")
     files = {f"lora{i}": path for i, path in enumerate(lora_files(folder, LORAS))}
-    with running(folder, files, batch_size=3, context=200, max_queue=20) as server:
+    with running(folder, files, batch_size=3, context=256, max_queue=20) as server:
         yield server
 
 
