@@ -19,6 +19,7 @@ from lit_gpt.model.kv_cache import AnyCache, DecodeCache, KVCache, LayerCache, P
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.loss import log_probabilities, summed_cross_entropy
 from lit_gpt.model.mlp import MLPS
+from lit_gpt.model.noise import with_noise
 from lit_gpt.model.norms import norm
 from lit_gpt.model.rope import RotaryEmbedding, Rotation
 from lit_gpt.quantization.modules import QuantizedEmbedding, QuantizedLinear
@@ -37,6 +38,7 @@ class GPT(nn.Module):
         self.local_rope = self.rope
         if config.local_rope_base is not None:
             self.local_rope = RotaryEmbedding(replace(config, rope_base=config.local_rope_base, rope_scaling=None))
+        self.noise_alpha = 0.0  # of the noise on embeddings in training, see lit_gpt.model.noise
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -120,11 +122,11 @@ class GPT(nn.Module):
         x, scale, limit = self.wte(idx), self.config.embedding_scale, self.config.block_size
         if scale != 1.0:
             x = x * torch.tensor(scale, dtype=x.dtype)  # rounded as the weights are, since the models were trained so
-        if self.wpe is None:
-            return x
-        if max(lengths) > limit:
-            raise UserError(f"{max(lengths)} tokens exceed the model's {limit} learned positions; give it fewer")
-        return x + self.wpe(positions)
+        if self.wpe is not None:
+            if max(lengths) > limit:
+                raise UserError(f"{max(lengths)} tokens exceed the model's {limit} learned positions; give it fewer")
+            x = x + self.wpe(positions)
+        return with_noise(x, lengths, self.noise_alpha) if self.noise_alpha and self.training else x
 
     def postprocess_logits(self, logits: Tensor) -> Tensor:
         """Return logits from the head's output, which LoRA and Adapter v2 change before this."""

@@ -42,6 +42,12 @@ def check_quantized(args: TrainArgs, method: Method, quantize: str | None) -> No
         raise UsageError(f"{asked}: --strategy {args.devices.strategy} does not share out quantized weights; use ddp")
 
 
+def check_sharding(args: TrainArgs, method: Method) -> None:
+    """Refuse to share out among ranks what a method wants whole."""
+    if method.unsharded and args.devices.strategy in ("fsdp", "deepspeed"):
+        raise UsageError(f"{method.unsharded}: --strategy {args.devices.strategy} does not share that out; use ddp")
+
+
 def check_offload(args: TrainArgs, on_cuda: bool) -> None:
     """Refuse to offload where there is nothing to offload from."""
     if args.memory.activation_checkpointing == "offload" and not on_cuda:
