@@ -93,11 +93,20 @@ class ScaledKeysValues(FactorLayer):
         return linear
 
 
-class ScaledInput(FactorLayer):
-    """The last layer of an MLP, whose input is scaled."""
+class InputFactors(FactorLayer):
+    """Holds factors for the input of the last layer of an MLP, or of that of experts."""
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__(linear, cast(Experts, linear).in_features)
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        base = weight_of(self.linear)
+        return (base.float() * self.factors.unsqueeze(-2)).to(base.dtype)
+
+
+class ScaledInput(InputFactors):
+    """The last layer of an MLP, whose input is scaled."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(fused.scaled(x, self.factors, torch.zeros_like(self.factors)))
@@ -107,13 +116,8 @@ class ScaledInput(FactorLayer):
         tape.scale(x, self.factors.detach(), torch.zeros_like(self.factors))
         return tape.linear(self.linear, x, name)
 
-    @torch.no_grad()
-    def merged(self) -> Tensor:
-        base = weight_of(self.linear)
-        return (base.float() * self.factors.unsqueeze(-2)).to(base.dtype)
 
-
-class ScaledExpertsInput(ScaledInput):
+class ScaledExpertsInput(InputFactors):
     """The last layer of a layer's experts, each with factors of its own for what it is given."""
 
     def forward(self, x: Tensor, routes: Routing) -> Tensor:

@@ -29,7 +29,7 @@ VERA_START = 0.1  # of d (section 4 of the paper)
 class SharedFactors(nn.Module):
     """Holds an A and a B in float32 that several layers share."""
 
-    def __init__(self, A: torch.Size, B: torch.Size, config: LoRAConfig, device: torch.device) -> None:
+    def __init__(self, A: tuple[int, ...], B: tuple[int, ...], config: LoRAConfig, device: torch.device) -> None:
         super().__init__()
         self.lora_A, self.lora_B = (nn.Parameter(torch.zeros(s, device=device, dtype=torch.float32)) for s in (A, B))
         draw(self.lora_A, config)
@@ -80,11 +80,13 @@ class Factors(LinearWrapper):
         super().__init__(linear)
         self.parts, self.r, self.dropout, self.scale = parts, config.r, config.dropout, config.scale
         self.config, self.sizes = config, [stop - start for start, stop in parts]
-        self.shared = (shared,) if shared else ()  # a tuple: the module belongs to the model
+        self.shared: tuple[SharedFactors, ...] = (shared,) if shared else ()  # a tuple: it belongs to the model
         self.copies = config.copies if config.update == "multi" else 1
         self.squares: Tensor | None = None  # of the base's rows, once they are wanted
-        trained, kept = ((), ()) if shared else trained_and_kept(config)
+        trained: tuple[str, ...] = ()
+        kept: tuple[str, ...] = ()
         if not shared:
+            trained, kept = trained_and_kept(config)
             shapes = self.shapes(self.copies * self.r)
             self.lora_A, self.lora_B = (self.new(shape) for shape in shapes)
             draw(self.lora_A, config)
@@ -105,8 +107,8 @@ class Factors(LinearWrapper):
 
     def own_parameters(self) -> dict[str, nn.Parameter]:
         """Return what the layer has besides A and B."""
-        (*_, ranks, _), (*_, rows, _) = shapes = self.shapes(self.r)
-        update, own = self.config.update, {}
+        update, shapes, own = self.config.update, self.shapes(self.r), dict[str, nn.Parameter]()
+        ranks, rows = (shape[-2] for shape in shapes)
         if update == "multi":
             own["gate"] = self.new((*self.experts, rows, self.copies))
             bound = self.r**-0.5  # kaiming, of each copy by itself
@@ -168,7 +170,7 @@ class Factors(LinearWrapper):
         """
         if self.magnitude is None:
             return None
-        factors, pieces, at = self.magnitude / self.lengths(A, B), [], 0
+        factors, pieces, at = self.magnitude / self.lengths(A, B), list[Tensor](), 0
         for (start, stop), part in zip(self.parts, factors.split(self.sizes), strict=True):
             pieces += [part.new_ones(start - at), part]
             at = stop
