@@ -1,16 +1,10 @@
-"""Read and write PEFT's LoRA adapters: `adapter_config.json` with `adapter_model.safetensors`.
-
-A fused layer here has an A and a B for each projection in it; PEFT has one pair for each linear layer of transformers.
-The family's weight table says which rows of ours each of those holds. A projection that transformers has apart gets
-its pair as it is. A layer that it has fused gets the A's of its projections one below the other and their B's side by
-side, each in its own rows: a pair of r times as many ranks as projections, and the same update exactly.
-"""
+"""Read and write PEFT's LoRA adapters: `adapter_config.json` with `adapter_model.safetensors`."""
 
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +14,19 @@ from torch import Tensor
 
 from lit_gpt.checkpoints import io
 from lit_gpt.conversion import weights
+from lit_gpt.conversion.peft_layout import (
+    Layer,
+    Pairs,
+    Part,
+    lay_out,
+    lay_out_magnitudes,
+    layers,
+    lora_switches,
+    split,
+    to_magnitudes,
+    to_peft,
+)
 from lit_gpt.errors import UserError
-from lit_gpt.families.registry import family_of_config
 from lit_gpt.files import read_json
 from lit_gpt.methods import lora
 from lit_gpt.model.config import Config
@@ -32,50 +37,7 @@ NO_ADAPTER = (
     "{}: no adapter; expected adapter_model.safetensors beside adapter_config.json, as PEFT's save_pretrained writes"
 )
 PREFIX = "base_model.model."  # what PEFT puts before the names of transformers
-Pairs = dict[str, tuple[Tensor, Tensor]]  # {layer of transformers: A (r, in_features) and B (out_features, r)}
-Part = tuple[str, tuple[int, int]]  # the path of a layer here, and start and stop of a projection's rows in it
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer of transformers."""
-
-    name: str  # the module's
-    stored: str  # the name in files, which may be another than the module's since transformers 5
-    lit: str  # the layer here that holds its rows
-    rows: Tensor  # which of that layer's rows, in its own order; int64 (out_features,)
-
-
-def layers(config: Config) -> Iterator[Layer]:
-    """Yield the layers of transformers that hold a matrix; a tied head too, for it can have an adapter of its own."""
-    modules = getattr(family_of_config(config), "MODULES", {})
-    for row in weights.rows(replace(config, tie_embeddings=False)):
-        if len(row.shape) == 2 and row.lit.endswith(".weight"):
-            parts = row.place.to_hf(torch.arange(row.shape[0]))
-            for name, rows in zip(row.hf, parts, strict=True):
-                stored = name.removesuffix(".weight")
-                yield Layer(modules.get(stored, stored), stored, row.lit.removesuffix(".weight"), rows)
-
-
-def to_peft(model: GPT) -> Pairs:
-    """Return the pairs of a model with LoRA attached, under the names of transformers."""
-    attached, pairs = lora.lora_layers(model), {}
-    known = list(layers(model.config))
-    if apart := attached.keys() - {layer.lit for layer in known}:
-        raise UserError(f"LoRA of {min(apart)} cannot be a PEFT adapter: transformers has no linear layer there")
-    for layer in known:
-        if layer.lit not in attached:
-            continue
-        ours, As, Bs = attached[layer.lit], [], []
-        for (start, stop), A, B in zip(ours.parts, ours.lora_A.split(ours.r), ours.split_B(), strict=True):
-            own = (start <= layer.rows) & (layer.rows < stop)
-            if own.any():
-                As.append(A.detach())
-                Bs.append(B.new_zeros(len(layer.rows), ours.r))
-                Bs[-1][own] = B.detach()[layer.rows[own] - start]
-        if As:
-            pairs[layer.name] = torch.cat(As), torch.cat(Bs, dim=1)
-    return pairs
+MAGNITUDE = "lora_magnitude_vector"  # DoRA's lengths of rows, one of which a layer has beside its pair
 
 
 def write(folder: Path, model: GPT, config: lora.LoRAConfig, base_model: str) -> None:
@@ -87,6 +49,8 @@ def write(folder: Path, model: GPT, config: lora.LoRAConfig, base_model: str) ->
     """
     pairs = to_peft(model)
     tensors = {f"{PREFIX}{name}.lora_{x}.weight": t for name, pair in pairs.items() for x, t in zip("AB", pair)}  # noqa: B905
+    magnitudes = {name: tensor for name, tensor in to_magnitudes(model).items() if name in pairs}
+    tensors |= {f"{PREFIX}{name}.{MAGNITUDE}": tensor for name, tensor in magnitudes.items()}
     tensors = {name: tensor.float().contiguous() for name, tensor in tensors.items()}
     io.save_safetensors(folder / TENSORS, tensors, {"format": "pt"})
     contents = adapter_config(model.config, pairs, config) | {"base_model_name_or_path": base_model}
@@ -107,15 +71,15 @@ def adapter_config(model: Config, pairs: Pairs, config: lora.LoRAConfig) -> dict
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "r": r,
-        "lora_alpha": whole_if_possible(config.alpha * r / config.r),
+        "lora_alpha": whole_if_possible(config.scale * r),
         "lora_dropout": config.dropout,
         "target_modules": sorted({shortest(name, set(pairs), names) for name in pairs}),
         "rank_pattern": smaller,
-        "alpha_pattern": {key: whole_if_possible(config.alpha * k / config.r) for key, k in smaller.items()},
+        "alpha_pattern": {key: whole_if_possible(config.scale * k) for key, k in smaller.items()},
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": config.update == "dora",
         "modules_to_save": None,
         "init_lora_weights": True,
         "inference_mode": True,
@@ -133,14 +97,15 @@ def shortest(name: str, wanted: set[str], names: set[str]) -> str:
 
 
 def whole_if_possible(value: float) -> float:
-    """Return a whole number as an int."""
-    return int(value) if value == int(value) else value
+    """Return a whole number, up to the rounding of floats, as an int."""
+    return round(value) if math.isclose(value, round(value), rel_tol=1e-12) else value
 
 
 # Fields of adapter_config.json that `check_config` and `Targets` read, and those that say nothing about the function.
 READ = {
     "peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "bias",
-    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights",
+    "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
+    "init_lora_weights",
 }  # fmt: skip
 SAY_NOTHING = {
     "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "megatron_core",
@@ -173,6 +138,12 @@ def read(
     known = {layer.name: layer for layer in layers(config)}
     modules = {layer.stored: layer.name for layer in known.values()}
     pairs, others = read_pairs(Path(folder))
+    magnitudes = {
+        modules.get(name, name): others.pop(f"{name}.{MAGNITUDE}").float()
+        for name in pairs
+        if fields.get("use_dora") and f"{name}.{MAGNITUDE}" in others
+    }
+    check_magnitudes(magnitudes, pairs, fields, modules, Path(folder))
     pairs = {modules.get(name, name): pair for name, pair in pairs.items()}
     check_others(others, known, config, base, Path(folder))
     targets = Targets(fields, path)
@@ -186,13 +157,29 @@ def read(
             updates[layer.lit, span] = a, b, scale
     r = max(len(a) for a, _, _ in updates.values())
     default = fields["lora_alpha"] / (math.sqrt(fields["r"]) if fields.get("use_rslora") else fields["r"])
+    adapted: dict[str, Any] = {name: any(switches[part] == name for part in updates) for name in set(switches.values())}
     settings = lora.LoRAConfig(
         r=r,
         alpha=whole_if_possible(default * r),
         dropout=fields.get("lora_dropout") or 0.0,
-        **{name: any(switches[part] == name for part in updates) for name in set(switches.values())},
+        update="dora" if magnitudes else "plain",
+        **adapted,
     )
-    return settings, lay_out(config, settings, updates), targets.remarks(known)
+    state = lay_out(config, settings, updates)
+    if magnitudes:
+        state |= lay_out_magnitudes(config, settings, magnitudes, base)
+    return settings, state, targets.remarks(known)
+
+
+def check_magnitudes(
+    magnitudes: Mapping[str, Tensor], pairs: Pairs, fields: Mapping[str, Any], modules: Mapping[str, str], folder: Path
+) -> None:
+    """Refuse a DoRA adapter that lacks the magnitudes of a layer or has them in another shape."""
+    for name, (_, B) in pairs.items() if fields.get("use_dora") else ():
+        found = magnitudes.get(modules.get(name, name))
+        if found is None or found.shape != (len(B),):
+            shape = None if found is None else tuple(found.shape)
+            raise UserError(f"{folder}: of {name}.{MAGNITUDE} it holds {shape}; expected ({len(B)},), as use_dora says")
 
 
 def check_config(fields: Mapping[str, Any], path: Path) -> None:
@@ -337,60 +324,3 @@ def check_targets(pairs: Pairs, known: Mapping[str, Layer], targets: Targets, fo
     missing = [name for name, layer in known.items() if layer in targets and name not in pairs and layer.lit != "wte"]
     if missing and targets.fields.get("target_modules") != "all-linear":
         raise UserError(f"{folder}: lacks A and B of {missing[0]}, which {CONFIG} targets; is the file whole?")
-
-
-def lora_switches(config: Config) -> dict[Part, str]:
-    """Return {what LoRA can adapt: the switch of LoRAConfig for it}."""
-    with torch.device("meta"):
-        model = GPT(config)
-    switches = [name for name, value in asdict(lora.LoRAConfig()).items() if isinstance(value, bool)]
-    off = dict.fromkeys(switches, False)
-    return {
-        (path, span): name
-        for name in switches
-        for path, spans in lora.targets(model, lora.LoRAConfig(**off | {name: True}))
-        for span in spans
-    }
-
-
-def split(
-    layer: Layer, A: Tensor, B: Tensor, spans: list[tuple[int, int]], folder: Path
-) -> Iterator[tuple[tuple[int, int], Tensor, Tensor]]:
-    """Yield the rows of each projection that a layer of transformers holds, and its A and B.
-
-    In a fused layer a projection keeps the ranks that reach its rows; one that none reaches has no update. So what
-    `to_peft` put together comes apart as it was. In an adapter that has not been trained, B is zero and all are kept.
-    """
-    in_layer = [span for span in spans if bool(((span[0] <= layer.rows) & (layer.rows < span[1])).any())]
-    if not in_layer:
-        raise UserError(f"{folder}: adapts {layer.name}, for which there is no switch here")
-    if len(layer.rows) != len(B):
-        raise UserError(f"{folder}: B of {layer.name} is {tuple(B.shape)}; the model has {len(layer.rows)} rows there")
-    for start, stop in in_layer:
-        own = ((start <= layer.rows) & (layer.rows < stop)).nonzero().flatten()
-        part = torch.zeros(stop - start, B.shape[1])
-        part[layer.rows[own] - start] = B[own]
-        reach = part.any(dim=0) if len(in_layer) > 1 and B.any() else torch.ones(B.shape[1], dtype=torch.bool)
-        if reach.any():
-            yield (start, stop), A[reach], part[:, reach]
-
-
-def lay_out(
-    config: Config, settings: lora.LoRAConfig, updates: Mapping[Part, tuple[Tensor, Tensor, float]]
-) -> dict[str, Tensor]:
-    """Return the LoRA parameters of a model with these settings: A, and scaled B, of the updates, zeros elsewhere."""
-    with torch.device("meta"):
-        model = lora.attach(GPT(config), settings)
-    state: dict[str, Tensor] = {}
-    for path, layer in lora.lora_layers(model).items():
-        As, Bs = torch.zeros(layer.lora_A.shape), torch.zeros(layer.lora_B.shape)
-        sizes, columns = [stop - start for start, stop in layer.parts], As.shape[1]
-        for span, own_A, own_B in zip(layer.parts, As.split(settings.r), Bs.split(sizes), strict=True):
-            if (path, span) in updates:
-                A, B, scale = updates[path, span]
-                if A.shape[1] != columns:
-                    raise UserError(f"the adapter's A for {path} is {tuple(A.shape)}; expected {columns} columns")
-                own_A[: len(A)] = A
-                own_B[:, : len(A)] = B * (scale / (settings.alpha / settings.r))
-        state |= {f"{path}.lora_A": As, f"{path}.lora_B": Bs}
-    return state

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
+from lit_gpt.errors import UsageError
 from lit_gpt.generation.engine import generate, new_generator, prompt_ids
 from lit_gpt.generation.sequence import Step
 from lit_gpt.generation.steps import FastStep

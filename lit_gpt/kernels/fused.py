@@ -66,7 +66,7 @@ def low_rank_update(
 
 
 class _LowRankKernel(torch.autograd.Function):
-    """Keeps x and the low-rank product; which elements are dropped follows from a seed."""
+    """Keeps the low-rank product, and x if A trains; which elements are dropped follows from a seed."""
 
     @staticmethod
     def forward(ctx, y, x, A, B, threshold, parts, factor):
@@ -74,19 +74,20 @@ class _LowRankKernel(torch.autograd.Function):
         ctx.rest = threshold, *map(list, zip(*parts, strict=True)), factor
         low = ops.lora_(y, x, A, B, seed, *ctx.rest)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, A, B, seed, low)
+        ctx.save_for_backward(x if trains(ctx, 2) else None, A, B, seed, low)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, A, B, seed, low = ctx.saved_tensors
-        x_grad, *grads = ops.lora_backward(grad.contiguous(), x, A, B, seed, *ctx.rest, low)
-        return grad, x_grad if ctx.needs_input_grad[1] else None, *grads, None, None, None
+        x_grad, A_grad, B_grad = ops.lora_backward(grad.contiguous(), x, A, B, seed, *ctx.rest, low)
+        x_grad, A_grad = (x_grad if ctx.needs_input_grad[1] else None), (None if x is None else A_grad)
+        return grad, x_grad, A_grad, B_grad, None, None, None
 
 
 class _LowRankUpdate(torch.autograd.Function):
-    """Keeps x, one bit per element of it, and the low-rank product."""
+    """Keeps the low-rank product, one bit per element of x, and x itself if A trains."""
 
     @staticmethod
     def forward(ctx, y, x, A, B, bits, parts, factor):
@@ -99,7 +100,8 @@ class _LowRankUpdate(torch.autograd.Function):
             else:
                 columns.add_(rows @ weight.t())
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x, A, B, low, bits)
+        ctx.save_for_backward(x if trains(ctx, 2) else None, A, B, low, bits)
+        ctx.dtype = x.dtype
         return y
 
     @staticmethod
@@ -114,9 +116,16 @@ class _LowRankUpdate(torch.autograd.Function):
         low_grad = torch.cat(low_grads, dim=-1)
         x_grad = None
         if ctx.needs_input_grad[1]:
-            x_grad = _dropped((low_grad @ A.to(low.dtype)).to(grad.dtype), bits).to(x.dtype)
-        A_grad = low_grad.t() @ _dropped(x.to(grad.dtype), bits).to(low.dtype)
-        return grad, x_grad, A_grad.to(A.dtype), torch.cat(B_grads).to(B.dtype).mul_(ctx.factor), None, None, None
+            x_grad = _dropped((low_grad @ A.to(low.dtype)).to(grad.dtype), bits).to(ctx.dtype)
+        A_grad = None
+        if x is not None:
+            A_grad = (low_grad.t() @ _dropped(x.to(grad.dtype), bits).to(low.dtype)).to(A.dtype)
+        return grad, x_grad, A_grad, torch.cat(B_grads).to(B.dtype).mul_(ctx.factor), None, None, None
+
+
+def trains(ctx: Any, i: int) -> bool:
+    """Return whether a function's argument `i` gets a gradient."""
+    return getattr(ctx, "needs_input_grad", ())[i : i + 1] == (True,)
 
 
 def _parts(ctx: Any, y: Tensor, low: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -182,22 +182,24 @@ def lora_(
     return low
 
 
-def _lora_grads(grad: Tensor, x: Tensor, A: Tensor, B: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(x), torch.empty_like(A), torch.empty_like(B)
+def _lora_grads(grad: Tensor, x: Tensor | None, A: Tensor, B: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x_grad = grad.new_empty(len(grad), A.size(1))
+    return x_grad, A.new_empty(0) if x is None else torch.empty_like(A), torch.empty_like(B)
 
 
-@_operator(f"lora_backward(Tensor grad, Tensor x, {_LORA}, Tensor low) -> (Tensor, Tensor, Tensor)", _lora_grads)
+@_operator(f"lora_backward(Tensor grad, Tensor? x, {_LORA}, Tensor low) -> (Tensor, Tensor, Tensor)", _lora_grads)
 def lora_backward(
-    grad: Tensor, x: Tensor, A: Tensor, B: Tensor, seed: Tensor, threshold: int,
+    grad: Tensor, x: Tensor | None, A: Tensor, B: Tensor, seed: Tensor, threshold: int,
     starts: list[int], stops: list[int], factor: float, low: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of x, through the update alone, of A and of B."""
+    """Return the gradients of x, through the update alone, of A, which is empty without x, and of B."""
     r, (wide_A, wide_B) = B.size(1), _pad_ranks(A, B)
     grads = x_grad, A_grad, B_grad = _lora_grads(grad, x, wide_A, wide_B)
     parts = len(starts), wide_B.size(1), _int_array(starts), _int_array(stops)
     weights = wide_A, wide_B, len(B), factor, seed.item(), threshold
-    _call("lora", "lora_backward", x, len(x), x.size(1), grad, x, *weights, *parts, low, grad.size(1), *grads)
-    if r % 8:
+    sizes = len(grad), A.size(1)
+    _call("lora", "lora_backward", grad, *sizes, grad, x, *weights, *parts, low, grad.size(1), *grads)
+    if r % 8 and x is not None:
         A_grad = A_grad.unflatten(0, (len(starts), -1))[:, :r].flatten(0, 1)
     return x_grad, A_grad.to(A.dtype), B_grad[:, :r].to(B.dtype)
 

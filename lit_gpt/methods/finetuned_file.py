@@ -16,18 +16,31 @@ FORMAT_VERSION = 1
 RECORD = {"format_version", "method", "base", "state", "hyperparameters", "prompt_style"}
 
 
+def file_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what a finetuned file holds, by name: what trains, and what attached modules name in `kept_parameters`.
+
+    The latter is frozen, but cannot be had from the base again, such as a random matrix.
+    """
+    kept = {
+        f"{path}.{name}".removeprefix(".")
+        for path, module in model.named_modules()
+        for name in getattr(module, "kept_parameters", ())
+    }
+    return {name: p for name, p in model.named_parameters() if p.requires_grad or name in kept}
+
+
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return what trains, the only tensors that a finetuned file holds, each whole. All ranks must ask together."""
-    return {name: gather(p).detach() for name, p in model.named_parameters() if p.requires_grad}
+    """Return what a finetuned file holds, each tensor whole. All ranks must ask together."""
+    return {name: gather(p).detach() for name, p in file_parameters(model).items()}
 
 
 def load_trained(model: nn.Module, state: Mapping[str, Tensor], source: Path | str) -> None:
-    """Copy a finetuned file's tensors into the parameters that train.
+    """Copy a finetuned file's tensors into the parameters that it holds.
 
     Raises:
         UserError: the names or shapes differ.
     """
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    parameters = file_parameters(model)
     check_state(parameters, state, source)
     with torch.no_grad():
         for name, parameter in parameters.items():

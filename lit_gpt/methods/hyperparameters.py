@@ -1,10 +1,22 @@
 """The hyperparameters of each method, as groups of flags. Nothing here imports torch."""
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from lit_gpt.cli import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from lit_gpt.errors import UsageError
+
+# What cannot be combined: values of LoRAConfig's fields, and why.
+CONTRADICTIONS: tuple[tuple[dict[str, tuple[Any, ...]], str], ...] = (
+    (
+        {"update": ("vera", "tied", "multi"), "init": ("pissa", "olora")},
+        "each layer would need matrices of its own that all train; expected --lora_init kaiming",
+    ),
+    ({"update": ("vera",), "init": ("gaussian",)}, "its frozen matrices are drawn kaiming; leave it out"),
+    ({"update": ("vera",), "train": ("B",)}, "its B is frozen as its A is; leave it out"),
+    ({"update": ("vera",), "scaling": ("sqrt_r",)}, "its learned vectors are the only scale; leave it out"),
+)
 
 
 @dataclass(frozen=True)
@@ -22,10 +34,34 @@ class LoRAConfig:
     projection: bool = False  # Adapt the attention's output projection.
     mlp: bool = False  # Adapt the MLP's linear layers.
     head: bool = False  # Adapt the output head.
+    update: Literal["plain", "dora", "vera", "tied", "multi"] = "plain"  # Make the updates in this form.
+    copies: PositiveInt = 3  # Sum this many updates of each projection, where lora_update is multi.
+    init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"  # Start A, or A and B, from this.
+    scaling: Literal["r", "sqrt_r"] = "r"  # Divide lora_alpha by the rank or by its root (rsLoRA).
+    train: Literal["both", "B"] = "both"  # Train A and B, or B alone beside a random A that stays (LoRA-FA).
+    lr_ratio: PositiveFloat = 1.0  # Train B at this many times the learning rate (LoRA+: 16).
 
     def __post_init__(self) -> None:
         if not any((self.query, self.key, self.value, self.projection, self.mlp, self.head)):
             raise UsageError("--lora_query and the other projections are all false: nothing would be trained")
+        for values, why in CONTRADICTIONS:
+            if all(getattr(self, name) in refused for name, refused in values.items()):
+                given = " with ".join(f"--lora_{name} {getattr(self, name)}" for name in values)
+                raise UsageError(f"{given}: {why}")
+        if self.update == "vera" and self.lr_ratio != 1:
+            raise UsageError(f"--lora_update vera with --lora_lr_ratio {self.lr_ratio}: its B does not train")
+
+    @property
+    def scale(self) -> float:
+        """Return the factor of B A. VeRA has none: its learned vectors scale the update."""
+        if self.update == "vera":
+            return 1.0
+        return self.alpha / (self.r if self.scaling == "r" else math.sqrt(self.r))
+
+    @property
+    def changes_start(self) -> bool:
+        """Return whether A and B start from the base's weights, and what they start with is subtracted again."""
+        return self.init in ("pissa", "olora")
 
 
 @dataclass(frozen=True)
@@ -36,6 +72,21 @@ class AdapterConfig:
 
     prompt_length: PositiveInt = 10  # Learn this many vectors that each adapted layer attends to.
     start_layer: NonNegativeInt = 2  # Adapt layers from this one on, counted from 0.
+
+
+@dataclass(frozen=True)
+class IA3Config:
+    """IA3"""
+
+    prefix: ClassVar[str] = "ia3_"
+
+    key: bool = True  # Scale the attention's keys.
+    value: bool = True  # Scale the attention's values.
+    mlp: bool = True  # Scale what the MLP's last layer is given.
+
+    def __post_init__(self) -> None:
+        if not any((self.key, self.value, self.mlp)):
+            raise UsageError("--ia3_key, --ia3_value and --ia3_mlp are all false: nothing would be trained")
 
 
 @dataclass(frozen=True)

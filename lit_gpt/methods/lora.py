@@ -1,10 +1,11 @@
 """LoRA (Hu et al. 2021, arXiv 2106.09685): each chosen projection W gets an update (alpha / r) B A of rank r.
 
-Attaches to a base GPT that exists, by wrapping its linear layers. A is random and B zero at first, so that a freshly
-attached model gives exactly the base's logits.
+Attaches to a base GPT that exists, by wrapping its linear layers. What A and B are made of differs by method, see
+lit_gpt.methods.lora_factors; at first the update is zero, so that a freshly attached model gives exactly the base's
+logits.
 """
 
-import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,19 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt.checkpoints import io
-from lit_gpt.errors import UserError
+from lit_gpt.errors import UsageError, UserError
 from lit_gpt.hardware import on_meta
 from lit_gpt.kernels import fused
+from lit_gpt.methods import finetuned_file, lora_init
 from lit_gpt.methods.hyperparameters import LoRAConfig
-from lit_gpt.methods.method import LinearWrapper, Method, experts_of, mark_trainable
+from lit_gpt.methods.lora_factors import Factors, Parts, SharedFactors
+from lit_gpt.methods.method import Method, experts_of, mark_trainable, with_weight
 from lit_gpt.methods.recording import DecodingTape
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT, Block
-from lit_gpt.model.linear import Linear
 from lit_gpt.model.moe import Experts, Routing, grouped_product
 from lit_gpt.quantization.modules import Quantized, QuantizedLinear, weight_of
 
 NAME = "lora"
+Target = tuple[str, nn.Module, Parts]  # path of a layer, the layer, and the rows of its adapted projections
 
 
 class LoRA(Method):
@@ -35,11 +38,26 @@ class LoRA(Method):
 
     name = NAME
     merges = True
-    free_settings = frozenset({"dropout"})
+    free_settings = frozenset({"dropout", "lr_ratio"})
     config: LoRAConfig
 
     def attach(self, model: GPT) -> GPT:
         return attach(model, self.config)
+
+    def initialize(self, model: GPT) -> None:
+        lora_init.initialize(lora_layers(model).values(), self.config)
+
+    def learning_rate_ratio(self, name: str) -> float:
+        return self.config.lr_ratio if name.endswith("lora_B") else 1.0
+
+    @property
+    def unsharded(self) -> str | None:
+        plain = LoRAConfig()
+        for name in ("update", "init", "train", "lr_ratio"):
+            value = getattr(self.config, name)
+            if value not in (getattr(plain, name), "multi", "gaussian"):
+                return f"--lora_{name} {value}"
+        return None
 
     def merge(self, model: GPT) -> GPT:
         return merge(model)
@@ -49,31 +67,10 @@ class LoRA(Method):
             layer.merged()
 
 
-class LoRALayer(LinearWrapper):
-    """Holds low-rank updates of some rows of a layer, in float32; for products they are cast to the input's dtype.
+class LoRALayer(Factors):
+    """Holds low-rank updates of some rows of a layer, in float32; for products they are cast to the input's dtype."""
 
-    Args:
-        linear: the base, a module from (..., in_features) to (..., out_features).
-        parts: (start, stop) of the rows of each projection within the layer that is adapted; each has its own A and B,
-            while the product with all A's is one.
-    """
-
-    trained_parameters = ("lora_A", "lora_B")
-
-    def __init__(self, linear: nn.Module, parts: list[tuple[int, int]], config: LoRAConfig) -> None:
-        super().__init__(linear)
-        self.parts, self.r, self.dropout = parts, config.r, config.dropout
-        self.scale = config.alpha / config.r
-        self.sizes = [stop - start for start, stop in parts]
-        shapes = (*self.experts, len(parts) * self.r, self.in_features), (*self.experts, sum(self.sizes), self.r)
-        device = next(linear.parameters()).device
-        self.lora_A, self.lora_B = (nn.Parameter(torch.zeros(s, device=device, dtype=torch.float32)) for s in shapes)
-        nn.init.kaiming_uniform_(self.lora_A.detach().flatten(0, -2), a=math.sqrt(5))
-
-    def split_B(self) -> tuple[Tensor, ...]:
-        """Return the B (..., stop - start, r) of each part."""
-        return self.lora_B.split(self.sizes, dim=-2)
-
+    @torch.no_grad()
     def merged(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the base's weight plus the updates, in the weight's shape, computed in float32.
 
@@ -83,9 +80,12 @@ class LoRALayer(LinearWrapper):
         """
         base = weight_of(self.linear)
         weight = base.to(torch.float32, copy=True)  # the original may be tied, or mapped
-        with torch.no_grad():
-            for (start, stop), A, B in zip(self.parts, self.lora_A.split(self.r, dim=-2), self.split_B(), strict=True):
-                weight[..., start:stop, :] += self.scale * (B @ A)
+        for (start, stop), A, B in self.pairs():
+            weight[..., start:stop, :] += self.scale * (B @ A)
+        if self.magnitude is not None:
+            for (start, stop), lengths in zip(self.parts, self.magnitude.split(self.sizes), strict=True):
+                rows = weight[start:stop]
+                rows *= (lengths / rows.norm(dim=1)).unsqueeze(1)
         return weight.to(dtype or base.dtype)
 
 
@@ -94,16 +94,29 @@ class LoRALinear(LoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, dropout = x.reshape(-1, self.in_features), self.dropout if self.training else 0.0
+        A, B = self.factors()
         y = self.linear(rows)  # of rows it is no view even with a bias, and views are dear to change in place
-        y = fused.low_rank_update(y, rows, self.lora_A, self.lora_B, self.parts, self.scale, dropout)
+        y = fused.low_rank_update(y, rows, A, B, self.parts, self.scale, dropout)
+        scale = self.output_scale(A, B)
+        if scale is not None:
+            y = fused.scaled(y, scale, self.shift(scale))
         return y.view(*x.shape[:-1], self.out_features)
+
+    def shift(self, scale: Tensor) -> Tensor:
+        """Return what is to be added to the output before it is scaled, so that its bias stays as it is."""
+        bias = getattr(self.linear, "bias", None)
+        return torch.zeros_like(scale) if bias is None else bias.float() / scale - bias.float()
 
     def record(self, tape: DecodingTape, x: Tensor, name: str) -> Tensor:
         """Add the layer to a decoding tape."""
-        low = tape.lora_down(self.lora_A.to(tape.dtype), x, by_row=False)
+        A, factor = self.factors()[0], self.scale
+        low = tape.lora_down(A.to(tape.dtype), x, by_row=False)
         y = tape.linear(self.linear, x, name)
-        for part, (rows, B) in enumerate(zip(self.parts, self.split_B(), strict=True)):
-            tape.lora_up(y, low, part * self.r, (B * self.scale).to(tape.dtype).t().contiguous(), rows, by_row=False)
+        for part, (rows, _, B) in enumerate(self.pairs()):
+            tape.lora_up(y, low, part * self.rank, (B * factor).to(tape.dtype).t().contiguous(), rows, by_row=False)
+        scale = self.output_scale(*self.factors())
+        if scale is not None:
+            tape.scale(y, scale, self.shift(scale))
         return y
 
 
@@ -113,22 +126,71 @@ class LoRAExperts(LoRALayer):
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
         """Return (rows, out_features) of x (rows, in_features), whose rows are sorted by expert."""
         dropped = F.dropout(x, self.dropout, self.training)
-        low = grouped_product(dropped, self.lora_A, routes.counts).split(self.r, dim=-1)
-        updates = [grouped_product(*pair, routes.counts) for pair in zip(low, self.split_B(), strict=True)]
+        A, B = self.factors()
+        low = grouped_product(dropped, A, routes.counts).split(self.rank, dim=-1)
+        parts = zip(low, B.split(self.sizes, dim=-2), strict=True)
+        updates = [grouped_product(*pair, routes.counts) for pair in parts]
         return self.linear(x, routes).add(torch.cat(updates, dim=-1), alpha=self.scale)
 
 
 def attach(model: GPT, config: LoRAConfig) -> GPT:
-    """Wrap the chosen projections of `model`, in place, and let only the updates train."""
-    for path, parts in targets(model, config):
-        layer = model.get_submodule(path)
+    """Wrap the chosen projections of `model`, in place, and let only the updates train.
+
+    What starts from the base's weights gets its start from `lora_init.initialize`.
+
+    Raises:
+        UsageError: the form of the updates does not go with some layer.
+    """
+    wanted = [(path, model.get_submodule(path), parts) for path, parts in targets(model, config)]
+    check_layers(wanted, config, model.config)
+    shared = shared_factors(wanted, config)
+    if shared:
+        model.lora_shared = nn.ModuleDict(shared)
+    for path, layer, parts in wanted:
         wrapper = LoRAExperts if experts_of(layer) else LoRALinear
-        model.set_submodule(path, wrapper(layer, parts, config))
+        model.set_submodule(path, wrapper(layer, parts, config, shared.get(kind_of(path, config))))
     mark_trainable(model)
     return model
 
 
-def targets(model: GPT, config: LoRAConfig) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+def check_layers(wanted: list[Target], config: LoRAConfig, base: Config) -> None:
+    """Refuse layers for which the form or the start of the updates does not exist."""
+    for path, layer, parts in wanted:
+        if config.update == "dora" and experts_of(layer):
+            raise UsageError(f"--lora_update dora: {base.name} has experts in {path}; leave out --lora_mlp true")
+        sizes = cast(Experts, layer)  # for mypy
+        limit = min(sizes.in_features, *(stop - start for start, stop in parts))
+        if config.changes_start and config.r > limit:
+            raise UsageError(
+                f"--lora_init {config.init}: {path} has only rank {limit}; expected --lora_r of at most that"
+            )
+
+
+def kind_of(path: str, config: LoRAConfig) -> str:
+    """Return the name of the matrices that a layer shares with others; what is no name of any if it shares none."""
+    return "all" if config.update == "vera" else re.sub(r"^h\.\d+\.", "", path).replace(".", "_")
+
+
+def shared_factors(wanted: list[Target], config: LoRAConfig) -> dict[str, SharedFactors]:
+    """Return the matrices that layers share, by their kind: vera's, of the largest sizes, are of all layers."""
+    if config.update not in ("vera", "tied"):
+        return {}
+    device = next(wanted[0][1].parameters()).device
+    if config.update == "vera":
+        inputs = max(cast(Experts, layer).in_features for _, layer, _ in wanted)
+        rows = max(stop - start for _, _, parts in wanted for start, stop in parts)
+        return {"all": SharedFactors((config.r, inputs), (rows, config.r), config, device)}
+    shared = {}
+    for path, layer, parts in wanted:
+        kind = kind_of(path, config)
+        if kind not in shared and path.startswith("h."):  # the head is the only one of its kind
+            A = (*experts_of(layer), len(parts) * config.r, cast(Experts, layer).in_features)
+            B = (*experts_of(layer), sum(stop - start for start, stop in parts), config.r)
+            shared[kind] = SharedFactors(A, B, config, device)
+    return shared
+
+
+def targets(model: GPT, config: LoRAConfig) -> Iterator[tuple[str, Parts]]:
     """Yield the path of each linear layer to adapt, and the rows (start, stop) of its adapted projections."""
     n = model.config.n_embd
     for layer, block in enumerate(cast(Iterable[Block], model.h)):
@@ -162,20 +224,26 @@ def updates(
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield the path of each layer of a base that a finetuned file adapts, and A and B, so that B A is its update.
 
-    A is (len(parts) * r, in_features), and B (out_features, len(parts) * r) with the scale in it and zeros where a
-    part's rows and another's columns meet; before them is the number of experts, in a layer of experts.
+    A is (len(parts) * rank, in_features), and B (out_features, len(parts) * rank) with the scale in it and zeros where
+    a part's rows and another's columns meet; before them is the number of experts, in a layer of experts.
 
     Raises:
-        UserError: the tensors contradict the configuration.
+        UserError: the tensors contradict the configuration, or the update is not a product of two matrices.
     """
+    if config.update == "dora":
+        raise UserError(
+            f"{source}: trained with lora_update dora, which scales whole rows of the base; merge it instead"
+        )
     with on_meta():
         model = attach(GPT(base), config)
-    io.check_state({name: p for name, p in model.named_parameters() if p.requires_grad}, state, source)
+    io.check_state(finetuned_file.file_parameters(model), state, source)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.requires_grad_(False)
     for path, layer in lora_layers(model).items():
-        A, stacked = state[f"{path}.lora_A"], state[f"{path}.lora_B"]
-        B = stacked.new_zeros(*layer.experts, layer.out_features, len(layer.parts) * layer.r)
-        for i, ((start, stop), part) in enumerate(zip(layer.parts, stacked.split(layer.sizes, dim=-2), strict=True)):
-            B[..., start:stop, i * layer.r : (i + 1) * layer.r] = part * layer.scale
+        A, rank = layer.factors()[0], layer.rank
+        B = A.new_zeros(*layer.experts, layer.out_features, len(layer.parts) * rank)
+        for i, ((start, stop), _, part) in enumerate(layer.pairs()):
+            B[..., start:stop, i * rank : (i + 1) * rank] = part * layer.scale
         yield path, A, B
 
 
@@ -195,13 +263,8 @@ def merge(model: GPT) -> GPT:
         linear = layer.linear
         if not isinstance(linear, nn.Linear | Experts | QuantizedLinear):
             raise UserError(f"LoRA cannot be merged into {path}, which another method has changed; leave it apart")
-        weight = layer.merged()
-        if isinstance(linear, QuantizedLinear):
-            weight, bias = weight.to(model.dtype), linear.bias
-            linear = Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            linear.bias = bias
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        model.set_submodule(path, linear)
+        model.set_submodule(path, with_weight(linear, layer.merged(), model.dtype))
+    model._modules.pop("lora_shared", None)
     model.config = config
     return model
 

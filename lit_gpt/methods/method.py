@@ -19,7 +19,9 @@ from lit_gpt.hardware import DTYPES
 from lit_gpt.kernels.linear import arithmetic
 from lit_gpt.methods import finetuned_file
 from lit_gpt.model.gpt import GPT
+from lit_gpt.model.linear import Linear
 from lit_gpt.model.moe import Experts
+from lit_gpt.quantization.modules import QuantizedLinear
 
 
 class Method(ABC):
@@ -60,6 +62,21 @@ class Method(ABC):
     def attach(self, model: GPT) -> GPT:
         """Extend a base in place, and let only what is attached train."""
 
+    def initialize(self, model: GPT) -> None:  # noqa: B027 (nothing to do for what starts without the base's weights)
+        """Fill what starts from the base's weights, once attached and before anything trains.
+
+        It may take long, so it is for a run that begins: loading, resuming and planning do without.
+        """
+
+    def learning_rate_ratio(self, name: str) -> float:
+        """Return by what the learning rate is multiplied for the parameter `name`."""
+        return 1.0
+
+    @property
+    def unsharded(self) -> str | None:
+        """Return the flag and value for which the weights cannot be shared out among ranks, if there is one."""
+        return None
+
     def weight_dtype(self, precision: str) -> torch.dtype:
         """Return the dtype in which the base's weights are kept, for a run's `--precision`."""
         return DTYPES[precision]
@@ -96,11 +113,11 @@ class Method(ABC):
             UsageError: the flags say otherwise than its settings.
         """
         record, prefix = finetuned_file.read_file(path, self.name, base), getattr(self.config, "prefix", "")
-        for name, value in record["hyperparameters"].items():
+        before = asdict(type(self.config)()) | record["hyperparameters"]  # a file of before lacks what was added
+        for name, value in before.items():
             if name not in self.free_settings and self.settings.get(name) != value:
-                raise UsageError(
-                    f"--{prefix}{name} {self.settings.get(name)}: {path} has {str(value).lower()}; give that"
-                )
+                given = str(value).lower() if isinstance(value, bool) else value
+                raise UsageError(f"--{prefix}{name} {self.settings.get(name)}: {path} has {given}; give that")
         self.load_state(model, record["state"], path)
 
     def merge(self, model: GPT) -> GPT:
@@ -132,6 +149,16 @@ class LinearWrapper(nn.Module):
 def experts_of(layer: nn.Module) -> tuple[int, ...]:
     """Return (n_expert,) for a layer of experts, wrapped or not, and () for any other layer."""
     return (layer.n_expert,) if isinstance(layer, Experts) else getattr(layer, "experts", ())
+
+
+def with_weight(linear: nn.Module, weight: Tensor, dtype: torch.dtype) -> nn.Module:
+    """Return a layer with another weight; a quantized layer becomes a plain one, with its weight in `dtype`."""
+    if isinstance(linear, QuantizedLinear):
+        weight, bias = weight.to(dtype), linear.bias
+        linear = Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        linear.bias = bias
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
 
 
 def mark_trainable(model: nn.Module) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lit_gpt.errors import UserError
-from lit_gpt.methods.hyperparameters import AdapterConfig, FullConfig, LoRAConfig
+from lit_gpt.methods.hyperparameters import AdapterConfig, FullConfig, IA3Config, LoRAConfig
 
 if TYPE_CHECKING:
     from lit_gpt.methods.method import Method
@@ -75,6 +75,12 @@ def _adapter_v2() -> "type[Method]":
     return AdapterV2
 
 
+def _ia3() -> "type[Method]":
+    from lit_gpt.methods.ia3 import IA3
+
+    return IA3
+
+
 def _full() -> "type[Method]":
     from lit_gpt.methods.full import Full
 
@@ -84,4 +90,5 @@ def _full() -> "type[Method]":
 register("lora", LoRAConfig, _lora)
 register("adapter", AdapterConfig, _adapter)
 register("adapter_v2", AdapterConfig, _adapter_v2)
+register("ia3", IA3Config, _ia3)
 register("full", FullConfig, _full, attaches=False)

@@ -21,6 +21,7 @@ from lit_gpt.model.loss import log_probabilities, summed_cross_entropy
 from lit_gpt.model.mixers.mixer import Mixer
 from lit_gpt.model.mixers.registry import MIXERS
 from lit_gpt.model.mlp import MLPS
+from lit_gpt.model.noise import with_noise
 from lit_gpt.model.norms import norm
 from lit_gpt.model.rope import RotaryEmbedding, Rotation
 from lit_gpt.quantization.modules import QuantizedEmbedding, QuantizedLinear
@@ -41,6 +42,7 @@ class GPT(nn.Module):
         self.local_rope = self.rope
         if config.local_rope_base is not None:
             self.local_rope = RotaryEmbedding(replace(config, rope_base=config.local_rope_base, rope_scaling=None))
+        self.noise_alpha = 0.0  # of the noise on embeddings in training, see lit_gpt.model.noise
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -128,6 +130,8 @@ class GPT(nn.Module):
             if max(lengths) > limit:
                 raise UserError(f"{max(lengths)} tokens exceed the model's {limit} learned positions; give it fewer")
             x = x + self.wpe(positions + self.config.position_offset)
+        if self.noise_alpha and self.training:
+            x = with_noise(x, lengths, self.noise_alpha)
         return self.ln_e(x)
 
     def postprocess_logits(self, logits: Tensor) -> Tensor:

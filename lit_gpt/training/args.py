@@ -46,6 +46,7 @@ class OptimizationArgs:
     optimizer_args: dict[str, Any] = field(default_factory=dict)  # Pass it more arguments: '{"betas": [0.9, 0.95]}'.
     optimizer_in_backward: bool = False  # Step as gradients come, holding one at a time; one packed row makes a step.
     max_grad_norm: PositiveFloat | None = None  # Clip the gradient of all that trains to this norm (null: never).
+    neftune_alpha: NonNegativeFloat = 0.0  # Add noise of this size to the embeddings in training (NEFTune: 5 to 15).
     epochs: PositiveFloat = 1  # Go through the data this many times; 0.5 is half of it.
     max_steps: PositiveInt | None = None  # Stop after this many optimizer steps instead of epochs.
     seed: NonNegativeInt = 1337  # Seed initialization, data order and dropout.

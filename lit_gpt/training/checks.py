@@ -18,6 +18,8 @@ from lit_gpt.training.schedule import Schedule
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lit_gpt.methods.method import Method
+
 LOGGERS = {  # the packages that each needs; Lightning has the loggers of the last two
     "csv": (),
     "tensorboard": ("tensorboard",),
@@ -140,6 +142,12 @@ def check_quantized(args: TrainArgs, trains_base: bool, quantize: str | None) ->
         raise UsageError(f"{asked}: quantized weights cannot train; finetune/lora.py trains beside them")
     if quantize and args.devices.strategy in ("fsdp", "deepspeed"):
         raise UsageError(f"{asked}: --strategy {args.devices.strategy} does not share out quantized weights; use ddp")
+
+
+def check_sharding(args: TrainArgs, method: "Method") -> None:
+    """Refuse to share out among ranks what a method wants whole."""
+    if method.unsharded and args.devices.strategy in ("fsdp", "deepspeed"):
+        raise UsageError(f"{method.unsharded}: --strategy {args.devices.strategy} does not share that out; use ddp")
 
 
 def check_offload(args: TrainArgs, on_cuda: bool) -> None:

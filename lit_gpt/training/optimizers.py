@@ -15,7 +15,11 @@ EIGHT_BIT = {"adamw8bit", "paged_adamw8bit"}
 DEFAULTS: dict[str, dict[str, Any]] = {"adamw": {"fused": True}}
 
 
-def make_optimizer(parameters: list[nn.Parameter], args: OptimizationArgs) -> torch.optim.Optimizer:
+# What trains, or groups of it, each with what differs from the other arguments.
+Parameters = list[nn.Parameter] | list[dict[str, Any]]
+
+
+def make_optimizer(parameters: Parameters, args: OptimizationArgs) -> torch.optim.Optimizer:
     """Return the optimizer `--optimizer` with `--optimizer_args`, `--learning_rate` and `--weight_decay`.
 
     Raises:
@@ -40,7 +44,7 @@ def make_optimizer(parameters: list[nn.Parameter], args: OptimizationArgs) -> to
         raise UsageError(f"--optimizer {args.optimizer} {args.optimizer_args}: {error}") from None
 
 
-def optimizer_for(parameters: list[nn.Parameter], args: OptimizationArgs) -> "torch.optim.Optimizer | InBackward":
+def optimizer_for(parameters: Parameters, args: OptimizationArgs) -> "torch.optim.Optimizer | InBackward":
     """Return the optimizer of a run, or with `--optimizer_in_backward` one for each parameter."""
     return InBackward(parameters, args) if args.optimizer_in_backward else make_optimizer(parameters, args)
 
@@ -84,9 +88,11 @@ class InBackward:
     Gradients never exist all at once, so a step must be one backward pass. Stands in for the optimizer in the loop.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], args: OptimizationArgs) -> None:
-        self.optimizers = [make_optimizer([parameter], args) for parameter in parameters]
-        for parameter, optimizer in zip(parameters, self.optimizers, strict=True):
+    def __init__(self, parameters: Parameters, args: OptimizationArgs) -> None:
+        groups = [part if isinstance(part, dict) else {"params": [part]} for part in parameters]
+        each = [(parameter, group | {"params": [parameter]}) for group in groups for parameter in group["params"]]
+        self.optimizers = [make_optimizer([group], args) for _, group in each]
+        for (parameter, _), optimizer in zip(each, self.optimizers, strict=True):
             parameter.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: self.take(optimizer))
 
     @staticmethod
@@ -112,11 +118,15 @@ class InBackward:
     def state_dict(self) -> dict[str, Any]:
         """Return the state as one optimizer of all parameters has it, so that a run may be resumed with the other."""
         states = [optimizer.state_dict() for optimizer in self.optimizers]
-        group = states[0]["param_groups"][0] | {"params": list(range(len(states)))}
-        return {"state": {i: s["state"][0] for i, s in enumerate(states) if s["state"]}, "param_groups": [group]}
+        groups: list[dict[str, Any]] = []
+        for i, own in enumerate(state["param_groups"][0] for state in states):
+            if not groups or own.get("lr_ratio") != groups[-1].get("lr_ratio"):
+                groups.append(own | {"params": []})
+            groups[-1]["params"].append(i)
+        return {"state": {i: s["state"][0] for i, s in enumerate(states) if s["state"]}, "param_groups": groups}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        group = state["param_groups"][0] | {"params": [0]}
+        groups = {i: group | {"params": [0]} for group in state["param_groups"] for i in group["params"]}
         for i, optimizer in enumerate(self.optimizers):
             mine = {0: state["state"][i]} if i in state["state"] else {}
-            optimizer.load_state_dict({"state": mine, "param_groups": [group]})
+            optimizer.load_state_dict({"state": mine, "param_groups": [groups[i]]})

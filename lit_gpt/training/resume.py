@@ -40,8 +40,7 @@ class ResumeStates:
         return self.out_dir / "state" / f"step_{step:08d}.pth"
 
     def paths(self) -> list[Path]:
-        """Return the states' files, the newest first."""
-        return sorted((self.out_dir / "state").glob("step_*.pth"), reverse=True)
+        return state_paths(self.out_dir)
 
     def write(self, step: int, val_loss: float | None, contents: dict[str, Any], resume: dict[str, Any]) -> None:
         """Write the state of `step`, and drop those that are neither among the newest nor the best.
@@ -110,3 +109,8 @@ class ResumeStates:
         if self.best is None or self.best[0] == step:
             return ""
         return f"; the lowest validation loss, {self.best[1]:.3f}, was that of {self.path(self.best[0])}"
+
+
+def state_paths(out_dir: Path) -> list[Path]:
+    """Return the files of a run's states, the newest first."""
+    return sorted((out_dir / "state").glob("step_*.pth"), reverse=True)

@@ -35,7 +35,7 @@ from lit_gpt.training.memory.plan import MemoryPlanner
 from lit_gpt.training.memory.rehearsal import probe_longest_row
 from lit_gpt.training.objectives import make_objective
 from lit_gpt.training.records import Records
-from lit_gpt.training.resume import ResumeStates
+from lit_gpt.training.resume import ResumeStates, state_paths
 from lit_gpt.training.schedule import Schedule
 from lit_gpt.training.strategy import Worker
 
@@ -69,6 +69,7 @@ def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
     checks.check_batch(args, fabric.world_size)
     base = BaseCheckpoint.open(args.paths.checkpoint_dir, args.memory.quantize)
     checks.check_quantized(args, method.trains_base, base.quantize)
+    checks.check_sharding(args, method)
     objective = make_objective(args.optimization.objective)
     style = PromptStyle.from_dict(read_meta(args.paths.data_dir, base.tokenizer)["prompt_style"])
     train, validation = objective.datasets(args.paths.data_dir)
@@ -86,6 +87,8 @@ def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
     if not args.batch.micro_batch_size and not args.batch.micro_batch_tokens:
         args = replace(args, batch=replace(args.batch, micro_batch_tokens=planner.row_tokens()))
     model = build(args, method, fabric, base)
+    if begins_anew(args, fabric):
+        method.initialize(model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fabric.print(f"{method.name}: training {trainable:,} of {count_parameters(model):,} parameters")
     if probe:
@@ -113,7 +116,15 @@ def build(args: TrainArgs, method: Method, fabric: Fabric, base: BaseCheckpoint)
     torch.manual_seed(args.optimization.seed % 2**63)
     # FSDP casts each rank's shard by itself: the whole stays mapped from its file
     dtype = None if args.devices.strategy == "fsdp" else method.weight_dtype(args.memory.precision)
-    return method.attach(base.build(dtype, build_device(args.devices.strategy, fabric)))
+    model = method.attach(base.build(dtype, build_device(args.devices.strategy, fabric)))
+    model.noise_alpha = args.optimization.neftune_alpha
+    return model
+
+
+def begins_anew(args: TrainArgs, fabric: Fabric) -> bool:
+    """Return whether what trains starts from the base alone: not from a file, nor from a state that is resumed."""
+    resumed = args.paths.resume == "auto" and bool(fabric.broadcast(state_paths(args.paths.out_dir)))
+    return not (resumed or args.paths.finetuned_path)
 
 
 def write_result(trainer: Trainer, base: BaseCheckpoint, style: PromptStyle, trainable: int) -> None:

@@ -194,7 +194,7 @@ def test_an_old_file_and_one_not_trained(bases, tmp_path):
 
 
 REFUSED = {
-    "dora": ({"use_dora": True}, ["'use_dora': true", "not supported"]),
+    "dora": ({"use_dora": True}, ["lora_magnitude_vector it holds None", "use_dora"]),
     "modules": ({"modules_to_save": ["lm_head"]}, ["'modules_to_save': [\"lm_head\"]"]),
     "bias": ({"bias": "all"}, ["'bias': \"all\""]),
     "transposed": ({"fan_in_fan_out": True}, ["'fan_in_fan_out'"]),

@@ -9,6 +9,7 @@ from lit_gpt import GPT
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.methods import adapter, adapter_v2, finetuned_file, lora
 from lit_gpt.methods.hyperparameters import AdapterConfig
+from lit_gpt.methods.registry import config_class, make_method
 
 EVERYTHING = lora.LoRAConfig(
     r=4, alpha=8, dropout=0.0, query=True, key=True, value=True, projection=True, mlp=True, head=True
@@ -22,6 +23,35 @@ LORAS = [  # of different ranks, scales and projections
     lora.LoRAConfig(r=3, alpha=12, mlp=True, head=True),
     lora.LoRAConfig(r=5, query=False, value=False, head=True),
 ]
+
+# The methods that are values of LoRA's flags, by the names that they go by.
+LORA_METHODS = {
+    "LoRA": {},
+    "rsLoRA": {"scaling": "sqrt_r"},
+    "LoRA+": {"lr_ratio": 16},
+    "LoRA-FA": {"train": "B"},
+    "DoRA": {"update": "dora"},
+    "VeRA": {"update": "vera"},
+    "Tied-LoRA": {"update": "tied"},
+    "MultiLoRA": {"update": "multi"},
+    "PiSSA": {"init": "pissa"},
+    "OLoRA": {"init": "olora"},
+}
+METHODS = LORA_METHODS | {"DoRA from PiSSA": {"update": "dora", "init": "pissa"}, "IA3": {}}
+
+
+def attach_fresh(model: GPT, name: str, **settings) -> GPT:
+    """Attach a method of METHODS to all that it can adapt, as at the beginning of a run."""
+    if name == "IA3":
+        made = make_method("ia3", config_class("ia3")())
+    else:
+        config = replace(EVERYTHING, **METHODS[name] | settings)
+        if config.update == "dora" and model.config.n_expert:
+            config = replace(config, mlp=False)
+        made = make_method("lora", config)
+    made.attach(model)
+    made.initialize(model)
+    return model
 
 
 def lora_files(

@@ -13,6 +13,7 @@ from helpers.tiny_models import Tiny
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.kernels import attention, fused, ops
 from lit_gpt.kernels.attention import ScoreParams
+from lit_gpt.kernels.policy import use_policy
 from lit_gpt.methods import lora
 from lit_gpt.model import inputs as inputs_module
 from lit_gpt.model import sdpa
@@ -72,7 +73,7 @@ def our_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Te
 
 @pytest.mark.parametrize("dtype", [torch.float32, NARROW])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("frozen", [(), (0, 1)], ids=["inner", "first"])  # the first layer's input wants no gradient
+@pytest.mark.parametrize("frozen", [(), (0, 1), (2,)], ids=["inner", "first", "A"])  # whose input wants no gradient
 def test_low_rank_update(dtype, dropout, frozen):
     given = inputs((122, 17), (122, 24), (8, 24), (12, 4), frozen=frozen)
     given = [
@@ -101,11 +102,12 @@ def kernel_mask(rows: int, size: int, threshold: int, seed: int = 5) -> Tensor:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("rank", [4, 8, 16])
 @pytest.mark.parametrize("size", [24, 64])
-def test_low_rank_update_kernel(dtype, dropout, rank, size):
+@pytest.mark.parametrize("A_trains", [True, False])
+def test_low_rank_update_kernel(dtype, dropout, rank, size, A_trains):
     parts = [(0, 16), (24, 320)]
     y, x, A, B = inputs((122, 328), (122, size), (2 * rank, size), (312, rank))
     given = [y.detach().to(dtype).requires_grad_(), x.detach().to(dtype).requires_grad_()]
-    given += [w.detach().float().requires_grad_() for w in (A, B)]
+    given += [A.detach().float().requires_grad_(A_trains), B.detach().float().requires_grad_()]
     kept = 1024 - round(dropout * 1024)
     mask = kernel_mask(122, size, kept * 2**6).double() * 1024 / kept
 
@@ -119,7 +121,7 @@ def test_low_rank_update_kernel(dtype, dropout, rank, size):
         return fused.low_rank_update(y.clone(), x, A, B, parts, 2.0, dropout)
 
     assert ops.supports_lora(*given[:2], parts)
-    exact = results(plain, [t.detach().double().requires_grad_() for t in given], WIDE)
+    exact = results(plain, [t.detach().double().requires_grad_(t.requires_grad) for t in given], WIDE)
     for actual, rival, expected in zip(results(ours, given, dtype), results(plain, given, dtype), exact, strict=True):
         assert actual.dtype == rival.dtype
         assert off(actual.double(), expected) <= (1e-5 if dtype != NARROW else 1.2 * off(rival.double(), expected))
@@ -405,3 +407,19 @@ def test_loss_of_a_certain_and_of_an_impossible_token():
     loss.backward()
     assert loss.item() == 190
     assert torch.allclose(logits.grad, torch.tensor([[0.0, 0, 0], [1, -1, 0]]), atol=1e-30)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_an_A_that_is_frozen_keeps_no_activations(kernels):
+    """LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): what is kept for the backward pass is of the rank's size."""
+    y, x, A, B = (torch.randn(shape) for shape in ((32, 16), (32, 64), (8, 64), (16, 8)))
+    sizes = {}
+    for trains in (True, False):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # noqa: B023
+            with use_policy(cpp=kernels):
+                fused.low_rank_update(
+                    y.clone(), x, A.clone().requires_grad_(trains), B.clone().requires_grad_(), [(0, 16)], 1.0, 0.0
+                )
+        sizes[trains] = sum(t.numel() for t in kept)
+    assert sizes[True] - sizes[False] == x.numel()

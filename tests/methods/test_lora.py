@@ -160,7 +160,7 @@ def test_gradients_equal_peft(llama_like: Tiny):
     tensors = {}
     for path, layer in lora.lora_layers(model).items():
         _, i, module = path.split(".", 2)
-        for name, A, B in zip(names[module], layer.lora_A.split(4), layer.split_B(), strict=True):
+        for name, A, B in zip(names[module], layer.lora_A.split(4), layer.lora_B.split(layer.sizes), strict=True):
             prefix = f"base_model.model.model.layers.{i}.{name}"
             tensors |= {f"{prefix}.lora_A.weight": A, f"{prefix}.lora_B.weight": B}
     set_peft_model_state_dict(peft, tensors)

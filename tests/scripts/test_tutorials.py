@@ -111,6 +111,11 @@ MISTAKES = {
         edit("data/alpaca/data.json", lambda text: re.sub(r'("tokenizer": ")\w+', r"\1other", text)),
         FINETUNE + "--out_dir out/x",
     ],
+    "methods.md": [
+        FINETUNE + "--out_dir out/x --lora_update vera --lora_train B",
+        FINETUNE + "--out_dir out/x --lora_init pissa --lora_r 65",
+        FINETUNE + "--out_dir out/x --lora_update dora --strategy fsdp",
+    ],
     "finetune_adapter.md": [
         FINETUNE.replace("lora", "adapter") + "--out_dir out/x",
         f"python generate/adapter_v2.py --checkpoint_dir {BASE} --prompt x "
@@ -188,7 +193,9 @@ MISTAKES = {
         EXPORT + "--out_dir out/falcon-7b-alpaca-hf",
         f"{EXPORT} --out_dir out/x --format gguf --lora_path out/lora/alpaca/lit_model_lora_finetuned.pth",
         FINETUNE + "--out_dir out/x --lora_r 4 --lora_path out/lora/from-peft/lit_model_lora_finetuned.pth",
-        edit("out/falcon-7b-alpaca-peft/adapter_config.json", lambda text: text.replace('dora": false', 'dora": true')),
+        edit(
+            "out/falcon-7b-alpaca-peft/adapter_config.json", lambda text: '{"alora_invocation_tokens": [1],' + text[1:]
+        ),
         f"python scripts/convert_peft_adapter.py --checkpoint_dir {BASE} --out_dir out/x "
         "--peft_dir out/falcon-7b-alpaca-peft",
     ],

@@ -101,7 +101,8 @@ template <class F> void gather(const std::vector<Buffer> &by_thread, long size, 
     }
 }
 
-// A_grad and B_grad have the shapes of A and B; x_grad is the gradient through the update alone
+// A_grad and B_grad have the shapes of A and B; x_grad is the gradient through the update alone. Without x there is no
+// A_grad
 template <class T>
 void lora_backward(long rows, int in, const T *grad, const T *x, const float *A, const float *B, int B_rows,
                    float factor, Dropout dropout, Parts parts, const float *low, int out, T *x_grad, float *A_grad,
@@ -114,14 +115,17 @@ void lora_backward(long rows, int in, const T *grad, const T *x, const float *A,
         X.resize(TOKENS * (in + 8));
         L.assign(TOKENS * ranks, 0.0f);
         Buffer &a_grad = A_grads[thread], &b_grad = B_grads[thread];
-        a_grad.resize((long)ranks * in), b_grad.resize((long)r * B_rows);
+        b_grad.resize((long)r * B_rows);
         parts.each([&](int p, int column, int columns, int row) {
             const T *g = grad + first * out + column;
             add_dots(n, r, columns, g, out, across.data() + row, B_rows, L.data() + p * r, ranks);
             add_product(r, columns, n, low + first * ranks + p * r, 1, ranks, g, out, b_grad.data() + row, B_rows);
         });
-        dropped(dropout, first, n, in, x, X.data());
-        add_product(ranks, in, n, L.data(), 1, ranks, X.data(), in + 8, a_grad.data(), in);
+        if (x) {
+            a_grad.resize((long)ranks * in);
+            dropped(dropout, first, n, in, x, X.data());
+            add_product(ranks, in, n, L.data(), 1, ranks, X.data(), in + 8, a_grad.data(), in);
+        }
         std::fill(X.begin(), X.end(), 0.0f);
         add_product(n, in, ranks, L.data(), ranks, 1, A, in, X.data(), in + 8);
         for (int i = 0; i < n; i++) {
@@ -131,7 +135,7 @@ void lora_backward(long rows, int in, const T *grad, const T *x, const float *A,
             });
         }
     });
-    gather(A_grads, (long)ranks * in, [&](long i, float total) { A_grad[i] = total; });
+    if (x) gather(A_grads, (long)ranks * in, [&](long i, float total) { A_grad[i] = total; });
     gather(B_grads, (long)r * B_rows,
            [&](long i, float total) { B_grad[i % B_rows * r + i / B_rows] = total * factor; });
 }

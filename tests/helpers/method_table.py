@@ -1,0 +1,111 @@
+"""Make the tables of tutorials/methods.md by trying; run as a module, with PYTHONPATH=.:tests, to print them."""
+
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from helpers.methods import EVERYTHING, METHODS, attach_fresh
+from helpers.tiny_models import model_of
+from lit_gpt import GPT
+from lit_gpt.conversion import peft
+from lit_gpt.errors import UserError
+from lit_gpt.generation.native_step import NativeStep
+from lit_gpt.generation.tape import Unsupported
+from lit_gpt.methods import finetuned_file, lora
+from lit_gpt.methods.registry import make_method
+from lit_gpt.model.gpt import quantize
+from lit_gpt.model.inputs import Targets
+
+UPDATES, INITS = ("plain", "dora", "vera", "tied", "multi"), ("kaiming", "gaussian", "pissa", "olora")
+OTHERS = {"scaling": "sqrt_r", "train": "B", "lr_ratio": 16}
+
+
+def what_works(folder: Path) -> str:
+    """Return the table of what each method goes with; small models are made in a folder."""
+    plain = model_of("llama", "llama3", folder / "llama").state_dict()
+    layouts = {name: model_of(family, name, folder / name).config for family, name in
+               (("llama", "llama3"), ("mixtral", "mixtral"))}  # fmt: skip
+
+    def model(name: str, layout: str = "llama3", format: str | None = None, **settings) -> GPT:
+        base = GPT(layouts[layout])
+        if layout == "llama3":
+            base.load_state_dict(plain)
+        return attach_fresh(quantize(base, format) if format else base, name, **settings).eval()
+
+    columns: dict[str, Callable[[str], object]] = {
+        "quantized base": lambda name: step(model(name, format="nf4")),
+        "experts": lambda name: step(attach_strictly(GPT(layouts["mixtral"]), name)),
+        "fast decoding": lambda name: NativeStep(model(name)),
+        "several in a batch": lambda name: several(model(name), name),
+        "merge": lambda name: make_method("ia3" if name == "IA3" else "lora", None).merge(model(name)),
+        "PEFT out": lambda name: exported(model(name), name),
+        "fsdp, deepspeed": lambda name: sharded(name),
+    }
+    rows = [[name, *(works(attempt, name) for attempt in columns.values())] for name in METHODS]
+    return table(["method", *columns], rows)
+
+
+def what_combines() -> str:
+    """Return the table of the values of LoRA's flags that can be combined."""
+
+    def combines(update: str, **settings) -> str:
+        return works(lambda _: replace(EVERYTHING, update=update, **settings), "")
+
+    columns = [{"init": init} for init in INITS] + [{name: value} for name, value in OTHERS.items()]
+    names = [f"`{name} {value}`" for column in columns for name, value in column.items()]
+    rows = [[f"`update {update}`", *(combines(update, **column) for column in columns)] for update in UPDATES]
+    return table(["", *names], rows)
+
+
+def works(attempt: Callable[[str], object], name: str) -> str:
+    try:
+        attempt(name)
+    except (UserError, Unsupported):
+        return "no"
+    return "yes"
+
+
+def attach_strictly(model: GPT, name: str) -> GPT:
+    """Attach a method to the experts too, whatever it says."""
+    method = make_method("ia3", None) if name == "IA3" else make_method("lora", replace(EVERYTHING, **METHODS[name]))
+    return attach_fresh(model, name) if name == "IA3" else method.attach(model)
+
+
+def step(model: GPT) -> None:
+    idx = torch.arange(9).unsqueeze(0)
+    model.train()(idx, targets=Targets(torch.arange(8), idx[0, 1:])).backward()
+
+
+def settings_of(name: str) -> lora.LoRAConfig:
+    if name == "IA3":
+        raise UserError("no LoRA")
+    return replace(EVERYTHING, **METHODS[name])
+
+
+def several(model: GPT, name: str) -> None:
+    list(lora.updates(model.config, settings_of(name), finetuned_file.trained_state(model), "file"))
+
+
+def exported(model: GPT, name: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        peft.write(Path(folder), model, settings_of(name), "base")
+
+
+def sharded(name: str) -> None:
+    method = make_method("ia3", None) if name == "IA3" else make_method("lora", settings_of(name))
+    if method.unsharded:
+        raise UserError(method.unsharded)
+
+
+def table(head: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place:
+        print(what_works(Path(place)))
+    print(what_combines())
