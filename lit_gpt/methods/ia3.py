@@ -133,7 +133,7 @@ def attach(model: GPT, config: IA3Config) -> GPT:
     start, stop = (q if config.key else q + k), (q + k + v if config.value else q + k)
     for block in cast(Iterable[Block], model.h):
         if start < stop and block.attn is not None:
-            block.attn.qkv = ScaledKeysValues(block.attn.qkv, start, stop)
+            block.attn.set_submodule("qkv", ScaledKeysValues(block.attn.qkv, start, stop))
         if config.mlp and block.mlp is not None:
             proj = block.mlp.get_submodule("proj")
             block.mlp.proj = (ScaledExpertsInput if experts_of(proj) else ScaledInput)(proj)
