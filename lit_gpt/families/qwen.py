@@ -41,6 +41,8 @@ PRESETS = {
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
     layers = hf["num_hidden_layers"]
+    if not hf.get("use_sliding_window"):
+        hf = hf | {"sliding_window": None}  # as transformers, whatever layer_types says
     first = hf.get("max_window_layers", 28) if hf.get("use_sliding_window") else layers
     kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
     own = {"qk_norm": "head", "head_size": hf.get("head_dim") or 128}
