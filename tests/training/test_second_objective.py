@@ -55,7 +55,7 @@ def test_it_goes_all_the_way(cli, flags, tmp_path, monkeypatch):
 
 def test_the_plan_knows_it(cli, monkeypatch):
     monkeypatch.setenv("ACTION", "plan")
-    flags = {"model": "pythia-70m", "micro_batch_size": 4, "max_seq_length": 64, "json": "true"}
+    flags = {"model": "pythia-70m", "micro_batch_size": 4, "max_seq_length": 64, "json": "true", "device": "cuda"}
     even, sft = json.loads(finish(objective="even", **flags)), json.loads(cli("scripts/plan.py", **flags).out)
     same = ("parameters", "trainable", "weights", "gradients", "optimizer", "tokens", "save", "merge")
     assert {name: even[name] for name in same} == {name: sft[name] for name in same}
