@@ -4,10 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lit_gpt.api import LitGPT as LitGPT
     from lit_gpt.checkpoints.base_model import load_model as load_model
     from lit_gpt.families.registry import config_from_hf as config_from_hf
     from lit_gpt.families.registry import config_from_name as config_from_name
-    from lit_gpt.generation.api import LitGPT as LitGPT
     from lit_gpt.model.config import Config as Config
     from lit_gpt.model.gpt import GPT as GPT
     from lit_gpt.text.tokenizer import Tokenizer as Tokenizer
@@ -17,7 +17,7 @@ _MODULES = {
     "config_from_hf": "families.registry",
     "config_from_name": "families.registry",
     "GPT": "model.gpt",
-    "LitGPT": "generation.api",
+    "LitGPT": "api",
     "Tokenizer": "text.tokenizer",
     "load_model": "checkpoints.base_model",
 }

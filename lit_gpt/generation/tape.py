@@ -1,4 +1,4 @@
-"""Records the operations of one decoding step for kernels/cpp/decode.cpp."""
+"""Records the operations of one decoding step as a list, the tape, which kernels/cpp/decode.cpp replays for each token."""
 
 import ctypes
 import weakref

@@ -1,4 +1,7 @@
-"""ALiBi (Press et al. 2022): in the place of positions, a bias on the scores that grows with the distance."""
+"""ALiBi (Press et al. 2022): in the place of positions, a bias on the scores that grows with the distance.
+
+model/attention.py adds it, and in the fast decoding step generation/tape.py.
+"""
 
 import math
 

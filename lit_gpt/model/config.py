@@ -43,7 +43,9 @@ class Config:
     query_growth_length: int = 0
     # attention
     sliding_window: int | None = None  # a token sees this many, itself included
-    global_layers: list[int] = field(default_factory=list)  # these see all tokens in spite of the window
+    global_layers: list[int] = field(
+        default_factory=list
+    )  # these see all tokens in spite of the window; families.fields.windows chooses them
     attention_scale: float | None = None  # multiplies the scores; None: head_size ** -0.5
     attention_softcap: float | None = None  # see lit_gpt.kernels.attention.ScoreParams
     qk_norm: str | None = None  # over the "projection"s of queries and keys, each "head", or "heads": own weights each

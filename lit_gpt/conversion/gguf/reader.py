@@ -1,4 +1,4 @@
-"""Read GGUF, the one-file format of llama.cpp: metadata, and tensors mapped from the file.
+"""Read GGUF, the one-file format of llama.cpp: metadata, and tensors mapped from the file, K-quants among them.
 
 The header is read by hand: gguf.GGUFReader loops past the file's end for as long as a damaged length says, does not
 name the tensor whose type is unknown, and makes several arrays for each token of the vocabulary.

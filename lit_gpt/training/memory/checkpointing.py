@@ -1,4 +1,6 @@
-"""Checkpoints activations: decides what a block keeps for the backward pass, from all to nothing on the device.
+"""Applies activation checkpointing: what a block keeps for the backward pass, from all to nothing on the device.
+
+Which kind serves is chosen by `plan.MemoryPlanner.choose_settings`.
 
 All kinds give the same gradients.
 """

@@ -1,4 +1,4 @@
-"""Rehearses a step on the longest row of a run: what runs out of memory does so before the first step."""
+"""Rehearses, as a dry run, a step on the longest row: what runs out of memory does so before the first step."""
 
 import time
 from collections.abc import Sequence
