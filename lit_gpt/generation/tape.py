@@ -1,4 +1,4 @@
-"""Records the operations of one decoding step as a list, the tape, which kernels/cpp/decode.cpp replays for each token."""
+"""Records the operations of a decoding step as a list, the tape; kernels/cpp/decode.cpp replays it for each token."""
 
 import ctypes
 import weakref

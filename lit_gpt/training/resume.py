@@ -1,6 +1,7 @@
-"""Writes and reads resume states, a training run's checkpoints: `state/step_00000100.pth` in out_dir, a finetuned file with what resuming needs.
+"""Writes and reads resume states, the checkpoints of a run: `state/step_00000100.pth` in out_dir, a finetuned file with
+what resuming needs. `loop.Trainer.restore` goes on from one.
 
-A state is written whole or not at all. `loop.Trainer.restore` goes on from one. The newest `--keep_states` stay, and so does the best: that with the lowest
+A state is written whole or not at all. The newest `--keep_states` stay, and so does the best: that with the lowest
 validation loss, among those saved when one was measured.
 """
 
