@@ -12,6 +12,7 @@ from pathlib import Path
 from lit_gpt.cli import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, run
 from lit_gpt.methods.hyperparameters import IA3Config
 from lit_gpt.training.args import ALIASES, TrainArgs
+from lit_gpt.training.checks import check_early
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")
 data_dir: Path = Path("data/alpaca")
@@ -23,12 +24,13 @@ ia3_mlp: bool = True
 # optimization
 learning_rate: PositiveFloat = 3e-3
 weight_decay: NonNegativeFloat = 0.0  # which would draw factors to 0, and they begin at 1
-warmup_steps: NonNegativeInt = 100
-epochs: PositiveInt = 1
+warmup_steps: NonNegativeInt | None = None
+epochs: PositiveFloat = 1
 batch_size: PositiveInt = 128
 
 
 def main(config: IA3Config, args: TrainArgs) -> None:
+    check_early(args, "ia3", config)
     from lit_gpt.methods.ia3 import IA3
     from lit_gpt.training.setup import finetune
 

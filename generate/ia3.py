@@ -1,29 +1,31 @@
 """Generate text from a checkpoint with IA3 weights.
 
     python generate/ia3.py --checkpoint_dir checkpoints/tiiuae/falcon-7b \\
-        --ia3_path out/ia3/alpaca/lit_model_ia3_finetuned.pth --prompt "..."
+        --finetuned_path out/ia3/alpaca/lit_model_ia3_finetuned.pth --prompt "..."
 
 The prompt is rendered in the style of the finetune. The text goes to stdout as it comes, speed and memory to stderr.
 """
 
 from pathlib import Path
 
+from lit_gpt.checkpoints.folder import check_inputs
 from lit_gpt.cli import NonNegativeFloat, PositiveInt, run
 from lit_gpt.generation.args import ModelArgs, PromptArgs, SamplingArgs
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Read the base from this converted folder.
-ia3_path: Path = Path("out/ia3/alpaca/lit_model_ia3_finetuned.pth")  # Attach this.
+finetuned_path: Path = Path("out/ia3/alpaca/lit_model_ia3_finetuned.pth")  # Attach this.
 prompt: str = ""
 max_new_tokens: PositiveInt = 100
 temperature: NonNegativeFloat = 0.8
 
 
 def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
+    check_inputs(checkpoint_dir, finetuned_path)
     from lit_gpt.generation.answer import read_prompt
     from lit_gpt.generation.answerer import Answerer
 
-    prompts = read_prompt(prompt, sampling, model, checkpoint_dir=checkpoint_dir, ia3_path=ia3_path)
-    prompts.answer(Answerer.from_finetuned(checkpoint_dir, ia3_path, "ia3", sampling, model))
+    prompts = read_prompt(prompt, sampling, model, checkpoint_dir=checkpoint_dir, ia3_path=finetuned_path)
+    prompts.answer(Answerer.from_finetuned(checkpoint_dir, finetuned_path, "ia3", sampling, model))
 
 
 if __name__ == "__main__":

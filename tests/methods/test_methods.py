@@ -412,10 +412,10 @@ def test_ia3_from_training_to_an_answer(cli, flags):
     result = cli("finetune/ia3.py", **flags)
     assert result.code == 0, result.err
     assert "lr" in metrics(flags["out_dir"])[0]
-    place = {"checkpoint_dir": flags["checkpoint_dir"], "ia3_path": flags["out_dir"] / "lit_model_ia3_finetuned.pth"}
+    place = {"checkpoint_dir": flags["checkpoint_dir"], "finetuned_path": flags["out_dir"] / "lit_model_ia3_finetuned.pth"}
     result = cli("generate/ia3.py", **place, prompt="describe the cat 1", temperature=0, max_new_tokens=5)
     assert result.code == 0 and "tokens" in result.err, result.err
-    lora_path = {"lora_path": place["ia3_path"], "checkpoint_dir": flags["checkpoint_dir"]}
+    lora_path = {"lora_path": place["finetuned_path"], "checkpoint_dir": flags["checkpoint_dir"]}
     cli("generate/lora.py", **lora_path, prompt="a").refused("trained by the method ia3", "expected lora")
 
 
