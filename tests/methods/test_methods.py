@@ -412,7 +412,8 @@ def test_ia3_from_training_to_an_answer(cli, flags):
     result = cli("finetune/ia3.py", **flags)
     assert result.code == 0, result.err
     assert "lr" in metrics(flags["out_dir"])[0]
-    place = {"checkpoint_dir": flags["checkpoint_dir"], "finetuned_path": flags["out_dir"] / "lit_model_ia3_finetuned.pth"}
+    finetuned_path = flags["out_dir"] / "lit_model_ia3_finetuned.pth"
+    place = {"checkpoint_dir": flags["checkpoint_dir"], "finetuned_path": finetuned_path}
     result = cli("generate/ia3.py", **place, prompt="describe the cat 1", temperature=0, max_new_tokens=5)
     assert result.code == 0 and "tokens" in result.err, result.err
     lora_path = {"lora_path": place["finetuned_path"], "checkpoint_dir": flags["checkpoint_dir"]}
