@@ -52,7 +52,8 @@ def experts(config: Config, mlp: str, gate: str, up: str, proj: str) -> Table:
 
 def shared(config: Config, module: str) -> Table:
     """Return the places of the expert that all tokens go to, and of the layers that have no experts."""
-    table, sizes = {}, [("h.{}.mlp.shared.", module, config.shared_intermediate_size)]
+    table: dict[str, Place] = {}
+    sizes = [("h.{}.mlp.shared.", module, config.shared_intermediate_size)]
     sizes += [(f"h.{i}.mlp.", f"model.layers.{i}.mlp.", config.dense_intermediate_size) for i in config.dense_layers]
     for ours, theirs, size in sizes:
         table[ours + "gate_up"] = Stacked((theirs + "gate_proj", theirs + "up_proj"), (size, size))

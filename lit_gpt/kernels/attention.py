@@ -124,7 +124,7 @@ class _Attention(torch.autograd.Function):
         grads = (q_grad.mul_(scale), q), (k_grad.mul_(scale), k), (v_grad, v)
         return (
             *(_by_head(x, like) for x, like in grads),
-            None if sinks is None else sinks_grad.to(sinks.dtype),
+            None if sinks_grad is None else sinks_grad.to(sinks.dtype),
             None,
             None,
         )

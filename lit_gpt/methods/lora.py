@@ -131,13 +131,15 @@ def targets(model: GPT, config: LoRAConfig) -> Iterator[tuple[str, list[tuple[in
     q, k, v = model.config.qkv_sizes
     spans = {"query": (0, q), "key": (q, q + k), "value": (q + k, q + k + v)}
     qkv = [span for name, span in spans.items() if getattr(config, name)]
-    for layer, block in enumerate(model.h):
+    for layer in range(len(model.h)):
         if qkv:
             yield f"h.{layer}.attn.qkv", qkv
         if config.projection:
             yield f"h.{layer}.attn.proj", [(0, model.config.n_embd)]
         if config.mlp:
-            yield from ((f"h.{layer}.mlp.{path}", parts) for path, parts in mlp_targets(block.mlp))
+            yield from (
+                (f"h.{layer}.mlp.{path}", parts) for path, parts in mlp_targets(model.get_submodule(f"h.{layer}.mlp"))
+            )
     if config.head:
         yield "lm_head", [(0, model.config.padded_vocab_size)]
 
