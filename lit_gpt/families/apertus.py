@@ -22,7 +22,8 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
     refuse(hf, hidden_act="xielu")
     default = {"rope_parameters": {"rope_theta": 12000000.0, **_SCALING}}
     fields = hf if hf.get("rope_parameters") or hf.get("rope_theta") else hf | default
-    return llama.config({"rms_norm_eps": 1e-5} | fields) | {"qk_norm": "head", "bias": False, "mlp_class": "XIELUMLP"}
+    own = {"qk_norm": "head", "bias": False, "mlp_class": "XIELUMLP", "activation": "xielu"}
+    return llama.config({"rms_norm_eps": 1e-5} | fields) | own
 
 
 def weights(config: Config) -> Table:

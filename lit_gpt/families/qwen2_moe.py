@@ -14,15 +14,7 @@ _A2_7B = llama.preset(
     24, 16, 16, 2048, 5632, 151936, model_type="qwen2_moe", max_position_embeddings=8192, rope_theta=1e6,
     num_experts=60, num_experts_per_tok=4, moe_intermediate_size=1408, shared_expert_intermediate_size=5632,
 )  # fmt: skip
-PRESETS = {
-    "Qwen1.5-MoE-A2.7B": _A2_7B,
-    "Qwen1.5-MoE-A2.7B-Chat": _A2_7B,
-    "Qwen2-57B-A14B": dict(
-        _A2_7B, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4, hidden_size=3584,
-        intermediate_size=18944, num_experts=64, num_experts_per_tok=8, moe_intermediate_size=2560,
-        shared_expert_intermediate_size=20480, max_position_embeddings=131072,
-    ),
-}  # fmt: skip
+PRESETS = {"Qwen1.5-MoE-A2.7B": _A2_7B, "Qwen1.5-MoE-A2.7B-Chat": _A2_7B}
 
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:

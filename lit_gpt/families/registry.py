@@ -57,7 +57,7 @@ def language_model(hf: dict[str, Any]) -> dict[str, Any]:
     if hf.get("model_type") not in {kind for family in families() for kind in getattr(family, "WRAPPERS", ())}:
         return hf
     outer = {name: hf[name] for name in ("tie_word_embeddings",) if name in hf}
-    return outer | hf["text_config"]
+    return hf["text_config"] | outer  # it is the whole model that ties its head
 
 
 def preset(name: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ _preset = partial(llama.preset, model_type="starcoder2", vocab=49152, max_positi
                   sliding_window=4096)  # fmt: skip
 PRESETS = {
     "starcoder2-3b": _preset(30, 24, 2, 3072, 12288, rope_theta=999999.4420358813, tie_word_embeddings=True),
-    "starcoder2-7b": _preset(32, 36, 4, 4608, 18432, rope_theta=1e6, tie_word_embeddings=False),
+    "starcoder2-7b": _preset(32, 36, 4, 4608, 18432, rope_theta=1e6, tie_word_embeddings=True),
     "starcoder2-15b": _preset(40, 48, 4, 6144, 24576, rope_theta=1e5, tie_word_embeddings=False),
 }
 

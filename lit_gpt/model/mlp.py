@@ -45,6 +45,9 @@ class XIELU(nn.Module):
     Both meet at 0, with the slope beta; what is nearer to 0 than eps counts as eps in the exponential.
     """
 
+    beta: Tensor
+    eps: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.beta: Tensor

@@ -136,6 +136,8 @@ class Experts(nn.Module):
 class Router(nn.Module):
     """Chooses each token's experts, and their weights. No nn.Linear, so that no method attaches to it."""
 
+    e_score_correction_bias: Tensor | None
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.n_expert, self.n_expert_per_token = config.n_expert, config.n_expert_per_token

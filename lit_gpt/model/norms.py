@@ -34,6 +34,8 @@ class UnitOffsetRMSNorm(RMSNorm):
 class PlainRMSNorm(nn.Module):
     """RMSNorm without weights."""
 
+    weight: Tensor | None
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.size, self.eps = size, eps

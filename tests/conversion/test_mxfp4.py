@@ -21,7 +21,7 @@ def test_dequantized_numbers_are_those_of_transformers():
     blocks = torch.randint(256, (3, 8, 4, 16), dtype=torch.uint8)
     scales = torch.randint(1, 250, (3, 8, 4), dtype=torch.uint8)
     found = mxfp4.dequantize(blocks, scales)
-    assert torch.equal(found.mT, convert_moe_packed_tensors(blocks, scales)) and len(found.abs().unique()) > 1000
+    assert torch.equal(found.mT, convert_moe_packed_tensors(blocks, scales)) and len(found.abs().unique()) > 300
 
 
 def test_a_checkpoint_in_4_bits(tmp_path):

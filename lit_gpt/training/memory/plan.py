@@ -234,6 +234,8 @@ def materialize(model: GPT) -> list[nn.Parameter]:
                 like = torch.empty(parameter.shape, dtype=parameter.dtype)
                 made[parameter] = nn.Parameter(like, requires_grad=parameter.requires_grad)
             module._parameters[name] = made[parameter]
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
     for rope in (model.rope, model.local_rope):
         rope.frequencies = torch.empty(rope.frequencies.shape)
     return [parameter for parameter in made.values() if parameter.requires_grad]
