@@ -155,20 +155,30 @@ def read(
         layer, scale = known[name], targets.scale(known[name], len(A))
         for span, a, b in split(layer, A, B, [span for lit, span in switches if lit == layer.lit], folder):
             updates[layer.lit, span] = a, b, scale
-    r = max(len(a) for a, _, _ in updates.values())
-    default = fields["lora_alpha"] / (math.sqrt(fields["r"]) if fields.get("use_rslora") else fields["r"])
-    adapted: dict[str, Any] = {name: any(switches[part] == name for part in updates) for name in set(switches.values())}
-    settings = lora.LoRAConfig(
-        r=r,
-        alpha=whole_if_possible(default * r),
-        dropout=fields.get("lora_dropout") or 0.0,
-        update="dora" if magnitudes else "plain",
-        **adapted,
-    )
+    settings = settings_of(fields, updates, switches, bool(magnitudes))
     state = lay_out(config, settings, updates)
     if magnitudes:
         state |= lay_out_magnitudes(config, settings, magnitudes, base)
     return settings, state, targets.remarks(known)
+
+
+def settings_of(
+    fields: dict[str, Any],
+    updates: Mapping[Part, tuple[Tensor, Tensor, float]],
+    switches: Mapping[Part, str],
+    dora: bool,
+) -> lora.LoRAConfig:
+    """Return the hyperparameters under which updates of several ranks and scales have room."""
+    r = max(len(a) for a, _, _ in updates.values())
+    default = fields["lora_alpha"] / (math.sqrt(fields["r"]) if fields.get("use_rslora") else fields["r"])
+    adapted: dict[str, Any] = {name: any(switches[part] == name for part in updates) for name in set(switches.values())}
+    return lora.LoRAConfig(
+        r=r,
+        alpha=whole_if_possible(default * r),
+        dropout=fields.get("lora_dropout") or 0.0,
+        update="dora" if dora else "plain",
+        **adapted,
+    )
 
 
 def check_magnitudes(
