@@ -21,6 +21,7 @@ from lit_gpt.conversion import hf as hf_files
 from lit_gpt.conversion import hf_shards
 from lit_gpt.data import dataset
 from lit_gpt.data.audit import Audit
+from lit_gpt.data.folder import SPLITS
 from lit_gpt.data.split_writer import SampleStore
 from lit_gpt.families import registry
 from lit_gpt.files import new_folder
@@ -66,7 +67,7 @@ def main(model: str, fields: dict, rows: int, seed: int, folder: str) -> None:
     with new_folder(Path(folder) / "data") as destination:
         audits = {
             name: write_split(destination / f"{name}.safetensors", n, hf["vocab_size"], longest, generator)
-            for name, n in zip(dataset.SPLITS, (rows, 4), strict=True)
+            for name, n in zip(SPLITS, (rows, 4), strict=True)
         }
         style = PromptStyle("plain", "{{ messages[0]['content'] }}", template_writes_bos=False)
         dataset.write_meta(destination, audits, Tokenizer(checkpoint_dir), style)

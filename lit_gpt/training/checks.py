@@ -84,8 +84,8 @@ def refuse_changed(before: dict[str, Any], flags: dict[str, Any], path: Path) ->
         before: the flags of the run that wrote the state `path`.
     """
     for name, value in locked_flags(flags).items():
-        if before.get(name) != value and not raised(name, value, before.get(name)):
-            now, then = ("null" if v is None else v for v in (value, before.get(name)))
+        if before.get(name, value) != value and not raised(name, value, before[name]):
+            now, then = ("null" if v is None else v for v in (value, before[name]))
             raise UserError(
                 f"--{name} {now}: the run in {path} has {then}; resume it with that or choose another --out_dir"
             )

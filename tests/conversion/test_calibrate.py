@@ -151,7 +151,7 @@ def test_bad_input(cli, llama, path, tmp_path, monkeypatch):
     for bad, words in (
         (tmp_path / "no.txt", ("no.txt", "cannot be read")),
         (tmp_path / "no.jsonl", ("no.jsonl", "no such file")),
-        (tmp_path / "b.txt", ("b.txt", "cannot be read")),
+        (tmp_path / "b.txt", ("b.txt", "expected UTF-8")),
         (tmp_path, (f"--calibration_path {tmp_path}: not a folder of prepared data",)),
         (rows, ("r.jsonl: line 2", "not JSON")),
         (empty, ("holds 0 tokens", "256")),

@@ -284,16 +284,16 @@ def spoil(patch: pytest.MonkeyPatch, how: str, base: Path) -> None:
         on_shards(turned)
         patch.setattr(gguf_layout.TensorPlace, "to_gguf", lambda place, t: turned(place.name, to_gguf(place, t)))
         patch.setattr(
-            lora.LoRALinear, "merged", lambda x: merged(x).T if x.in_features == x.out_features else merged(x)
+            lora.LoRALinear, "merged", lambda x, d: merged(x, d).T if x.in_features == x.out_features else merged(x, d)
         )
         pairs = {O_PROJ[0]: lambda A, B: (B.T, A.T)}
         same = lambda A, B: (A, B)  # noqa: E731
         patch.setattr(peft, "to_peft", lambda m: {k: pairs.get(k, same)(*v) for k, v in to_peft(m).items()})
     elif how == "scaling forgotten":
 
-        def unscaled(layer):
+        def unscaled(layer, dtype):
             layer.scale = 1.0
-            return merged(layer)
+            return merged(layer, dtype)
 
         patch.setattr(lora.LoRALinear, "merged", unscaled)
         patch.setattr(peft, "adapter_config", lambda *a: (c := adapter_config(*a)) | {"lora_alpha": c["r"]})
@@ -362,7 +362,7 @@ def test_where_no_other_reader_is_installed(cli, bases, tmp_path, monkeypatch, k
     assert json.loads((tmp_path / "out" / "export.json").read_text())["reader"] == "Lit-GPT"
     shutil.rmtree(tmp_path / "out")
     monkeypatch.setattr(PromptStyle, "for_others", lambda *a: "lost")
-    monkeypatch.setattr(lora.LoRALinear, "merged", lambda layer: layer.linear.weight)
+    monkeypatch.setattr(lora.LoRALinear, "merged", lambda layer, dtype: layer.linear.weight)
     cli(MERGE if kind == "merged" else EXPORT, **flags).refused("read back by Lit-GPT", "nothing was written")
 
 
@@ -411,8 +411,9 @@ def test_a_card_in_another_encoding_does_not_end_an_export(bases, tmp_path):
 def test_flags_that_do_not_go_together(cli, bases, tmp_path):
     flags = {"checkpoint_dir": bases["llama"], "out_dir": tmp_path / "out"}
     cli(EXPORT, **flags, lora_path="x.pth", format="gguf").refused("--finetuned_path", "merge_lora.py", code=2)
+    cli(EXPORT, **flags, dtype="q8_0").refused("--dtype q8_0", "--format gguf", code=2)
     for dtype in ("fp16", "f16"):  # llama.cpp's spelling is taken, too
-        cli(EXPORT, **flags, dtype=dtype).refused("--dtype fp16", code=2)
+        cli(EXPORT, **flags, lora_path="x.pth", dtype=dtype).refused("--dtype fp16", code=2)
 
 
 def test_the_template_and_end_tokens_of_a_finetune_go_along(bases, tmp_path):
@@ -495,9 +496,9 @@ def test_a_wrong_scale_shows_behind_rounding(cli, bases, tmp_path, monkeypatch):
     assert merged.code == 0 and figures["finetune_arrived"] == pytest.approx(1, abs=0.05), merged.err
     plain = lora.LoRALinear.merged
 
-    def halved(layer):
+    def halved(layer, dtype):
         layer.scale *= 0.5
-        return plain(layer)
+        return plain(layer, dtype)
 
     monkeypatch.setattr(lora.LoRALinear, "merged", halved)
     cli(MERGE, **flags, out_dir=tmp_path / "wrong").refused("of the finetune's change of the logits arrived")

@@ -192,7 +192,7 @@ REFUSED = {
     "other scores": (("gemma", "gemma2"), None, ["gemma2 ties its head, and scales scores"]),
     "a rotary scaling": (("phi3", "longrope"), None, ["rotary scaling with", "llama.cpp"]),
     "a family without a layout at all": (("mpt", "mpt"), None, ["the mpt family has no layout of llama.cpp"]),
-    "biases": (("falcon", "multi-head"), None, ["neither biases"]),
+    "biases": (("falcon", "multi-head"), None, ["neither ALiBi, biases"]),
     "activation": (
         ("llama", "llama"),
         lambda d: edit(d / "lit_config.json", lambda c: c.update(activation="gelu")),

@@ -10,6 +10,7 @@ from helpers.rows import ROWS, write_rows
 from helpers.tokenizers import bpe_tokenizer
 from lit_gpt import Tokenizer
 from lit_gpt.data import dataset
+from lit_gpt.data.folder import SPLITS
 from lit_gpt.errors import UserError
 from lit_gpt.text.messages import instruction_messages
 from lit_gpt.text.prompt_style import STYLES, PromptStyle
@@ -97,7 +98,7 @@ def test_prepare_json(cli, llama, tmp_path):
     flags = {"checkpoint_dir": llama, "data_path": write_rows(tmp_path / "r.jsonl"), "prompt_style": "plain"}
     result = cli("scripts/prepare_json.py", **flags, out_dir=tmp_path / "d", validation_fraction=0.2)
     assert result.code == 0 and "⟦the task" in result.out and "rows kept" in result.out
-    train, validation = (dataset.Dataset(tmp_path / "d", split) for split in dataset.SPLITS)
+    train, validation = (dataset.Dataset(tmp_path / "d", split) for split in SPLITS)
     assert (len(train), len(validation)) == (16, 4)
     tokenizer = Tokenizer(llama)
     texts = {tokenizer.decode(s.tokens, skip_special_tokens=False) for d in (train, validation) for s in d}

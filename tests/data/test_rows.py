@@ -16,6 +16,7 @@ from helpers.rows import ROWS, write_rows
 from lit_gpt import Tokenizer
 from lit_gpt.data import dataset
 from lit_gpt.data import sources as rows
+from lit_gpt.data.folder import SPLITS
 from lit_gpt.data.sources import Source, parse_sources
 from lit_gpt.errors import UserError
 
@@ -129,7 +130,7 @@ def test_duplicates(cli, llama, flags, tmp_path):
     expected = ["\n\n".join(filter(None, (r["instruction"], r["input"]))) + r["output"] for r in ROWS]
     assert texts(tmp_path / "d", llama) == [*expected, "bc"]
     assert texts(tmp_path / "d", llama, "validation") == ["heldout"]
-    assert [audit(tmp_path / "d", split)["rows_dropped"]["duplicate"] for split in dataset.SPLITS] == [7, 3]
+    assert [audit(tmp_path / "d", split)["rows_dropped"]["duplicate"] for split in SPLITS] == [7, 3]
 
 
 def test_bad_rows_are_counted_or_left_out(cli, llama, flags, tmp_path):
@@ -141,7 +142,7 @@ def test_bad_rows_are_counted_or_left_out(cli, llama, flags, tmp_path):
     assert not (tmp_path / "d").exists()
     result = cli(SCRIPT, **flags, data_path=path, skip_bad_rows=True)
     assert result.code == 0 and "6 rows cannot be used and are left out, the first: " in result.out
-    assert sum(audit(tmp_path / "d", split)["rows_kept"] for split in dataset.SPLITS) == len(ROWS)
+    assert sum(audit(tmp_path / "d", split)["rows_kept"] for split in SPLITS) == len(ROWS)
 
 
 def test_rows_that_the_template_refuses(cli, llama, flags, tmp_path):
@@ -250,7 +251,7 @@ def test_a_row_of_no_weight_is_not_refused_by_the_template(cli, llama, flags, tm
     good = write_rows(tmp_path / "good.jsonl", ROWS)
     result = cli(SCRIPT, **flags, data_path=f"{good},{bad}=0.1")
     assert result.code == 0, result.err
-    assert sum(audit(tmp_path / "d", split)["rows_kept"] for split in dataset.SPLITS) == len(ROWS)
+    assert sum(audit(tmp_path / "d", split)["rows_kept"] for split in SPLITS) == len(ROWS)
     cli(SCRIPT, **flags | {"out_dir": tmp_path / "e"}, data_path=f"{good},{bad}=1").refused("bad.jsonl: line 1: ", "no")
 
 

@@ -221,7 +221,7 @@ def test_bad_input(cli, flags, llama, stored, tmp_path):
     for strategy in ("fsdp", "deepspeed"):
         method, args = parse_flags("lora", quantize="nf4", strategy=strategy, checkpoint_dir=llama)
         with pytest.raises(UsageError, match=f"--strategy {strategy}"):
-            check_quantized(args, method, "nf4")
+            check_quantized(args, method.trains_base, "nf4")
     record = json.loads((stored / "lit_quantize.json").read_text())
     for change, words in (
         ({"format_version": 9}, "version 9, expected 1"),
