@@ -8,6 +8,8 @@ from lit_gpt.families.tables import Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("apertus",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS = {"apertus": dict(max_position_embeddings=65536)}
 
 _SCALING: dict[str, Any] = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                 original_max_position_embeddings=8192)  # fmt: skip

@@ -8,6 +8,8 @@ from lit_gpt.families.tables import Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("arcee",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS = {"arcee": dict(max_position_embeddings=4096)}
 
 PRESETS: dict[str, dict[str, Any]] = {}
 

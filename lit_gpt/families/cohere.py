@@ -10,6 +10,11 @@ from lit_gpt.families.tables import Table, TurnedNorms, neighbors_apart
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("cohere", "cohere2")
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cohere": dict(max_position_embeddings=8192),
+    "cohere2": dict(max_position_embeddings=8192),
+}
 
 _preset = partial(llama.preset, vocab=256000, max_position_embeddings=8192, logit_scale=0.0625, layer_norm_eps=1e-5,
                   tie_word_embeddings=True)  # fmt: skip

@@ -8,6 +8,8 @@ from lit_gpt.families.tables import Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("ernie4_5",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS = {"ernie4_5": dict(max_position_embeddings=131072, num_key_value_heads=2)}
 
 _0_3B: dict[str, Any] = llama.preset(
     18, 16, 2, 1024, 3072, 103424, model_type="ernie4_5", head_dim=128, max_position_embeddings=131072,

@@ -7,6 +7,8 @@ from lit_gpt.families import llama, olmo2
 from lit_gpt.families.fields import tiny_size, windows
 
 MODEL_TYPES = ("exaone4",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS = {"exaone4": dict(num_key_value_heads=32)}
 
 _SCALING: dict[str, Any] = dict(rope_type="llama3", factor=16.0, low_freq_factor=1.0, high_freq_factor=4.0,
                 original_max_position_embeddings=8192)  # fmt: skip

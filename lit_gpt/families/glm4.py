@@ -9,6 +9,11 @@ from lit_gpt.families.tables import Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("glm", "glm4")
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "glm": dict(max_position_embeddings=131072, num_key_value_heads=2),
+    "glm4": dict(max_position_embeddings=131072, num_key_value_heads=2, attention_bias=True),
+}
 
 _9B: dict[str, Any] = llama.preset(
     40, 32, 2, 4096, 13696, 151552, model_type="glm", head_dim=128, max_position_embeddings=131072,

@@ -9,6 +9,8 @@ from lit_gpt.families.tables import Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("glm4_moe",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS = {"glm4_moe": dict(max_position_embeddings=131072, num_key_value_heads=8)}
 
 LEFT_OUT = dict.fromkeys(("model.layers.46.*", "model.layers.92.*"), "the layer that predicts further tokens")
 

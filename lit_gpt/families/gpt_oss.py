@@ -11,6 +11,8 @@ from lit_gpt.families.tables import AllExperts, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("gpt_oss",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS = {"gpt_oss": dict(max_position_embeddings=131072, num_key_value_heads=8)}
 
 _YARN: dict[str, Any] = dict(
     rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=4096

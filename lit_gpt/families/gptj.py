@@ -8,6 +8,8 @@ from lit_gpt.families.tables import Table, Turned, neighbors_apart
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("gptj",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS = {"gptj": dict(rotary_dim=64)}
 DERIVED = ("*.attn.bias", "*.attn.masked_bias", "*.attn.embed_positions")
 
 PRESETS = {

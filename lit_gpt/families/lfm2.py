@@ -10,6 +10,8 @@ from lit_gpt.families.tables import Stacked, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("lfm2",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS = {"lfm2": dict(max_position_embeddings=128000, num_key_value_heads=8)}
 
 
 def preset(heads: int, hidden: int, intermediate: int) -> dict[str, Any]:

@@ -8,6 +8,11 @@ from lit_gpt.families import llama
 from lit_gpt.families.fields import rope, tiny_size, windows
 
 MODEL_TYPES = ("ministral", "ministral3")
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "ministral": dict(max_position_embeddings=131072, num_key_value_heads=8, rms_norm_eps=1e-06),
+    "ministral3": dict(max_position_embeddings=262144, num_key_value_heads=8, head_dim=128),
+}
 
 _YARN: dict[str, Any] = dict(
     rope_type="yarn", rope_theta=1e6, factor=16.0, original_max_position_embeddings=16384, beta_fast=32.0,
@@ -27,7 +32,7 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
     if hf["model_type"] == "ministral":
         kind = "full_attention" if hf.get("sliding_window", 4096) is None else "sliding_attention"
         return common | windows({"sliding_window": 4096} | hf, [kind] * hf["num_hidden_layers"])
-    fields = {"rope_parameters": hf.get("rope_parameters") or hf.get("rope_scaling") or _YARN}
+    fields = {"rope_parameters": hf.get("rope_scaling") or hf["rope_parameters"]}
     scaling = fields["rope_parameters"]
     return common | {
         "sliding_window": hf.get("sliding_window"),

@@ -7,6 +7,8 @@ from lit_gpt.families import llama, qwen_moe
 from lit_gpt.families.fields import tiny_size
 
 MODEL_TYPES = ("olmoe",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS = {"olmoe": dict(max_position_embeddings=4096)}
 
 _7B = llama.preset(
     16, 16, 16, 2048, 1024, 50304, model_type="olmoe", max_position_embeddings=4096, rms_norm_eps=1e-5,

@@ -9,6 +9,8 @@ from lit_gpt.families.tables import Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("qwen2_moe",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS = {"qwen2_moe": dict(max_position_embeddings=32768, num_key_value_heads=16)}
 
 _A2_7B = llama.preset(
     24, 16, 16, 2048, 5632, 151936, model_type="qwen2_moe", max_position_embeddings=8192, rope_theta=1e6,

@@ -8,6 +8,8 @@ from lit_gpt.families.tables import Stacked, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("qwen3_5_text",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS = {"qwen3_5_text": dict(max_position_embeddings=32768, intermediate_size=12288)}
 
 PRESETS = {
     "Qwen3.5-9B": llama.preset(32, 16, 4, 4096, 12288, 248320, model_type="qwen3_5_text", head_dim=256,

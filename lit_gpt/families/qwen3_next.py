@@ -10,6 +10,8 @@ from lit_gpt.families.tables import Interleaved, Stacked, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("qwen3_next",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS = {"qwen3_next": dict(max_position_embeddings=32768, num_key_value_heads=2)}
 
 _80B = llama.preset(
     48, 16, 2, 2048, 5120, 151936, model_type="qwen3_next", head_dim=256, max_position_embeddings=262144,

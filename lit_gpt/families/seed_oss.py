@@ -6,6 +6,8 @@ from lit_gpt.families import llama
 from lit_gpt.families.fields import tiny_size
 
 MODEL_TYPES = ("seed_oss",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS = {"seed_oss": dict(max_position_embeddings=524288, num_key_value_heads=8)}
 
 _36B: dict[str, Any] = llama.preset(
     64, 80, 8, 5120, 27648, 155136, model_type="seed_oss", head_dim=128, max_position_embeddings=524288, rope_theta=1e7

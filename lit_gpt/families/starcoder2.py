@@ -9,6 +9,8 @@ from lit_gpt.families.tables import Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("starcoder2",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS = {"starcoder2": dict(max_position_embeddings=4096, num_key_value_heads=2)}
 
 _preset = partial(llama.preset, model_type="starcoder2", vocab=49152, max_position_embeddings=16384, use_bias=True,
                   sliding_window=4096)  # fmt: skip

@@ -23,9 +23,13 @@ def test_a_field_left_out_is_transformers_default(layout):
     whole = theirs.to_dict()
     for left_out in sorted(whole.keys() - SAYS_WHICH):
         fields = {name: value for name, value in whole.items() if name != left_out}
+        try:
+            filled = AutoConfig.for_model(**fields).to_dict()
+        except Exception:  # of all kinds: the default does not go with a tiny model's other sizes
+            continue
         ours = outcome(fields)
         if not isinstance(ours, str) or "needs the field" not in ours:
-            assert ours == outcome(AutoConfig.for_model(**fields).to_dict()), left_out
+            assert ours == outcome(filled), left_out
 
 
 def outcome(fields: dict) -> dict | str:
