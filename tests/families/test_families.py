@@ -261,12 +261,14 @@ def test_older_names_of_config_fields():
     assert config_from_hf(neox | {"rope_parameters": {"rope_theta": 1e4}}).rotary_percentage == 0.25
 
 
-TINY = dict(num_hidden_layers=4, num_attention_heads=2, hidden_size=8, intermediate_size=8, vocab_size=9)
+TINY = dict(
+    num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2, hidden_size=8, intermediate_size=8, vocab_size=9
+)
 
 
 def test_which_layers_have_a_window_or_positions():
     """By the lists of layers, or by the numbers that stand for them in older files."""
-    gemma = dict(TINY, model_type="gemma3_text", num_key_value_heads=2, sliding_window=6, rope_local_base_freq=2e4,
+    gemma = dict(TINY, model_type="gemma3_text", sliding_window=6, rope_local_base_freq=2e4,
                  sliding_window_pattern=2)  # fmt: skip
     config = config_from_hf(gemma)
     assert [config.window(layer) for layer in range(4)] == [6, None, 6, None] and config.local_rope_base == 2e4

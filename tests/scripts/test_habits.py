@@ -48,7 +48,7 @@ def test_spellings_of_others_are_taken():
         ("--wandb", "use --logger wandb"),
         ("--bf16", "use --precision bf16"),
         ("--load_in_4bit", "use --quantize nf4"),
-        ("--stop=x", "--max_new_tokens"),
+        ("--stop=x", "generate/"),
         ("--eopchs=3", "did you mean --epochs?"),
         ("--nothing_like_it=3", "--help lists the flags"),
     ],

@@ -86,6 +86,12 @@ def edit_weights(folder: Path, change) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
+def write_index(folder: Path, text: str) -> None:
+    """Put an index in the place of the one file of weights, which would be taken first."""
+    (folder / "model.safetensors").unlink()
+    (folder / hf_shards.INDEX).write_text(text)
+
+
 BAD_DOWNLOADS = {
     "missing folder": (shutil.rmtree, ["no such folder", "scripts/download.py"]),
     "no config": (lambda d: (d / "config.json").unlink(), ["not a checkpoint folder", "config.json is missing"]),
@@ -108,10 +114,10 @@ BAD_DOWNLOADS = {
         ["1 tensors", "model.extra.weight"],
     ),
     "missing shard": (
-        lambda d: (d / hf_shards.INDEX).write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
+        lambda d: write_index(d, '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
         ["model-00001-of-00002.safetensors", "missing"],
     ),
-    "broken index": (lambda d: (d / hf_shards.INDEX).write_text('{"weight'), [hf_shards.INDEX, "not a readable JSON"]),
+    "broken index": (lambda d: write_index(d, '{"weight'), [hf_shards.INDEX, "not a readable JSON"]),
     "activation": (lambda d: edit_json(d / "config.json", hidden_act="relu6"), ["activation 'relu6'", "silu"]),
     "rope": (
         lambda d: edit_json(d / "config.json", rope_parameters={"rope_type": "dynamic", "factor": 2}),

@@ -66,7 +66,7 @@ def without(package: str, command: str) -> Callable[[], None]:
 
 
 def probe_with_another_column() -> None:
-    Path("probe.csv").write_text("txt\nThe cat sat.\n")
+    Path("probe.csv").write_text("story\nThe cat sat.\n")
     in_process((FINETUNE + "--out_dir out/x --probe_path probe.csv").split()[1:])
 
 
@@ -207,6 +207,14 @@ MISTAKES = {
         FILMS + "data/x",
         edit("chats.json", lambda text: text.replace("role", "speaker")),
         FILMS.replace("films.jsonl", "chats.json") + "data/x",
+        lambda: Path("films.csv").write_bytes(
+            "instruction,output\nA film?,Alien.\nA sad film?,Am\u00e9lie.\n".encode("latin-1")
+        ),
+        FILMS.replace("films.jsonl", "films.csv") + "data/x",
+        lambda: Path("quotes.csv").write_text(
+            'instruction,output\nA film?,Alien.\n"So be it" who?,"x\nA western?,Shane.\n'
+        ),
+        FILMS.replace("films.jsonl", "quotes.csv") + "data/x",
     ],
 }
 
