@@ -101,8 +101,8 @@ template <class F> void gather(const std::vector<Buffer> &by_thread, long size, 
     }
 }
 
-// A_grad and B_grad have the shapes of A and B; x_grad is the gradient through the update alone. Without x there is no
-// A_grad
+// A_grad and B_grad have the shapes of A and B; x_grad is the gradient through the update alone. A_grad is null where A
+// does not train, and x is not there then; nor has x a place if there are no rows
 template <class T>
 void lora_backward(long rows, int in, const T *grad, const T *x, const float *A, const float *B, int B_rows,
                    float factor, Dropout dropout, Parts parts, const float *low, int out, T *x_grad, float *A_grad,
@@ -121,7 +121,7 @@ void lora_backward(long rows, int in, const T *grad, const T *x, const float *A,
             add_dots(n, r, columns, g, out, across.data() + row, B_rows, L.data() + p * r, ranks);
             add_product(r, columns, n, low + first * ranks + p * r, 1, ranks, g, out, b_grad.data() + row, B_rows);
         });
-        if (x) {
+        if (A_grad) {
             a_grad.resize((long)ranks * in);
             dropped(dropout, first, n, in, x, X.data());
             add_product(ranks, in, n, L.data(), 1, ranks, X.data(), in + 8, a_grad.data(), in);
@@ -135,7 +135,7 @@ void lora_backward(long rows, int in, const T *grad, const T *x, const float *A,
             });
         }
     });
-    if (x) gather(A_grads, (long)ranks * in, [&](long i, float total) { A_grad[i] = total; });
+    if (A_grad) gather(A_grads, (long)ranks * in, [&](long i, float total) { A_grad[i] = total; });
     gather(B_grads, (long)r * B_rows,
            [&](long i, float total) { B_grad[i % B_rows * r + i / B_rows] = total * factor; });
 }
