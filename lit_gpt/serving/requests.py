@@ -160,7 +160,7 @@ def read_chat(fields: dict[str, Any]) -> list[Message]:
     try:
         return read_messages([flat(message) for message in messages] if isinstance(messages, list) else None)
     except ValueError as error:
-        raise APIError(400, f"messages: {error}", "messages", "invalid_value") from None
+        raise APIError(400, str(error), "messages", "invalid_value") from None
 
 
 def flat(message: Any) -> Any:
