@@ -257,6 +257,8 @@ def parse_prompt(fields: dict[str, Any]) -> tuple[list[Message], Tools, Path | N
             raise ValueError(f"the field '{'input' if context else 'history'}' does not go with '{form}'")
         messages = read_messages(fields[form], form)
     else:
+        if tools:
+            raise ValueError("the field 'tools' goes with 'messages'")
         messages = history + instruction_messages(text_of(fields, form), context)
     if messages[-1]["role"] == "assistant":
         raise ValueError("the last message is the assistant's; expected one to be answered")
