@@ -260,7 +260,7 @@ def test_weights_that_are_not_numbers(cli, llama, tmp_path):
 
 
 def test_the_plan_knows_the_quantized_size(cli, stored):
-    flags = {"method": "lora", "micro_batch_size": 1, "max_seq_length": 64, "json": "true"}
+    flags = {"method": "lora", "micro_batch_size": 1, "max_seq_length": 64, "json": "true", "device": "cuda"}
     plain, small = (
         json.loads(cli("scripts/plan.py", model="pythia-70m", **flags, **more).out)
         for more in ({}, {"quantize": "nf4"})
