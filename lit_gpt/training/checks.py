@@ -72,9 +72,14 @@ def check_out_dir(args: TrainArgs, flags: dict[str, Any]) -> None:
         if (folder / "metrics.csv").exists():
             raise UserError(f"--out_dir {folder}: already holds a run; --resume auto continues it, or choose another")
         return
-    states = sorted((folder / "state").glob("step_*.pth"))
+    states = state_paths(folder)
     if states and (before := read_json(folder / "hyperparameters.json", missing_ok=True)):
-        refuse_changed(before, flags, states[-1])
+        refuse_changed(before, flags, states[0])
+
+
+def state_paths(out_dir: Path) -> list[Path]:
+    """Return the files of a run's states, the newest first."""
+    return sorted((out_dir / "state").glob("step_*.pth"), reverse=True)
 
 
 def refuse_changed(before: dict[str, Any], flags: dict[str, Any], path: Path) -> None:

@@ -13,7 +13,7 @@ from lit_gpt.checkpoints import io
 from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.distributed.launch import on_main
 from lit_gpt.errors import UserError
-from lit_gpt.training.checks import locked_flags, refuse_changed
+from lit_gpt.training.checks import locked_flags, refuse_changed, state_paths
 
 FORMAT_VERSION = 2  # of the part of a state that resuming needs
 
@@ -110,8 +110,3 @@ class ResumeStates:
         if self.best is None or self.best[0] == step:
             return ""
         return f"; the lowest validation loss, {self.best[1]:.3f}, was that of {self.path(self.best[0])}"
-
-
-def state_paths(out_dir: Path) -> list[Path]:
-    """Return the files of a run's states, the newest first."""
-    return sorted((out_dir / "state").glob("step_*.pth"), reverse=True)

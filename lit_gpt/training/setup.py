@@ -35,7 +35,7 @@ from lit_gpt.training.memory.plan import MemoryPlanner
 from lit_gpt.training.memory.rehearsal import probe_longest_row
 from lit_gpt.training.objectives import make_objective
 from lit_gpt.training.records import Records
-from lit_gpt.training.resume import ResumeStates, state_paths
+from lit_gpt.training.resume import ResumeStates
 from lit_gpt.training.schedule import Schedule
 from lit_gpt.training.strategy import Worker
 
@@ -123,7 +123,7 @@ def build(args: TrainArgs, method: Method, fabric: Fabric, base: BaseCheckpoint)
 
 def begins_anew(args: TrainArgs, fabric: Fabric) -> bool:
     """Return whether what trains starts from the base alone: not from a file, nor from a state that is resumed."""
-    resumed = args.paths.resume == "auto" and bool(fabric.broadcast(state_paths(args.paths.out_dir)))
+    resumed = args.paths.resume == "auto" and bool(fabric.broadcast(checks.state_paths(args.paths.out_dir)))
     return not (resumed or args.paths.finetuned_path)
 
 

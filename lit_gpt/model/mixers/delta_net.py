@@ -10,7 +10,6 @@ from lit_gpt.model.mixers import recurrence
 from lit_gpt.model.mixers.convolution import CausalConvolution
 from lit_gpt.model.mixers.mixer import Mixer
 from lit_gpt.model.norms import RMSNorm
-from lit_gpt.model.rope import Rotation
 
 
 class GatedDeltaNet(Mixer):
@@ -36,9 +35,6 @@ class GatedDeltaNet(Mixer):
         self.dt_bias = nn.Parameter(torch.ones(self.heads))
         self.norm = RMSNorm(self.head_size, config.norm_eps)
         self.proj = Linear(values, config.n_embd, bias=False)
-
-    def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
-        return self.qkv(x).split(self.sizes, dim=-1)
 
     def recur(
         self, parts: tuple[Tensor, ...], positions: Tensor | None, carried: tuple[Tensor, ...]

@@ -18,7 +18,6 @@ from lit_gpt.model.config import Config
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.mixers.convolution import CausalConvolution
 from lit_gpt.model.mixers.mixer import Mixer
-from lit_gpt.model.rope import Rotation
 
 
 class Mamba(Mixer):
@@ -32,7 +31,8 @@ class Mamba(Mixer):
         self.channels, self.state_size, self.rank = config.state_heads, config.state_size, config.step_rank
         self.eps = config.state_norm_eps
         # rows of the values, and of the output's gate
-        self.qkv = Linear(config.n_embd, 2 * self.channels, bias=config.bias)
+        self.sizes = (self.channels, self.channels)
+        self.qkv = Linear(config.n_embd, sum(self.sizes), bias=config.bias)
         self.projections = {"query": [(self.channels, 2 * self.channels)], "value": [(0, self.channels)]}
         self.conv = CausalConvolution(self.channels, config.conv_size, config.conv_bias)
         self.x_proj = Linear(self.channels, self.rank + 2 * self.state_size, bias=False)
@@ -40,9 +40,6 @@ class Mamba(Mixer):
         self.A_log = nn.Parameter(torch.arange(1, self.state_size + 1).float().log().repeat(self.channels, 1))
         self.D = nn.Parameter(torch.ones(self.channels))
         self.proj = Linear(self.channels, config.n_embd, bias=config.bias)
-
-    def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
-        return self.qkv(x).chunk(2, dim=-1)
 
     def recur(
         self, parts: tuple[Tensor, ...], positions: Tensor | None, carried: tuple[Tensor, ...]

@@ -15,17 +15,19 @@ class Mixer(nn.Module):
 
     Attributes:
         qkv: the projection of the input, one product for all that is made of it.
+        sizes: how many of its rows each part has that `recur` takes.
         projections: rows (start, stop) of `qkv` that make queries, keys and values, and in a list with the queries the
             gate of the output; methods adapt them by these names.
     """
 
     qkv: nn.Module
     proj: nn.Module
+    sizes: tuple[int, ...]
     projections: dict[str, list[tuple[int, int]]]
 
-    @abstractmethod
     def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
-        """Project x (B, T, n_embd) to what `mix` takes, each (B, T, ...). There are no positions but the order."""
+        """Project x (B, T, n_embd) to what `mix` takes, each (B, T, size). There are no positions but the order."""
+        return self.qkv(x).split(self.sizes, dim=-1)
 
     @abstractmethod
     def recur(

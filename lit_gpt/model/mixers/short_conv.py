@@ -7,7 +7,6 @@ from lit_gpt.model.config import Config
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.mixers.convolution import CausalConvolution
 from lit_gpt.model.mixers.mixer import Mixer
-from lit_gpt.model.rope import Rotation
 
 
 class ShortConvolution(Mixer):
@@ -18,12 +17,9 @@ class ShortConvolution(Mixer):
         n, bias = config.n_embd, config.conv_bias
         self.qkv = Linear(n, 3 * n, bias=bias)  # rows as LFM2 has them: k, q, v
         self.projections = {"query": [(n, 2 * n)], "key": [(0, n)], "value": [(2 * n, 3 * n)]}
-        self.channels = n
+        self.channels, self.sizes = n, (n, n, n)
         self.conv = CausalConvolution(n, config.conv_size, bias)
         self.proj = Linear(n, n, bias=bias)
-
-    def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
-        return self.qkv(x).chunk(3, dim=-1)
 
     def recur(
         self, parts: tuple[Tensor, ...], positions: Tensor | None, carried: tuple[Tensor, ...]
