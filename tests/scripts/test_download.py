@@ -99,6 +99,12 @@ def parts(folder: Path) -> list[Path]:
     return list(folder.glob("*.part"))
 
 
+def begun(tmp_path: Path) -> bool:
+    """Whether the big file is the last, and more than half a megabyte of it has arrived."""
+    left = parts(landed(tmp_path))
+    return len(left) == 1 and left[0].name.startswith(BIG) and left[0].stat().st_size > 500_000
+
+
 def wait_for(condition: Callable[[], bool], pause: float = 0.01) -> None:
     end = time.monotonic() + 20
     while not condition():
@@ -168,7 +174,7 @@ def test_cut_is_resumed_by_the_next_run(hub: Hub, tmp_path: Path) -> None:
 def test_killed_and_run_again(hub: Hub, tmp_path: Path, sign: int) -> None:
     hub.faults = {BIG: ("hold", 600_000)}
     running = subprocess.Popen(**command(hub, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: any(part.stat().st_size > 500_000 for part in parts(landed(tmp_path))))
+    wait_for(lambda: begun(tmp_path))
     running.send_signal(sign)
     _, stderr = running.communicate(timeout=20)
     assert (running.returncode, stderr) in [(-signal.SIGKILL, ""), (130, "error: interrupted\n")]
@@ -185,7 +191,7 @@ def test_part_of_another_revision_is_not_continued(hub: Hub, tmp_path: Path) -> 
     hub.revisions["old"] = NEEDED | {BIG: random.Random(3).randbytes(1_000_000)}
     hub.faults = {BIG: ("hold", 600_000)}
     running = subprocess.Popen(**command(hub, tmp_path, "--revision", "old"), stdout=subprocess.DEVNULL)
-    wait_for(lambda: any(part.stat().st_size > 500_000 for part in parts(landed(tmp_path))))
+    wait_for(lambda: begun(tmp_path))
     running.kill()
     running.wait()
     complete(download(hub, tmp_path))
@@ -201,7 +207,7 @@ def test_part_survives_a_hub_without_ranges(hub: Hub, tmp_path: Path) -> None:
 def test_two_at_once(hub: Hub, tmp_path: Path) -> None:
     hub.faults = {BIG: ("hold", 600_000)}
     running = subprocess.Popen(**command(hub, tmp_path), stdout=subprocess.DEVNULL)
-    wait_for(lambda: any(part.stat().st_size > 500_000 for part in parts(landed(tmp_path))))
+    wait_for(lambda: begun(tmp_path))
     assert "another download into this folder is running" in failed(download(hub, tmp_path))
     running.kill()
     running.wait()
