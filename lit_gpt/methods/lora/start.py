@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt.methods.hyperparameters import LoRAConfig
-from lit_gpt.methods.lora_factors import Factors
+from lit_gpt.methods.lora.factors import Factors
 from lit_gpt.quantization.modules import weight_of
 
 

@@ -1,0 +1,17 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): each chosen projection W gets an update (alpha / r) B A of rank r.
+
+Attaches to a base GPT that exists, by wrapping its linear layers. What A and B are made of differs by method, see
+lit_gpt.methods.lora.factors; at first the update is zero, so that a freshly attached model gives exactly the base's
+logits.
+"""
+
+from lit_gpt.methods.hyperparameters import LoRAConfig
+from lit_gpt.methods.lora.attaching import attach, targets, updates
+from lit_gpt.methods.lora.layers import LoRAExperts, LoRALinear, lora_layers
+from lit_gpt.methods.lora.merging import merge, merged_config, merged_tensor, write_merged
+from lit_gpt.methods.lora.method import NAME, LoRA
+
+__all__ = [
+    "NAME", "LoRA", "LoRAConfig", "LoRAExperts", "LoRALinear", "attach", "lora_layers", "merge", "merged_config",
+    "merged_tensor", "targets", "updates", "write_merged",
+]  # fmt: skip

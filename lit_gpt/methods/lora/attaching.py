@@ -1,0 +1,136 @@
+"""Attaches LoRA to a model: which layers, and which rows of them, get an update."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import cast
+
+from torch import Tensor, nn
+
+from lit_gpt.checkpoints import io
+from lit_gpt.errors import UsageError, UserError
+from lit_gpt.hardware import on_meta
+from lit_gpt.methods import finetuned_file
+from lit_gpt.methods.hyperparameters import LoRAConfig
+from lit_gpt.methods.lora.factors import Parts, SharedFactors
+from lit_gpt.methods.lora.layers import LoRAExperts, LoRALinear, lora_layers
+from lit_gpt.methods.method import experts_of, mark_trainable
+from lit_gpt.model.config import Config
+from lit_gpt.model.gpt import GPT, Block
+from lit_gpt.model.moe import Experts
+
+Target = tuple[str, nn.Module, Parts]  # path of a layer, the layer, and the rows of its adapted projections
+
+
+def attach(model: GPT, config: LoRAConfig) -> GPT:
+    """Wrap the chosen projections of `model`, in place, and let only the updates train.
+
+    What starts from the base's weights gets its start from `start.initialize`.
+
+    Raises:
+        UsageError: the form of the updates does not go with some layer.
+    """
+    wanted = [(path, model.get_submodule(path), parts) for path, parts in targets(model, config)]
+    check_layers(wanted, config, model.config)
+    shared = shared_factors(wanted, config)
+    if shared:
+        model.lora_shared = nn.ModuleDict(shared)
+    for path, layer, parts in wanted:
+        wrapper = LoRAExperts if experts_of(layer) else LoRALinear
+        model.set_submodule(path, wrapper(layer, parts, config, shared.get(kind_of(path, config))))
+    mark_trainable(model)
+    return model
+
+
+def check_layers(wanted: list[Target], config: LoRAConfig, base: Config) -> None:
+    """Refuse layers for which the form or the start of the updates does not exist."""
+    for path, layer, parts in wanted:
+        if config.update == "dora" and experts_of(layer):
+            raise UsageError(f"--lora_update dora: {base.name} has experts in {path}; leave out --lora_mlp true")
+        sizes = cast(Experts, layer)  # for mypy
+        limit = min(sizes.in_features, *(stop - start for start, stop in parts))
+        if config.changes_start and config.r > limit:
+            raise UsageError(
+                f"--lora_init {config.init}: {path} has only rank {limit}; expected --lora_r of at most that"
+            )
+
+
+def kind_of(path: str, config: LoRAConfig) -> str:
+    """Return the name of the matrices that a layer shares with others; what is no name of any if it shares none."""
+    return "all" if config.update == "vera" else re.sub(r"^h\.\d+\.", "", path).replace(".", "_")
+
+
+def shared_factors(wanted: list[Target], config: LoRAConfig) -> dict[str, SharedFactors]:
+    """Return the matrices that layers share, by their kind: vera's, of the largest sizes, are of all layers."""
+    if config.update not in ("vera", "tied"):
+        return {}
+    device = next(wanted[0][1].parameters()).device
+    if config.update == "vera":
+        inputs = max(cast(Experts, layer).in_features for _, layer, _ in wanted)
+        rows = max(stop - start for _, _, parts in wanted for start, stop in parts)
+        return {"all": SharedFactors((config.r, inputs), (rows, config.r), config, device)}
+    shared = {}
+    for path, layer, parts in wanted:
+        kind = kind_of(path, config)
+        if kind not in shared and path.startswith("h."):  # the head is the only one of its kind
+            A = (*experts_of(layer), len(parts) * config.r, cast(Experts, layer).in_features)
+            B = (*experts_of(layer), sum(stop - start for start, stop in parts), config.r)
+            shared[kind] = SharedFactors(A, B, config, device)
+    return shared
+
+
+def targets(model: GPT, config: LoRAConfig) -> Iterator[tuple[str, Parts]]:
+    """Yield the path of each linear layer to adapt, and the rows (start, stop) of its adapted projections."""
+    n = model.config.n_embd
+    for layer, block in enumerate(cast(Iterable[Block], model.h)):
+        mixer = f"h.{layer}." + ("mixer" if block.attn is None else "attn")
+        projections = block.token_mixer.projections.items()
+        if qkv := sorted(span for name, spans in projections if getattr(config, name) for span in spans):
+            yield f"{mixer}.qkv", qkv
+        if config.projection:
+            yield f"{mixer}.proj", [(0, n)]
+        if config.mlp and block.mlp is not None:
+            yield from ((f"h.{layer}.mlp.{path}", parts) for path, parts in mlp_targets(block.mlp))
+    if config.head:
+        yield "lm_head", [(0, model.config.padded_vocab_size)]
+
+
+def mlp_targets(mlp: nn.Module) -> Iterator[tuple[str, list[tuple[int, int]]]]:
+    """Yield what `targets` does of an MLP, of routed and shared experts.
+
+    Gate and up have an update each; which experts a token goes to stays the base's choice.
+    """
+    for path, layer in mlp.named_modules():
+        name, n = path.rpartition(".")[2], getattr(layer, "out_features", 0)
+        if name == "gate_up":
+            yield path, [(0, n // 2), (n // 2, n)]
+        elif name in ("fc", "proj"):
+            yield path, [(0, n)]
+
+
+def updates(
+    base: Config, config: LoRAConfig, state: Mapping[str, Tensor], source: Path | str
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield the path of each layer of a base that a finetuned file adapts, and A and B, so that B A is its update.
+
+    A is (len(parts) * rank, in_features), and B (out_features, len(parts) * rank) with the scale in it and zeros where
+    a part's rows and another's columns meet; before them is the number of experts, in a layer of experts.
+
+    Raises:
+        UserError: the tensors contradict the configuration, or the update is not a product of two matrices.
+    """
+    if config.update == "dora":
+        raise UserError(
+            f"{source}: trained with lora_update dora, which scales whole rows of the base; merge it instead"
+        )
+    with on_meta():
+        model = attach(GPT(base), config)
+    io.check_state(finetuned_file.file_parameters(model), state, source)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.requires_grad_(False)
+    for path, layer in lora_layers(model).items():
+        A, rank = layer.factors()[0], layer.rank
+        B = A.new_zeros(*layer.experts, layer.out_features, len(layer.parts) * rank)
+        for i, ((start, stop), _, part) in enumerate(layer.pairs()):
+            B[..., start:stop, i * rank : (i + 1) * rank] = part * layer.scale
+        yield path, A, B

@@ -1,0 +1,83 @@
+"""The layers that LoRA wraps: the base's product, and beside it the update's."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_gpt.kernels import fused
+from lit_gpt.methods.lora.factors import Factors
+from lit_gpt.methods.recording import DecodingTape
+from lit_gpt.model.gpt import GPT
+from lit_gpt.model.moe import Routing, grouped_product
+from lit_gpt.quantization.modules import weight_of
+
+
+class LoRALayer(Factors):
+    """Holds low-rank updates of some rows of a layer, in float32; for products they are cast to the input's dtype."""
+
+    @torch.no_grad()
+    def merged(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the base's weight plus the updates, in the weight's shape, computed in float32.
+
+        Args:
+            dtype: of the sum; None: the base's. Where the base is quantized, the updates are added to the dequantized
+                weight, and the sum stays float32.
+        """
+        base = weight_of(self.linear)
+        weight = base.to(torch.float32, copy=True)  # the original may be tied, or mapped
+        for (start, stop), A, B in self.pairs():
+            weight[..., start:stop, :] += self.scale * (B @ A)
+        if self.magnitude is not None:
+            for (start, stop), lengths in zip(self.parts, self.magnitude.split(self.sizes), strict=True):
+                rows = weight[start:stop]
+                rows *= (lengths / rows.norm(dim=1)).unsqueeze(1)
+        return weight.to(dtype or base.dtype)
+
+
+class LoRALinear(LoRALayer):
+    """A linear layer with low-rank updates."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, dropout = x.reshape(-1, self.in_features), self.dropout if self.training else 0.0
+        A, B = self.factors()
+        y = self.linear(rows)  # of rows it is no view even with a bias, and views are dear to change in place
+        y = fused.low_rank_update(y, rows, A, B, self.parts, self.scale, dropout)
+        scale = self.output_scale(A, B)
+        if scale is not None:
+            y = fused.scaled(y, scale, self.shift(scale))
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def shift(self, scale: Tensor) -> Tensor:
+        """Return what is to be added to the output before it is scaled, so that its bias stays as it is."""
+        bias = getattr(self.linear, "bias", None)
+        return torch.zeros_like(scale) if bias is None else bias.float() / scale - bias.float()
+
+    def record(self, tape: DecodingTape, x: Tensor, name: str) -> Tensor:
+        """Add the layer to a decoding tape."""
+        A, factor = self.factors()[0], self.scale
+        low = tape.lora_down(A.to(tape.dtype), x, by_row=False)
+        y = tape.linear(self.linear, x, name)
+        for part, (rows, _, B) in enumerate(self.pairs()):
+            tape.lora_up(y, low, part * self.rank, (B * factor).to(tape.dtype).t().contiguous(), rows, by_row=False)
+        scale = self.output_scale(*self.factors())
+        if scale is not None:
+            tape.scale(y, scale, self.shift(scale))
+        return y
+
+
+class LoRAExperts(LoRALayer):
+    """A layer of experts with low-rank updates: A and B are (n_expert, ...), and each expert has its own."""
+
+    def forward(self, x: Tensor, routes: Routing) -> Tensor:
+        """Return (rows, out_features) of x (rows, in_features), whose rows are sorted by expert."""
+        dropped = F.dropout(x, self.dropout, self.training)
+        A, B = self.factors()
+        low = grouped_product(dropped, A, routes.counts).split(self.rank, dim=-1)
+        parts = zip(low, B.split(self.sizes, dim=-2), strict=True)
+        updates = [grouped_product(*pair, routes.counts) for pair in parts]
+        return self.linear(x, routes).add(torch.cat(updates, dim=-1), alpha=self.scale)
+
+
+def lora_layers(model: GPT) -> dict[str, LoRALayer]:
+    """Return the layers that LoRA is attached to, by their paths."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}

@@ -1,0 +1,68 @@
+"""Folds LoRA's updates into the base's weights, in a model or into a file."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lit_gpt.checkpoints import io
+from lit_gpt.errors import UserError
+from lit_gpt.hardware import on_meta
+from lit_gpt.methods.lora.layers import LoRALayer, lora_layers
+from lit_gpt.methods.method import with_weight
+from lit_gpt.model.config import Config
+from lit_gpt.model.gpt import GPT
+from lit_gpt.model.moe import Experts
+from lit_gpt.quantization.modules import Quantized, QuantizedLinear, weight_of
+
+
+def merge(model: GPT) -> GPT:
+    """Fold the updates into the base's weights and unwrap them, in place. Quantized layers become plain linear ones.
+
+    Raises:
+        UserError: another method has changed an adapted layer.
+    """
+    config = merged_config(model)
+    for path, layer in lora_layers(model).items():
+        linear = layer.linear
+        if not isinstance(linear, nn.Linear | Experts | QuantizedLinear):
+            raise UserError(f"LoRA cannot be merged into {path}, which another method has changed; leave it apart")
+        model.set_submodule(path, with_weight(linear, layer.merged(), model.dtype))
+    model._modules.pop("lora_shared", None)
+    model.config = config
+    return model
+
+
+def merged_config(model: GPT) -> Config:
+    """Return the Config of the merged model, in which a tied head that was adapted is a weight of its own."""
+    return replace(model.config, tie_embeddings=False) if "lm_head" in lora_layers(model) else model.config
+
+
+def write_merged(path: Path, model: GPT, dtype: torch.dtype | None = None) -> None:
+    """Write the state dict of the merged model, dequantized if it is quantized, holding one tensor at a time.
+
+    Args:
+        dtype: in which to store it; None: as the base is.
+    """
+    config = merged_config(model)
+    with on_meta():
+        names = GPT(config).state_dict()
+    if config.tie_embeddings:
+        del names["lm_head.weight"]  # the embedding's
+    layers = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    layout = {name: names[name].to(dtype or stored_dtype(name, layer, model.dtype)) for name, layer in layers.items()}
+    io.write_streamed(path, layout, ((name, merged_tensor(name, layer, dtype)) for name, layer in layers.items()))
+
+
+def stored_dtype(name: str, layer: nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that a layer's tensor has once merged: `dtype` if the layer is quantized now, else its own."""
+    layer = layer.linear if isinstance(layer, LoRALayer) else layer
+    return dtype if isinstance(layer, Quantized) else getattr(layer, name.rpartition(".")[2]).dtype
+
+
+def merged_tensor(name: str, layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the tensor `name` of a layer, its weight with the layer's update added if it has one."""
+    if not name.endswith(".weight"):
+        return getattr(layer.linear if isinstance(layer, LoRALayer) else layer, name.rpartition(".")[2])
+    return layer.merged(dtype) if isinstance(layer, LoRALayer) else weight_of(layer)

@@ -1,0 +1,45 @@
+"""LoRA as a finetuning method."""
+
+from lit_gpt.methods.hyperparameters import LoRAConfig
+from lit_gpt.methods.lora import start
+from lit_gpt.methods.lora.attaching import attach
+from lit_gpt.methods.lora.layers import lora_layers
+from lit_gpt.methods.lora.merging import merge
+from lit_gpt.methods.method import Method
+from lit_gpt.model.gpt import GPT
+
+NAME = "lora"
+
+
+class LoRA(Method):
+    """Trains low-rank updates of the chosen projections, which can be folded into them."""
+
+    name = NAME
+    merges = True
+    free_settings = frozenset({"dropout", "lr_ratio"})
+    config: LoRAConfig
+
+    def attach(self, model: GPT) -> GPT:
+        return attach(model, self.config)
+
+    def initialize(self, model: GPT) -> None:
+        start.initialize(lora_layers(model).values(), self.config)
+
+    def learning_rate_ratio(self, name: str) -> float:
+        return self.config.lr_ratio if name.endswith("lora_B") else 1.0
+
+    @property
+    def unsharded(self) -> str | None:
+        plain = LoRAConfig()
+        for name in ("update", "init", "train", "lr_ratio"):
+            value = getattr(self.config, name)
+            if value not in (getattr(plain, name), "multi", "gaussian"):
+                return f"--lora_{name} {value}"
+        return None
+
+    def merge(self, model: GPT) -> GPT:
+        return merge(model)
+
+    def hold_merge(self, model: GPT) -> None:
+        for layer in lora_layers(model).values():
+            layer.merged()
