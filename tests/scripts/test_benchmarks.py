@@ -110,6 +110,7 @@ def test_refuses_what_it_cannot_use(cli, tmp_path):
     cli(SCRIPT, model="falcon-7b", micro_batch=3).refused("--micro_batch", "divisor", code=2)
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_the_four_methods(tmp_path, monkeypatch):
     """Table and pictures, from real runs of the scripts."""
