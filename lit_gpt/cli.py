@@ -48,7 +48,7 @@ else:  # a fraction of which something must be left: dropout, validation splits
     Fraction = restricted_number_type("Fraction", float, [(">=", 0.0), ("<", 1.0)])
 # The formats of lit_gpt/quantization/formats.py.
 Quantizer = Literal["int8", "int4", "nf4", "nf4-dq"]
-# What lit_gpt/training/memory/checkpointing.py can keep for the backward pass.
+# What lit_gpt/training/memory/activation_checkpointing.py can keep for the backward pass.
 Checkpointing = Literal["auto", "none", "selective", "full", "offload"]
 
 EXPECTED = {

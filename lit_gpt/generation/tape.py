@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lit_gpt.kernels.declarations import ACTIVATION_NUMBERS, FORMAT_NUMBERS
 from lit_gpt.kernels.ops import quantized_format
-from lit_gpt.methods.recording import RowChoice
+from lit_gpt.methods.decoding_tape import RowChoice
 from lit_gpt.model.alibi import alibi_slopes
 from lit_gpt.model.attention import CausalSelfAttention
 from lit_gpt.model.gpt import GPT, Block

@@ -11,9 +11,9 @@ from torch.func import functional_call
 
 from lit_gpt.kernels import fused
 from lit_gpt.methods import adapter
+from lit_gpt.methods.decoding_tape import DecodingTape
 from lit_gpt.methods.hyperparameters import AdapterConfig
 from lit_gpt.methods.method import LinearWrapper, Method, mark_trainable
-from lit_gpt.methods.recording import DecodingTape
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.moe import Experts, Routing
 from lit_gpt.model.norms import RMSNorm

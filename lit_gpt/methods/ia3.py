@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt.kernels import fused
+from lit_gpt.methods.decoding_tape import DecodingTape
 from lit_gpt.methods.hyperparameters import IA3Config
 from lit_gpt.methods.method import LinearWrapper, Method, experts_of, mark_trainable, with_weight
-from lit_gpt.methods.recording import DecodingTape
 from lit_gpt.model.gpt import GPT, Block
 from lit_gpt.model.moe import Experts, Routing
 from lit_gpt.quantization.modules import weight_of

@@ -2,7 +2,7 @@
 
 A method attaches to a base GPT in place, from outside: by wrapping linear layers and norms, or as an attention's
 prefix. Each module that it adds names its own parameters that train in `trained_parameters`, and may say how the fast
-decoding step computes it (`record`, see lit_gpt.methods.recording).
+decoding step computes it (`record`, see lit_gpt.methods.decoding_tape).
 """
 
 from abc import ABC, abstractmethod

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.errors import UserError
 from lit_gpt.methods import finetuned_file, lora
+from lit_gpt.methods.decoding_tape import DecodingTape
 from lit_gpt.methods.finetuned_model import method_of
 from lit_gpt.methods.method import LinearWrapper, experts_of
-from lit_gpt.methods.recording import DecodingTape
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.moe import Routing, grouped_product, rows_per_expert
 from lit_gpt.text.prompt_style import PromptStyle

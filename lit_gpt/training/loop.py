@@ -14,12 +14,12 @@ from lit_gpt.methods.finetuned_file import file_contents
 from lit_gpt.training.args import TrainArgs
 from lit_gpt.training.batches import Batch, Batches
 from lit_gpt.training.checks import raised
-from lit_gpt.training.evaluate import Evaluator
 from lit_gpt.training.records import Records
 from lit_gpt.training.resume import ResumeStates
 from lit_gpt.training.schedule import Schedule
 from lit_gpt.training.signals import StopSignals
 from lit_gpt.training.strategy import Worker
+from lit_gpt.training.validation import Evaluator
 
 
 @dataclass

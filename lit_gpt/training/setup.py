@@ -15,7 +15,7 @@ from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.cli import flag_values
 from lit_gpt.conversion.hf import copy_side_files
 from lit_gpt.data.dataset import read_meta
-from lit_gpt.data.probe import Probe
+from lit_gpt.data.forgetting import Probe
 from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.distributed.heartbeat import peer_watchdog
 from lit_gpt.distributed.launch import launch, on_main, resolve_devices, told_by_fabric_run
@@ -28,16 +28,16 @@ from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.training import checks
 from lit_gpt.training.args import TrainArgs
 from lit_gpt.training.batches import Batches
-from lit_gpt.training.evaluate import Evaluator, show_answer
 from lit_gpt.training.loop import Trainer
 from lit_gpt.training.memory.compiling import compiles_blocks
+from lit_gpt.training.memory.dry_run import probe_longest_row
 from lit_gpt.training.memory.plan import MemoryPlanner
-from lit_gpt.training.memory.rehearsal import probe_longest_row
 from lit_gpt.training.objectives import make_objective
 from lit_gpt.training.records import Records
 from lit_gpt.training.resume import ResumeStates
 from lit_gpt.training.schedule import Schedule
 from lit_gpt.training.strategy import Worker
+from lit_gpt.training.validation import Evaluator, show_answer
 
 KEPT_WELL = 0.95  # of what was trained, once it is rounded; below it is said
 

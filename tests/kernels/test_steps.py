@@ -20,8 +20,8 @@ from lit_gpt.methods import adapter_v2, lora
 from lit_gpt.methods.adapter import AdapterConfig
 from lit_gpt.model import inputs as inputs_module
 from lit_gpt.model.inputs import Targets
-from lit_gpt.training.memory import checkpointing
-from lit_gpt.training.memory.checkpointing import KINDS, apply_activation_checkpointing
+from lit_gpt.training.memory import activation_checkpointing
+from lit_gpt.training.memory.activation_checkpointing import KINDS, apply_activation_checkpointing
 
 NARROW = torch.bfloat16
 ALL = lora.LoRAConfig(r=4, dropout=0.1, key=True, projection=True, mlp=True, head=True)
@@ -63,8 +63,8 @@ def test_keeping_less_changes_nothing_for_other_methods(tiny: Tiny, method):
 def test_what_is_offloaded_is_the_blocks_inputs(tiny: Tiny, monkeypatch):
     torch.manual_seed(0)
     gpt, row, moved = lora.attach(load_model(tiny.folder), ALL), random_row(), []
-    to_host = checkpointing.to_host
-    monkeypatch.setattr(checkpointing, "to_host", lambda x: moved.append(x.shape) or to_host(x))
+    to_host = activation_checkpointing.to_host
+    monkeypatch.setattr(activation_checkpointing, "to_host", lambda x: moved.append(x.shape) or to_host(x))
     apply_activation_checkpointing(gpt, "offload")
     step(gpt, row)
     assert moved == [(1, row.idx.numel(), gpt.config.n_embd)] * gpt.config.n_layer
@@ -117,13 +117,15 @@ def test_a_block_keeps_what_it_must(with_kernels, spare, monkeypatch):
     gpt, row = lora.attach(GPT(config).bfloat16(), lora.LoRAConfig(key=True, projection=True, mlp=True)), random_row()
     kept: dict[int, int] = {}
 
-    def note(saved: Tensor | checkpointing.Recompute) -> Tensor | checkpointing.Recompute:
-        storage = (saved.x if isinstance(saved, checkpointing.Recompute) else saved).untyped_storage()
+    def note(saved: Tensor | activation_checkpointing.Recompute) -> Tensor | activation_checkpointing.Recompute:
+        storage = (saved.x if isinstance(saved, activation_checkpointing.Recompute) else saved).untyped_storage()
         kept[storage.data_ptr()] = storage.nbytes()
         return saved
 
-    pack = checkpointing.RecomputedOutputs.pack
-    monkeypatch.setattr(checkpointing.RecomputedOutputs, "pack", lambda self, tensor: note(pack(self, tensor)))
+    pack = activation_checkpointing.RecomputedOutputs.pack
+    monkeypatch.setattr(
+        activation_checkpointing.RecomputedOutputs, "pack", lambda self, tensor: note(pack(self, tensor))
+    )
     apply_activation_checkpointing(gpt, spare)
     x = torch.randn(1, row.idx.size(1), config.n_embd).bfloat16().requires_grad_()
     rotation = gpt.rope(row.segments.positions, row.segments.lengths, x.dtype)

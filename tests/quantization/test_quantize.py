@@ -30,7 +30,7 @@ from lit_gpt.methods import adapter_v2, finetuned_model, lora
 from lit_gpt.model.inputs import Targets
 from lit_gpt.quantization import formats, modules
 from lit_gpt.training.checks import check_quantized
-from lit_gpt.training.memory.checkpointing import apply_activation_checkpointing
+from lit_gpt.training.memory.activation_checkpointing import apply_activation_checkpointing
 
 FORMATS = list(formats.FORMATS)
 

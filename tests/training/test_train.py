@@ -270,7 +270,7 @@ def test_memory_runs_out_before_the_first_step(cli, flags, monkeypatch, data_dir
     real = packing.pack
 
     def pack(samples):
-        if len(samples) == 1:  # the rehearsal of the rehearsal
+        if len(samples) == 1:  # the dry run before the dry run
             return real(samples)
         packed.append(sum(len(sample.tokens) for sample in samples))
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")

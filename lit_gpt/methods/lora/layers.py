@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_gpt.kernels import fused
+from lit_gpt.methods.decoding_tape import DecodingTape
 from lit_gpt.methods.lora.factors import Factors
-from lit_gpt.methods.recording import DecodingTape
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.moe import Routing, grouped_product
 from lit_gpt.quantization.modules import weight_of

@@ -23,7 +23,7 @@ from lit_gpt.quantization.modules import count_parameters
 from lit_gpt.training import optimizers
 from lit_gpt.training.args import OPTIMIZERS, OptimizationArgs, TrainArgs
 from lit_gpt.training.checks import length_limit
-from lit_gpt.training.memory.checkpointing import KINDS, apply_activation_checkpointing
+from lit_gpt.training.memory.activation_checkpointing import KINDS, apply_activation_checkpointing
 from lit_gpt.training.memory.tracker import MemoryTracker
 from lit_gpt.training.objectives import Objective
 from lit_gpt.training.optimizers import EIGHT_BIT, optimizer_for

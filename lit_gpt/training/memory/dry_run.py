@@ -1,4 +1,4 @@
-"""Rehearses, as a dry run, a step on the longest row: what runs out of memory does so before the first step."""
+"""Takes a step on the longest row that changes nothing: what runs out of memory does so before the first step."""
 
 import time
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def configure_memory(
 
 
 def probe_longest_row(worker: Worker, batches: Batches, planner: MemoryPlanner, compiled: bool) -> dict[str, int]:
-    """Configure memory for the longest row of an epoch and rehearse a step on it.
+    """Configure memory for the longest row of an epoch and take a step on it as a dry run.
 
     Returns:
         the bytes of the step beside the loaded model, planned and measured, for summary.json; both are printed too.
