@@ -7,8 +7,8 @@ import torch
 from tqdm import tqdm
 
 from lit_gpt.data.dataset import Samples
+from lit_gpt.data.forgetting import WINDOW, Probe
 from lit_gpt.data.packing import RowSize
-from lit_gpt.data.probe import WINDOW, Probe
 from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.distributed.launch import all_reduce
 from lit_gpt.generation.engine import generate

@@ -8,7 +8,7 @@ import torch
 from lit_gpt import hardware
 from lit_gpt.distributed.launch import all_reduce
 from lit_gpt.training.batches import Batches
-from lit_gpt.training.memory.checkpointing import KINDS, apply_activation_checkpointing
+from lit_gpt.training.memory.activation_checkpointing import KINDS, apply_activation_checkpointing
 from lit_gpt.training.memory.compiling import compile_blocks
 from lit_gpt.training.memory.plan import MemoryPlanner, Plan
 from lit_gpt.training.strategy import Worker
