@@ -86,6 +86,7 @@ class WatchArgs:
     result: Literal["last", "best"] = "last"  # Write the last step's weights, or those of the lowest validation loss.
     save_interval: PositiveInt = 100  # Save a resume state every so many steps.
     keep_states: PositiveInt = 2  # Keep this many of the newest resume states, and the best by validation loss.
+    check: bool = False  # Check before step 1 that the run is what it claims, as scripts/check.py does.
     profile_steps: NonNegativeInt = 0  # Write a trace of this many steps to out_dir, which Perfetto opens.
 
 

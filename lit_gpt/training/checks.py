@@ -32,7 +32,7 @@ FREE_TO_CHANGE = {
     "checkpoint_dir", "data_dir", "out_dir", "resume", "log_interval", "eval_interval", "eval_samples", "save_interval",
     "sample_tokens", "keep_states", "profile_steps", "activation_checkpointing", "compile", "micro_batch_size",
     "micro_batch_tokens", "devices", "num_nodes", "strategy", "zero_stage", "zero_offload", "optimizer_in_backward",
-    "finetuned_path", "logger", "probe_path", "quantize", "patience", "result",
+    "finetuned_path", "logger", "probe_path", "quantize", "patience", "result", "check",
 }  # fmt: skip
 
 
@@ -49,6 +49,8 @@ def check_early(args: TrainArgs, method: str, config: Any) -> None:
         raise UsageError(f"--out_dir {paths.out_dir}: is the base's own folder; choose another")
     if args.devices.devices != "auto":
         check_batch(args, args.devices.ranks)
+        if args.watch.check and args.devices.ranks > 1:
+            raise UsageError("--check true: checks on one device; run scripts/check.py, then train without the flag")
     locate_optimizer(args.optimization.optimizer)
     for package in LOGGERS[args.watch.logger]:
         require(package, package, f"--logger {args.watch.logger}")

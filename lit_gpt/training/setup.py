@@ -1,6 +1,6 @@
 """Sets up a finetuning run from its arguments, and writes its result."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from lit_gpt.cli import flag_values
 from lit_gpt.conversion.hf import copy_side_files
 from lit_gpt.data.dataset import read_meta
 from lit_gpt.data.forgetting import Probe
+from lit_gpt.distributed.args import DeviceArgs
 from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.distributed.heartbeat import peer_watchdog
 from lit_gpt.distributed.launch import launch, on_main, resolve_devices, told_by_fabric_run
@@ -36,6 +37,8 @@ from lit_gpt.training.objectives import make_objective
 from lit_gpt.training.records import Records
 from lit_gpt.training.resume import ResumeStates
 from lit_gpt.training.schedule import Schedule
+from lit_gpt.training.selfcheck.finding import Finding, print_findings, require_all
+from lit_gpt.training.selfcheck.run import check_run
 from lit_gpt.training.strategy import Worker
 from lit_gpt.training.validation import Evaluator, show_answer
 
@@ -58,10 +61,29 @@ def finetune(args: TrainArgs, method: Method) -> None:
     trained = method.weight_dtype(precision) if method.trains_base else torch.float32
     frozen = hardware.DTYPES[precision]
     fabric = launch(args.devices, trained, frozen, args.optimization.max_grad_norm)
-    asked, kernels = args.memory.compile, policy()
-    choice = {"cpp": kernels.cpp and asked is not False, "fused": kernels.fused or asked is True}
-    with peer_watchdog(fabric), use_policy(**choice):
+    with peer_watchdog(fabric), use_policy(**kernels(args)):
         run(args, method, fabric)
+
+
+def kernels(args: TrainArgs) -> dict[str, bool]:
+    """Return which kernels `--compile` lets serve, as a policy has them."""
+    asked, here = args.memory.compile, policy()
+    return {"cpp": here.cpp and asked is not False, "fused": here.fused or asked is True}
+
+
+def check(args: TrainArgs, method: Method, base: BaseCheckpoint) -> Iterator[Finding]:
+    """Yield what lit_gpt.training.selfcheck finds about a run that is not to be started.
+
+    Raises:
+        UserError: checkpoint or data cannot be used.
+    """
+    checks.check_quantized(args, method.trains_base, base.quantize)
+    objective, meta = make_objective(args.optimization.objective), read_meta(args.paths.data_dir, base.tokenizer)
+    train, validation = objective.datasets(args.paths.data_dir)
+    checks.check_vocabulary(base.config, [train.tokens, validation.tokens])
+    fabric = launch(DeviceArgs(), torch.float32, torch.float32)
+    with use_policy(**kernels(args)):
+        yield from check_run(args, method, fabric, base, objective, train, meta)
 
 
 def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
@@ -71,7 +93,8 @@ def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
     checks.check_quantized(args, method.trains_base, base.quantize)
     checks.check_sharding(args, method)
     objective = make_objective(args.optimization.objective)
-    style = PromptStyle.from_dict(read_meta(args.paths.data_dir, base.tokenizer)["prompt_style"])
+    meta = read_meta(args.paths.data_dir, base.tokenizer)
+    style = PromptStyle.from_dict(meta["prompt_style"])
     train, validation = objective.datasets(args.paths.data_dir)
     limit = checks.length_limit(args, base.config)
     checks.check_lengths(args, limit, train.lengths, validation.lengths)
@@ -82,6 +105,8 @@ def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
     compiled = compiles_blocks(args, base.config, base.quantize, fabric.device.type)
     checks.check_vocabulary(base.config, [split.tokens for split in (train, validation, probe) if split is not None])
 
+    if args.watch.check:
+        require_all(print_findings(check_run(args, method, fabric, base, objective, train, meta)))
     memory = hardware.device_memory(fabric.device)
     planner = MemoryPlanner(base.config, method, objective, args, base.quantize, on_cuda, memory)
     if not args.batch.micro_batch_size and not args.batch.micro_batch_tokens:

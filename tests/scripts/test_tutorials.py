@@ -142,6 +142,7 @@ MISTAKES = {
         (SLURM | {"SLURM_NTASKS_PER_NODE": "2"}, FINETUNE + "--out_dir out/x"),
         (SLURM, FINETUNE + "--out_dir out/x --devices 2"),
     ],
+    "check.md": [FINETUNE + "--out_dir out/x --check true --devices 2"],
     "coming_from.md": [FINETUNE + "--out_dir out/x --lr 0.1"],
     "chat.md": [f"python chat/base.py --checkpoint_dir {BASE} --max_new_tokens 4096"],
     "generate.md": [
