@@ -16,7 +16,7 @@ from lit_gpt.cli import PositiveInt, Quantizer, run
 from lit_gpt.data.args import ColumnArgs
 from lit_gpt.data.folder import read_record
 from lit_gpt.errors import UsageError
-from lit_gpt.evaluation.metrics import MetricArgs
+from lit_gpt.text.metrics import MetricArgs
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Read a converted folder, or what finetune/full.py wrote.
 finetuned_path: Path | None = None  # Attach what a script of finetune/ wrote.

@@ -155,7 +155,10 @@ class BaseCheckpoint:
     @property
     def dtype(self) -> torch.dtype:
         """Return the stored dtype of the weights that are not quantized."""
-        return self.state["ln_f.weight"].dtype
+        if "ln_f.weight" in self.state:
+            return self.state["ln_f.weight"].dtype
+        embedding = (tensor for name, tensor in self.state.items() if name.startswith("wte."))  # of norms without weights
+        return next(tensor.dtype for tensor in embedding if tensor.is_floating_point())
 
     def quantized(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield the state dict of the quantized model, tensor by tensor; what is not quantized comes as it is stored.

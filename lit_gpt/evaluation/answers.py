@@ -1,7 +1,6 @@
 """Answers questions whose answers are known, and scores them: from prepared data, or from a file of rows."""
 
 import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,39 +13,14 @@ from lit_gpt.data.conversations import to_conversation
 from lit_gpt.data.dataset import Dataset, read_meta
 from lit_gpt.data.sources import parse_sources
 from lit_gpt.errors import UserError
-from lit_gpt.evaluation.metrics import Metric
 from lit_gpt.files import atomic
 from lit_gpt.generation.engine import generate
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.model.gpt import GPT
+from lit_gpt.text.metrics import Metric
 from lit_gpt.text.prompt_style import PromptStyle
+from lit_gpt.text.questions import Question, question_of
 from lit_gpt.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Question:
-    """Holds the tokens up to an answer, their text, and the wanted answer."""
-
-    ids: list[int]
-    text: str
-    wanted: str
-    wanted_tokens: int
-
-
-def question_of(ids: list[int], supervised: Sequence[int], tokenizer: Tokenizer, stop_ids: Iterable[int]) -> Question:
-    """Return the last answer of a sample as a question: what is supervised last is wanted, all before it is read.
-
-    Raises:
-        ValueError: nothing comes before the answer, or nothing is supervised.
-    """
-    end = max((i + 1 for i, learned in enumerate(supervised) if learned), default=0)
-    start = end
-    while start and supervised[start - 1]:
-        start -= 1
-    if not start:
-        raise ValueError("has no answer after a question; was the data prepared with --mask_inputs false?")
-    wanted = [token for token in ids[start:end] if token not in set(stop_ids)]
-    return Question(ids[:start], tokenizer.decode(ids[:start]), tokenizer.decode(wanted), end - start)
 
 
 def prepared_questions(data_dir: Path, split: str, tokenizer: Tokenizer) -> list[Question]:

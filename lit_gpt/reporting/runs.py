@@ -12,7 +12,7 @@ from lit_gpt.errors import UserError
 from lit_gpt.files import read_json
 
 # the columns of metrics.csv
-COLUMNS = ("step", "tokens", "loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes")
+COLUMNS = ("step", "tokens", "loss", "val_loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_bytes", "score")
 Row = dict[str, float]  # of metrics.csv, without the columns that are empty, and "seconds" of training so far
 
 

@@ -82,8 +82,9 @@ class WatchArgs:
     eval_interval: PositiveInt = 100  # Validate every so many steps.
     eval_samples: PositiveInt | None = 200  # Validate on this many samples (null: all).
     sample_tokens: NonNegativeInt = 50  # Show an answer of this length at each validation.
-    patience: PositiveInt | None = None  # Stop after this many validations without a lower loss (null: never).
-    result: Literal["last", "best"] = "last"  # Write the last step's weights, or those of the lowest validation loss.
+    metric: str | None = None  # Judge by answers: exact, contains, json, number, FILE.py:FUNCTION (null: the loss).
+    patience: PositiveInt | None = None  # Stop after this many validations that are no better (null: never).
+    result: Literal["last", "best"] = "last"  # Write the last step's weights, or those of the best validation.
     save_interval: PositiveInt = 100  # Save a resume state every so many steps.
     keep_states: PositiveInt = 2  # Keep this many of the newest resume states, and the best by validation loss.
     check: bool = False  # Check before step 1 that the run is what it claims, as scripts/check.py does.

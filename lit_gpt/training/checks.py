@@ -12,6 +12,7 @@ from lit_gpt.errors import UsageError, UserError, require
 from lit_gpt.files import read_json
 from lit_gpt.methods import registry
 from lit_gpt.model.config import Config
+from lit_gpt.text.metrics import Metric, MetricArgs
 from lit_gpt.training.args import OPTIMIZERS, TrainArgs
 from lit_gpt.training.schedule import Schedule
 
@@ -56,6 +57,8 @@ def check_early(args: TrainArgs, method: str, config: Any) -> None:
         require(package, package, f"--logger {args.watch.logger}")
     check_inputs(paths.checkpoint_dir, paths.finetuned_path)
     stored = quantization(paths.checkpoint_dir) or {"quantize": args.memory.quantize}
+    if args.watch.metric is not None:
+        validation_metric(args.watch.metric)
     check_quantized(args, not registry.entry(method).attaches, stored["quantize"])
     if args.watch.probe_path and not args.watch.probe_path.is_file():
         raise UserError(f"--probe_path {args.watch.probe_path}: no such file")
@@ -65,6 +68,16 @@ def check_early(args: TrainArgs, method: str, config: Any) -> None:
         train, validation = (sample_lengths(paths.data_dir, split) for split in SPLITS)
         Schedule.from_args(args.optimization, args.batch, len(train))
         check_lengths(args, length_limit(args, Config.from_checkpoint(paths.checkpoint_dir)), train, validation)
+
+
+def validation_metric(name: str) -> Metric:
+    """Return the metric that `--metric` names. Raises UsageError: there is no such one, or several are named."""
+    if name == "regex" or "," in name:
+        raise UsageError(
+            f"--metric {name}: expected one of exact, contains, json, number, FILE.py:FUNCTION; eval/answers.py takes "
+            "several, and regex"
+        )
+    return MetricArgs(name).metrics()[name]
 
 
 def check_out_dir(args: TrainArgs, flags: dict[str, Any]) -> None:

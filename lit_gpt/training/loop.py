@@ -49,7 +49,7 @@ class Trainer:
         self.restore()
         with records.show_progress(self.step, steps), StopSignals(fabric) as signals, self.profiler() as profiler:
             if self.step == 0:
-                records.write({"step": 0, "tokens": 0, "val_loss": self.validate()})
+                records.write({"step": 0, "tokens": 0, **self.validate()})
                 self.measure_probe()
             while not self.finished():
                 loss, norm, tokens = self.train_step()
@@ -68,7 +68,8 @@ class Trainer:
                     fabric.print(f"stopped after step {self.step}; the same command with --resume auto goes on")
                     return False
             if self.step < steps:
-                fabric.print(f"ended after step {self.step}: {args.patience} validations without a lower loss")
+                wanted = "higher score" if args.metric else "lower loss"
+                fabric.print(f"ended after step {self.step}: {args.patience} validations without a {wanted}")
             if args.result == "best":
                 self.take_best()
             self.measure_probe()
@@ -76,23 +77,23 @@ class Trainer:
 
     def finished(self) -> bool:
         """Return whether the last step is done, or --patience has run out."""
-        losses, patience = self.evaluator.losses, self.args.watch.patience
-        since_lowest = len(losses) - 1 - list(losses.values()).index(min(losses.values())) if losses else 0
-        return self.step >= self.schedule.steps or patience is not None and since_lowest >= patience
+        judged, patience = list(self.evaluator.judged.values()), self.args.watch.patience
+        since_best = len(judged) - 1 - judged.index(min(judged)) if judged else 0
+        return self.step >= self.schedule.steps or patience is not None and since_best >= patience
 
     def improved(self) -> bool:
-        """Return whether the validation loss was measured after this step, and is the lowest so far."""
-        losses = self.evaluator.losses
-        return self.step in losses and losses[self.step] == min(losses.values())
+        """Return whether there was a validation after this step, and it is the best so far."""
+        judged = self.evaluator.judged
+        return self.step in judged and judged[self.step] == min(judged.values())
 
     def take_best(self) -> None:
-        """Go back to the weights of the lowest validation loss, if others have followed."""
+        """Go back to the weights of the best validation, if others have followed."""
         if self.states.best is None or self.states.best[0] == self.step:
             return
-        step, loss = self.states.best
+        step, judged = self.states.best
         path = self.states.path(step)
         self.worker.method.load_state(self.worker.model, io.load(path, mmap=False)["state"], path)
-        self.worker.fabric.print(f"the result is that of step {step}, whose validation loss {loss:.3f} was the lowest")
+        self.worker.fabric.print(f"the result is that of step {step}, which has {self.evaluator.name(judged)}")
 
     def train_step(self) -> tuple[Tensor, Tensor | None, int]:
         """Take one optimizer step along the gradient of the mean over the global batch.
@@ -119,10 +120,10 @@ class Trainer:
         losses = self.records.losses()
         self.check_finite(losses)
         row = self.records.log(self.step, losses, self.schedule.learning_rate(self.step - 1))
-        self.records.write(row | {"val_loss": self.validate()} if evaluating else row)
+        self.records.write(row | self.validate() if evaluating else row)
 
-    def validate(self) -> float:
-        """Return the validation loss after this step, and show an answer."""
+    def validate(self) -> dict[str, float]:
+        """Return what validation measures after this step, and show an answer."""
         with self.records.pause_timer():
             return self.evaluator.validate(self.step)
 
@@ -149,7 +150,7 @@ class Trainer:
         with self.records.pause_timer():
             contents = self.finetuned()
             resume = {"optimizer": self.worker.optimizer_state(), "progress": self.records.progress()}
-            self.states.write(self.step, self.evaluator.losses.get(self.step), contents, resume)
+            self.states.write(self.step, self.evaluator.judged.get(self.step), contents, resume)
 
     def finetuned(self) -> dict[str, Any]:
         """Return the contents of the finetuned file as of now. All ranks must ask together."""
@@ -171,7 +172,7 @@ class Trainer:
         worker.load_optimizer_state(resume["optimizer"])
         self.step = resume["step"]
         self.records.resume(self.step, resume["progress"])
-        self.evaluator.losses = self.records.validations()
+        self.evaluator.losses, self.evaluator.scores = (self.records.measured(name) for name in ("val_loss", "score"))
         worker.fabric.print(f"resumed after step {self.step} from {path}")
         before = resume["hyperparameters"]
         if any(raised(name, value, before.get(name)) for name, value in self.states.flags.items()):

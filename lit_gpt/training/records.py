@@ -73,9 +73,9 @@ class Records:
             write_json(self.out_dir / "hyperparameters.json", self.hyperparameters)
             self.write_rows()
 
-    def validations(self) -> dict[int, float]:
-        """Return the validation losses, by step."""
-        return {int(row["step"]): float(row["val_loss"]) for row in self.rows if row["val_loss"] != ""}
+    def measured(self, column: str) -> dict[int, float]:
+        """Return what a column holds, by step, where it holds something."""
+        return {int(row["step"]): float(row[column]) for row in self.rows if row.get(column, "") != ""}
 
     def progress(self) -> dict[str, Any]:
         """Return what `resume` needs."""
@@ -147,7 +147,7 @@ class Records:
             csv.DictWriter(file, COLUMNS).writerow(self.rows[-1])
         if self.logger:
             self.logger.log(row["step"], {name: float(row[name]) for name in COLUMNS[1:] if name in row})
-        shown = {k: f"{row[k]:.4g}" for k in ("loss", "lr", "tokens_per_second", "val_loss") if k in row}
+        shown = {k: f"{row[k]:.4g}" for k in ("loss", "lr", "tokens_per_second", "val_loss", "score") if k in row}
         if "loss" in row:
             self.bar.set_postfix({"loss": shown["loss"], "tokens/s": shown["tokens_per_second"]})
         if self.bar.disable or "val_loss" in row:
@@ -180,6 +180,8 @@ class Records:
             "val_loss_first": validations[0],
             "val_loss_last": validations[-1],
         }
+        if scores := list(self.measured("score").values()):
+            summary |= {"score_first": scores[0], "score_last": scores[-1]}
         if self.logger and self.logger.failed_at is not None:
             summary["logger_failed_at_step"] = self.logger.failed_at
         if self.probe_losses:

@@ -2,9 +2,10 @@
 what resuming needs. `loop.Trainer.restore` goes on from one.
 
 A state is written whole or not at all. The newest `--keep_states` stay, and so does the best: that with the lowest
-validation loss, among those saved when one was measured.
+validation loss, or the highest score by `--metric`, among those saved when it was measured.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class ResumeStates:
         flags: the run's flags, of which those that bear on its weights are locked.
         identity: what the run trains on: base, its quantization, data, the method's settings. Only a run with the same
             may continue from a state.
-        best: step and validation loss of the best state.
+        best: step of the best state, and by what it was compared: the lowest is best.
     """
 
     fabric: Fabric
@@ -43,15 +44,16 @@ class ResumeStates:
     def paths(self) -> list[Path]:
         return state_paths(self.out_dir)
 
-    def write(self, step: int, val_loss: float | None, contents: dict[str, Any], resume: dict[str, Any]) -> None:
+    def write(self, step: int, judged: float | None, contents: dict[str, Any], resume: dict[str, Any]) -> None:
         """Write the state of `step`, and drop those that are neither among the newest nor the best.
 
         Args:
+            judged: by what the step's validation is compared with others, if there was one; see Evaluator.
             contents: the contents of a finetuned file.
             resume: what resuming needs besides.
         """
-        if val_loss is not None and (self.best is None or val_loss < self.best[1]):
-            self.best = step, val_loss
+        if judged is not None and (self.best is None or judged < self.best[1]):
+            self.best = step, judged
         own = {
             "format_version": FORMAT_VERSION,
             "step": step,
@@ -105,8 +107,8 @@ class ResumeStates:
             if before["identity"].get(name) != value:
                 raise UserError(f"{path}: that run has another {name}; choose another --out_dir")
 
-    def best_step_note(self, step: int) -> str:
-        """Return a remark if an earlier state than that of `step` had the lowest validation loss."""
+    def best_step_note(self, step: int, name: Callable[[float], str]) -> str:
+        """Return a remark if an earlier state than that of `step` was the best; `name` says by what."""
         if self.best is None or self.best[0] == step:
             return ""
-        return f"; the lowest validation loss, {self.best[1]:.3f}, was that of {self.path(self.best[0])}"
+        return f"; {name(self.best[1])}, was that of {self.path(self.best[0])}"

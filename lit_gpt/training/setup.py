@@ -40,7 +40,7 @@ from lit_gpt.training.schedule import Schedule
 from lit_gpt.training.selfcheck.finding import Finding, print_findings, require_all
 from lit_gpt.training.selfcheck.run import check_run
 from lit_gpt.training.strategy import Worker
-from lit_gpt.training.validation import Evaluator, show_answer
+from lit_gpt.training.validation import Evaluator, Quiz, show_answer
 
 KEPT_WELL = 0.95  # of what was trained, once it is rounded; below it is said
 
@@ -125,7 +125,10 @@ def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
     show = partial(
         show_answer, fabric, model, base.tokenizer, style, objective.prompt(validation[0]), args.watch.sample_tokens
     )
-    evaluator = Evaluator(worker, validation, args.watch.eval_samples, batches.row_size, probe, show)
+    quiz = args.watch.metric and Quiz.of(
+        args.watch.metric, validation, args.watch.eval_samples, fabric, model, base.tokenizer, style.stop_ids
+    )
+    evaluator = Evaluator(worker, validation, args.watch.eval_samples, batches.row_size, probe, show, quiz or None)
     identity: dict[str, Any] = {"base": base.fingerprint, "data": train.fingerprint, "settings": method.settings}
     identity |= {"quantization": base.quantization, "probe": probe and probe.fingerprint}
     states = ResumeStates(fabric, args.paths.out_dir, args.watch.keep_states, flags, identity)
@@ -164,7 +167,11 @@ def write_result(trainer: Trainer, base: BaseCheckpoint, style: PromptStyle, tra
             path = out_dir / f"lit_model_{method.name}_finetuned.pth"
             io.save(path, contents)
         trainer.records.finish(method.name, worker.objective.name, trainable, base.quantization)
-        note = trainer.states.best_step_note(trainer.step) if trainer.args.watch.result == "last" else ""
+        note = (
+            trainer.states.best_step_note(trainer.step, trainer.evaluator.name)
+            if trainer.args.watch.result == "last"
+            else ""
+        )
         print(f"wrote {path}{note}")
 
     on_main(worker.fabric, write)

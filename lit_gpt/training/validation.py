@@ -1,7 +1,8 @@
-"""Validates: measures the loss over all ranks, shows an answer, and measures the loss on a probe."""
+"""Validates: measures the loss over all ranks and scores answers, shows one, and measures the loss on a probe."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -11,12 +12,16 @@ from lit_gpt.data.forgetting import WINDOW, Probe
 from lit_gpt.data.packing import RowSize
 from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.distributed.launch import all_reduce
+from lit_gpt.errors import UserError
 from lit_gpt.generation.engine import generate
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.model.gpt import GPT
+from lit_gpt.text.metrics import Metric
 from lit_gpt.text.prompt_style import PromptStyle
+from lit_gpt.text.questions import Question, question_of
 from lit_gpt.text.tokenizer import Tokenizer
 from lit_gpt.training.batches import rank_rows
+from lit_gpt.training.checks import validation_metric
 from lit_gpt.training.objectives import Objective, SupervisedFinetuning
 from lit_gpt.training.strategy import Worker
 
@@ -28,7 +33,8 @@ class Evaluator:
     Attributes:
         samples: validate on so many; None: on all.
         show: shows an answer of the model.
-        losses: validation losses of the run so far, by step.
+        quiz: scores answers, if the run is judged by a metric.
+        losses: validation losses of the run so far, by step; `scores` those by the metric.
     """
 
     worker: Worker
@@ -37,14 +43,30 @@ class Evaluator:
     size: RowSize
     probe: Probe | None
     show: Callable[[], None]
+    quiz: "Quiz | None" = None
     losses: dict[int, float] = field(default_factory=dict)
+    scores: dict[int, float] = field(default_factory=dict)
 
-    def validate(self, step: int) -> float:
-        """Return the validation loss after a step, and show an answer."""
+    def validate(self, step: int) -> dict[str, float]:
+        """Return the validation loss after a step, and the score if there is a metric; show an answer."""
         indices = list(range(len(self.dataset)))[: self.samples]
         self.losses[step] = self.loss(self.dataset, indices, self.size, self.worker.objective)
+        measured = {"val_loss": self.losses[step]}
+        if self.quiz:
+            self.scores[step] = measured["score"] = self.quiz.score()
         self.show()
-        return self.losses[step]
+        return measured
+
+    @property
+    def judged(self) -> dict[int, float]:
+        """Return by what validations are compared, by step; the lowest is best."""
+        return {step: -score for step, score in self.scores.items()} if self.quiz else self.losses
+
+    def name(self, judged: float) -> str:
+        """Return in words what a value of `judged` stands for, if it is the best."""
+        if self.quiz:
+            return f"the highest score by {self.quiz.name}, {-judged:.3f}"
+        return f"the lowest validation loss, {judged:.3f}"
 
     def probe_loss(self) -> float | None:
         """Return the loss on the probe, if there is one."""
@@ -61,6 +83,47 @@ class Evaluator:
         sums = torch.tensor([total, weight], device=fabric.device, dtype=torch.float64)
         total, weight = all_reduce(fabric, sums)
         return (total / weight).item()
+
+
+@dataclass(frozen=True)
+class Quiz:
+    """Has the model answer validation samples, and scores the answers. All ranks take part in each answer."""
+
+    name: str
+    metric: Metric
+    questions: list[Question]
+    fabric: Fabric
+    model: GPT
+    tokenizer: Tokenizer
+    stop_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, name: str, dataset: Samples, samples: int | None, *place: Any) -> "Quiz":
+        """Return the quiz of a split's first samples; `place` are the attributes from `fabric` on.
+
+        Raises:
+            UserError: a sample has no answer after a question.
+        """
+        questions: list[Question] = []
+        tokenizer, stop_ids = place[-2:]
+        for i in range(len(dataset))[:samples]:
+            try:
+                ids, supervised = dataset[i].tokens.tolist(), dataset[i].supervised.tolist()
+                questions.append(question_of(ids, supervised, tokenizer, stop_ids))
+            except (AttributeError, ValueError) as error:
+                raise UserError(f"--metric {name}: validation sample {i} {error}") from None
+        return cls(name, validation_metric(name), questions, *place)
+
+    def score(self) -> float:
+        """Return the mean score of the likeliest answers, from 0 to 1."""
+        self.model.eval()
+        step = FastStep(self.model) if self.fabric.world_size == 1 else None
+        return sum(self.score_of(question, step) for question in self.questions) / len(self.questions)
+
+    def score_of(self, question: Question, step: FastStep | None) -> float:
+        room = min(2 * question.wanted_tokens, self.model.config.block_size - len(question.ids))
+        ids = generate(self.model, question.ids, room, temperature=0, stop_ids=self.stop_ids, step=step)
+        return next(iter(self.metric(question.text, question.wanted, self.tokenizer.decode(list(ids))).values()))
 
 
 def show_answer(

@@ -7,7 +7,7 @@ import pytest
 
 from helpers.rows import write_rows
 from lit_gpt.errors import UsageError, UserError
-from lit_gpt.evaluation.metrics import MetricArgs
+from lit_gpt.text.metrics import MetricArgs
 
 SCRIPT = "eval/answers.py"
 

@@ -412,6 +412,36 @@ def test_patience_ends_a_run_and_the_best_is_the_result(cli, flags):
     assert all(torch.equal(tensor, weights[name]) for name, tensor in final(flags["out_dir"]).items())
 
 
+def test_a_metric_judges_a_run(cli, flags, tmp_path):
+    """Here it goes up, down and up again, whatever the loss does: best state, patience and result go by it."""
+    (tmp_path / "own.py").write_text(
+        "seen = []\n"
+        "def late(question, wanted, answer):\n"
+        "    assert wanted.startswith('the task') and '### Response' in question\n"
+        "    seen.append(answer)\n"
+        "    return (0.1, 0.5, 0.9, 0.4, 0.3, 0.2)[(len(seen) - 1) // 4]\n"  # four questions
+    )
+    flags |= {"metric": f"{tmp_path / 'own.py'}:late", "eval_interval": 1, "warmup_steps": 0, "patience": 2}
+    result = cli(SCRIPT, **flags | {"result": "best"})
+    assert result.code == 0, result.err
+    rows = metrics(flags["out_dir"])
+    assert [float(row["score"]) for row in rows] == pytest.approx([0.1, 0.5, 0.9, 0.4, 0.3])
+    assert "ended after step 4: 2 validations without a higher score" in result.out
+    assert "the result is that of step 2, which has the highest score by" in result.out and ", 0.900" in result.out
+    kept = io.load(flags["out_dir"] / "state" / "step_00000002.pth")["state"]
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in final(flags["out_dir"]).items())
+    summary = json.loads((flags["out_dir"] / "summary.json").read_text())
+    assert (summary["score_first"], summary["score_last"]) == (0.1, 0.3)
+    for metric, words in (
+        ("f1", "expected exact"),
+        ("exact,json", "eval/answers.py takes several"),
+        ("x.py:f", "x.py"),
+    ):
+        cli(SCRIPT, **flags | {"metric": metric}).refused(f"--metric {metric}", words, code=1 if ":" in metric else 2)
+    again = cli(SCRIPT, **flags | {"metric": "exact", "out_dir": tmp_path / "exact"})
+    assert again.code == 0 and "score " in again.out, again.err
+
+
 def test_a_run_that_has_ended_goes_on_if_its_steps_are_raised(cli, flags):
     """On the learning rate of a run of the new length; fewer steps than it has are refused."""
     longer = flags | {"resume": "auto", "max_steps": 8, "warmup_steps": 0, "schedule": "constant"}
