@@ -157,7 +157,7 @@ class BaseCheckpoint:
         """Return the stored dtype of the weights that are not quantized."""
         if "ln_f.weight" in self.state:
             return self.state["ln_f.weight"].dtype
-        embedding = (tensor for name, tensor in self.state.items() if name.startswith("wte."))  # of norms without weights
+        embedding = (tensor for name, tensor in self.state.items() if name.startswith("wte."))  # norms have no weights
         return next(tensor.dtype for tensor in embedding if tensor.is_floating_point())
 
     def quantized(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Iterator[tuple[str, Tensor]]:
