@@ -14,8 +14,9 @@ from lit_gpt.checkpoints import io
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.cli import flag_values
 from lit_gpt.conversion.hf import copy_side_files
-from lit_gpt.data.dataset import read_meta
+from lit_gpt.data.dataset import Samples, read_meta
 from lit_gpt.data.forgetting import Probe
+from lit_gpt.data.packing import RowSize
 from lit_gpt.distributed.args import DeviceArgs
 from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.distributed.heartbeat import peer_watchdog
@@ -26,8 +27,9 @@ from lit_gpt.methods.method import Method
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantization.modules import count_parameters
 from lit_gpt.text.prompt_style import PromptStyle
+from lit_gpt.text.tokenizer import Tokenizer
 from lit_gpt.training import checks
-from lit_gpt.training.args import TrainArgs
+from lit_gpt.training.args import TrainArgs, WatchArgs
 from lit_gpt.training.batches import Batches
 from lit_gpt.training.loop import Trainer
 from lit_gpt.training.memory.compiling import compiles_blocks
@@ -122,13 +124,7 @@ def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
     flags = flag_values(method.config) | flag_values(args)
     records = Records(fabric, args.paths.out_dir, args.watch.logger, flags)
     batches = Batches(train, objective, args.batch, args.optimization.seed, schedule, fabric)
-    show = partial(
-        show_answer, fabric, model, base.tokenizer, style, objective.prompt(validation[0]), args.watch.sample_tokens
-    )
-    quiz = args.watch.metric and Quiz.of(
-        args.watch.metric, validation, args.watch.eval_samples, fabric, model, base.tokenizer, style.stop_ids
-    )
-    evaluator = Evaluator(worker, validation, args.watch.eval_samples, batches.row_size, probe, show, quiz or None)
+    evaluator = make_evaluator(args.watch, worker, validation, batches.row_size, probe, base.tokenizer, style)
     identity: dict[str, Any] = {"base": base.fingerprint, "data": train.fingerprint, "settings": method.settings}
     identity |= {"quantization": base.quantization, "probe": probe and probe.fingerprint}
     states = ResumeStates(fabric, args.paths.out_dir, args.watch.keep_states, flags, identity)
@@ -137,6 +133,18 @@ def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
     records.memory = probe_longest_row(worker, batches, planner, compiled)
     if trainer.fit():
         write_result(trainer, base, style, trainable)
+
+
+def make_evaluator(
+    args: WatchArgs, worker: Worker, split: Samples, size: RowSize, probe: Probe | None, tokenizer: Tokenizer,
+    style: PromptStyle,
+) -> Evaluator:  # fmt: skip
+    """Return what validates on a split."""
+    fabric, model = worker.fabric, worker.model
+    show = partial(show_answer, fabric, model, tokenizer, style, worker.objective.prompt(split[0]), args.sample_tokens)
+    place = fabric, model, tokenizer, style.stop_ids
+    quiz = Quiz.of(args.metric, split, args.eval_samples, *place) if args.metric else None
+    return Evaluator(worker, split, args.eval_samples, size, probe, show, quiz)
 
 
 def build(args: TrainArgs, method: Method, fabric: Fabric, base: BaseCheckpoint) -> GPT:
