@@ -17,6 +17,7 @@ from lit_gpt.conversion.hf import copy_side_files
 from lit_gpt.data.dataset import Samples, read_meta
 from lit_gpt.data.forgetting import Probe
 from lit_gpt.data.packing import RowSize
+from lit_gpt.data.recipe import too_short
 from lit_gpt.distributed.args import DeviceArgs
 from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.distributed.heartbeat import peer_watchdog
@@ -102,6 +103,8 @@ def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
     checks.check_lengths(args, limit, train.lengths, validation.lengths)
     probe = Probe(args.watch.probe_path, base.tokenizer, style, limit) if args.watch.probe_path else None
     schedule = Schedule.from_args(args.optimization, args.batch, len(train))
+    if not args.optimization.max_steps and (warning := too_short(len(train), schedule.steps)):
+        fabric.print(warning)
     on_cuda = fabric.device.type == "cuda"
     checks.check_offload(args, on_cuda)
     compiled = compiles_blocks(args, base.config, base.quantize, fabric.device.type)

@@ -10,7 +10,7 @@ from helpers.rows import write_rows
 from helpers.runs import metrics
 from lit_gpt import cli as command_line
 from lit_gpt import habits
-from lit_gpt.data.recipe import recipe
+from lit_gpt.data.recipe import recipe, too_short
 from lit_gpt.errors import UsageError
 from lit_gpt.methods.hyperparameters import LoRAConfig
 from lit_gpt.training import setup
@@ -142,6 +142,14 @@ def test_the_next_command_works_for_few_rows(cli, llama, tmp_path, rows):
     result = cli(script, *argv, **more)
     assert result.code == 0, result.err
     assert len(metrics(tmp_path / "out")) == 4
+
+
+def test_a_run_too_short_to_learn_says_so(cli, flags):
+    assert "2 optimizer steps" in too_short(190, 2) and "--batch_size 4 --epochs 2 makes 95" in too_short(190, 2)
+    assert too_short(190, 48) == too_short(50_000, 10) == ""
+    more = flags | {"max_steps": "null", "epochs": 1, "warmup_steps": 0, "sample_tokens": 0}
+    result = cli("finetune/lora.py", **more)
+    assert result.code == 0 and "the run takes 3 optimizer steps, which are too few" in result.out, result.err
 
 
 def test_the_recipe_leaves_the_article_alone():
