@@ -71,6 +71,7 @@ def charts(runs: list[RunRecord]) -> list[Chart]:
         chart(runs, "Training loss", f"{nats}; smoothed", "smoothed", by_tokens, "loss"),
         chart(runs, "Training loss over time", f"{nats}; smoothed", "smoothed", by_time, "loss"),
         chart(runs, "Validation loss", nats, "marked", by_tokens, "val_loss"),
+        chart(runs, "Score", "by the run's metric, of 1", "marked", by_tokens, "score"),
         chart(runs, "Learning rate", "", "line", by_tokens, "lr"),
         chart(runs, "Speed", "tokens per second; smoothed", "smoothed", by_tokens, "tokens_per_second", short),
         chart(runs, "Peak memory", "GB", "line", by_tokens, "peak_memory_bytes", lambda size: number(size / 1e9)),
@@ -166,6 +167,8 @@ def result(run: RunRecord, best: float | None) -> dict[str, str]:
         "validation loss at first": f"{losses[0]:.4f}" if losses else "",
         "validation loss at last": last,
         "lowest validation loss": f"{run.best[1]:.4f} at step {int(run.best[0]):,}" if run.best else "",
+        "score at first": summary("score_first", "{:.1%}"),
+        "score at last": summary("score_last", "{:.1%}"),
         "probe, before": summary("probe_loss_first", "{:.4f}"),
         "probe, after": summary("probe_loss_last", "{:.4f}"),
     }

@@ -70,7 +70,7 @@ class Page(HTMLParser):
     def row(self, name: str) -> list[str]:
         """The cells of a table's row."""
         row = re.search(rf'<tr><th scope="row">{name}</th>(.*?)</tr>', self.source)[1]
-        return [re.sub("<.*?>", "", cell) for cell in re.findall("<td>(.*?)</td>", row)]
+        return [re.sub("<.*?>", "", cell) for cell in re.findall("<td[^>]*>(.*?)</td>", row)]
 
 
 @pytest.fixture
