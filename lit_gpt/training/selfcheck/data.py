@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ def check_data(subject: Subject, train: Samples) -> Iterator[Finding]:
         yield Finding("labels", None, f"{subject.objective.name} labels no tokens by itself")
     else:
         yield labels(subject)
-        yield answers(whole, tokenizer, style, subject.masked)
+        yield answers(whole, tokenizer, style, subject.meta)
         yield tokens(whole, tokenizer)
     yield template(tokenizer, style)
 
@@ -57,10 +58,10 @@ def shown(subject: Subject) -> str:
     return marked(ids, [int(i in places) for i in range(len(ids))], subject.base.tokenizer)
 
 
-def answers(samples: list[Sample], tokenizer: Tokenizer, style: PromptStyle, masked: bool) -> Finding:
+def answers(samples: list[Sample], tokenizer: Tokenizer, style: PromptStyle, meta: dict[str, Any]) -> Finding:
     """Check that answers are learned from where generation begins them to their end token."""
     opening = common_end(*(style.encode_prompt([question(text)], tokenizer) for text in QUESTIONS))[-OPENING:]
-    limit = max(len(sample.tokens) for sample in samples)
+    masked, limit = meta.get("mask_inputs", True), meta.get("max_seq_length")
     begun = ended = n = 0
     for sample in samples:
         ids, spans = sample.tokens.tolist(), supervised_spans(sample)

@@ -10,8 +10,9 @@ from torch import Tensor
 from lit_gpt import hardware
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.data.dataset import Sample, Samples
-from lit_gpt.data.packing import epoch_order
+from lit_gpt.data.packing import PackedRow, epoch_order
 from lit_gpt.distributed.fabric import Fabric
+from lit_gpt.errors import UsageError
 from lit_gpt.generation.engine import decode
 from lit_gpt.generation.sampling import Sampling
 from lit_gpt.generation.sequence import Row
@@ -37,7 +38,7 @@ class Subject:
 
     Attributes:
         samples: a few of those that train, long ones cut.
-        masked: whether the data was prepared so that prompts are not learned.
+        meta: the contents of the data folder's data.json.
         model: the base with the method attached; what is attached has been nudged away from its start.
         base_logits, start_logits: of `idx`, from the base, and with what is attached as it starts or was trained.
         start: what trains, as it was before it was nudged.
@@ -46,7 +47,7 @@ class Subject:
 
     base: BaseCheckpoint
     style: PromptStyle
-    masked: bool
+    meta: dict[str, Any]
     objective: Objective
     samples: list[Any]
     finetuned: bool
@@ -87,6 +88,8 @@ def open_subject(
     """
     precision, device = affordable(args, base, fabric), fabric.device
     samples = choose(train, args.optimization.seed)
+    if not isinstance(objective.collate(samples), PackedRow):
+        raise UsageError(f"--objective {objective.name}: only rows of samples alone can be checked so far; use sft")
     model = base.build(hardware.DTYPES[precision], device).eval()
     longest = max((tokens_of(objective, sample) for sample in samples), key=len).unsqueeze(0).to(device)
     with torch.no_grad():
@@ -108,7 +111,7 @@ def open_subject(
         nudge(model)
     style, tolerance = PromptStyle.from_dict(meta["prompt_style"]), TOLERANCE[hardware.DTYPES[precision]]
     return Subject(
-        base, style, meta.get("mask_inputs", True), objective, samples, bool(path), method, worker, base_logits,
+        base, style, meta, objective, samples, bool(path), method, worker, base_logits,
         start_logits, start, step, tolerance,
     )  # fmt: skip
 
