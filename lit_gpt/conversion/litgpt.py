@@ -60,8 +60,8 @@ def convert(litgpt_dir: Path, out_dir: Path) -> Config:
     config, stored = read_config(litgpt_dir), ungrouped(litgpt_dir, read_tensors(litgpt_dir / WEIGHTS))
     config = replace(config, padded_vocab_size=stored[names("wte.weight")[0]].size(0))
     if config.tie_embeddings:
-        head, embedding = (stored.get(names(f"{name}.weight")[0]) for name in ("lm_head", "wte"))
-        if head is None or torch.equal(head, embedding):
+        head = stored.get("lm_head.weight")
+        if head is None or torch.equal(head, stored[names("wte.weight")[0]]):
             stored.pop("lm_head.weight", None)
         else:
             config = replace(config, tie_embeddings=False)
