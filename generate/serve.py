@@ -15,6 +15,7 @@ from lit_gpt.serving.args import ServeArgs
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Read a converted folder, or what finetune/full.py wrote.
 loras: list[str] = []  # Serve these LoRA files beside the base, each given as NAME=FILE.
+loras_dir: Path | None = None  # Serve the LoRA files in this folder too, as they come and go.
 finetuned_path: Path | None = None  # Attach this file of any method, and serve it alone.
 prompt_style: str | None = None  # Render in this style, or a Jinja file (null: the finetune's or the checkpoint's).
 
@@ -30,8 +31,9 @@ def main(server: ServeArgs, model: ModelArgs) -> None:
     from lit_gpt.serving.server import read_key, serve
     from lit_gpt.text.prompt_style import PromptStyle
 
-    if loras and finetuned_path:
-        raise UsageError("--loras: goes with the base, not with --finetuned_path; give one of them")
+    if (loras or loras_dir) and finetuned_path:
+        flag = "--loras" if loras else "--loras_dir"
+        raise UsageError(f"{flag}: goes with the base, not with --finetuned_path; give one of them")
     files, key = named_files(loras), read_key(server)
     base = BaseCheckpoint.open(checkpoint_dir, model.quantize)
     style = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else None
@@ -39,7 +41,8 @@ def main(server: ServeArgs, model: ModelArgs) -> None:
     if finetuned_path:
         catalog = Catalog.with_finetuned(base, finetuned_path, style, **place)
     else:
-        catalog = Catalog.with_loras(base, files, style, **place)
+        room = {"folder": loras_dir, "limit": server.lora_bytes, "rows": server.batch_size}
+        catalog = Catalog.with_loras(base, files, style, **room, **place)
     serve(catalog, server, key, model.compile)
 
 

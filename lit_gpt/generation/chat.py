@@ -66,7 +66,7 @@ class Chat:
         loras = self.loras or self.open_loras()
         number = loras.load(path) if path else 0
         loras.choose([number])
-        self.loras, self.model, self.style = loras, loras.model, loras.styles[number]
+        self.loras, self.model, self.style = loras, loras.model, loras.style_of(number)
         self.step = FastStep(self.model, self.compile)
         truncate(self.cache, 0)
         self.cached = []

@@ -41,6 +41,7 @@ class CompiledStep:
         if kind == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
             raise UsageError("--compile true: needs a C++ compiler on a CPU; install g++, or leave it out")
         self.model, self.ready = model, False
+        self.slot: KVCache = []  # of the row of the last call
         compiled = partial(torch.compile, backend=backend)
         self.block, self.head = compiled(run_block), compiled(run_head)
 
@@ -49,6 +50,8 @@ class CompiledStep:
         if len(rows) > 1:
             return eager_step(self.model, rows, cache)
         model, cache = self.model, rows[0].cache
+        # another row may have a LoRA of another rank, which is compiled anew
+        self.ready, self.slot = self.ready and cache is self.slot, cache
         idx, start = torch.tensor([rows[0].ids[-1:]], device=model.wte.weight.device), cache[0].length
         positions = torch.full((1,), start, device=idx.device)
         with torch.compiler.set_stance(skip_guard_eval_unsafe=self.ready):  # they take a third of a small model's time

@@ -191,7 +191,7 @@ class PromptFile:
                 continue
             path = prompt.lora_path or answerer.lora_path
             number = loras.load(path) if loras and path else 0
-            style = loras.styles[number] if loras and number else answerer.style
+            style = loras.style_of(number) if loras and number else answerer.style
             try:
                 ids = answerer.ids(prompt.messages, style, prompt.tools)
             except UserError as error:

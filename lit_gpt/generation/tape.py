@@ -55,9 +55,9 @@ class Tape:
         for token, position in zip(tokens, positions, strict=True):
             if not (0 <= token < config.padded_vocab_size and position < limit):
                 raise IndexError(f"token {token} or position {position} is beyond what model and cache have room for")
-        chosen = self.choice.rows.tolist() if self.choice else [0] * len(tokens)
+        updates = self.choice.addresses.tolist() if self.choice else [0] * len(tokens)
         extended = [int(rope.is_long(position + 1)) for position in positions]
-        rows = torch.tensor(list(zip(tokens, positions, chosen, extended, strict=True)))
+        rows = torch.tensor(list(zip(tokens, positions, updates, extended, strict=True)))
         threads = torch.get_num_threads()
         self.library.tape_run(self.handle, rows.data_ptr(), len(rows), self.pointers, self.places, threads)
         return self.logits[: len(tokens)]
@@ -222,19 +222,29 @@ class Tape:
 
     # what methods record: low-rank updates, scales
 
-    def lora_down(self, A: Tensor, x: Tensor, by_row: bool) -> Tensor:
-        """Multiply x by A (ranks, in_features), or with `by_row` by each row's of (adapters, ranks, in_features)."""
-        low = self.zeros(A.size(-2))
-        self.add("lora_down", low, x, *A.shape[-2:], A, TYPES[self.dtype], by_row)
+    def lora_down(self, A: Tensor, x: Tensor) -> Tensor:
+        """Multiply x by A (ranks, in_features)."""
+        low = self.zeros(len(A))
+        self.add("lora_down", low, x, *A.shape, A, TYPES[self.dtype])
         return low
 
-    def lora_up(self, y: Tensor, low: Tensor, first: int, B: Tensor, rows: tuple[int, int], by_row: bool) -> None:
+    def lora_up(self, y: Tensor, low: Tensor, first: int, B: Tensor, rows: tuple[int, int]) -> None:
         """Add to the rows (start, stop) of y what B makes of the ranks of `low` from `first` on.
 
         Args:
-            B: (ranks, stop - start), transposed, in the model's dtype; with `by_row` one for each adapter.
+            B: (ranks, stop - start), transposed, in the model's dtype.
         """
-        self.add("lora_up", y, y.size(1), low, low.size(1), first, B, TYPES[self.dtype], B.size(-2), *rows, by_row)
+        self.add("lora_up", y, y.size(1), low, low.size(1), first, B, TYPES[self.dtype], len(B), *rows)
+
+    def row_lora_down(self, layer: int, x: Tensor, ranks: int) -> Tensor:
+        """Multiply each row of x by the A of its own update of a layer, of so many ranks at most."""
+        low = self.zeros(ranks)
+        self.add("row_lora_down", low, x, ranks, x.size(1), layer, TYPES[self.dtype])
+        return low
+
+    def row_lora_up(self, y: Tensor, low: Tensor, layer: int) -> None:
+        """Add to each row of y what the B of its own update makes of `low`."""
+        self.add("row_lora_up", y, y.size(1), low, low.size(1), layer, TYPES[self.dtype])
 
     def scale(self, y: Tensor, scale: Tensor, shift: Tensor) -> None:
         """Replace y by scale * (y + shift)."""

@@ -15,10 +15,11 @@ class RowChoice(Protocol):
     """Says which of several adapters each row of a batch goes through.
 
     Attributes:
-        rows: int64 (B,), a number for each row, read anew at each step.
+        addresses: int64 (B,), for each row where the updates of its adapter lie, one for each layer that adapters have:
+            the addresses of A and B and their rank, int64 (layers, 3); 0: it has no adapter. Read anew at each step.
     """
 
-    rows: Tensor
+    addresses: Tensor
 
 
 class DecodingTape(Protocol):
@@ -26,7 +27,7 @@ class DecodingTape(Protocol):
 
     Attributes:
         dtype: the model's.
-        choice: what the operations `by_row` go by.
+        choice: what the operations on a row's own update go by.
     """
 
     dtype: torch.dtype
@@ -38,15 +39,21 @@ class DecodingTape(Protocol):
     def norm(self, norm: nn.Module, x: Tensor, name: str | None, parts: int = 1) -> Tensor:
         """Normalize each of so many parts of x, and return the buffer `name`; without a name, x itself is changed."""
 
-    def lora_down(self, A: Tensor, x: Tensor, by_row: bool) -> Tensor:
-        """Multiply x by A (ranks, in_features), or with `by_row` by each row's of (adapters, ranks, in_features)."""
+    def lora_down(self, A: Tensor, x: Tensor) -> Tensor:
+        """Multiply x by A (ranks, in_features)."""
 
-    def lora_up(self, y: Tensor, low: Tensor, first: int, B: Tensor, rows: tuple[int, int], by_row: bool) -> None:
+    def lora_up(self, y: Tensor, low: Tensor, first: int, B: Tensor, rows: tuple[int, int]) -> None:
         """Add to the columns (start, stop) of y what B makes of the ranks of `low` from `first` on.
 
         Args:
-            B: (ranks, stop - start), transposed, in the model's dtype; with `by_row` one for each adapter.
+            B: (ranks, stop - start), transposed, in the model's dtype.
         """
+
+    def row_lora_down(self, layer: int, x: Tensor, ranks: int) -> Tensor:
+        """Multiply each row of x by the A of its own update of a layer, of so many ranks at most."""
+
+    def row_lora_up(self, y: Tensor, low: Tensor, layer: int) -> None:
+        """Add to each row of y what the B of its own update makes of `low`."""
 
     def scale(self, y: Tensor, scale: Tensor, shift: Tensor) -> None:
         """Replace y by scale * (y + shift), both float32 (size,)."""

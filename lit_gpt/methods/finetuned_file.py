@@ -67,17 +67,18 @@ def save_file(path: Path, method: str, base: str, state: Mapping[str, Tensor], *
     save(path, file_contents(method, base, state, **record))
 
 
-def read_file(path: Path, method: str | None, base: str) -> dict[str, Any]:
+def read_file(path: Path, method: str | None, base: str, mmap: bool = True) -> dict[str, Any]:
     """Read a finetuned file, and return its contents.
 
     Args:
         method: name of the only method to admit; None: any.
         base: fingerprint of the base that it must have been trained on.
+        mmap: whether its tensors are mapped from the file, which must then stay as it is.
 
     Raises:
         UserError: not such a file, of another method or format version, or trained on another base.
     """
-    contents = load(path)
+    contents = load(path, mmap)
     if not contents.keys() >= RECORD:
         raise UserError(f"{path}: not a finetuned file; expected what finetune/{method or 'lora'}.py writes")
     if contents["format_version"] != FORMAT_VERSION:

@@ -1,5 +1,6 @@
 """The routes: OpenAI's completions and chat, the models, health, metrics, and the page."""
 
+import asyncio
 import hmac
 import time
 from collections.abc import Awaitable, Callable
@@ -17,6 +18,7 @@ from lit_gpt.errors import UserError
 from lit_gpt.serving.catalog import Served
 from lit_gpt.serving.completions import Completions
 from lit_gpt.serving.errors import APIError
+from lit_gpt.serving.requests import parse_json, read_name
 
 PAGE = Path(__file__).with_name("page.html")
 # The page may run its own script and speak to this server, and nothing else.
@@ -42,6 +44,8 @@ class App:
             self.route("/health", self.health, "GET", open_to_all=True),
             self.route("/metrics", self.show_metrics, "GET"),
             self.route("/v1/models", self.models, "GET"),
+            self.route("/v1/load_lora_adapter", self.load, "POST"),
+            self.route("/v1/unload_lora_adapter", self.unload, "POST"),
             self.route("/v1/models/{name:path}", self.model, "GET"),
             self.route("/v1/chat/completions", partial(self.completions.answer, chat=True), "POST"),
             self.route("/v1/completions", partial(self.completions.answer, chat=False), "POST"),
@@ -82,15 +86,29 @@ class App:
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
     async def show_metrics(self, request: Request) -> Response:
-        scheduler = self.completions.scheduler
-        numbers = len(scheduler.jobs), len(scheduler.queue), scheduler.slots, scheduler.cache_bytes
-        return PlainTextResponse(self.metrics.text(*numbers), media_type="text/plain; version=0.0.4")
+        text = self.metrics.text(self.completions.scheduler)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self.describe(x) for x in self.catalog.served.values()]})
 
     async def model(self, request: Request) -> Response:
         return JSONResponse(self.describe(self.catalog.find(request.path_params["name"])))
+
+    # what comes and goes
+
+    async def load(self, request: Request) -> Response:
+        return JSONResponse(self.describe(await self.changed(request, self.catalog.load)))
+
+    async def unload(self, request: Request) -> Response:
+        return JSONResponse({"status": await self.changed(request, self.catalog.unload) or "unloaded"})
+
+    async def changed(self, request: Request, change: Callable[[str], Any]) -> Any:
+        """Change what is served by the name that a request gives, where files are read."""
+        name = read_name(parse_json(await self.completions.read_body(request)))
+        if self.catalog.adapters is None:
+            raise APIError(404, "there are no LoRAs here; start without --finetuned_path", "lora_name")
+        return await asyncio.wrap_future(self.catalog.adapters.reading.submit(change, name))
 
     def describe(self, served: Served) -> dict[str, Any]:
         return {

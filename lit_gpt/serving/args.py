@@ -16,6 +16,7 @@ class ServeArgs:
     batch_size: PositiveInt = 8  # Continue this many answers together.
     context: PositiveInt = 2048  # Keep this many tokens of prompt and answer together, at most what the model takes.
     prefixes: NonNegativeInt = 4  # Keep this many ended answers with their prompts, for prompts that begin alike.
+    lora_bytes: PositiveInt = 1_000_000_000  # Keep LoRAs of so many bytes in memory; others are read again.
     max_queue: NonNegativeInt = 64  # Let this many answers wait for a place, and refuse more for the time being.
     max_body: PositiveInt = 1_000_000  # Refuse requests of more bytes.
     drain_seconds: NonNegativeInt = 30  # After SIGTERM, go on this long with what was accepted.

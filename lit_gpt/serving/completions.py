@@ -54,7 +54,7 @@ class Completions:
             UserError: the model's template refuses the messages.
         """
         start, asked = time.monotonic(), read_request(parse_json(await self.read_body(request)), chat)
-        served = self.catalog.find(asked.model)
+        served = await self.catalog.ready(asked.model)
         self.check_number(asked)
         prompts = [await self.encode(prompt, served) for prompt in ([asked.messages] if chat else asked.prompts)]
         pieces: Pieces = asyncio.Queue()
@@ -85,7 +85,7 @@ class Completions:
 
     async def encode(self, prompt: Any, served: Served) -> list[int]:
         """Return the token ids of a text, of ids, or of a chat up to where the answer begins."""
-        style, tokenizer, model = served.style, self.catalog.tokenizer, self.catalog.model
+        style, tokenizer, model = served.read_style, self.catalog.tokenizer, self.catalog.model
         if isinstance(prompt, str):
             ids = await self.tokenized(partial(tokenizer.encode_batch, [prompt]))
         elif isinstance(prompt[0], dict):
@@ -122,7 +122,7 @@ class Completions:
                 row = Row(list(ids), new, generator, lora=served.lora, sampling=asked.sampling)
                 text = AnswerText(self.catalog.tokenizer, asked.stop)
                 emit = partial(emit_to, loop, pieces, len(jobs))
-                jobs.append(Job(row, served.style.stop_ids, text, emit, asked.logprobs))
+                jobs.append(Job(row, served.read_style.stop_ids, text, emit, asked.logprobs))
         return jobs
 
     def check_number(self, asked: Asked) -> None:
@@ -147,7 +147,7 @@ class Completions:
         while not reply.finished:
             index, piece = await pieces.get()
             if piece.finish == "error":
-                raise APIError(500, FAILED)
+                raise APIError(503, piece.text, "model", "model_unavailable") if piece.text else APIError(500, FAILED)
             reply.choices[index].add(piece)
             if first:
                 self.metrics.first_token_seconds += time.monotonic() - start

@@ -92,6 +92,13 @@ def read_request(fields: dict[str, Any], chat: bool) -> Asked:
     )
 
 
+def read_name(fields: dict[str, Any]) -> str:
+    """Return the LoRA that a body names. Raises APIError if it says something else: no path comes from a request."""
+    for name in fields.keys() - {"lora_name"}:
+        raise APIError(400, f"{name[:80]}: expected lora_name alone, a file of --loras_dir", name[:80])
+    return typed(fields, "lora_name", str, "the name of a LoRA", "")
+
+
 def check_names(fields: dict[str, Any], other: str) -> None:
     """Refuse fields that are not known, or not by this route, as `other` is not."""
     for name, value in fields.items():

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from lit_gpt.generation.sequence import Row, Step
 from lit_gpt.generation.stopping import AnswerText
+from lit_gpt.methods.multi_lora import LoadedLoRA
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.kv_cache import KVCache
+from lit_gpt.serving.adapters import Adapters
 from lit_gpt.serving.fair_queue import FairQueue
 from lit_gpt.serving.prefixes import Prefixes, SharingBatch
 
@@ -111,6 +113,7 @@ class Scheduler:
             memory that keys and values ever take.
         choose: is told which rows the model is about to compute.
         max_queue: how many may wait beyond those that find a place.
+        adapters: where the rows' LoRAs come from; None: there are none.
     """
 
     def __init__(
@@ -121,14 +124,17 @@ class Scheduler:
         step: Step,
         choose: Callable[[list[Row]], None],
         max_queue: int,
+        adapters: Adapters | None = None,
     ) -> None:
         self.new_batch = partial(SharingBatch, model, cache, step, choose, PIECE, Prefixes(kept))
         self.batch, self.max_queue = self.new_batch(), max_queue
         self.slots, self.cache_bytes = self.batch.free, sum(x.k.nbytes + x.v.nbytes for x in (*cache, *(kept or ())))
         self.queue: FairQueue[Job] = FairQueue()
         self.jobs: dict[Row, Job] = {}  # those in the batch
+        self.adapters = adapters
+        self.arriving: dict[Job, Future[LoadedLoRA]] = {}  # those that have a place, and whose LoRA is being read
         self.gone: list[Job] = []  # whose clients have gone
-        self.tasks: list[Callable[[], None]] = []
+        self.tasks: list[tuple[Future[Any], Callable[[], Any]]] = []
         self.closed, self.mean_seconds = False, 1.0
         self.changed = threading.Condition()
         # the thread keeps to the kernel policy that holds here
@@ -138,7 +144,7 @@ class Scheduler:
     @property
     def unfinished(self) -> int:
         """Return how many answers are continued or wait."""
-        return len(self.jobs) + len(self.queue)
+        return len(self.jobs) + len(self.arriving) + len(self.queue)
 
     @property
     def most_waiting(self) -> int:
@@ -167,18 +173,12 @@ class Scheduler:
     def between_turns(self, function: Callable[[], Any]) -> "Future[Any]":
         """Call a function while no row is computed, such as one that limits the memory that the process may take."""
         future: Future[Any] = Future()
-
-        def task() -> None:
-            if not future.set_running_or_notify_cancel():  # who asked has gone
-                return
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
         with self.changed:
-            self.tasks.append(task)
-            self.changed.notify()
+            if self.closed:
+                future.cancel()
+            else:
+                self.tasks.append((future, function))
+                self.changed.notify()
         return future
 
     def close(self) -> None:
@@ -187,6 +187,8 @@ class Scheduler:
             self.closed = True
             self.changed.notify()
         self.thread.join()
+        for future, _ in self.tasks:
+            future.cancel()
 
     def _run(self) -> None:
         while self._prepare():
@@ -200,20 +202,61 @@ class Scheduler:
     def _prepare(self) -> bool:
         """Wait for something to do, and let answers join and leave. Return whether to go on."""
         with self.changed:
-            self.changed.wait_for(lambda: self.tasks or self.gone or self.queue or self.jobs or self.closed)
+            self.changed.wait_for(lambda: self.closed or self.tasks or self.gone or self.jobs or self._can_join())
             if self.closed:
                 return False
             tasks, self.tasks, gone, self.gone = self.tasks, [], self.gone, []
             for job in gone:
+                self.arriving.pop(job, None)
                 if self.jobs.pop(job.row, None):
                     self.batch.leave(job.row)
-            while self.batch.free and self.queue:
-                job = self.queue.pop()
-                self.jobs[job.row] = job
-                self.batch.join(job.row)
-        for task in tasks:
-            task()
+            for job in [job for job, reading in self.arriving.items() if reading.done()]:
+                self._arrive(job, self.arriving.pop(job))
+            while self._free and self.queue:
+                self._admit(self.queue.pop())
+        for future, function in tasks:
+            settle(future, function)
         return True
+
+    @property
+    def _free(self) -> int:
+        return self.batch.free - len(self.arriving)
+
+    def _can_join(self) -> bool:
+        return bool(self._free and self.queue) or any(reading.done() for reading in self.arriving.values())
+
+    def _wake(self, _: "Future[LoadedLoRA]") -> None:
+        with self.changed:
+            self.changed.notify()
+
+    def _admit(self, job: Job) -> None:
+        """Let an answer join, or have its LoRA read again before."""
+        same = (reading for other, reading in self.arriving.items() if other.row.lora == job.row.lora)
+        reading = next(same, None) or (self.adapters and self.adapters.fetch(job.row.lora))
+        if reading:
+            self.arriving[job] = reading
+            reading.add_done_callback(self._wake)
+        else:
+            self._join(job)
+
+    def _arrive(self, job: Job, reading: "Future[LoadedLoRA]") -> None:
+        """Let an answer join whose LoRA has been read, or end it if that could not be."""
+        assert self.adapters is not None
+        try:
+            if job.row.lora not in self.adapters.pool.loaded:
+                self.adapters.add(reading.result(), job.row.lora)
+            self._join(job)
+        except Exception as error:
+            print(f"an answer has ended: {error}", file=sys.stderr, flush=True)
+            job.emit(Piece("the model's file cannot be read any more; ask again", job.tokens, finish="error"))
+
+    def _join(self, job: Job) -> None:
+        self.jobs[job.row] = job
+        self.batch.join(job.row)
+
+    def loras_in_use(self) -> set[int]:
+        """Return the numbers of the LoRAs of all rows in the batch."""
+        return {row.lora for row in self.batch.rows}
 
     def _take(self, job: Job, token: int) -> None:
         job.take(token)
@@ -229,3 +272,13 @@ class Scheduler:
             self.batch = self.new_batch()
         for job in failed.values():
             job.emit(Piece("", job.tokens, finish="error"))
+
+
+def settle(future: "Future[Any]", function: Callable[[], Any]) -> None:
+    """Have a future hold what a function returns or raises, unless who waits for it has gone."""
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except BaseException as error:
+        future.set_exception(error)

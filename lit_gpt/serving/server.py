@@ -5,6 +5,9 @@ import ipaddress
 import os
 import socket
 import sys
+import threading
+from concurrent.futures import CancelledError
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 
@@ -19,6 +22,7 @@ from lit_gpt.serving.catalog import Catalog
 from lit_gpt.serving.completions import Completions
 from lit_gpt.serving.scheduler import Scheduler
 
+WATCH_SECONDS = 2
 KEY_VARIABLE = "LIT_GPT_API_KEY"
 
 
@@ -33,7 +37,8 @@ def serve(catalog: Catalog, args: ServeArgs, key: str | None, compile: bool = Fa
         completions = start(catalog, args, compile)
         host, port = listening.getsockname()[:2]
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        names = ", ".join(catalog.served)
+        names = ", ".join(islice(catalog.served, 10))
+        names += f" and {len(catalog.served) - 10} more" if len(catalog.served) > 10 else ""
         print(f"serving {names} at {url}; SIGTERM or Ctrl-C ends it", file=sys.stderr, flush=True)
         server = Server(config(completions, key, args.drain_seconds))
         asyncio.run(server.serve(sockets=[listening]))
@@ -53,10 +58,29 @@ def start(catalog: Catalog, args: ServeArgs, compile: bool = False) -> Completio
     if size > device_memory(model.wte.weight.device):
         raise UsageError(f"--batch_size {args.batch_size}: {told}, more than there is; lower it, or --context")
     print(told, file=sys.stderr)
-    cache = model.kv_cache(args.batch_size, context)
+    cache, adapters = model.kv_cache(args.batch_size, context), catalog.adapters
     kept = model.kv_cache(args.prefixes, context) if args.prefixes else None
-    scheduler = Scheduler(model, cache, kept, FastStep(model, compile), catalog.choose, args.max_queue)
+    scheduler = Scheduler(model, cache, kept, FastStep(model, compile), catalog.choose, args.max_queue, adapters)
+    catalog.at_rest = lambda function: scheduler.between_turns(function).result()
+    if adapters:
+        adapters.in_use = scheduler.loras_in_use
+    if catalog.folder:
+        threading.Thread(target=watch, args=(catalog, scheduler), name="watching", daemon=True).start()
     return Completions(catalog, scheduler, context, args.max_body, args.log_prompts)
+
+
+def watch(catalog: Catalog, scheduler: Scheduler) -> None:
+    """Serve what is in the folder of LoRAs at each time, as long as the scheduler lives."""
+    told = None
+    while scheduler.thread.is_alive():
+        scheduler.thread.join(WATCH_SECONDS)
+        try:
+            catalog.scan()
+        except UserError as error:
+            if str(error) != told:
+                print(told := str(error), file=sys.stderr, flush=True)
+        except CancelledError:  # the scheduler has ended meanwhile
+            return
 
 
 def plan(catalog: Catalog, args: ServeArgs, context: int) -> tuple[str, int]:
@@ -65,7 +89,10 @@ def plan(catalog: Catalog, args: ServeArgs, context: int) -> tuple[str, int]:
     numbers = 2 * rows * context * config.n_layer * config.n_query_groups * config.head_size
     size = numbers * catalog.model.dtype.itemsize
     told = f"{args.batch_size} answers and {args.prefixes} kept prefixes of {context} tokens take {size / 1e9:.2f} GB"
-    return f"{told} for keys and values", size
+    told += " for keys and values"
+    if catalog.adapters and len(catalog.served) > 1 or catalog.folder:
+        return f"{told}, LoRAs up to {args.lora_bytes / 1e9:.2f} GB", size + args.lora_bytes
+    return told, size
 
 
 def config(completions: Completions, key: str | None, drain_seconds: int) -> uvicorn.Config:

@@ -133,6 +133,6 @@ def test_a_lora_that_does_not_fit(llama, tmp_path):
         torch.save(record | change, tmp_path / name)
         with pytest.raises(UserError, match=message):
             loras.load(tmp_path / name)
-    assert len(loras.styles) == 2  # nothing of them has stayed
+    assert len(loras.loaded) == 1  # nothing of them has stayed
     with pytest.raises(UserError, match="another base"):
         LoRAPool.beside(BaseCheckpoint.open(folder), [plain, tmp_path / "other.pth"], style)

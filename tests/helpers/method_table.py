@@ -86,7 +86,7 @@ def settings_of(name: str) -> lora.LoRAConfig:
 
 
 def several(model: GPT, name: str) -> None:
-    list(lora.updates(model.config, settings_of(name), finetuned_file.trained_state(model), "file"))
+    list(lora.updates(lora.skeleton(model.config, settings_of(name)), finetuned_file.trained_state(model), "file"))
 
 
 def exported(model: GPT, name: str) -> None:

@@ -32,13 +32,17 @@ class Running:
 
 
 @contextmanager
-def running(folder: Path, loras: dict[str, Path], key: str | None = None, **args) -> Iterator[Running]:
+def running(
+    folder: Path, loras: dict[str, Path], key: str | None = None, loras_dir: Path | None = None, **args
+) -> Iterator[Running]:
     """Serve a checkpoint and LoRAs beside it, in chatml, until the block ends."""
     with listen("127.0.0.1", 0) as listening:
         base = BaseCheckpoint.open(folder)
         style = PromptStyle.from_name("chatml", base.tokenizer)
         with use_policy(widen=False, fused=True):  # of all tests
-            completions = start(Catalog.with_loras(base, loras, style), ServeArgs(**args))
+            server = ServeArgs(**args)
+            room = {"folder": loras_dir, "limit": server.lora_bytes, "rows": server.batch_size}
+            completions = start(Catalog.with_loras(base, loras, style, **room), server)
         server = Server(config(completions, key, drain_seconds=5))
         thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
         thread.start()

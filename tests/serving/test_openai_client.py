@@ -39,12 +39,8 @@ def single_model(catalog, model: str):
     """The model that serves this name alone: nothing of the server's is used."""
     from lit_gpt.methods.finetuned_model import load_finetuned
 
-    folder = catalog.pool.base.checkpoint_dir
-    number = catalog.served[model].lora
-    if not number:
-        return catalog.pool.base.build()
-    path = next(path for path, n in catalog.pool.numbers.items() if n == number)
-    return load_finetuned(folder, path, "lora")[0]
+    served, base = catalog.served[model], catalog.adapters.pool.base
+    return load_finetuned(base.checkpoint_dir, served.path, "lora")[0] if served.path else base.build()
 
 
 def chat(client, model: str, text: str, new: int, **options):

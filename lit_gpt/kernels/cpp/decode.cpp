@@ -22,9 +22,20 @@ struct Span {
     long begin, end;
 };
 
-// What is particular to a row. With lora 0 it goes through none; `extended`: its angles are those of a long sequence.
+// What a LoRA adds to a layer's output y = W x: B^T (A x), where both have `rank` rows.
+struct Update {
+    const void *A, *B;
+    long rank;
+};
+
+// What is particular to a row: its LoRA's updates of the layers, unless it has none; `extended`: its angles are those
+// of a long sequence.
 struct Row {
-    long token, position, lora, extended;
+    long token, position;
+    const Update *updates;
+    long extended;
+
+    Update update(long layer) const { return updates ? updates[layer] : Update{nullptr, nullptr, 0}; }
 };
 
 struct Run {
@@ -104,6 +115,10 @@ inline void activate(long kind, float *y, const float *x, long n) {
         store<16>(y + i, a / (1.0f + exponential(-a)));
     }
     for (; i < n; i++) y[i] = activate(kind, x[i]);
+}
+
+template <class T> void add_scaled(float *y, float factor, const T *x, Span span) {
+    for (long i = span.begin; i < span.end; i++) y[i] += factor * to_float(x[i]);
 }
 
 template <class T> struct Attention {
@@ -222,34 +237,52 @@ void tape_linear(Tape *tape, float *y, const float *x, long rows, long columns, 
     });
 }
 
-// low = A x; `by_row`: A is that of the row's LoRA, one of several
-void tape_lora_down(Tape *tape, float *low, const float *x, long ranks, long columns, const void *A, long type,
-                    long by_row) {
+// low = A x
+void tape_lora_down(Tape *tape, float *low, const float *x, long ranks, long columns, const void *A, long type) {
     auto add = [=](auto *a) {
-        tape->elements_of_rows(ranks, false, [=](const Run &run, long row, Span span) {
-            long lora = by_row ? run.rows[row].lora : 0;
-            for (long r = span.begin; r < span.end && (lora || !by_row); r++)
-                low[row * ranks + r] = dot(a + (lora * ranks + r) * columns, x + row * columns, columns);
+        tape->elements_of_rows(ranks, false, [=](const Run &, long row, Span span) {
+            for (long r = span.begin; r < span.end; r++)
+                low[row * ranks + r] = dot(a + r * columns, x + row * columns, columns);
         });
     };
     type == FLOAT32 ? add((const float *)A) : add((const bf16 *)A);
 }
 
-// y[start:stop] += B^T low[from : from + rank], of y's n elements; B: (rank, stop - start), or with `by_row` several
+// y[start:stop] += B^T low[from : from + rank], of y's n elements; B: (rank, stop - start)
 void tape_lora_up(Tape *tape, float *y, long n, const float *low, long ranks, long from, const void *B, long type,
-                  long rank, long start, long stop, long by_row) {
+                  long rank, long start, long stop) {
     auto add = [=](auto *b) {
-        tape->elements_of_rows(n, true, [=](const Run &run, long row, Span span) {
-            long lora = by_row ? run.rows[row].lora : 0, size = stop - start;
-            float *to = y + row * n;
-            for (long j = 0; j < rank && (lora || !by_row); j++) {
-                float factor = low[row * ranks + from + j];
-                for (long i = std::max(start, span.begin); i < std::min(stop, span.end); i++)
-                    to[i] += factor * to_float(b[(lora * rank + j) * size + i - start]);
-            }
+        tape->elements_of_rows(n, true, [=](const Run &, long row, Span span) {
+            Span part{std::max(start, span.begin), std::min(stop, span.end)};
+            for (long j = 0; j < rank; j++)
+                add_scaled(y + row * n, low[row * ranks + from + j], b + j * (stop - start) - start, part);
         });
     };
     type == FLOAT32 ? add((const float *)B) : add((const bf16 *)B);
+}
+
+// low = A x of each row's own update of a layer; low has room for so many ranks
+void tape_row_lora_down(Tape *tape, float *low, const float *x, long ranks, long columns, long layer, long type) {
+    auto add = [=](auto *none) {
+        tape->items(ranks, [=](const Run &run, long row, long r) {
+            Update update = run.rows[row].update(layer);
+            if (r < update.rank)
+                low[row * ranks + r] = dot((decltype(none))update.A + r * columns, x + row * columns, columns);
+        });
+    };
+    type == FLOAT32 ? add((const float *)nullptr) : add((const bf16 *)nullptr);
+}
+
+// y += B^T low of each row's own update of a layer
+void tape_row_lora_up(Tape *tape, float *y, long n, const float *low, long ranks, long layer, long type) {
+    auto add = [=](auto *none) {
+        tape->elements_of_rows(n, true, [=](const Run &run, long row, Span span) {
+            Update update = run.rows[row].update(layer);
+            for (long j = 0; j < update.rank; j++)
+                add_scaled(y + row * n, low[row * ranks + j], (decltype(none))update.B + j * n, span);
+        });
+    };
+    type == FLOAT32 ? add((const float *)nullptr) : add((const bf16 *)nullptr);
 }
 
 // y = scale * (y + shift)

@@ -6,12 +6,12 @@ logits.
 """
 
 from lit_gpt.methods.hyperparameters import LoRAConfig
-from lit_gpt.methods.lora.attaching import attach, targets, updates
+from lit_gpt.methods.lora.attaching import attach, skeleton, targets, updates
 from lit_gpt.methods.lora.layers import LoRAExperts, LoRALinear, lora_layers
 from lit_gpt.methods.lora.merging import merge, merged_config, merged_tensor, write_merged
 from lit_gpt.methods.lora.method import NAME, LoRA
 
 __all__ = [
     "NAME", "LoRA", "LoRAConfig", "LoRAExperts", "LoRALinear", "attach", "lora_layers", "merge", "merged_config",
-    "merged_tensor", "targets", "updates", "write_merged",
+    "merged_tensor", "skeleton", "targets", "updates", "write_merged",
 ]  # fmt: skip

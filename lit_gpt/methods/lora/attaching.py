@@ -108,29 +108,34 @@ def mlp_targets(mlp: nn.Module) -> Iterator[tuple[str, list[tuple[int, int]]]]:
             yield path, [(0, n)]
 
 
-def updates(
-    base: Config, config: LoRAConfig, state: Mapping[str, Tensor], source: Path | str
-) -> Iterator[tuple[str, Tensor, Tensor]]:
+def skeleton(base: Config, config: LoRAConfig) -> GPT:
+    """Return a base with LoRA attached, both without contents."""
+    with on_meta():
+        return attach(GPT(base), config)
+
+
+def updates(model: GPT, state: Mapping[str, Tensor], source: Path | str) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Yield the path of each layer of a base that a finetuned file adapts, and A and B, so that B A is its update.
 
     A is (len(parts) * rank, in_features), and B (out_features, len(parts) * rank) with the scale in it and zeros where
     a part's rows and another's columns meet; before them is the number of experts, in a layer of experts.
 
+    Args:
+        model: the file's skeleton, which may serve several files.
+
     Raises:
         UserError: the tensors contradict the configuration, or the update is not a product of two matrices.
     """
-    if config.update == "dora":
+    layers = lora_layers(model)
+    if any(layer.config.update == "dora" for layer in layers.values()):
         raise UserError(
             f"{source}: trained with lora_update dora, which scales whole rows of the base; merge it instead"
         )
-    with on_meta():
-        model = attach(GPT(base), config)
     io.check_state(finetuned_file.file_parameters(model), state, source)
     model.load_state_dict(state, strict=False, assign=True)
-    model.requires_grad_(False)
-    for path, layer in lora_layers(model).items():
-        A, rank = layer.factors()[0], layer.rank
+    for path, layer in layers.items():
+        A, rank = layer.factors()[0].detach(), layer.rank
         B = A.new_zeros(*layer.experts, layer.out_features, len(layer.parts) * rank)
         for i, ((start, stop), _, part) in enumerate(layer.pairs()):
-            B[..., start:stop, i * rank : (i + 1) * rank] = part * layer.scale
+            B[..., start:stop, i * rank : (i + 1) * rank] = part.detach() * layer.scale
         yield path, A, B

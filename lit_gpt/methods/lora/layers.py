@@ -55,10 +55,10 @@ class LoRALinear(LoRALayer):
     def record(self, tape: DecodingTape, x: Tensor, name: str) -> Tensor:
         """Add the layer to a decoding tape."""
         A, factor = self.factors()[0], self.scale
-        low = tape.lora_down(A.to(tape.dtype), x, by_row=False)
+        low = tape.lora_down(A.to(tape.dtype), x)
         y = tape.linear(self.linear, x, name)
         for part, (rows, _, B) in enumerate(self.pairs()):
-            tape.lora_up(y, low, part * self.rank, (B * factor).to(tape.dtype).t().contiguous(), rows, by_row=False)
+            tape.lora_up(y, low, part * self.rank, (B * factor).to(tape.dtype).t().contiguous(), rows)
         scale = self.output_scale(*self.factors())
         if scale is not None:
             tape.scale(y, scale, self.shift(scale))
