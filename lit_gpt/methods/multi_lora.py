@@ -271,7 +271,7 @@ class LoRAPool:
     def remove(self, number: int) -> None:
         """Take a LoRA out of the pool. Rows that go through it must have left."""
         self.loaded.pop(number, None)
-        self.chosen = []
+        self.choose([0])  # so that nothing holds it any more
 
     @property
     def nbytes(self) -> int:

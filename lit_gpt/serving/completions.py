@@ -23,7 +23,9 @@ from lit_gpt.serving.metrics import Metrics
 from lit_gpt.serving.replies import Reply, event
 from lit_gpt.serving.requests import Asked, parse_json, read_request
 from lit_gpt.serving.scheduler import Job, Piece, QueueFull, Scheduler
-from lit_gpt.text.tokenizer import Encoding
+from lit_gpt.text.messages import Message, Tools
+from lit_gpt.text.prompt_style import PromptStyle
+from lit_gpt.text.tokenizer import Encoding, Tokenizer
 
 Pieces = asyncio.Queue[tuple[int, Piece]]  # of a request's answers, by their index
 FAILED = "the server failed at this answer; its log says why"
@@ -56,11 +58,12 @@ class Completions:
         start, asked = time.monotonic(), read_request(parse_json(await self.read_body(request)), chat)
         served = await self.catalog.ready(asked.model)
         self.check_number(asked)
-        prompts = [await self.encode(prompt, served) for prompt in ([asked.messages] if chat else asked.prompts)]
+        wanted = [asked.messages] if chat else asked.prompts
+        prompts = [await self.encode(prompt, served, asked.tools) for prompt in wanted]
         pieces: Pieces = asyncio.Queue()
         jobs = self.jobs(asked, served, prompts, pieces)
-        told = asked.logprobs is not None
-        reply = Reply(self.catalog.tokenizer, served.name, chat, len(jobs), told, sum(map(len, prompts)))
+        told, tools = asked.logprobs is not None, [tool["function"]["name"] for tool in asked.tools or ()]
+        reply = Reply(self.catalog.tokenizer, served.name, chat, len(jobs), told, sum(map(len, prompts)), tools)
         self.submit(request.client.host if request.client else "", jobs)
         leave = partial(self.leave, asked, reply, jobs, start)
         followed = self.follow(reply, pieces, start)
@@ -83,14 +86,14 @@ class Completions:
             raise APIError(413, f"the body: expected at most {self.max_body} bytes, found {size}")
         return bytes(body)
 
-    async def encode(self, prompt: Any, served: Served) -> list[int]:
+    async def encode(self, prompt: Any, served: Served, tools: Tools = None) -> list[int]:
         """Return the token ids of a text, of ids, or of a chat up to where the answer begins."""
         style, tokenizer, model = served.read_style, self.catalog.tokenizer, self.catalog.model
         if isinstance(prompt, str):
             ids = await self.tokenized(partial(tokenizer.encode_batch, [prompt]))
         elif isinstance(prompt[0], dict):
             # rendering limits the memory of the process, which a step of the model must not meet
-            rendering = self.scheduler.between_turns(partial(style.render, prompt, tokenizer, True))
+            rendering = self.scheduler.between_turns(partial(rendered, style, prompt, tokenizer, tools))
             ids = await self.tokenized(partial(style.encode, [await asyncio.wrap_future(rendering)], tokenizer))
         else:
             ids = prompt
@@ -172,6 +175,19 @@ class Completions:
         print(line + prompt, file=sys.stderr, flush=True)
 
 
+def rendered(style: PromptStyle, messages: list[Message], tokenizer: Tokenizer, tools: Tools) -> str:
+    """Return the text of a chat up to where the answer begins.
+
+    Raises:
+        APIError: the template shows no tools.
+        UserError: it refuses the messages.
+    """
+    text = style.render(messages, tokenizer, True, tools)
+    if tools and text == style.render(messages, tokenizer, True):
+        raise APIError(400, f"tools: the model's prompt style '{style.name}' has no place for them", "tools")
+    return text
+
+
 def emit_to(loop: asyncio.AbstractEventLoop, pieces: Pieces, index: int, piece: Piece) -> None:
     """Put a piece into a request's queue, from another thread than its loop's, which may have ended."""
     with suppress(RuntimeError):
@@ -207,7 +223,8 @@ async def stream(reply: Reply, pieces: AsyncIterator[tuple[int, Piece]], include
         yield reply.opening(index)
     try:
         async for index, piece in pieces:
-            yield reply.event(index, piece)
+            if told := reply.event(index, piece):
+                yield told
     except APIError as error:
         yield event(error.body())
     else:

@@ -3,11 +3,13 @@
 import json
 import secrets
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from lit_gpt.serving.scheduler import Piece, TokenLogprobs
 from lit_gpt.text.tokenizer import Tokenizer
+from lit_gpt.text.tool_calls import parse_calls
 
 
 @dataclass
@@ -32,13 +34,22 @@ class Reply:
         chat: whether it is to a chat, else to texts to be continued.
         logprobs: whether to tell log-probabilities.
         prompt_tokens: of all prompts together.
+        tools: names of those that the answers may call. An answer that may comes whole also in a stream, since how it
+            goes on decides whether its beginning is text.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, model: str, chat: bool, n: int, logprobs: bool, prompt_tokens: int
+        self,
+        tokenizer: Tokenizer,
+        model: str,
+        chat: bool,
+        n: int,
+        logprobs: bool,
+        prompt_tokens: int,
+        tools: Collection[str] = (),
     ) -> None:
         self.tokenizer, self.model, self.chat, self.logprobs = tokenizer, model, chat, logprobs
-        self.prompt_tokens = prompt_tokens
+        self.prompt_tokens, self.tools = prompt_tokens, tools
         self.choices = [Choice() for _ in range(n)]
         self.id, self.created = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}", int(time.time())
 
@@ -50,23 +61,42 @@ class Reply:
         """Return the reply when all answers have ended."""
         kind, choices = "chat.completion" if self.chat else "text_completion", []
         for index, choice in enumerate(self.choices):
-            content = {"message": {"role": "assistant", "content": choice.text}} if self.chat else {"text": choice.text}
+            said, finish = self._said(choice)
+            content = {"message": {"role": "assistant", **said}} if self.chat else {"text": choice.text}
             told = self._told(choice.logprobs, 0) if self.logprobs else None
-            choices.append({"index": index, **content, "logprobs": told, "finish_reason": choice.finish})
+            choices.append({"index": index, **content, "logprobs": told, "finish_reason": finish})
         return self._frame(kind, choices) | {"usage": self.usage()}
 
     def opening(self, index: int) -> str:
         """Return the event with which an answer of a chat begins."""
         return self._event(index, {"delta": {"role": "assistant", "content": ""}}, None, None)
 
+    def _said(self, choice: Choice) -> tuple[dict[str, Any], str | None]:
+        """Return the content and calls of a chat's answer, and why it ended."""
+        text, calls = parse_calls(choice.text, self.tools) if self.tools else (choice.text, [])
+        if not calls:
+            return {"content": text}, choice.finish
+        spelled = [
+            {"index": i, "id": f"call_{secrets.token_hex(12)}", "type": "function", "function": call._asdict()}
+            for i, call in enumerate(calls)
+        ]
+        return {"content": text or None, "tool_calls": spelled}, "tool_calls" if choice.finish == "stop" else "length"
+
     def event(self, index: int, piece: Piece) -> str:
-        """Return the event of a piece, which has been added to its choice."""
+        """Return the event of a piece, which has been added to its choice; "" while nothing is to be told of it."""
+        if self.tools:
+            return self._whole_event(index) if piece.finish else ""
         content: dict[str, Any] = {"text": piece.text}
         if self.chat:
             content = {"delta": {"content": piece.text} if piece.text else {}}
         before = len(self.choices[index].text) - len(piece.text)
         told = self._told(piece.logprobs, before) if self.logprobs else None
         return self._event(index, content, told, piece.finish)
+
+    def _whole_event(self, index: int) -> str:
+        choice = self.choices[index]
+        said, finish = self._said(choice)
+        return self._event(index, {"delta": said}, self._told(choice.logprobs, 0) if self.logprobs else None, finish)
 
     def closing(self, include_usage: bool) -> str:
         """Return the last events."""

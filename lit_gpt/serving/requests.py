@@ -9,19 +9,19 @@ from typing import Any
 
 from lit_gpt.generation.sampling import Sampling
 from lit_gpt.serving.errors import APIError, bad
-from lit_gpt.text.messages import Message, read_messages
+from lit_gpt.text.messages import Message, Tools, read_messages
 
 # Fields that change no answer.
 IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 # Fields that are known, with the values that ask for nothing: others are refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "tools": ([],), "functions": ([],),
+    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "functions": ([],),
     "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},), "suffix": ("",), "echo": (False,),
     "best_of": (1,), "modalities": (["text"],),
 }  # fmt: skip
 KNOWN = {
     "model", "messages", "prompt", "n", "stop", "seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
-    "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "stream", "stream_options",
+    "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "stream", "stream_options", "tools",
 }  # fmt: skip
 MOST_CONTINUED = 16  # tokens, where a request names none: OpenAI's default
 MOST_CHOICES, MOST_STOPS, MOST_LOGPROBS = 128, 16, 20
@@ -33,6 +33,7 @@ class Asked:
 
     Attributes:
         messages: of a chat; None: it is to be continued.
+        tools: that the answer may call, of a chat; None: none.
         prompts: texts or token ids to be continued; empty for a chat.
         max_tokens: of each answer; None: see new_tokens.
         logprobs: how many of the likeliest tokens to tell of at each place; None: no log-probabilities.
@@ -40,6 +41,7 @@ class Asked:
 
     model: str
     messages: list[Message] | None
+    tools: Tools
     prompts: list[str | list[int]]
     n: int
     stop: list[str]
@@ -80,6 +82,7 @@ def read_request(fields: dict[str, Any], chat: bool) -> Asked:
     return Asked(
         model=typed(fields, "model", str, "the name of a model", ""),
         messages=read_chat(fields) if chat else None,
+        tools=read_functions(fields) if chat else None,
         prompts=[] if chat else read_prompts(fields),
         n=number(fields, "n", int, 1, MOST_CHOICES) or 1,
         stop=read_stops(fields),
@@ -168,6 +171,19 @@ def read_chat(fields: dict[str, Any]) -> list[Message]:
         return read_messages([flat(message) for message in messages] if isinstance(messages, list) else None)
     except ValueError as error:
         raise APIError(400, str(error), "messages", "invalid_value") from None
+
+
+def read_functions(fields: dict[str, Any]) -> Tools:
+    """Return the tools, as OpenAI has them, that an answer may call; None where it is to call none."""
+    tools = fields.get("tools", [])
+    if not list_of(tools, is_function):
+        raise bad("tools", 'a list of {"type": "function", "function": {"name": ..., "parameters": ...}}')
+    return None if fields.get("tool_choice") == "none" else tools or None
+
+
+def is_function(tool: Any) -> bool:
+    function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def flat(message: Any) -> Any:

@@ -33,12 +33,17 @@ class Running:
 
 @contextmanager
 def running(
-    folder: Path, loras: dict[str, Path], key: str | None = None, loras_dir: Path | None = None, **args
+    folder: Path,
+    loras: dict[str, Path],
+    key: str | None = None,
+    loras_dir: Path | None = None,
+    prompt_style: str = "chatml",
+    **args,
 ) -> Iterator[Running]:
-    """Serve a checkpoint and LoRAs beside it, in chatml, until the block ends."""
+    """Serve a checkpoint and LoRAs beside it until the block ends."""
     with listen("127.0.0.1", 0) as listening:
         base = BaseCheckpoint.open(folder)
-        style = PromptStyle.from_name("chatml", base.tokenizer)
+        style = PromptStyle.from_name(prompt_style, base.tokenizer)
         with use_policy(widen=False, fused=True):  # of all tests
             server = ServeArgs(**args)
             room = {"folder": loras_dir, "limit": server.lora_bytes, "rows": server.batch_size}

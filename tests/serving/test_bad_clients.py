@@ -44,7 +44,8 @@ FIELDS = [
     {"temperature": "hot"}, {"top_p": 2}, {"top_k": -7}, {"seed": 0.5}, {"seed": []}, {"stop": 3}, {"stop": [3]},
     {"stop": ["a"] * 99}, {"stream": "yes"}, {"stream_options": 3}, {"stream_options": {"include_usage": 1}},
     {"logprobs": 3}, {"logprobs": True, "top_logprobs": 99}, {"response_format": {"type": "json_object"}},
-    {"tools": [{"type": "function"}]}, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+    {"tools": [{"type": "function"}]}, {"tools": {}}, {"tools": [3]}, {"tools": [{"type": "function", "function": {}}]},
+    {"tool_choice": "required"}, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
     {"prompt": "x"}, {"temperature": 1e999}, {"../../etc": 1},
 ]  # fmt: skip
 PROMPTS = [None, 3, {}, [], [[]], [[-1]], [["x"]], [3.5], [10**9], [True], "", ["a"] * 200, "\x00" * 500]
