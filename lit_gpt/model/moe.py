@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,8 @@ from torch.autograd.function import once_differentiable
 from lit_gpt.kernels.linear import arithmetic
 from lit_gpt.kernels.policy import policy
 from lit_gpt.model.config import Config
+
+BLOCK = 8  # rows; kernels take 4 at a time, or 8
 
 
 @dataclass(frozen=True)
@@ -105,13 +108,35 @@ class _GroupedProduct(torch.autograd.Function):
 
 
 def _by_expert(x: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
+    """Multiply each expert's rows by its matrix.
+
+    On a CPU no row's result depends on where other rows go, to the last bit. There the rows after the last block of a
+    product are summed in another order; so products take whole blocks, if need be with rows of the next expert, whose
+    results are dropped, or single rows, where experts have hardly one each.
+    """
     y, dtype = x.new_empty(len(x), matrices.size(-1)), arithmetic(x.device, x.dtype)
-    for rows, matrix, out in zip(x.split(counts), matrices, y.split(counts), strict=True):
-        if len(rows) and dtype == x.dtype:
-            torch.mm(rows, matrix, out=out)
-        elif len(rows):
-            out.copy_(rows.to(dtype) @ matrix.to(dtype))
+    exact = x.device.type == "cpu"
+    alone, block = exact and len(x) <= len(matrices), BLOCK if exact else 1
+    starts = accumulate(counts, initial=0)
+    for start, count, matrix in zip(starts, counts, matrices, strict=False):  # the last is where the rows end
+        stop, taken = start + count, -(-count // block) * block
+        if alone:
+            for i in range(start, stop):
+                _product(x[i : i + 1].to(dtype), matrix.to(dtype), y[i : i + 1])
+        elif count:
+            rows = x[start : start + taken]
+            if len(rows) < taken:
+                rows = F.pad(rows, (0, 0, 0, taken - len(rows)))
+            _product(rows.to(dtype), matrix.to(dtype), y[start:stop])
     return y
+
+
+def _product(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """Write the product of as many of the rows as `out` has."""
+    if len(rows) == len(out) and rows.dtype == out.dtype:
+        torch.mm(rows, matrix, out=out)
+    else:
+        out.copy_((rows @ matrix)[: len(out)])
 
 
 class Experts(nn.Module):

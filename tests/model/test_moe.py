@@ -72,6 +72,23 @@ def test_gradients_of_the_product():
     assert gradcheck(lambda x, weight: moe.grouped_product(x, weight, [0, 3, 0, 2]), (x, weight))
 
 
+@pytest.mark.parametrize("sizes", [(16, 24), (12, 16), (64, 2), (2, 48)])
+@pytest.mark.parametrize("rows", [6, 7, 40, 333])
+def test_where_other_rows_go_changes_no_bit(rows, sizes):
+    """Of a row's product, and of its gradient."""
+    own, n_expert = torch.randint(7, (rows // 3,)), 7
+    x, weight, grads = torch.randn(rows, sizes[0]), torch.randn(n_expert, *sizes[::-1]), torch.randn(rows, sizes[1])
+    results = []
+    for _ in range(5):
+        x[len(own) :].normal_()  # other rows, which go elsewhere too
+        experts = torch.cat((own, torch.randint(7, (rows - len(own),))))
+        routes, leaf = moe.Routing.from_topk(experts.unsqueeze(1), n_expert), x.clone().requires_grad_()
+        y = moe.grouped_product(routes.dispatch(leaf), weight, routes.counts)[routes.places]
+        y.backward(grads)
+        results.append(torch.cat((y.detach()[: len(own)], leaf.grad[: len(own)]), dim=1))
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
 def test_each_expert_has_an_update_of_its_own():
     """With LoRA the layer is that of weights to which each expert's own B A is added; the router keeps its choice."""
     gpt = GPT(CONFIG)
