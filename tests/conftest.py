@@ -18,7 +18,7 @@ from helpers.cli import Result
 from helpers.pages import enter_place
 from helpers.paths import ROOT
 from helpers.rows import write_rows
-from helpers.runs import STEPS
+from helpers.runs import lora_flags
 from helpers.tiny_models import BRIEF, LAYOUTS, THOROUGH, Tiny, make_base, tiny_hf_model
 from helpers.tokenizers import sentencepiece_model
 from lit_gpt.conversion import hf as hf_files
@@ -93,11 +93,7 @@ def data_dir(llama: Path, tmp_path_factory) -> Path:
 @pytest.fixture
 def flags(llama: Path, data_dir: Path, tmp_path: Path) -> dict:
     """The flags of a short LoRA run on the tiny Llama."""
-    return dict(
-        checkpoint_dir=llama, data_dir=data_dir, out_dir=tmp_path / "out", precision="fp32", max_steps=STEPS,
-        batch_size=6, micro_batch_size=3, warmup_steps=2, learning_rate=0.02, lora_dropout=0.1, lora_mlp="true",
-        eval_interval=5, save_interval=1, sample_tokens=5,
-    )  # fmt: skip
+    return lora_flags(llama, data_dir, tmp_path / "out")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.cli import spawn
+from helpers.cli import run_process, spawn
 from helpers.runs import of_method, same_run, wait_for_step, weights_of
 from lit_gpt.distributed import heartbeat
 from lit_gpt.distributed.fabric import DeepSpeedStrategy
@@ -33,8 +33,8 @@ def test_two_processes_train_as_one(cli, flags, method, strategy):
         flags |= {"lora_dropout": 0.0}
     assert cli(script, **flags).code == 0
     two = flags | {"out_dir": flags["out_dir"].with_name("two"), "devices": 2, "strategy": strategy, "resume": "auto"}
-    out, err = (process := spawn(script, **two)).communicate(timeout=120)
-    assert process.returncode == 0, (out, err)
+    result = run_process(script, **two)
+    assert result.code == 0, result
     same_run(flags["out_dir"], two["out_dir"], method)
     # what two processes saved, one goes on from
     newest = max((two["out_dir"] / "state").iterdir())
@@ -49,8 +49,8 @@ def test_two_processes_train_as_one_beside_quantized_weights(cli, flags):
     flags = of_method(flags, "lora") | {"quantize": "nf4", "lora_dropout": 0.0, "max_steps": 4}
     assert cli("finetune/lora.py", **flags).code == 0
     two = flags | {"out_dir": flags["out_dir"].with_name("two"), "devices": 2, "strategy": "ddp"}
-    out, err = (process := spawn("finetune/lora.py", **two)).communicate(timeout=120)
-    assert process.returncode == 0, (out, err)
+    result = run_process("finetune/lora.py", **two)
+    assert result.code == 0, result
     same_run(flags["out_dir"], two["out_dir"], "lora")
 
 
@@ -63,8 +63,8 @@ def test_one_goes_on_in_two(cli, flags, strategy):
     expected = weights_of(flags["out_dir"], "lora")
     max((flags["out_dir"] / "state").iterdir()).unlink()
     two = flags | {"devices": 2, "strategy": strategy, "resume": "auto", "micro_batch_size": 3}
-    out, err = (process := spawn("finetune/lora.py", **two)).communicate(timeout=120)
-    assert process.returncode == 0 and "resumed after step 11" in out, (out, err)
+    result = run_process("finetune/lora.py", **two)
+    assert result.code == 0 and "resumed after step 11" in result.out, result
     found = weights_of(flags["out_dir"], "lora")
     assert all(torch.allclose(found[name], expected[name], atol=2e-3) for name in expected)
 

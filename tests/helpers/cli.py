@@ -24,6 +24,16 @@ class Result:
         return errors[0]
 
 
+def run_process(script: str, **flags) -> Result:
+    """Run a script in a process of its own, as a user does, for two minutes at most."""
+    process = spawn(script, **flags)
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return Result(process.returncode, out, err)
+
+
 def spawn(script: str, **flags) -> subprocess.Popen:
     """Start a script in a process of its own."""
     argv = [sys.executable, str(ROOT / script), *(f"--{k}={v}" for k, v in flags.items())]

@@ -19,7 +19,16 @@ from lit_gpt.training.args import TrainArgs
 from lit_gpt.training.memory.plan import MemoryPlanner
 from lit_gpt.training.objectives import SupervisedFinetuning
 
-STEPS = 12  # of the runs that the fixture `flags` describes
+STEPS = 12  # of the runs that `lora_flags` describes
+
+
+def lora_flags(checkpoint_dir: Path, data_dir: Path, out_dir: Path) -> dict:
+    """Return the flags of a short LoRA run."""
+    return dict(
+        checkpoint_dir=checkpoint_dir, data_dir=data_dir, out_dir=out_dir, precision="fp32", max_steps=STEPS,
+        batch_size=6, micro_batch_size=3, warmup_steps=2, learning_rate=0.02, lora_dropout=0.1, lora_mlp="true",
+        eval_interval=5, save_interval=1, sample_tokens=5,
+    )  # fmt: skip
 
 
 def parse_flags(method: str, **flags) -> tuple[Method, TrainArgs]:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from helpers.cli import spawn
+from helpers.cli import run_process, spawn
 from helpers.runs import metrics, same_run, wait_for_step, weights_of
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.generation.native_step import NativeStep
@@ -24,9 +24,9 @@ def scale_flags(flags, monkeypatch) -> dict:
 
 
 def finish(**flags) -> str:
-    out, err = (process := spawn(SCRIPT, **flags)).communicate(timeout=120)
-    assert process.returncode == 0, (out, err)
-    return out
+    result = run_process(SCRIPT, **flags)
+    assert result.code == 0, result
+    return result.out
 
 
 def test_it_goes_all_the_way(scale_flags, tmp_path, monkeypatch):

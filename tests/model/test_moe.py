@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.autograd import gradcheck
 
-from helpers.cli import spawn
+from helpers.cli import run_process
 from helpers.compare import off
 from helpers.runs import of_method, planner_of, same_run
 from helpers.tiny_models import tiny_hf_model
@@ -171,6 +171,6 @@ def test_two_ranks_share_the_experts(cli, llama, flags, tmp_path):
     flags |= {"max_steps": 3, "batch_size": 10, "micro_batch_size": 5, "save_interval": 100, "lora_dropout": 0.0}
     assert cli("finetune/lora.py", **flags).code == 0
     two = flags | {"out_dir": tmp_path / "two", "devices": 2, "strategy": "fsdp"}
-    out, err = (process := spawn("finetune/lora.py", **two)).communicate(timeout=120)
-    assert process.returncode == 0, (out, err)
+    result = run_process("finetune/lora.py", **two)
+    assert result.code == 0, result
     same_run(flags["out_dir"], two["out_dir"], "lora")

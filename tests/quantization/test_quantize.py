@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.cli import spawn
+from helpers.cli import run_process, spawn
 from helpers.compare import identical, off, tokens
 from helpers.methods import EVERYTHING
 from helpers.paths import ROOT
@@ -164,8 +164,7 @@ def test_a_stored_model_is_the_one_quantized_on_the_fly(cli, llama, tmp_path, na
 def test_qlora_from_start_to_end(cli, flags, llama, stored, monkeypatch):
     """A run learns; killed and resumed it ends with the same bits; on the stored checkpoint it gives the same; the file
     answers as trained, and merged it is the same function."""
-    monkeypatch.setattr(formats, "CPU_CHUNK", 2**22)  # as in the process that is killed
-    result = cli("finetune/lora.py", **flags, quantize="nf4")
+    result = run_process("finetune/lora.py", **flags, quantize="nf4")
     out = flags["out_dir"]
     assert result.code == 0, result.err
     summary = json.loads((out / "summary.json").read_text())
@@ -177,7 +176,7 @@ def test_qlora_from_start_to_end(cli, flags, llama, stored, monkeypatch):
     process.kill()
     process.communicate()
     on_stored = {k: v for k, v in killed.items() if k != "quantize"} | {"checkpoint_dir": stored}
-    assert "resumed" in cli("finetune/lora.py", **on_stored, activation_checkpointing="full").out
+    assert "resumed" in run_process("finetune/lora.py", **on_stored, activation_checkpointing="full").out
     assert identical(final(out), final(killed["out_dir"]))
     cli("finetune/lora.py", **killed | {"quantize": "int8"}).refused("another quantization")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from helpers.cli import spawn
+from helpers.cli import run_process, spawn
 from helpers.runs import metrics, same_run, wait_for_step, weights_of
 
 SCRIPT = "tests/training/second_objective.py"
@@ -15,9 +15,9 @@ pytestmark = pytest.mark.subprocess
 
 
 def finish(**flags) -> str:
-    out, err = (process := spawn(SCRIPT, **flags)).communicate(timeout=120)
-    assert process.returncode == 0, (out, err)
-    return out
+    result = run_process(SCRIPT, **flags)
+    assert result.code == 0, result
+    return result.out
 
 
 def test_it_goes_all_the_way(cli, flags, tmp_path, monkeypatch):

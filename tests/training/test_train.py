@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from helpers.cli import spawn
+from helpers.cli import run_process, spawn
 from helpers.compare import identical
 from helpers.paths import ROOT
-from helpers.runs import STEPS, final, metrics, wait_for_step
+from helpers.runs import STEPS, final, lora_flags, metrics, wait_for_step
 from lit_gpt.checkpoints import folder as checkpoint
 from lit_gpt.checkpoints import io
 from lit_gpt.methods import finetuned_model
@@ -25,6 +25,14 @@ from lit_gpt.training.schedule import Schedule
 
 SCRIPT = "finetune/lora.py"
 SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("adapter", "adapter_v2")]
+
+
+@pytest.fixture(scope="module")
+def whole_run(llama, data_dir, tmp_path_factory) -> Path:
+    """The folder of a run that nothing interrupted, in a process of its own like those that are compared with it."""
+    flags = lora_flags(llama, data_dir, tmp_path_factory.mktemp("whole") / "out")
+    assert run_process(SCRIPT, **flags).code == 0
+    return flags["out_dir"]
 
 
 def test_a_run_leaves_its_records(cli, flags, data_dir, llama):
@@ -109,20 +117,19 @@ def test_between_logs_nothing_is_read_from_the_device(cli, flags, script, monkey
 
 @pytest.mark.subprocess
 @pytest.mark.parametrize("moment", [1, 4, 9])
-def test_killed_and_resumed_ends_with_the_same_bits(cli, flags, moment):
+def test_killed_and_resumed_ends_with_the_same_bits(whole_run, flags, moment):
     """SIGKILL after some steps, wherever it strikes; metrics go on without a seam."""
-    cli(SCRIPT, **flags)
-    killed = flags | {"out_dir": flags["out_dir"].with_name("killed"), "resume": "auto"}
+    killed = flags | {"resume": "auto"}
     process = spawn(SCRIPT, **killed)
     wait_for_step(process, killed["out_dir"], moment)
     process.kill()
     process.communicate()
     assert not (killed["out_dir"] / "lit_model_lora_finetuned.pth").exists()
     had_state = list((killed["out_dir"] / "state").glob("step_*"))  # it may have died before the first was whole
-    result = cli(SCRIPT, **killed)
+    result = run_process(SCRIPT, **killed)
     assert result.code == 0 and ("resumed after step" in result.out) == bool(had_state), result.err
-    assert identical(final(flags["out_dir"]), final(killed["out_dir"]))
-    assert metrics(flags["out_dir"]) == metrics(killed["out_dir"])
+    assert identical(final(whole_run), final(killed["out_dir"]))
+    assert metrics(whole_run) == metrics(killed["out_dir"])
 
 
 def test_a_truncated_state_is_never_taken_for_whole(cli, flags):
@@ -146,16 +153,15 @@ def test_a_truncated_state_is_never_taken_for_whole(cli, flags):
 
 @pytest.mark.subprocess
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop_it_saves_and_says_how_to_go_on(cli, flags, number):
-    cli(SCRIPT, **flags)
-    stopped = flags | {"out_dir": flags["out_dir"].with_name("stopped"), "resume": "auto", "save_interval": 1000}
+def test_told_to_stop_it_saves_and_says_how_to_go_on(whole_run, flags, number):
+    stopped = flags | {"resume": "auto", "save_interval": 1000}
     process = spawn(SCRIPT, **stopped)
     wait_for_step(process, stopped["out_dir"], 2)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "--resume auto goes on" in out, (out, err)
-    assert cli(SCRIPT, **stopped).code == 0
-    assert identical(final(flags["out_dir"]), final(stopped["out_dir"]))
+    assert run_process(SCRIPT, **stopped).code == 0
+    assert identical(final(whole_run), final(stopped["out_dir"]))
 
 
 def test_a_used_folder_and_changed_hyperparameters_are_refused(cli, flags):
@@ -305,18 +311,18 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.subprocess
 @pytest.mark.parametrize("method", ["lora", *SLOW, "full"])
-def test_killed_inside_a_save(cli, flags, method):
+def test_killed_inside_a_save(flags, method):
     """What is half-written is never taken for a state, and the end is bit-identical."""
     from helpers.runs import method_flags, weights_of
 
     script, flags = f"finetune/{method}.py", flags if method == "lora" else method_flags(flags, method)
-    assert cli(script, **flags).code == 0
+    assert run_process(script, **flags).code == 0
     killed = flags | {"out_dir": flags["out_dir"].with_name("killed"), "resume": "auto"}
     argv = [sys.executable, "-c", SELF_KILLED, str(ROOT / script), *(f"--{k}={v}" for k, v in killed.items())]
     result = subprocess.run(argv, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert list((killed["out_dir"] / "state").glob(".*.tmp.*"))  # the half that it was writing
-    result = cli(script, **killed)
+    result = run_process(script, **killed)
     assert result.code == 0 and "resumed after step 4" in result.out, result.err
     assert identical(weights_of(flags["out_dir"], method), weights_of(killed["out_dir"], method))
     assert metrics(flags["out_dir"]) == metrics(killed["out_dir"])
