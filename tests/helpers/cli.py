@@ -25,10 +25,10 @@ class Result:
 
 
 def run_process(script: str, **flags) -> Result:
-    """Run a script in a process of its own, as a user does, for two minutes at most."""
+    """Run a script in a process of its own, as a user does, for five minutes at most."""
     process = spawn(script, **flags)
     try:
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
     finally:
         process.kill()
     return Result(process.returncode, out, err)

@@ -158,7 +158,7 @@ def test_told_to_stop_it_saves_and_says_how_to_go_on(whole_run, flags, number):
     process = spawn(SCRIPT, **stopped)
     wait_for_step(process, stopped["out_dir"], 2)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and "--resume auto goes on" in out, (out, err)
     assert run_process(SCRIPT, **stopped).code == 0
     assert identical(final(whole_run), final(stopped["out_dir"]))
