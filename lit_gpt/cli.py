@@ -14,6 +14,7 @@ import difflib
 import inspect
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -265,6 +266,9 @@ def parse(
         values = vars(parser.parse_args([habits.respell(*pair, choices) for pair in pairwise(["", *expanded])]))
     except Exception as error:  # jsonargparse has no common base for what a value can do wrong
         raise UsageError(explain(str(error), argv, kinds)) from None
+    for name, kind in kinds.items():
+        if isinstance(values[name], float) and not math.isfinite(values[name]):
+            raise UsageError(f"--{name}: expected {expected(kind)}, got '{values[name]}'")
     return {name: plain(values[name]) for name in kinds}
 
 

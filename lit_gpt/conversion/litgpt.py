@@ -58,10 +58,12 @@ def convert(litgpt_dir: Path, out_dir: Path) -> Config:
         UserError: it lacks a file, config.json and model_config.yaml contradict each other, or the tensors do both.
     """
     config, stored = read_config(litgpt_dir), ungrouped(litgpt_dir, read_tensors(litgpt_dir / WEIGHTS))
-    config = replace(config, padded_vocab_size=stored[names("wte.weight")[0]].size(0))
+    if (embedding := stored.get(names("wte.weight")[0])) is None:
+        raise UserError(f"{litgpt_dir / WEIGHTS}: lacks {names('wte.weight')[0]}; is it LitGPT's?")
+    config = replace(config, padded_vocab_size=embedding.size(0))
     if config.tie_embeddings:
         head = stored.get("lm_head.weight")
-        if head is None or torch.equal(head, stored[names("wte.weight")[0]]):
+        if head is None or torch.equal(head, embedding):
             stored.pop("lm_head.weight", None)
         else:
             config = replace(config, tie_embeddings=False)

@@ -21,7 +21,7 @@ from lit_gpt.data.audit import Audit
 from lit_gpt.data.folder import FORMAT_VERSION, read_record
 from lit_gpt.errors import UserError
 from lit_gpt.files import write_json
-from lit_gpt.text.prompt_style import PromptStyle
+from lit_gpt.text.prompt_style import DamagedStyle, PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
 
 
@@ -102,6 +102,10 @@ def read_meta(data_dir: Path, tokenizer: Tokenizer, flag: str = "--data_dir") ->
         UserError: not a data folder, or one prepared with another tokenizer or by another format version.
     """
     meta = read_record(data_dir, flag)
+    try:
+        PromptStyle.from_dict(meta["prompt_style"])
+    except (KeyError, DamagedStyle) as error:
+        raise UserError(f"{Path(data_dir) / 'data.json'}: {error}; prepare the data again") from None
     if meta["tokenizer"] != tokenizer.fingerprint:
         raise UserError(
             f"{flag} {data_dir}: prepared with another tokenizer than that of {tokenizer.checkpoint_dir}; "

@@ -105,6 +105,16 @@ class Config:
         for size in ("n_layer", "n_head", "n_embd", "vocab_size", "block_size"):
             if not isinstance(value := getattr(self, size), int) or value < 1:
                 raise UserError(f"{self.name}: {size} is {value!r}, expected a whole number above 0")
+        for name in (
+            "norm_eps",
+            "rope_base",
+            "rotary_percentage",
+            "embedding_scale",
+            "residual_scale",
+            "logit_divisor",
+        ):
+            if not isinstance(value := getattr(self, name), int | float):
+                raise UserError(f"{self.name}: {name} is {value!r}, expected a number")
         self.padded_vocab_size = self.padded_vocab_size or self.vocab_size
         self.n_query_groups = self.n_query_groups or self.n_head
         self.head_size = self.head_size or self.n_embd // self.n_head

@@ -20,7 +20,7 @@ from lit_gpt.model.linear import Linear
 from lit_gpt.model.loss import log_probabilities, summed_cross_entropy
 from lit_gpt.model.mixers.mixer import Mixer
 from lit_gpt.model.mixers.registry import MIXERS
-from lit_gpt.model.mlp import MLPS
+from lit_gpt.model.mlp import make_mlp
 from lit_gpt.model.noise import with_noise
 from lit_gpt.model.norms import norm
 from lit_gpt.model.rope import RotaryEmbedding, Rotation
@@ -184,7 +184,7 @@ class Block(nn.Module):
         self.post_norm_1 = post()
         self.norm_2 = pre() if config.mlp_class and not config.shared_attention_norm else None
         mlp_class, intermediate_size = config.mlp(layer)
-        self.mlp = MLPS[mlp_class](config, intermediate_size) if mlp_class else None
+        self.mlp = make_mlp(mlp_class, config, intermediate_size) if mlp_class else None
         self.post_norm_2 = post()
         self.execution = BlockExecution()
 

@@ -136,4 +136,16 @@ def clamped_gate(gate_up: Tensor, limit: float, slope: float) -> Tensor:
     return gate * torch.sigmoid(slope * gate) * (up + 1)
 
 
-MLPS = {"GptNeoxMLP": GptNeoxMLP, "XIELUMLP": XIELUMLP, "SwiGLU": SwiGLU, "MoE": MoE}
+MLPS: dict[str, Callable[[Config, int], nn.Module]] = {
+    "GptNeoxMLP": GptNeoxMLP,
+    "XIELUMLP": XIELUMLP,
+    "SwiGLU": SwiGLU,
+    "MoE": MoE,
+}
+
+
+def make_mlp(name: str, config: Config, size: int) -> nn.Module:
+    """Return a new MLP of a class of MLPS. Raises UserError: there is none of that name."""
+    if name not in MLPS:
+        raise UserError(f"{config.name}: mlp_class is {name!r}, expected one of {', '.join(MLPS)}")
+    return MLPS[name](config, size)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_gpt.errors import UserError
 from lit_gpt.kernels import fused
 from lit_gpt.model.config import Config
 
@@ -57,6 +58,8 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 
 def norm(config: Config, size: int | None = None) -> nn.Module:
     """Return a new norm of the class that the config names, over n_embd or `size` elements."""
+    if config.norm_class not in NORMS:
+        raise UserError(f"{config.name}: norm_class is {config.norm_class!r}, expected one of {', '.join(NORMS)}")
     return NORMS[config.norm_class](size or config.n_embd, eps=config.norm_eps)
 
 

@@ -62,6 +62,10 @@ STYLES = {
 STYLES |= known_styles.STYLES
 
 
+class DamagedStyle(UserError):
+    """Says that what should describe a prompt style does not."""
+
+
 @dataclass(frozen=True)
 class PromptStyle:
     """How messages become text, and which tokens end an answer."""
@@ -116,14 +120,20 @@ class PromptStyle:
             return None
         try:
             return cls.from_dict(read_json(path))
-        except (KeyError, TypeError) as error:
+        except DamagedStyle as error:
             raise UserError(f"{path}: expected what a finetune leaves ({error}); make the folder again") from None
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "PromptStyle":
-        """Return the style that `to_dict` has described."""
-        fields = {FIELDS.get(name, name): value for name, value in fields.items()}
-        return cls(**{**fields, "stop_ids": tuple(fields["stop_ids"])})
+        """Return the style that `to_dict` has described. Raises DamagedStyle: it has not."""
+        try:
+            fields = {FIELDS.get(name, name): value for name, value in fields.items()}
+            style = cls(**{**fields, "stop_ids": tuple(fields["stop_ids"])})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise DamagedStyle(f"the prompt style is damaged: {error}") from None
+        if not isinstance(style.template, str):
+            raise DamagedStyle(f"the prompt style's template is no text: {style.template!r}")
+        return style
 
     def save(self, checkpoint_dir: Path) -> None:
         (Path(checkpoint_dir) / FILE).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
@@ -289,8 +299,11 @@ def present(message: Message) -> Message:
 
 def generation_stop_ids(checkpoint_dir: Path) -> list[int]:
     """Read the end tokens that the checkpoint's generation_config.json names."""
-    settings = read_json(Path(checkpoint_dir) / "generation_config.json", missing_ok=True)
-    return as_list(settings.get("eos_token_id"))
+    path = Path(checkpoint_dir) / "generation_config.json"
+    ids = as_list(read_json(path, missing_ok=True).get("eos_token_id"))
+    if not all(isinstance(i, int) for i in ids):
+        raise UserError(f"{path}: eos_token_id: expected a token id or a list of them, found {ids!r}")
+    return ids
 
 
 def as_list(ids: int | list[int] | None) -> list[int]:

@@ -75,11 +75,14 @@ def find_class(name: str) -> type[torch.optim.Optimizer]:
     """Return the class that `--optimizer` names."""
     module, cls = locate_optimizer(name)
     try:
-        return getattr(importlib.import_module(module), cls)
+        found = getattr(importlib.import_module(module), cls)
     except ImportError as error:
         raise UsageError(f"--optimizer {name}: {module} cannot be imported ({error})") from None
     except AttributeError:
         raise UsageError(f"--optimizer {name}: {module} has no {cls}") from None
+    if not inspect.isclass(found):
+        raise UsageError(f"--optimizer {name}: is no class; expected the full name of one, such as torch.optim.SGD")
+    return found
 
 
 class InBackward:

@@ -43,16 +43,20 @@ def attach(model: GPT, config: LoRAConfig) -> GPT:
 
 
 def check_layers(wanted: list[Target], config: LoRAConfig, base: Config) -> None:
-    """Refuse layers for which the form or the start of the updates does not exist."""
+    """Refuse layers for which the form or the start of the updates does not exist, and ranks beyond those of all."""
+    most = 0
     for path, layer, parts in wanted:
         if config.update == "dora" and experts_of(layer):
             raise UsageError(f"--lora_update dora: {base.name} has experts in {path}; leave out --lora_mlp true")
         sizes = cast(Experts, layer)  # for mypy
         limit = min(sizes.in_features, *(stop - start for start, stop in parts))
+        most = max(most, limit)
         if config.changes_start and config.r > limit:
             raise UsageError(
                 f"--lora_init {config.init}: {path} has only rank {limit}; expected --lora_r of at most that"
             )
+    if config.update != "vera" and config.r > most > 0:  # VeRA's matrices are random, and larger ones are of use
+        raise UsageError(f"--lora_r {config.r}: no adapted layer has a rank above {most}; expected at most that")
 
 
 def kind_of(path: str, config: LoRAConfig) -> str:
