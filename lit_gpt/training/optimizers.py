@@ -75,7 +75,7 @@ def find_class(name: str) -> type[torch.optim.Optimizer]:
     """Return the class that `--optimizer` names."""
     module, cls = locate_optimizer(name)
     try:
-        found = getattr(importlib.import_module(module), cls)
+        found: Any = getattr(importlib.import_module(module), cls)
     except ImportError as error:
         raise UsageError(f"--optimizer {name}: {module} cannot be imported ({error})") from None
     except AttributeError:
