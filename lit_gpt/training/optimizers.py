@@ -80,7 +80,7 @@ def find_class(name: str) -> type[torch.optim.Optimizer]:
         raise UsageError(f"--optimizer {name}: {module} cannot be imported ({error})") from None
     except AttributeError:
         raise UsageError(f"--optimizer {name}: {module} has no {cls}") from None
-    if not inspect.isclass(found):
+    if not isinstance(found, type):
         raise UsageError(f"--optimizer {name}: is no class; expected the full name of one, such as torch.optim.SGD")
     return found
 
