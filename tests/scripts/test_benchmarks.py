@@ -145,3 +145,23 @@ def test_the_four_methods(tmp_path, monkeypatch):
     assert all(f"{f['trainable_parameters']:,}" in table for f in found.values()) and str(tmp_path) not in table
     for name in ("time", "memory"):
         assert (tmp_path / "r" / f"methods_cpu_{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tasks_have_rows_that_differ_and_the_recipe_reads_what_prepare_prints(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from recipe import SETTINGS, finetune_command, table
+    from tasks import TASKS, make_rows
+
+    for task in TASKS:
+        rows = make_rows(task, 300, seed=1)
+        assert rows == make_rows(task, 300, seed=1) != make_rows(task, 300, seed=2)
+        assert len({row["input"] for row in rows}) == 300 and all(row["output"] for row in rows)
+    said = "wrote d; next: python finetune/lora.py --checkpoint_dir 'a b' --data_dir d --batch_size 4\n"
+    assert finetune_command("printed", said, []) == (
+        "finetune/lora.py",
+        ["--checkpoint_dir", "a b", "--data_dir", "d", "--batch_size", "4"],
+    )
+    assert finetune_command("ia3", said, ["--data_dir", "d"])[1][:2] == ["--data_dir", "d"]
+    cell = {"exact": 0.975, "steps": 95, "seconds": 60.0}
+    cells = {f"{task} / 200 / printed / {seed}": cell for task in TASKS for seed in (1, 2)}
+    assert "| 200 | printed | 98% (98%, n = 2) |" in table(cells) and "printed" in SETTINGS
