@@ -89,7 +89,7 @@ def read_config(litgpt_dir: Path) -> Config:
             f"{path}: no such file; put the config.json of the model on the hub there, which LitGPT left out"
         )
     config, settings = config_from_hf(read_json(path), name=litgpt_dir.name), read_yaml(litgpt_dir / SETTINGS)
-    if config.n_expert or config.recurrent_layers:
+    if config.n_expert or config.other_mixers:
         raise UserError(f"{path}: a model with experts or recurrent layers; convert the model's own files instead")
     for name in SAME:
         theirs, ours = settings.get(name), getattr(config, name)

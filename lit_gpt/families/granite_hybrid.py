@@ -1,9 +1,10 @@
-"""Granite 4 hybrid (Granite Team 2025), its dense sizes: Granite with Mamba-2 in most layers, without positions."""
+"""Granite 4 hybrid (Granite Team 2025): Granite with Mamba-2 in most layers, without positions; its larger sizes have
+experts beside the MLP, which all tokens go through."""
 
 from typing import Any
 
 from lit_gpt.errors import UserError
-from lit_gpt.families import granite, llama
+from lit_gpt.families import granite, granite_moe, llama
 from lit_gpt.families.fields import refuse, tiny_size
 from lit_gpt.families.tables import Table
 from lit_gpt.model.config import Config
@@ -13,12 +14,19 @@ MODEL_TYPES = ("granitemoehybrid",)
 _FACTORS: dict[str, Any] = dict(
     embedding_multiplier=12.0, attention_multiplier=0.015625, logits_scaling=8.0, residual_multiplier=0.22
 )
+_LAYERS = ["attention" if i % 10 == 5 else "mamba" for i in range(40)]
 PRESETS = {
     "granite-4.0-h-micro": llama.preset(
         40, 32, 8, 2048, 8192, 100352, model_type="granitemoehybrid", shared_intermediate_size=8192, rms_norm_eps=1e-5,
         max_position_embeddings=131072, num_local_experts=0, tie_word_embeddings=True, mamba_n_heads=64,
         mamba_d_head=64, mamba_d_state=128,
-        layer_types=["attention" if i % 10 == 5 else "mamba" for i in range(40)], **_FACTORS,
+        layer_types=_LAYERS, **_FACTORS,
+    ),
+    "granite-4.0-h-tiny": llama.preset(
+        40, 12, 4, 1536, 512, 100352, model_type="granitemoehybrid", shared_intermediate_size=1024, rms_norm_eps=1e-5,
+        max_position_embeddings=131072, num_local_experts=64, num_experts_per_tok=6, tie_word_embeddings=True,
+        mamba_n_heads=48, mamba_d_head=64, mamba_d_state=128, layer_types=_LAYERS,
+        **dict(_FACTORS, attention_multiplier=0.0078125, logits_scaling=6.0),
     ),
 }  # fmt: skip
 
@@ -27,8 +35,7 @@ UNLIMITED: tuple[Any, ...] = (float("inf"), {"__float__": "Infinity"}, "Infinity
 
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
-    refuse({"num_local_experts": 8} | hf, num_local_experts=0, mamba_n_groups=1, mamba_proj_bias=False)
-    refuse(hf, attention_bias=False, hidden_act="silu")
+    refuse(hf, attention_bias=False, hidden_act="silu", mamba_n_groups=1, mamba_proj_bias=False)
     low, high = hf.get("time_step_limit") or (0.0, float("inf"))
     if low != 0 or high not in UNLIMITED:
         raise UserError(f"config.json: 'time_step_limit': {[low, high]} is not supported; expected [0, Infinity]")
@@ -37,8 +44,12 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"config.json: layer_types {unknown} are not supported; expected {sorted(MIXERS)}")
     heads = hf.get("mamba_n_heads", 128)
     size = hf.get("mamba_d_head", "auto")
+    shared = hf.get("shared_intermediate_size", 1024)
+    mlp = {"intermediate_size": shared}
+    if hf.get("num_local_experts", 8):
+        mlp = {**granite_moe.experts(hf), "shared_intermediate_size": shared}
     return granite.config(hf) | {
-        "intermediate_size": hf.get("shared_intermediate_size", 1024),
+        **mlp,
         "unrotated_layers": [] if hf.get("position_embedding_type") == "rope" else list(range(len(kinds))),
         "mixers": [MIXERS[kind] for kind in kinds],
         "conv_size": hf.get("mamba_d_conv", 4),
@@ -51,16 +62,16 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def weights(config: Config) -> Table:
-    mixer, mlp = "model.layers.{}.mamba", "model.layers.{}.shared_mlp."
+    mixer, shared = "model.layers.{}.mamba", "h.{}.mlp." + ("shared." if config.n_expert else "")
     return {
-        **llama.weights(config),
+        **(granite_moe if config.n_expert else llama).weights(config),
         "h.{}.mixer": mixer,
         "h.{}.mixer.qkv": mixer + ".in_proj",
         "h.{}.mixer.conv": mixer + ".conv1d",
         "h.{}.mixer.norm": mixer + ".norm",
         "h.{}.mixer.proj": mixer + ".out_proj",
-        "h.{}.mlp.gate_up": mlp + "input_linear",
-        "h.{}.mlp.proj": mlp + "output_linear",
+        shared + "gate_up": "model.layers.{}.shared_mlp.input_linear",
+        shared + "proj": "model.layers.{}.shared_mlp.output_linear",
     }
 
 
@@ -75,5 +86,8 @@ def tiny_hf(**fields: Any) -> dict[str, Any]:
     size = tiny_size(**own | fields)
     return {
         "granite_hybrid-rope": GraniteMoeHybridConfig(**size, position_embedding_type="rope"),
+        "granite_hybrid-experts": GraniteMoeHybridConfig(
+            **size | dict(intermediate_size=24, num_local_experts=5, num_experts_per_tok=2)
+        ),
         "granite_hybrid": GraniteMoeHybridConfig(**size, tie_word_embeddings=True),
     }

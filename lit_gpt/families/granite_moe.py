@@ -19,8 +19,14 @@ PRESETS = {"granite-3.0-1b-a400m-base": _1B, "granite-3.0-1b-a400m-instruct": _1
 
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
-    return granite.config(hf) | {
+    return granite.config(hf) | experts(hf)
+
+
+def experts(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of the Config for the MLPs."""
+    return {
         "mlp_class": "MoE",
+        "intermediate_size": hf["intermediate_size"],
         "n_expert": hf.get("num_local_experts", 8),
         "n_expert_per_token": hf.get("num_experts_per_tok", 2),
     }

@@ -117,6 +117,24 @@ class TurnedNorms(Place):
         return [tensor.unflatten(0, (-1, len(self.order)))[:, inverse(self.order)]]
 
 
+@dataclass(frozen=True)
+class Reordered(Stacked):
+    """Several modules' rows, one below the other, each module's in another order within blocks of rows, such as heads.
+
+    Attributes:
+        orders: which stored row of a block is in each place here, for each module.
+    """
+
+    orders: tuple[tuple[int, ...], ...]
+
+    def to_lit(self, tensors: list[Tensor]) -> Tensor:
+        return torch.cat([Turned.reordered(x, order) for x, order in zip(tensors, self.orders, strict=True)])
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        parts = zip(tensor.split(self.sizes), self.orders, strict=True)
+        return [Turned.reordered(x, inverse(order)) for x, order in parts]
+
+
 def neighbors_apart(rotated: int, head_size: int) -> tuple[int, ...]:
     """Return Turned's order for heads in which the two elements of a rotated pair are neighbors."""
     return (*range(0, rotated, 2), *range(1, rotated, 2), *range(rotated, head_size))

@@ -34,8 +34,8 @@ class CompiledStep:
     def __init__(self, model: GPT) -> None:
         if model.config.n_expert:
             raise UsageError("--compile true: routed experts cannot be compiled; leave it out")
-        if recurrent := model.config.recurrent_layers:
-            mixer = model.config.mixer(recurrent[0])
+        if others := model.config.other_mixers:
+            mixer = model.config.mixer(others[0])
             raise UsageError(f"--compile true: the mixer {mixer} cannot be compiled; leave it out")
         kind = model.wte.weight.device.type
         if kind == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):

@@ -12,7 +12,7 @@ from lit_gpt.model.kv_cache import AnyCache, AttentionCache, DecodeCache, Packed
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.norms import QKNorm
 from lit_gpt.model.rope import Rotation
-from lit_gpt.model.sdpa import attend, attend_packed, decode_attention
+from lit_gpt.model.sdpa import attend_within
 
 
 class CausalSelfAttention(nn.Module):
@@ -77,14 +77,10 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(k, v)
         heads = q, k, v
         if self.alibi:
-            positions = segments.positions if segments else torch.arange(k.size(2), device=k.device)
-            heads = with_alibi(*heads, self.scores.scale, positions, self.alibi_rounded)
-        if segments is not None:
-            y = attend_packed(*heads, self.scores, segments, self.sinks)
-        elif isinstance(cache, DecodeCache):
-            y = decode_attention(*heads, self.scores, cache.positions, self.sinks)
-        else:
-            y = attend(*heads, self.scores, self.sinks)
+            places = segments.positions if segments else torch.arange(k.size(2), device=k.device)
+            heads = with_alibi(*heads, self.scores.scale, places, self.alibi_rounded)
+        positions = cache.positions if isinstance(cache, DecodeCache) else None
+        y = attend_within(*heads, self.scores, segments, positions, self.sinks)
         if self.alibi:
             y = y[..., : self.head_size]
         if self.prefix is not None:

@@ -53,6 +53,11 @@ class Config:
     clip_qkv: float | None = None  # queries, keys and values are clamped to this from 0 on either side
     attention_sinks: bool = False  # a score of each head's own, of a key without a value (Xiao et al. 2024)
     attention_gate: bool = False  # a sigmoid of another projection multiplies what attention gives, element by element
+    # latent attention: queries, and all heads' keys and values, are made of fewer numbers
+    query_latent: int = 0  # so many, normed, make the queries; 0: the input does
+    latent_size: int = 0  # make keys and values, and are what a cache holds
+    rotated_size: int = 0  # of a head, and of one key that all heads share; 0: what rotary_percentage says
+    value_head_size: int = 0
     # token mixers besides attention
     mixers: list[str] = field(default_factory=list)  # each layer's: "attention" or a key of mixers.registry.MIXERS
     conv_size: int = 4  # tokens that a mixer's convolution sees, itself included
@@ -62,6 +67,8 @@ class Config:
     state_groups: int = 0  # heads of queries and keys, which as many heads of values share
     state_size: int = 0  # of a query or key
     state_norm_eps: float = 1e-6  # of Mamba's norms of queries, keys and time steps
+    state_norm_groups: int = 1  # Mamba-2's output is normed in so many parts
+    min_step: float = 0.0  # Mamba-2's time steps are no shorter
     step_rank: int = 0  # Mamba's time steps are made of so many numbers
     # block
     parallel_residual: bool = False
@@ -72,6 +79,7 @@ class Config:
     post_norm: bool = False  # norms of what attention and MLP give are added to it
     residual_scale: float = 1.0  # multiplies what attention and MLP add, with sequential residuals
     mlp_class: str = "GptNeoxMLP"  # or XIELUMLP, SwiGLU, MoE; "": a block is a token mixer alone
+    mixer_layers: list[int] = field(default_factory=list)  # these are a token mixer alone
     activation: str = "gelu"  # a key of lit_gpt.kernels.fused.ACTIVATIONS
     intermediate_size: int = 0  # 0: 4 * n_embd; of MoE: each expert's
     n_expert: int = 0  # how many experts an MoE has
@@ -81,14 +89,16 @@ class Config:
     router_correction: bool = False  # is added to the scores that choose, not to the weights (DeepSeek-AI 2024, V3)
     n_expert_group: int = 1  # experts are chosen in the `n_group_per_token` best of so many groups
     n_group_per_token: int = 1
+    n_best_of_group: int = 2  # a group is as good as so many of its best experts together
     norm_expert_weights: bool = True  # the weights of a token's experts sum to 1
     expert_scale: float = 1.0  # multiplies those weights
+    expert_gate: bool = True  # experts are SwiGLUs, else GptNeoxMLPs, as the shared one and dense layers are
     expert_bias: bool = False  # the experts' linear layers have one
     gate_limit: float | None = None  # see lit_gpt.model.mlp.clamped_gate, as for the slope
     gate_slope: float = 1.0
     shared_intermediate_size: int = 0  # of an expert that all tokens go to; 0: there is none
     shared_expert_gate: bool = False  # which each token scales by itself
-    dense_layers: list[int] = field(default_factory=list)  # these have a SwiGLU in the place of experts
+    dense_layers: list[int] = field(default_factory=list)  # these have one MLP in the place of experts
     dense_intermediate_size: int = 0
     bias: bool = False  # the MLP's linear layers have one
     qkv_bias: bool = False
@@ -125,12 +135,14 @@ class Config:
     @property
     def rope_n_elem(self) -> int:
         """Return how many elements of each head are rotated."""
-        return int(self.rotary_percentage * self.head_size)
+        return self.rotated_size or int(self.rotary_percentage * self.head_size)
 
     def mlp(self, layer: int) -> tuple[str, int]:
-        """Return the class of this layer's MLP, and its intermediate size."""
+        """Return the class of this layer's MLP, "" for none, and its intermediate size."""
+        if layer in self.mixer_layers:
+            return "", 0
         if layer in self.dense_layers:
-            return "SwiGLU", self.dense_intermediate_size
+            return "SwiGLU" if self.expert_gate else "GptNeoxMLP", self.dense_intermediate_size
         return self.mlp_class, self.intermediate_size
 
     def window(self, layer: int) -> int | None:
@@ -142,8 +154,8 @@ class Config:
         return self.mixers[layer] if self.mixers else "attention"
 
     @property
-    def recurrent_layers(self) -> list[int]:
-        """Return the layers that mix tokens by something else than attention."""
+    def other_mixers(self) -> list[int]:
+        """Return the layers that mix tokens by something else than attention to keys and values in a cache."""
         return [layer for layer in range(self.n_layer) if self.mixer(layer) != "attention"]
 
     @property

@@ -182,8 +182,8 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer) if kind == "attention" else None
         self.mixer = MIXERS[kind](config) if self.attn is None else None
         self.post_norm_1 = post()
-        self.norm_2 = pre() if config.mlp_class and not config.shared_attention_norm else None
         mlp_class, intermediate_size = config.mlp(layer)
+        self.norm_2 = pre() if mlp_class and not config.shared_attention_norm else None
         self.mlp = make_mlp(mlp_class, config, intermediate_size) if mlp_class else None
         self.post_norm_2 = post()
         self.execution = BlockExecution()

@@ -42,11 +42,11 @@ class LayerCache(ABC):
 
 
 class AttentionCache(LayerCache):
-    """Holds the keys and values of one layer for the tokens seen so far."""
+    """Holds the keys and values of one layer for the tokens seen so far, or a key that all heads share, and latents."""
 
     def __init__(self, k: Tensor, v: Tensor) -> None:
         super().__init__()
-        self.k, self.v = k, v  # (B, n_query_groups, max_length, head_size)
+        self.k, self.v = k, v  # (B, n_query_groups, max_length, size of each)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of new tokens, return those of all."""

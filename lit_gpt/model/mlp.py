@@ -92,7 +92,7 @@ class SwiGLU(nn.Module):
 
 
 class MoE(nn.Module):
-    """Many SwiGLUs, the experts; each token goes through a few of them (Jiang et al. 2024, Mixtral of Experts).
+    """Many MLPs, the experts; each token goes through a few of them (Jiang et al. 2024, Mixtral of Experts).
 
     All go through one more, if it has a shared expert, whose output a sigmoid of the token gates (Qwen Team 2024).
 
@@ -104,26 +104,30 @@ class MoE(nn.Module):
         super().__init__()
         n, shared = config.n_expert, config.shared_intermediate_size
         self.router = Router(config)
-        self.gate_up = Experts(n, config.n_embd, 2 * size, config.expert_bias)
+        # by the name that goes with what it makes
+        self.first, outputs = ("gate_up", 2 * size) if config.expert_gate else ("fc", size)
+        self.add_module(self.first, Experts(n, config.n_embd, outputs, config.expert_bias))
         self.proj = Experts(n, size, config.n_embd, config.expert_bias)
-        self.shared = SwiGLU(config, shared) if shared else None
+        self.shared = (SwiGLU if config.expert_gate else GptNeoxMLP)(config, shared) if shared else None
         self.shared_gate = SharedGate(config.n_embd) if config.shared_expert_gate else None
         self.activation, self.limit, self.slope = activation(config), config.gate_limit, config.gate_slope
 
     def forward(self, x: Tensor, apply: Apply = plainly) -> Tensor:
         tokens = x.flatten(0, 1)
         weights, routes = self.router(tokens)
-        gate_up = self.gate_up(routes.dispatch(tokens), routes)
-        y = routes.combine(self.proj(apply(self.inner, gate_up), routes), weights).view_as(x)
+        made = self.get_submodule(self.first)(routes.dispatch(tokens), routes)
+        y = routes.combine(self.proj(apply(self.inner, made), routes), weights).view_as(x)
         if self.shared is None:
             return y
         shared = self.shared(x, apply)
         return y + (shared if self.shared_gate is None else self.shared_gate(x) * shared)
 
-    def inner(self, gate_up: Tensor) -> Tensor:
+    def inner(self, made: Tensor) -> Tensor:
+        if self.first == "fc":
+            return self.activation(made)
         if self.limit is not None:
-            return clamped_gate(gate_up, self.limit, self.slope)
-        return fused.gated(gate_up, self.activation)
+            return clamped_gate(made, self.limit, self.slope)
+        return fused.gated(made, self.activation)
 
 
 def clamped_gate(gate_up: Tensor, limit: float, slope: float) -> Tensor:

@@ -169,6 +169,7 @@ class Router(nn.Module):
         self.sigmoid, self.norm_weights = config.router_score == "sigmoid", config.norm_expert_weights
         self.scale = config.expert_scale
         self.groups, self.groups_per_token = config.n_expert_group, config.n_group_per_token
+        self.best_of_group = config.n_best_of_group
         self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         self.bias = nn.Parameter(torch.zeros(config.n_expert)) if config.router_bias else None
@@ -188,16 +189,13 @@ class Router(nn.Module):
         return weights * self.scale, Routing.from_topk(chosen, self.n_expert)
 
     def choice(self, scores: Tensor) -> Tensor:
-        """Return the scores (N, n_expert) that choose: corrected, and none of experts outside of the best groups.
-
-        A group is as good as its two best experts together.
-        """
+        """Return the scores (N, n_expert) that choose: corrected, and none of experts outside of the best groups."""
         if self.e_score_correction_bias is not None:
             scores = scores + self.e_score_correction_bias
         if self.groups == 1:
             return scores
         grouped = scores.unflatten(-1, (self.groups, -1))
-        best = grouped.topk(2).values.sum(-1).topk(self.groups_per_token).indices
+        best = grouped.topk(self.best_of_group).values.sum(-1).topk(self.groups_per_token).indices
         outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
         return grouped.masked_fill(outside.unsqueeze(-1), -torch.inf).flatten(-2)
 

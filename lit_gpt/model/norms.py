@@ -32,6 +32,18 @@ class UnitOffsetRMSNorm(RMSNorm):
     offset = 1.0
 
 
+class GroupedRMSNorm(RMSNorm):
+    """RMSNorm of each of `groups` equal parts, with weights of its own for each."""
+
+    def __init__(self, size: int, eps: float, groups: int) -> None:
+        super().__init__(size, eps)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = x.float().unflatten(-1, (self.groups, -1))
+        return F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2).to(x.dtype) * self.weight
+
+
 class PlainRMSNorm(nn.Module):
     """RMSNorm without weights."""
 

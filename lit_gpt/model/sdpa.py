@@ -11,6 +11,24 @@ from lit_gpt.kernels.policy import policy
 from lit_gpt.model.inputs import Segments
 
 
+def attend_within(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scores: ScoreParams,
+    segments: Segments | None,
+    positions: Tensor | None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Compute attention within the samples of a packed row, of one query of each row to the places up to its position,
+    or in rows that each are one sequence; see `attend_packed`, `decode_attention`, `attend`."""
+    if segments is not None:
+        return attend_packed(q, k, v, scores, segments, sinks)
+    if positions is not None:
+        return decode_attention(q, k, v, scores, positions, sinks)
+    return attend(q, k, v, scores, sinks)
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, sinks: Tensor | None = None) -> Tensor:
     """Compute causal attention of queries that are the last T of S positions.
 

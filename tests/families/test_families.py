@@ -204,6 +204,12 @@ PUBLISHED = {
     "Qwen3-30B-A3B": 30_532_122_624,
     "Qwen3-235B-A22B": 235_093_634_560,
     "MiniMax-M2": 228_689_748_992,
+    "DeepSeek-V2-Lite": 15_706_484_224,
+    "DeepSeek-V3": 671_026_404_352,
+    "Moonlight-16B-A3B": 15_960_108_544,
+    "GLM-4.7-Flash": 29_943_390_976,
+    "granite-4.0-h-tiny": 6_939_037_248,
+    "NVIDIA-Nemotron-3-Nano-30B-A3B": 31_577_937_344,
 }
 
 

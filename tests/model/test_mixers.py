@@ -13,14 +13,15 @@ from lit_gpt.errors import UsageError
 from lit_gpt.families.registry import config_from_hf, families
 from lit_gpt.generation.engine import generate
 from lit_gpt.generation.steps import FastStep
-from lit_gpt.methods import lora
+from lit_gpt.methods import adapter_v2, lora
 from lit_gpt.model.gpt import quantize
 from lit_gpt.model.inputs import Segments
 from lit_gpt.model.kv_cache import truncate
 from lit_gpt.model.mixers import mamba, recurrence
 
 FAMILIES = {family.__name__.rpartition(".")[2]: family for family in families()}
-RECURRENT = [(f, x) for f, x in LAYOUTS if config_from_hf(FAMILIES[f].tiny_hf()[x].to_dict()).recurrent_layers]
+STATELESS = {"attention", "latent_attention"}
+RECURRENT = [(f, x) for f, x in LAYOUTS if {*config_from_hf(FAMILIES[f].tiny_hf()[x].to_dict()).mixers} - STATELESS]
 
 
 @pytest.fixture(scope="module", params=RECURRENT, ids="-".join)
@@ -137,3 +138,17 @@ def test_qlora_on_a_recurrence(hybrid: GPT):
     changed = model(idx)
     assert off(changed, expected) > 1e-2
     assert off(lora.merge(model)(idx), changed) < 1e-5
+
+
+@torch.no_grad()
+def test_latent_attention_caches_latents_and_one_key(tmp_path):
+    """And attends to them as they are, or, where a method has wrapped what makes keys and values of them, to those."""
+    model, idx = model_of("deepseek", "deepseek_v3", tmp_path), torch.arange(3, 20)[None]
+    for wrapped in (False, True):
+        if wrapped:
+            adapter_v2.attach(model, adapter_v2.AdapterConfig(start_layer=1))
+            torch.nn.init.normal_(model.h[1].mixer.kv_up.shift, std=0.1)
+        cache = model.kv_cache(1, 20)
+        assert [x.shape for x in (cache[0].k, cache[0].v)] == [(1, 1, 20, 8), (1, 1, 20, 16)]
+        found = torch.cat([model(step, cache=cache) for step in idx.split([10, *[1] * 7], 1)], dim=1)
+        assert off(found, model(idx)) < 1e-5

@@ -8,11 +8,11 @@ from lit_gpt.model.config import Config
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.mixers import recurrence
 from lit_gpt.model.mixers.convolution import CausalConvolution
-from lit_gpt.model.mixers.mixer import Mixer
+from lit_gpt.model.mixers.mixer import Recurrence
 from lit_gpt.model.norms import RMSNorm
 
 
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(Recurrence):
     """Writes to its state what that does not hold yet of a value, at a rate and under a decay that the token sets."""
 
     def __init__(self, config: Config) -> None:

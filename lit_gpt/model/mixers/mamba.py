@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from lit_gpt.model.config import Config
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.mixers.convolution import CausalConvolution
-from lit_gpt.model.mixers.mixer import Mixer
+from lit_gpt.model.mixers.mixer import Recurrence
 
 
-class Mamba(Mixer):
+class Mamba(Recurrence):
     """Makes keys, queries and time steps of the convolved values, and norms them without weights.
 
     The paper's B, C and x are keys, queries and values.

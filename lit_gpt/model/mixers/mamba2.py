@@ -1,4 +1,4 @@
-"""Mamba-2 (Dao & Gu 2024, Transformers are SSMs), as Granite 4 has it."""
+"""Mamba-2 (Dao & Gu 2024, Transformers are SSMs), as Granite 4 and Nemotron-H have it."""
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +8,11 @@ from lit_gpt.model.config import Config
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.mixers import recurrence
 from lit_gpt.model.mixers.convolution import CausalConvolution
-from lit_gpt.model.mixers.mixer import Mixer
-from lit_gpt.model.norms import RMSNorm
+from lit_gpt.model.mixers.mixer import Recurrence
+from lit_gpt.model.norms import GroupedRMSNorm, RMSNorm
 
 
-class Mamba2(Mixer):
+class Mamba2(Recurrence):
     """Adds to its state each value as far as the token's time step goes, by which the state also decays.
 
     The paper's B, C and x are keys, queries and values.
@@ -35,7 +35,8 @@ class Mamba2(Mixer):
         self.conv = CausalConvolution(sum(self.convolved), config.conv_size, config.conv_bias)
         self.A_log = nn.Parameter(torch.arange(1, self.heads + 1).float().log())
         self.dt_bias, self.D = nn.Parameter(torch.ones(self.heads)), nn.Parameter(torch.ones(self.heads))
-        self.norm = RMSNorm(values, config.norm_eps)
+        self.min_step, parts, eps = config.min_step, config.state_norm_groups, config.norm_eps
+        self.norm = RMSNorm(values, eps) if parts == 1 else GroupedRMSNorm(values, eps, parts)
         self.proj = Linear(values, config.n_embd, bias=False)
 
     def recur(
@@ -48,7 +49,7 @@ class Mamba2(Mixer):
         v = v.unflatten(-1, (self.heads, -1))
         with torch.autocast(v.device.type, enabled=False):
             step, A_log, dt_bias, D, v = (x.to(state.dtype) for x in (step, self.A_log, self.dt_bias, self.D, v))
-            step = F.softplus(step + dt_bias)
+            step = F.softplus(step + dt_bias).clamp(min=self.min_step)
             y, state = recurrence.run(q, k, v * step.unsqueeze(-1), -A_log.exp() * step, None, state, positions)
             y = y + D.unsqueeze(-1) * v
         return self.norm(y.flatten(2).to(gate.dtype) * F.silu(gate)), (state, tail)

@@ -1,4 +1,5 @@
-"""What a block's token mixer is when it is no attention: a recurrence, with a state in place of keys and values."""
+"""What a block's token mixer is when it is no plain attention; most are recurrences, with a state in place of keys and
+values."""
 
 from abc import abstractmethod
 
@@ -6,16 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt.model.inputs import Segments
-from lit_gpt.model.kv_cache import AnyCache, PackedPrefillCache, StateCache
+from lit_gpt.model.kv_cache import AnyCache, LayerCache, PackedPrefillCache, StateCache
 from lit_gpt.model.rope import Rotation
 
 
 class Mixer(nn.Module):
-    """Mixes tokens by what it carries from one to the next: `project`, then `mix`, then the layer `proj`.
+    """Mixes tokens within each sample: `project`, then `mix`, then the layer `proj`.
 
     Attributes:
         qkv: the projection of the input, one product for all that is made of it.
-        sizes: how many of its rows each part has that `recur` takes.
+        sizes: how many of its rows each part has that it is cut into.
         projections: rows (start, stop) of `qkv` that make queries, keys and values, and in a list with the queries the
             gate of the output; methods adapt them by these names.
     """
@@ -24,6 +25,22 @@ class Mixer(nn.Module):
     proj: nn.Module
     sizes: tuple[int, ...]
     projections: dict[str, list[tuple[int, int]]]
+
+    @abstractmethod
+    def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
+        """Project x (B, T, n_embd) to what `mix` takes."""
+
+    @abstractmethod
+    def mix(self, parts: tuple[Tensor, ...], segments: Segments | None, cache: AnyCache | None) -> Tensor:
+        """Return what is made of them within each sample, (B, T, in_features of `proj`)."""
+
+    @abstractmethod
+    def new_cache(self, rows: int, max_length: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
+        """Make an empty cache for sequences of up to `max_length` tokens."""
+
+
+class Recurrence(Mixer):
+    """Mixes tokens by what it carries from one to the next."""
 
     def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
         """Project x (B, T, n_embd) to what `mix` takes, each (B, T, size). There are no positions but the order."""

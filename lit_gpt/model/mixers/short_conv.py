@@ -6,10 +6,10 @@ from torch import Tensor
 from lit_gpt.model.config import Config
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.mixers.convolution import CausalConvolution
-from lit_gpt.model.mixers.mixer import Mixer
+from lit_gpt.model.mixers.mixer import Recurrence
 
 
-class ShortConvolution(Mixer):
+class ShortConvolution(Recurrence):
     """Gives q * conv(k * v), of three projections of the input."""
 
     def __init__(self, config: Config) -> None:

@@ -28,7 +28,7 @@ def compiles_blocks(args: TrainArgs, config: Config, quantize: str | None, devic
     obstacles = {
         "routed experts": config.n_expert,
         "quantized weights": quantize,
-        "token mixers besides attention": config.recurrent_layers,
+        "token mixers besides attention": config.other_mixers,
         f"--strategy {strategy}": strategy in ("fsdp", "deepspeed"),
     }
     for name, present in obstacles.items():

@@ -1,0 +1,159 @@
+"""Nemotron-H and Nemotron 3 Nano (NVIDIA 2025): Mamba-2, a few layers of attention without positions, and MLPs of
+squared ReLU or experts of such. What the files have as a layer each is a block here: a token mixer, and the MLP after
+it, if there is one."""
+
+from typing import Any
+
+from lit_gpt.errors import UserError
+from lit_gpt.families import llama
+from lit_gpt.families.fields import activation, refuse, tiny_size
+from lit_gpt.families.tables import PerExpert, Place, Stacked, Table
+from lit_gpt.model.config import Config
+
+MODEL_TYPES = ("nemotron_h",)
+# What transformers takes for fields that a config.json leaves out.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "nemotron_h": dict(
+        vocab_size=131072, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, intermediate_size=21504,
+        max_position_embeddings=4096, layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+    ),
+}  # fmt: skip
+
+_30B: dict[str, Any] = dict(
+    model_type="nemotron_h", vocab_size=131072, hidden_size=2688, intermediate_size=1856, num_attention_heads=32,
+    num_key_value_heads=2, head_dim=128, max_position_embeddings=262144, mamba_num_heads=64, mamba_head_dim=64,
+    n_groups=8, ssm_state_size=128, n_routed_experts=128, num_experts_per_tok=6, moe_intermediate_size=1856,
+    moe_shared_expert_intermediate_size=3712, routed_scaling_factor=2.5,
+    hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+)  # fmt: skip
+PRESETS = {"NVIDIA-Nemotron-3-Nano-30B-A3B": _30B}
+
+KINDS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+OLDER = {"mamba": "linear_attention", "attention": "full_attention"}
+MIXERS = {"linear_attention": "mamba2", "full_attention": "attention"}
+
+
+def blocks(hf: dict[str, Any]) -> list[list[str]]:
+    """Return the kinds of stored layers that each block has, a token mixer and perhaps an MLP.
+
+    Raises:
+        UserError: a layer is of another kind, or an MLP does not follow a token mixer.
+    """
+    stored = hf.get("layer_types") or hf["layers_block_type"]
+    if pattern := hf.get("hybrid_override_pattern"):
+        stored = [KINDS.get(letter, letter) for letter in pattern]
+    found: list[list[str]] = []
+    for kind in (OLDER.get(kind, kind) for kind in stored):
+        if kind in MIXERS:
+            found.append([kind])
+        elif kind in ("mlp", "moe") and found and len(found[-1]) == 1:
+            found[-1].append(kind)
+        else:
+            raise UserError(f"config.json: layers_block_type {stored}: '{kind}' is not supported in its place")
+    return found
+
+
+def config(hf: dict[str, Any]) -> dict[str, Any]:
+    refuse(hf, use_bias=False, mlp_bias=False, attention_bias=False, mamba_hidden_act="silu", moe_latent_size=None)
+    kinds = blocks(hf)
+    alone = [i for i, kind in enumerate(kinds) if len(kind) == 1]
+    dense = [i for i, kind in enumerate(kinds) if kind[-1] == "mlp"]
+    common = llama.config(hf | {"num_hidden_layers": len(kinds)})
+    if len(alone) + len(dense) < len(kinds):
+        common |= experts(hf) | {"dense_layers": dense}
+    else:
+        common["mlp_class"] = "GptNeoxMLP"
+    return common | {
+        "head_size": hf.get("head_dim", 128),
+        "mixers": [MIXERS[kind[0]] for kind in kinds],
+        "mixer_layers": alone,
+        "unrotated_layers": list(range(len(kinds))),
+        "activation": activation(hf.get("mlp_hidden_act", "relu2")),
+        "norm_eps": hf.get("layer_norm_epsilon", 1e-5),
+        "conv_size": hf.get("conv_kernel", 4),
+        "conv_bias": hf.get("use_conv_bias", True),
+        "state_heads": hf.get("mamba_num_heads", 128),
+        "state_head_size": hf.get("mamba_head_dim", 64),
+        "state_groups": hf.get("n_groups", 8),
+        "state_norm_groups": hf.get("n_groups", 8),
+        "state_size": hf.get("ssm_state_size", 128),
+        "min_step": hf.get("time_step_min", 0.001),
+    }
+
+
+def experts(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of the Config for experts."""
+    return {
+        "mlp_class": "MoE",
+        "expert_gate": False,
+        "intermediate_size": hf.get("moe_intermediate_size", 7688),
+        "dense_intermediate_size": hf["intermediate_size"],
+        "shared_intermediate_size": hf.get("moe_shared_expert_intermediate_size", 7688),
+        "n_expert": hf.get("n_routed_experts", 8),
+        "n_expert_per_token": hf.get("num_experts_per_tok", 2),
+        "router_score": "sigmoid",
+        "router_correction": True,
+        "n_expert_group": hf.get("n_group", 1),
+        "n_group_per_token": hf.get("topk_group", 1),
+        "norm_expert_weights": hf.get("norm_topk_prob", True),
+        "expert_scale": hf.get("routed_scaling_factor", 1.0),
+    }
+
+
+def weights(config: Config) -> Table:
+    table: dict[str, str | Place] = {
+        "wte": "backbone.embeddings", "ln_f": "backbone.norm_f", "lm_head": "lm_head",
+    }  # fmt: skip
+    stored = 0
+    for block in range(config.n_layer):
+        ours, layer = f"h.{block}.", f"backbone.layers.{stored}."
+        table[ours + "norm_1"] = layer + "norm"
+        table |= {ours + name: place for name, place in mixer_weights(config, block, layer + "mixer").items()}
+        stored += 1
+        if block not in config.mixer_layers:
+            layer = f"backbone.layers.{stored}."
+            table[ours + "norm_2"] = layer + "norm"
+            table |= {ours + name: place for name, place in mlp_weights(config, block, layer + "mixer.").items()}
+            stored += 1
+    return table
+
+
+def mixer_weights(config: Config, block: int, mixer: str) -> dict[str, str | Place]:
+    if config.mixer(block) == "attention":
+        projections = tuple(f"{mixer}.{x}_proj" for x in "qkv")
+        return {"attn.qkv": Stacked(projections, config.qkv_sizes), "attn.proj": mixer + ".o_proj"}
+    return {
+        "mixer": mixer,
+        "mixer.qkv": mixer + ".in_proj",
+        "mixer.conv": mixer + ".conv1d",
+        "mixer.norm": mixer + ".norm",
+        "mixer.proj": mixer + ".out_proj",
+    }
+
+
+def mlp_weights(config: Config, block: int, mlp: str) -> dict[str, str | Place]:
+    if config.mlp(block)[0] != "MoE":
+        return {"mlp.fc": mlp + "up_proj", "mlp.proj": mlp + "down_proj"}
+    each = [f"{mlp}experts.{i}." for i in range(config.n_expert)]
+    return {
+        "mlp.router": mlp + "gate",
+        "mlp.fc": PerExpert(tuple(expert + "up_proj" for expert in each), (config.intermediate_size,)),
+        "mlp.proj": PerExpert(tuple(expert + "down_proj" for expert in each), (config.n_embd,)),
+        "mlp.shared.fc": mlp + "shared_experts.up_proj",
+        "mlp.shared.proj": mlp + "shared_experts.down_proj",
+    }
+
+
+def tiny_hf(**fields: Any) -> dict[str, Any]:
+    from transformers import NemotronHConfig
+
+    size = tiny_size(
+        num_key_value_heads=2, head_dim=16, mamba_num_heads=8, mamba_head_dim=8, n_groups=2, ssm_state_size=8,
+        layers_block_type=["linear_attention", "mlp", "full_attention"], pad_token_id=None, **fields,
+    )  # fmt: skip
+    del size["num_hidden_layers"]  # which the list of layers says
+    routed: dict[str, Any] = dict(
+        n_routed_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, moe_shared_expert_intermediate_size=32,
+        routed_scaling_factor=1.5, layers_block_type=["linear_attention", "moe", "full_attention", "mlp"],
+    )  # fmt: skip
+    return {"nemotron_h": NemotronHConfig(**size), "experts": NemotronHConfig(**size | routed)}
