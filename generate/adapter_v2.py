@@ -21,11 +21,9 @@ temperature: NonNegativeFloat = 0.8
 
 def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
     check_inputs(checkpoint_dir, finetuned_path)
-    from lit_gpt.generation.answer import read_prompt
-    from lit_gpt.generation.answerer import Answerer
+    from lit_gpt.generation.answer import answer_finetuned
 
-    prompts = read_prompt(prompt, sampling, model, checkpoint_dir=checkpoint_dir, adapter_path=finetuned_path)
-    prompts.answer(Answerer.from_finetuned(checkpoint_dir, finetuned_path, "adapter_v2", sampling, model))
+    answer_finetuned(checkpoint_dir, finetuned_path, "adapter_v2", prompt, sampling, model)
 
 
 if __name__ == "__main__":

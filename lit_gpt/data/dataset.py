@@ -10,16 +10,18 @@ and `data.json`: the audit, the prompt style and the tokenizer's fingerprint, wh
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_gpt.data.audit import Audit
 from lit_gpt.data.folder import FORMAT_VERSION, read_record
-from lit_gpt.errors import UserError
+from lit_gpt.errors import UsageError, UserError
 from lit_gpt.files import write_json
 from lit_gpt.text.prompt_style import DamagedStyle, PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
@@ -90,6 +92,34 @@ class Dataset:
     def __getitem__(self, i: int) -> Sample:
         span = slice(self.offsets[i], self.offsets[i + 1])
         return Sample(self.tokens[span], self.supervised[span])
+
+
+class Prefixed:
+    """Samples that begin with the same tokens, of which none is learned."""
+
+    def __init__(self, samples: Samples, ids: Sequence[int]) -> None:
+        self.samples, self.ids, self.tokens, self.fingerprint = samples, ids, samples.tokens, samples.fingerprint
+        self.lengths = [length + len(ids) for length in samples.lengths]
+        if not isinstance(samples[0], Sample):
+            raise UsageError("virtual tokens need samples of one text each; train for another objective, or by LoRA")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> Sample:
+        return with_tokens_before(self.samples[i], self.ids)
+
+
+def prefixed(samples: Samples, ids: Sequence[int]) -> Samples:
+    """Return samples with these tokens before each, or as they are if there are none."""
+    return Prefixed(samples, ids) if ids else samples
+
+
+def with_tokens_before(sample: Sample, ids: Sequence[int]) -> Sample:
+    """Return a sample with tokens before it. What was its first one is not learned, as without them."""
+    supervised = torch.cat((torch.zeros(len(ids), dtype=torch.uint8), sample.supervised))
+    supervised[len(ids)] = 0
+    return Sample(torch.cat((torch.tensor(ids, dtype=torch.int32), sample.tokens)), supervised)
 
 
 def read_meta(data_dir: Path, tokenizer: Tokenizer, flag: str = "--data_dir") -> dict[str, Any]:

@@ -59,8 +59,9 @@ def answer_all(
     """Return the likeliest answer to each question, of at most so many tokens."""
     step, answers = FastStep(model), []
     for question in tqdm(questions, desc=f"{name} answers", unit=" questions", disable=None):
-        room = min(tokens, model.config.block_size - len(question.ids))
-        ids = generate(model, question.ids, room, temperature=0, stop_ids=stop_ids, step=step)
+        prompt = [*model.virtual_tokens, *question.ids]
+        room = min(tokens, model.config.block_size - len(prompt))
+        ids = generate(model, prompt, room, temperature=0, stop_ids=stop_ids, step=step)
         answers.append(tokenizer.decode(list(ids)))
     return answers
 

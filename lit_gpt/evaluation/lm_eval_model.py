@@ -109,7 +109,8 @@ class Harness(TemplateLM):
     ) -> None:
         super().__init__()
         self.model, self.tok, self.style, self.chat = model, tokenizer, style, chat
-        self.max_length, self.batch_tokens, self.generator = max_length, batch_tokens, generator
+        self.max_length = min(max_length, model.config.block_size - len(model.virtual_tokens))
+        self.batch_tokens, self.generator = batch_tokens, generator
         self.cut = 0  # requests that lost their beginning
         # a template that writes its own BOS, or none, is the whole prompt
         self.bos = False if chat and style.template_writes_bos else None
@@ -161,7 +162,8 @@ class Harness(TemplateLM):
         Args:
             requests: the texts, and the tokens of context and continuation.
         """
-        samples = [self.sample(context, continuation) for _, context, continuation in requests]
+        own = [self.sample(context, continuation) for _, context, continuation in requests]
+        samples = [dataset.with_tokens_before(sample, self.model.virtual_tokens) for sample in own]
         lengths = [len(sample.tokens) - 1 for sample in samples]
         scores: dict[int, tuple[float, bool]] = {}
         order = sorted(range(len(samples)), key=lengths.__getitem__, reverse=True)
@@ -233,7 +235,7 @@ class Harness(TemplateLM):
             )
         tokens = self.tok_encode(text)
         self.cut += len(tokens) > self.max_length - room
-        return tokens[room - self.max_length :]
+        return [*self.model.virtual_tokens, *tokens[room - self.max_length :]]
 
     def answer(self, texts: list[str], options: dict[str, Any]) -> Iterator[tuple[int, str]]:
         """Yield the index of each text and its answer, as they are ready."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.data import packing
-from lit_gpt.data.dataset import Dataset, read_meta
+from lit_gpt.data.dataset import Dataset, prefixed, read_meta
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.evaluation.args import PerplexityArgs
 from lit_gpt.files import read_text
@@ -108,15 +108,17 @@ def score_text(model: GPT, ids: Tensor, length: int, context: int) -> Score:
         length: tokens of a window; at most one more than the model's context, for the last one predicts nothing.
         context: tokens that each scored one is to have before it, where the text has them.
     """
-    if length > (most := model.config.block_size + 1):
+    virtual = torch.tensor(model.virtual_tokens, dtype=torch.long)
+    if length > (most := model.config.block_size + 1 - len(virtual)):
         raise UsageError(f"--window {length}: expected {most} or less, which this model takes")
     if not 1 <= context < length:
         raise UsageError(f"--context {context} --window {length}: expected a context of 1 or more, below the window")
     total = Score(0.0, 0)
-    ids = ids.to(model.wte.weight.device)
+    ids, virtual = ids.to(model.wte.weight.device), virtual.to(model.wte.weight.device)
     for start, first, stop in windows(len(ids), length, context):
-        targets = Targets(torch.arange(first - 1 - start, stop - 1 - start, device=ids.device), ids[first:stop])
-        nats = model(ids[None, start : stop - 1], targets=targets).item()
+        at = torch.arange(first - 1 - start, stop - 1 - start, device=ids.device) + len(virtual)
+        fed = torch.cat((virtual, ids[start : stop - 1]))
+        nats = model(fed.unsqueeze(0), targets=Targets(at, ids[first:stop])).item()
         total += Score(nats, stop - first)
     return total
 
@@ -128,7 +130,7 @@ def score_data(model: GPT, dataset: Dataset, samples: int | None = None, row_tok
         samples: the first this many; None: all.
         row_tokens: of a packed row, which holds at least one sample.
     """
-    indices = list(range(len(dataset)))[:samples]
-    parts = packing.micro_batches(indices, dataset.lengths, None, row_tokens)
-    rows = ([dataset[i] for i in part] for part in parts)
+    indices, data = list(range(len(dataset)))[:samples], prefixed(dataset, model.virtual_tokens)
+    parts = packing.micro_batches(indices, data.lengths, None, row_tokens)
+    rows = ([data[i] for i in part] for part in parts)
     return Score(*SupervisedFinetuning().score(model, rows, model.wte.weight.device))

@@ -66,6 +66,18 @@ def read_prompt(args: PromptArgs, sampling: SamplingArgs, model: ModelArgs, **ow
     return TextPrompt(text, args.input, args.num_samples)
 
 
+def answer_finetuned(
+    checkpoint_dir: Path, path: Path, method: str | None, prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs
+) -> None:
+    """Answer by a base with a finetuned file attached, in the prompt style of the finetune.
+
+    Args:
+        method: name of the only method to admit; None: any.
+    """
+    prompts = read_prompt(prompt, sampling, model, checkpoint_dir=checkpoint_dir, finetuned_path=path)
+    prompts.answer(Answerer.from_finetuned(checkpoint_dir, path, method, sampling, model))
+
+
 def read_text(path: Path) -> str:
     try:
         text = sys.stdin.read().removeprefix("\ufeff") if str(path) == "-" else files.read_text(path)

@@ -38,12 +38,12 @@ class Answerer:
 
     @classmethod
     def from_finetuned(
-        cls, checkpoint_dir: Path, path: Path, method: str, sampling: SamplingArgs, args: ModelArgs
+        cls, checkpoint_dir: Path, path: Path, method: str | None, sampling: SamplingArgs, args: ModelArgs
     ) -> "Answerer":
         """Load a base with a finetuned file attached, whose prompt style it answers in.
 
         Args:
-            method: name of the only method to admit.
+            method: name of the only method to admit; None: any.
 
         Raises:
             UserError: the folder is no converted checkpoint, or the file does not fit it.

@@ -85,6 +85,7 @@ class Chat:
                     f"not sent: the message holds no tokens in the prompt style '{self.style.name}'; write another, or "
                     "choose another --prompt_style"
                 )
+            ids = [*self.model.virtual_tokens, *ids]
             if len(ids) + self.max_new_tokens <= self.context:
                 break
             first = int(self.messages[0]["role"] == "system")

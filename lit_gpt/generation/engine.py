@@ -251,7 +251,7 @@ def new_generator(model: GPT, seed: int) -> torch.Generator:
 def prompt_ids(
     messages: list[Message], model: GPT, tokenizer: Tokenizer, style: PromptStyle, tools: Tools = None
 ) -> list[int]:
-    """Return the token ids up to the answer, at least one.
+    """Return the token ids up to the answer, at least one; virtual ones come before.
 
     Raises:
         UserError: there is none, or one that the model does not have; the template refuses the messages.
@@ -260,7 +260,7 @@ def prompt_ids(
     if not ids:
         raise UsageError(f"the prompt holds no tokens in the prompt style '{style.name}'; give it some text")
     check_ids(model, ids)
-    return ids
+    return [*model.virtual_tokens, *ids]
 
 
 def check_ids(model: GPT, ids: list[int]) -> None:

@@ -62,7 +62,9 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator | None
 
 
 def penalize(logits: Tensor, penalty: float, ids: Sequence[int]) -> Tensor:
-    """Return the logits with those of the tokens in `ids` made less likely."""
-    seen = torch.tensor(sorted(set(ids)), dtype=torch.long, device=logits.device)
+    """Return the logits with those of the tokens in `ids` made less likely; ids beyond them are of virtual tokens."""
+    seen = torch.tensor(
+        sorted({token for token in ids if token < logits.numel()}), dtype=torch.long, device=logits.device
+    )
     chosen = logits.float()[seen]
     return logits.float().index_copy(0, seen, torch.where(chosen > 0, chosen / penalty, chosen * penalty))

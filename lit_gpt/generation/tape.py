@@ -107,6 +107,8 @@ class Tape:
         self, x: Tensor, table: nn.Embedding | QuantizedEmbedding, factor: float, by_position: bool, skipped: int = 0
     ) -> None:
         """Set x to a row of the table, or with `by_position` add the position's row, which lies behind `skipped`."""
+        if record := recorder(table):
+            return record(self, x, factor)
         expect(table, nn.Embedding, QuantizedEmbedding)
         if isinstance(table, QuantizedEmbedding):
             kind, scale = quantized_format(table.weight, table.scale), table.scale.float()
@@ -179,16 +181,18 @@ class Tape:
             self.norm(norm, part, None, part.size(1) // width)
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
+        """Compute an MLP, or what wraps one, in a buffer."""
+        if record := recorder(mlp):
+            return record(self, x)
         expect(mlp, GptNeoxMLP, SwiGLU)
         assert isinstance(mlp, GptNeoxMLP | SwiGLU)
-        kind = ACTIVATION_NUMBERS[mlp.activation.name]
         if isinstance(mlp, GptNeoxMLP):
             h = self.linear(mlp.fc, x, "inner")
-            self.add("activate", h, h.size(1), kind)
+            self.activate(h, mlp.activation.name)
         else:
             gate_up = self.linear(mlp.gate_up, x, "gate_up")
             h = self.buffer("inner", gate_up.size(1) // 2)
-            self.add("gate", h, gate_up, h.size(1), kind)
+            self.add("gate", h, gate_up, h.size(1), ACTIVATION_NUMBERS[mlp.activation.name])
         return self.linear(mlp.proj, h, "y")
 
     def norm(self, norm: nn.Module, x: Tensor, name: str | None, parts: int = 1) -> Tensor:
@@ -220,7 +224,7 @@ class Tape:
         self.add("linear", y, x, layer.out_features, layer.in_features, *self.weight(layer), bias, fast)
         return y
 
-    # what methods record: low-rank updates, scales
+    # what methods record: low-rank updates, scales, activations
 
     def lora_down(self, A: Tensor, x: Tensor) -> Tensor:
         """Multiply x by A (ranks, in_features)."""
@@ -249,6 +253,10 @@ class Tape:
     def scale(self, y: Tensor, scale: Tensor, shift: Tensor) -> None:
         """Replace y by scale * (y + shift)."""
         self.add("scale", y, y.size(1), scale, shift)
+
+    def activate(self, y: Tensor, activation: str) -> None:
+        """Apply an activation by its name to y, in place."""
+        self.add("activate", y, y.size(1), ACTIVATION_NUMBERS[activation])
 
     def weight(self, layer: nn.Linear | QuantizedLinear) -> tuple[int | Tensor | None, ...]:
         """Return the format and weight, and scale, zero and pairs if the layer is quantized."""

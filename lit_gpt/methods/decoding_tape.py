@@ -1,8 +1,9 @@
 """What an attached module may add to a decoding tape, so that the fast decoding step computes it.
 
 A module that a method attaches defines `record`: in place of a linear layer `record(tape, x, name)`, in place of a norm
-`record(tape, x, name, parts)`. It calls these operations and returns the buffer with its output. A model with a module
-that has no `record` is decoded by PyTorch. The tape itself is lit_gpt.generation.tape.Tape.
+`record(tape, x, name, parts)`, of an MLP `record(tape, x)`, of the embedding `record(tape, x, factor)`. It calls these
+operations and returns the buffer with its output. A model with a module that has no `record` is decoded by PyTorch. The
+tape itself is lit_gpt.generation.tape.Tape.
 """
 
 from typing import Protocol
@@ -33,11 +34,17 @@ class DecodingTape(Protocol):
     dtype: torch.dtype
     choice: RowChoice | None
 
+    def embed(self, x: Tensor, table: nn.Module, factor: float, by_position: bool) -> None:
+        """Set x to the rows of an embedding of the tokens, or with `by_position` of their positions, times a factor."""
+
     def linear(self, layer: nn.Module, x: Tensor, name: str) -> Tensor:
         """Apply a linear layer, or what wraps one, to x, and return the buffer `name` that holds the output."""
 
     def norm(self, norm: nn.Module, x: Tensor, name: str | None, parts: int = 1) -> Tensor:
         """Normalize each of so many parts of x, and return the buffer `name`; without a name, x itself is changed."""
+
+    def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
+        """Apply an MLP, or what wraps one, to x, and return the buffer that holds the output."""
 
     def lora_down(self, A: Tensor, x: Tensor) -> Tensor:
         """Multiply x by A (ranks, in_features)."""
@@ -57,3 +64,6 @@ class DecodingTape(Protocol):
 
     def scale(self, y: Tensor, scale: Tensor, shift: Tensor) -> None:
         """Replace y by scale * (y + shift), both float32 (size,)."""
+
+    def activate(self, y: Tensor, activation: str) -> None:
+        """Apply an activation by its name to y, in place."""

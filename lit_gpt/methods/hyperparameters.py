@@ -90,6 +90,63 @@ class IA3Config:
 
 
 @dataclass(frozen=True)
+class PromptConfig:
+    """Learned prompts"""
+
+    prefix: ClassVar[str] = "prompt_"
+
+    kind: Literal["embeddings", "keys_values"] = "embeddings"  # Learn these of each virtual token.
+    length: PositiveInt = 20  # Put this many virtual tokens before every sequence.
+    encoder: Literal["none", "mlp", "lstm"] = "none"  # Make them by this of vectors that train with it.
+    hidden: PositiveInt | None = None  # Give the encoder's inner layers this width (null: the model's).
+    init: Literal["vocabulary", "text", "random"] | None = None  # Start from this (null: vocabulary; encoded: random).
+    text: str | None = None  # Start from this text, where prompt_init is text.
+
+    def __post_init__(self) -> None:
+        if self.kind == "keys_values" and self.encoder == "lstm":
+            raise UsageError("--prompt_kind keys_values with --prompt_encoder lstm: expected none or mlp")
+        if self.encoder != "none" and self.init not in (None, "random"):
+            raise UsageError(
+                f"--prompt_encoder {self.encoder} with --prompt_init {self.init}: an encoder starts from random vectors"
+            )
+        if self.encoder == "none" and self.hidden:
+            raise UsageError(f"--prompt_hidden {self.hidden}: is the encoder's; give --prompt_encoder mlp or lstm")
+        if bool(self.text) != (self.init == "text"):
+            raise UsageError("--prompt_text: goes with --prompt_init text; expected both or none")
+
+    @property
+    def virtual_tokens(self) -> int:
+        return self.length
+
+    @property
+    def start(self) -> str:
+        """Return what the vectors start from."""
+        return self.init or ("vocabulary" if self.encoder == "none" else "random")
+
+
+@dataclass(frozen=True)
+class BottleneckConfig:
+    """Bottleneck adapters"""
+
+    prefix: ClassVar[str] = "bottleneck_"
+
+    size: PositiveInt = 64  # Give the bottleneck this width.
+    place: Literal["both", "mlp", "parallel"] = "both"  # Adapt what attention and MLP give, the MLP, or go beside it.
+    activation: Literal["relu", "gelu", "silu"] = "relu"  # Use this within.
+    norm: bool = False  # Norm what the bottleneck is given (LayerNorm).
+    scale: PositiveFloat = 1.0  # Multiply what it adds by this.
+    start_layer: NonNegativeInt = 0  # Adapt layers from this one on, counted from 0 (AdapterDrop).
+    drop: NonNegativeInt = 0  # Leave out a random number of the first layers, up to this one, in each training row.
+
+    def __post_init__(self) -> None:
+        if 0 < self.drop <= self.start_layer:
+            raise UsageError(
+                f"--bottleneck_drop {self.drop} with --bottleneck_start_layer {self.start_layer}: the "
+                "layers that could be left out have none; give a higher drop, or leave one out"
+            )
+
+
+@dataclass(frozen=True)
 class FullConfig:
     """Full finetuning"""
 

@@ -6,8 +6,8 @@ decoding step computes it (`record`, see lit_gpt.methods.decoding_tape).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -18,10 +18,26 @@ from lit_gpt.errors import UsageError, UserError
 from lit_gpt.hardware import DTYPES
 from lit_gpt.kernels.linear import arithmetic
 from lit_gpt.methods import finetuned_file
+from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.moe import Experts
 from lit_gpt.quantization.modules import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class Start:
+    """Holds what a run has as it begins, for methods that start from more than the base.
+
+    Attributes:
+        encode: gives the token ids of a text, without BOS.
+        row: gives the packed row of these samples, with its `idx` and `segments`, on the run's device.
+        samples: how many there are to train on.
+    """
+
+    encode: Callable[[str], list[int]]
+    row: Callable[[Sequence[int]], Any]
+    samples: int
 
 
 class Method(ABC):
@@ -58,12 +74,21 @@ class Method(ABC):
         """Return the block from which on all are extended alike: two of them tell the memory plan about the rest."""
         return 0
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Return how many tokens of learned vectors stand before every sequence."""
+        return 0
+
+    def virtual_ids(self, config: Config) -> tuple[int, ...]:
+        """Return the ids of these tokens, which follow those of the vocabulary."""
+        return tuple(range(config.padded_vocab_size, config.padded_vocab_size + self.virtual_tokens))
+
     @abstractmethod
     def attach(self, model: GPT) -> GPT:
         """Extend a base in place, and let only what is attached train."""
 
-    def initialize(self, model: GPT) -> None:  # noqa: B027 (nothing to do for what starts without the base's weights)
-        """Fill what starts from the base's weights, once attached and before anything trains.
+    def initialize(self, model: GPT, start: Start | None = None) -> None:  # noqa: B027 (nothing to do for most)
+        """Fill what starts from the base's weights or from the data, once attached and before anything trains.
 
         It may take long, so it is for a run that begins: loading, resuming and planning do without.
         """

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lit_gpt.errors import UserError
-from lit_gpt.methods.hyperparameters import AdapterConfig, FullConfig, IA3Config, LoRAConfig
+from lit_gpt.methods.hyperparameters import (
+    AdapterConfig,
+    BottleneckConfig,
+    FullConfig,
+    IA3Config,
+    LoRAConfig,
+    PromptConfig,
+)
 
 if TYPE_CHECKING:
     from lit_gpt.methods.method import Method
@@ -81,6 +88,18 @@ def _ia3() -> "type[Method]":
     return IA3
 
 
+def _prompt() -> "type[Method]":
+    from lit_gpt.methods.prompt import Prompt
+
+    return Prompt
+
+
+def _bottleneck() -> "type[Method]":
+    from lit_gpt.methods.bottleneck import Bottlenecks
+
+    return Bottlenecks
+
+
 def _full() -> "type[Method]":
     from lit_gpt.methods.full import Full
 
@@ -91,4 +110,6 @@ register("lora", LoRAConfig, _lora)
 register("adapter", AdapterConfig, _adapter)
 register("adapter_v2", AdapterConfig, _adapter_v2)
 register("ia3", IA3Config, _ia3)
+register("prompt", PromptConfig, _prompt)
+register("bottleneck", BottleneckConfig, _bottleneck)
 register("full", FullConfig, _full, attaches=False)

@@ -19,6 +19,7 @@ class CausalSelfAttention(nn.Module):
     """Attention with one query head per head and `n_query_groups` key and value heads (Ainslie et al. 2023, GQA)."""
 
     prefix: nn.Module | None  # adds to the attention output; see lit_gpt.methods.adapter
+    virtual: nn.Module | None  # puts keys and values for those of virtual tokens; see lit_gpt.methods.prompt
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
@@ -34,6 +35,7 @@ class CausalSelfAttention(nn.Module):
         self.qk_norm, self.norms_rotated = QKNorm(config) if config.qk_norm else None, config.qk_norm_rotated
         self.proj = Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
         self.register_module("prefix", None)
+        self.register_module("virtual", None)
 
     @property
     def projections(self) -> dict[str, list[tuple[int, int]]]:
@@ -72,6 +74,8 @@ class CausalSelfAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, cache: AnyCache | None) -> Tensor:
         """Return the attention output (B, T, n_head * head_size) for q, k, v as `project_qkv` gives them."""
+        if self.virtual is not None:
+            k, v = self.virtual(k, v)
         if cache is not None:
             assert isinstance(cache, AttentionCache | DecodeCache | PackedPrefillCache)
             k, v = cache.append(k, v)

@@ -1,6 +1,7 @@
 """The GPT: embedding, blocks of token mixer and MLP, head. One file for every family; Config chooses among its options.
 
-Finetuning methods attach from outside: by wrapping linear layers and norms, or as an attention's `prefix`.
+Finetuning methods attach from outside: by wrapping linear layers, norms and the embedding, or as what an attention adds
+to its output (`prefix`) and puts for keys and values (`virtual`).
 """
 
 from collections.abc import Callable, Iterable
@@ -43,6 +44,7 @@ class GPT(nn.Module):
         if config.local_rope_base is not None:
             self.local_rope = RotaryEmbedding(replace(config, rope_base=config.local_rope_base, rope_scaling=None))
         self.noise_alpha = 0.0  # of the noise on embeddings in training, see lit_gpt.model.noise
+        self.virtual_tokens: tuple[int, ...] = ()  # ids before every sequence, see lit_gpt.methods.prompt
         self.tie_weights()
 
     def tie_weights(self) -> None:

@@ -262,9 +262,11 @@ def named_files(arguments: Iterable[str]) -> dict[str, Path]:
 @torch.no_grad()
 def probe_logits(model: GPT) -> Tensor:
     """Return the logits that follow each of some tokens from all over the vocabulary, (PROBE_TOKENS, vocabulary)."""
-    n = min(PROBE_TOKENS, model.config.block_size)
-    ids = torch.linspace(0, model.config.vocab_size - 1, n).long()
-    return model(ids.unsqueeze(0).to(model.wte.weight.device))[0, :, : model.config.vocab_size].float()
+    n = min(PROBE_TOKENS, model.config.block_size - len(model.virtual_tokens))
+    ids = torch.cat(
+        (torch.tensor(model.virtual_tokens).long(), torch.linspace(0, model.config.vocab_size - 1, n).long())
+    )
+    return model(ids.unsqueeze(0).to(model.wte.weight.device))[0, -n:, : model.config.vocab_size].float()
 
 
 def checked_distance(base: Tensor, finetuned: Tensor, path: Path) -> float:

@@ -102,7 +102,7 @@ class Completions:
         if not ids:
             raise APIError(400, "the prompt holds no tokens; give it some text")
         check_ids(model, ids)
-        return ids
+        return [*model.virtual_tokens, *ids]
 
     async def tokenized(self, encode: Callable[[], Iterator[Encoding]]) -> list[int]:
         """Return the ids of a text, tokenized while the loop goes on."""

@@ -67,7 +67,8 @@ def check_early(args: TrainArgs, method: str, config: Any) -> None:
     if args.optimization.objective == "sft":  # others may read the folder in another way
         train, validation = (sample_lengths(paths.data_dir, split) for split in SPLITS)
         Schedule.from_args(args.optimization, args.batch, len(train))
-        check_lengths(args, length_limit(args, Config.from_checkpoint(paths.checkpoint_dir)), train, validation)
+        base, virtual = Config.from_checkpoint(paths.checkpoint_dir), getattr(config, "virtual_tokens", 0)
+        check_lengths(args, length_limit(args, base, virtual), train, validation)
 
 
 def validation_metric(name: str) -> Metric:
@@ -186,9 +187,16 @@ def check_lengths(args: TrainArgs, limit: int, *splits: list[int]) -> None:
         )
 
 
-def length_limit(args: TrainArgs, config: Config) -> int:
-    """Return how many tokens a sample may have."""
-    return min(args.batch.max_seq_length or config.block_size, config.block_size)
+def length_limit(args: TrainArgs, config: Config, virtual_tokens: int = 0) -> int:
+    """Return how many tokens a sample may have, behind so many virtual ones.
+
+    Raises:
+        UsageError: the model's context has no room for any.
+    """
+    room = config.block_size - virtual_tokens
+    if room < 2:
+        raise UsageError(f"--prompt_length {virtual_tokens}: the model's context is {config.block_size}; give fewer")
+    return min(args.batch.max_seq_length or room, room)
 
 
 def check_vocabulary(config: Config, token_ids: "Iterable[Tensor]") -> None:

@@ -14,7 +14,7 @@ from lit_gpt.checkpoints import io
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.cli import flag_values
 from lit_gpt.conversion.hf import copy_side_files
-from lit_gpt.data.dataset import Samples, read_meta
+from lit_gpt.data.dataset import Samples, prefixed, read_meta
 from lit_gpt.data.forgetting import Probe
 from lit_gpt.data.packing import RowSize
 from lit_gpt.data.recipe import too_short
@@ -23,8 +23,9 @@ from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.distributed.heartbeat import peer_watchdog
 from lit_gpt.distributed.launch import launch, on_main, resolve_devices, told_by_fabric_run
 from lit_gpt.distributed.sharding import build_device
+from lit_gpt.errors import UsageError
 from lit_gpt.kernels.policy import policy, use_policy
-from lit_gpt.methods.method import Method
+from lit_gpt.methods.method import Method, Start
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantization.modules import count_parameters
 from lit_gpt.text.prompt_style import PromptStyle
@@ -36,7 +37,7 @@ from lit_gpt.training.loop import Trainer
 from lit_gpt.training.memory.compiling import compiles_blocks
 from lit_gpt.training.memory.dry_run import probe_longest_row
 from lit_gpt.training.memory.plan import MemoryPlanner
-from lit_gpt.training.objectives import make_objective
+from lit_gpt.training.objectives import Objective, make_objective
 from lit_gpt.training.records import Records
 from lit_gpt.training.resume import ResumeStates
 from lit_gpt.training.schedule import Schedule
@@ -81,6 +82,8 @@ def check(args: TrainArgs, method: Method, base: BaseCheckpoint) -> Iterator[Fin
         UserError: checkpoint or data cannot be used.
     """
     checks.check_quantized(args, method.trains_base, base.quantize)
+    if method.virtual_tokens:
+        raise UsageError(f"--method {method.name}: a run behind virtual tokens cannot be checked so far; finetune it")
     objective, meta = make_objective(args.optimization.objective), read_meta(args.paths.data_dir, base.tokenizer)
     train, validation = objective.datasets(args.paths.data_dir)
     checks.check_vocabulary(base.config, [train.tokens, validation.tokens])
@@ -98,9 +101,10 @@ def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
     objective = make_objective(args.optimization.objective)
     meta = read_meta(args.paths.data_dir, base.tokenizer)
     style = PromptStyle.from_dict(meta["prompt_style"])
-    train, validation = objective.datasets(args.paths.data_dir)
-    limit = checks.length_limit(args, base.config)
-    checks.check_lengths(args, limit, train.lengths, validation.lengths)
+    splits = objective.datasets(args.paths.data_dir)
+    limit = checks.length_limit(args, base.config, method.virtual_tokens)
+    checks.check_lengths(args, limit, *(split.lengths for split in splits))
+    train, validation = (prefixed(split, method.virtual_ids(base.config)) for split in splits)
     probe = Probe(args.watch.probe_path, base.tokenizer, style, limit) if args.watch.probe_path else None
     schedule = Schedule.from_args(args.optimization, args.batch, len(train))
     if not args.optimization.max_steps and (warning := too_short(len(train), schedule.steps)):
@@ -118,7 +122,7 @@ def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
         args = replace(args, batch=replace(args.batch, micro_batch_tokens=planner.row_tokens()))
     model = build(args, method, fabric, base)
     if begins_anew(args, fabric):
-        method.initialize(model)
+        method.initialize(model, start_of(base, train, objective, fabric))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fabric.print(f"{method.name}: training {trainable:,} of {count_parameters(model):,} parameters")
     if probe:
@@ -158,6 +162,15 @@ def build(args: TrainArgs, method: Method, fabric: Fabric, base: BaseCheckpoint)
     model = method.attach(base.build(dtype, build_device(args.devices.strategy, fabric)))
     model.noise_alpha = args.optimization.neftune_alpha
     return model
+
+
+def start_of(base: BaseCheckpoint, train: Samples, objective: Objective, fabric: Fabric) -> Start:
+    """Return what a method may start from besides the base."""
+
+    def encode(text: str) -> list[int]:
+        return base.tokenizer.encode(text, bos=False).tolist()
+
+    return Start(encode, lambda samples: objective.collate([train[i] for i in samples]).to(fabric.device), len(train))
 
 
 def begins_anew(args: TrainArgs, fabric: Fabric) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from lit_gpt.data.dataset import Samples
+from lit_gpt.data.dataset import Samples, prefixed
 from lit_gpt.data.forgetting import WINDOW, Probe
 from lit_gpt.data.packing import RowSize
 from lit_gpt.distributed.fabric import Fabric
@@ -72,7 +72,8 @@ class Evaluator:
         """Return the loss on the probe, if there is one."""
         if self.probe is None:
             return None
-        return self.loss(self.probe, list(range(len(self.probe))), (None, WINDOW), SupervisedFinetuning())
+        probe = prefixed(self.probe, self.worker.model.virtual_tokens)
+        return self.loss(probe, list(range(len(probe))), (None, WINDOW), SupervisedFinetuning())
 
     def loss(self, dataset: Samples, indices: list[int], size: RowSize, objective: Objective) -> float:
         """Return the mean loss over samples, over all ranks."""
@@ -137,4 +138,5 @@ def show_answer(
     step = FastStep(model) if fabric.world_size == 1 else None
     ids = list(generate(model, prompt, remaining, temperature=0, stop_ids=style.stop_ids, step=step))
     if fabric.global_rank == 0:
-        tqdm.write(f"  {tokenizer.decode(prompt)[-60:]!r} -> {tokenizer.decode(ids)!r}")
+        text = tokenizer.decode(prompt[len(model.virtual_tokens) :])
+        tqdm.write(f"  {text[-60:]!r} -> {tokenizer.decode(ids)!r}")

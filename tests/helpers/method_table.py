@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from helpers.methods import EVERYTHING, METHODS, attach_fresh
+from helpers.methods import EVERYTHING, METHODS, PROMPTS, attach_fresh, make
+from helpers.methods import OTHERS as OTHER_METHODS
 from helpers.tiny_models import model_of
 from lit_gpt import GPT
 from lit_gpt.conversion import peft
@@ -15,7 +16,6 @@ from lit_gpt.errors import UserError
 from lit_gpt.generation.native_step import NativeStep
 from lit_gpt.generation.tape import Unsupported
 from lit_gpt.methods import finetuned_file, lora
-from lit_gpt.methods.registry import make_method
 from lit_gpt.model.gpt import quantize
 from lit_gpt.model.inputs import Targets
 
@@ -40,11 +40,11 @@ def what_works(folder: Path) -> str:
         "experts": lambda name: step(attach_strictly(GPT(layouts["mixtral"]), name)),
         "fast decoding": lambda name: NativeStep(model(name)),
         "several in a batch": lambda name: several(model(name), name),
-        "merge": lambda name: make_method("ia3" if name == "IA3" else "lora", None).merge(model(name)),
+        "merge": lambda name: make(name).merge(model(name)),
         "PEFT out": lambda name: exported(model(name), name),
         "fsdp, deepspeed": lambda name: sharded(name),
     }
-    rows = [[name, *(works(attempt, name) for attempt in columns.values())] for name in METHODS]
+    rows = [[name, *(works(attempt, name) for attempt in columns.values())] for name in (*METHODS, *PROMPTS)]
     return table(["method", *columns], rows)
 
 
@@ -70,8 +70,7 @@ def works(attempt: Callable[[str], object], name: str) -> str:
 
 def attach_strictly(model: GPT, name: str) -> GPT:
     """Attach a method to the experts too, whatever it says."""
-    method = make_method("ia3", None) if name == "IA3" else make_method("lora", replace(EVERYTHING, **METHODS[name]))
-    return attach_fresh(model, name) if name == "IA3" else method.attach(model)
+    return make(name).attach(model)
 
 
 def step(model: GPT) -> None:
@@ -80,7 +79,7 @@ def step(model: GPT) -> None:
 
 
 def settings_of(name: str) -> lora.LoRAConfig:
-    if name == "IA3":
+    if name in (*OTHER_METHODS, *PROMPTS):
         raise UserError("no LoRA")
     return replace(EVERYTHING, **METHODS[name])
 
@@ -95,7 +94,7 @@ def exported(model: GPT, name: str) -> None:
 
 
 def sharded(name: str) -> None:
-    method = make_method("ia3", None) if name == "IA3" else make_method("lora", settings_of(name))
+    method = make(name)
     if method.unsharded:
         raise UserError(method.unsharded)
 

@@ -9,6 +9,7 @@ from lit_gpt import GPT
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.methods import adapter, adapter_v2, finetuned_file, lora
 from lit_gpt.methods.hyperparameters import AdapterConfig
+from lit_gpt.methods.method import Method
 from lit_gpt.methods.registry import config_class, make_method
 
 EVERYTHING = lora.LoRAConfig(
@@ -37,18 +38,37 @@ LORA_METHODS = {
     "PiSSA": {"init": "pissa"},
     "OLoRA": {"init": "olora"},
 }
-METHODS = LORA_METHODS | {"DoRA from PiSSA": {"update": "dora", "init": "pissa"}, "IA3": {}}
+OTHERS = {  # by name: the registered method, and its settings
+    "IA3": ("ia3", {}),
+    "Houlsby": ("bottleneck", {"size": 8, "activation": "gelu"}),
+    "Pfeiffer": ("bottleneck", {"size": 8, "place": "mlp", "norm": True}),
+    "parallel": ("bottleneck", {"size": 8, "place": "parallel", "scale": 2.0, "activation": "silu"}),
+}
+METHODS = LORA_METHODS | {"DoRA from PiSSA": {"update": "dora", "init": "pissa"}} | OTHERS
+PROMPTS = {
+    "prompt tuning": {},
+    "P-tuning": {"encoder": "mlp", "hidden": 12},
+    "P-tuning by LSTM": {"encoder": "lstm", "hidden": 12},
+    "prefix tuning": {"kind": "keys_values"},
+    "encoded prefix tuning": {"kind": "keys_values", "encoder": "mlp", "hidden": 12},
+}
+
+
+def make(name: str, **settings) -> Method:
+    """Return a method of METHODS or PROMPTS, adapting all that it can."""
+    if name in PROMPTS:
+        return make_method("prompt", config_class("prompt")(**{"length": 5} | PROMPTS[name] | settings))
+    if name in OTHERS:
+        kind, own = OTHERS[name]
+        return make_method(kind, config_class(kind)(**own | settings))
+    return make_method("lora", replace(EVERYTHING, **METHODS[name] | settings))
 
 
 def attach_fresh(model: GPT, name: str, **settings) -> GPT:
     """Attach a method of METHODS to all that it can adapt, as at the beginning of a run."""
-    if name == "IA3":
-        made = make_method("ia3", config_class("ia3")())
-    else:
-        config = replace(EVERYTHING, **METHODS[name] | settings)
-        if config.update == "dora" and model.config.n_expert:
-            config = replace(config, mlp=False)
-        made = make_method("lora", config)
+    made = make(name, **settings)
+    if getattr(made.config, "update", None) == "dora" and model.config.n_expert:
+        made = make(name, **settings | {"mlp": False})
     made.attach(model)
     made.initialize(model)
     return model

@@ -25,7 +25,7 @@ Target = tuple[str, nn.Module, Parts]  # path of a layer, the layer, and the row
 def attach(model: GPT, config: LoRAConfig) -> GPT:
     """Wrap the chosen projections of `model`, in place, and let only the updates train.
 
-    What starts from the base's weights gets its start from `start.initialize`.
+    What starts from the base's weights gets its start from `starts.initialize`.
 
     Raises:
         UsageError: the form of the updates does not go with some layer.

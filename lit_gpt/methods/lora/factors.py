@@ -71,7 +71,7 @@ class Factors(LinearWrapper):
     rank_scale: nn.Parameter | None  # vera, tied: d or u
     row_scale: nn.Parameter | None  # vera, tied: b or v
     magnitude: nn.Parameter | None  # dora: the rows' lengths
-    start_A: nn.Parameter | None  # what A and B were at first, to be subtracted; see lit_gpt.methods.lora.start
+    start_A: nn.Parameter | None  # what A and B were at first, to be subtracted; see lit_gpt.methods.lora.starts
     start_B: nn.Parameter | None
 
     def __init__(

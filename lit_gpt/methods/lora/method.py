@@ -1,11 +1,11 @@
 """LoRA as a finetuning method."""
 
 from lit_gpt.methods.hyperparameters import LoRAConfig
-from lit_gpt.methods.lora import start
+from lit_gpt.methods.lora import starts
 from lit_gpt.methods.lora.attaching import attach
 from lit_gpt.methods.lora.layers import lora_layers
 from lit_gpt.methods.lora.merging import merge
-from lit_gpt.methods.method import Method
+from lit_gpt.methods.method import Method, Start
 from lit_gpt.model.gpt import GPT
 
 NAME = "lora"
@@ -22,8 +22,8 @@ class LoRA(Method):
     def attach(self, model: GPT) -> GPT:
         return attach(model, self.config)
 
-    def initialize(self, model: GPT) -> None:
-        start.initialize(lora_layers(model).values(), self.config)
+    def initialize(self, model: GPT, start: Start | None = None) -> None:
+        starts.initialize(lora_layers(model).values(), self.config)
 
     def learning_rate_ratio(self, name: str) -> float:
         return self.config.lr_ratio if name.endswith("lora_B") else 1.0

@@ -178,7 +178,8 @@ class MemoryPlanner:
 
     def worst_row(self) -> Row:
         """Return the largest row that the flags admit: samples as long as may be, all their tokens supervised."""
-        batch, longest = self.args.batch, length_limit(self.args, self.config)
+        batch, virtual = self.args.batch, self.method.virtual_tokens
+        longest = length_limit(self.args, self.config, virtual) + virtual
         n = batch.micro_batch_size or max(1, (batch.micro_batch_tokens or self.row_tokens()) // longest)
         return [longest] * n, n * longest
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from lit_gpt.data.dataset import prefixed
 from lit_gpt.data.packing import longest_row, step_samples
 from lit_gpt.training.memory.plan import MemoryPlanner, Row
 from lit_gpt.training.schedule import Schedule
@@ -29,7 +30,8 @@ class RunSize:
         Raises:
             UserError: the folder is no prepared data.
         """
-        args, (train, _) = planner.args, planner.objective.datasets(planner.args.paths.data_dir)
+        args, (split, _) = planner.args, planner.objective.datasets(planner.args.paths.data_dir)
+        train = prefixed(split, planner.method.virtual_ids(planner.config))
         batch, n, lengths = args.batch, len(train), train.lengths
         schedule = Schedule.from_args(args.optimization, batch, n)
         whole, rest = divmod(schedule.samples, n)
