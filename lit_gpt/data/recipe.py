@@ -13,7 +13,7 @@ def recipe(rows: int) -> str:
     higher rate, and as many epochs as make enough steps.
 
     They are those of the quickstart, which writes 38 of 40 unseen bookings exactly after them
-    (benchmarks/results/quickstart.md), and does as well at two other tasks (benchmarks/results/recipe.md). From
+    (benchmarks/results/quickstart.md), and does as well at three other tasks (benchmarks/results/recipe.md). From
     12,800 rows on they are empty: the defaults do.
     """
     if rows >= ARTICLE_ROWS:
