@@ -6,13 +6,17 @@ Nothing here imports torch: scripts/report.py answers at once.
 import fcntl
 import json
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lit_gpt.errors import UserError
+
+STRAY_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(\s*[}\]])')  # strings, which keep theirs, or a comma
 
 
 @contextmanager
@@ -196,11 +200,26 @@ def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
     if missing_ok and not path.is_file():
         return {}
     try:
-        contents = json.loads(path.read_text(encoding="utf-8-sig"))
+        contents = parse(path.read_text(encoding="utf-8-sig"), path)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected JSON, but this is not a readable JSON file ({error})") from None
     if not isinstance(contents, dict):
         raise UserError(f"{path}: expected a JSON object, but it holds a {type(contents).__name__}")
+    return contents
+
+
+def parse(text: str, path: Path) -> Any:
+    """Return what a JSON text holds, with commas before a closing bracket passed over, which is said.
+
+    Raises:
+        ValueError: it is not JSON for another reason.
+    """
+    try:
+        return json.loads(text)
+    except ValueError:
+        without = STRAY_COMMA.sub(lambda found: found[1] or found[2], text)
+        contents = json.loads(without)
+    print(f"{path}: has a comma before a closing bracket, which JSON has not; it is passed over", file=sys.stderr)
     return contents
 
 

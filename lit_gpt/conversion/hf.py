@@ -42,31 +42,49 @@ def convert(checkpoint_dir: Path, hf: LazyTensors, dtype: torch.dtype | None = N
         UserError: what config.json, the family's table and the tensors do not agree on. Nothing is written then.
     """
     fields = read_json(checkpoint_dir / "config.json")
-    refuse_quantized(fields.get("quantization_config"))
+    settings = fields.get("quantization_config")
+    refuse_quantized(settings)
     config = config_from_hf(fields, name=checkpoint_dir.name)
-    stored = Dequantized(hf)
+    block = (settings or {}).get("weight_block_size") or (128, 128)
+    stored = Dequantized(hf, tuple(block))
     hf = towers.language_model(stored)
     hf = hf.renamed(weights.full_names(config, hf))
     config = weights.as_stored(config, hf)
     weights.check_names(config, set(hf))
     for line in weights.left_out(config, hf):
         print(line)
-    layout = {}
-    for row in weights.rows(config):
-        check_dtypes(row.hf, hf)
-        widest = dtype or reduce(torch.promote_types, (hf.dtype(name) for name in row.hf))
-        layout[row.lit] = torch.empty(row.shape, dtype=widest, device="meta")
-    io.write_streamed(checkpoint_dir / "lit_model.pth", layout, in_range(layout, weights.to_lit(config, hf)))
+    write(checkpoint_dir, config, list(weights.rows(config)), hf, dtype)
     towers.keep(checkpoint_dir, stored)
-    with atomic(checkpoint_dir / "lit_config.json") as temporary:
-        temporary.write_text(config.to_json())
     return config
 
 
+def write(
+    folder: Path,
+    config: Config,
+    table: list[weights.TensorRow],
+    stored: LazyTensors,
+    dtype: torch.dtype | None,
+    settings: str = "config.json",
+) -> None:
+    """Write `lit_model.pth` and `lit_config.json` from tensors that lie in a file as the table says.
+
+    Raises:
+        UserError: the tensors are codes, of other shapes than the Config implies, or have values beyond the dtype.
+    """
+    layout = {}
+    for row in table:
+        check_dtypes(row.hf, stored)
+        widest = dtype or reduce(torch.promote_types, (stored.dtype(name) for name in row.hf))
+        layout[row.lit] = torch.empty(row.shape, dtype=widest, device="meta")
+    io.write_streamed(folder / "lit_model.pth", layout, in_range(layout, weights.to_lit(table, stored, settings)))
+    with atomic(folder / "lit_config.json") as temporary:
+        temporary.write_text(config.to_json())
+
+
 def refuse_quantized(settings: Any) -> None:
-    """Refuse the weights of a config.json that says how they are quantized, but for MXFP4. Raises UserError."""
+    """Refuse the weights of a config.json that says how they are quantized, but for MXFP4 and FP8. Raises UserError."""
     method = settings.get("quant_method") if isinstance(settings, dict) else None
-    if settings and method != "mxfp4":
+    if settings and method not in ("mxfp4", "fp8"):
         raise UserError(
             f"config.json: 'quantization_config': the weights are quantized ({method or 'no method named'}), which is "
             "not read; download the model in full precision, and quantize it here by --quantize"
@@ -110,7 +128,7 @@ def export(checkpoint_dir: Path, out_dir: Path, lit: Mapping[str, Tensor], shard
     hf_config.pop("quantization_config", None)  # of the downloaded files
     hf_config.pop("auto_map", None)  # points to code that is not here; transformers knows the architecture itself
     (out_dir / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
-    write_shards(out_dir, towers.whole(checkpoint_dir, weights.to_hf(config, lit)), shard_bytes)
+    write_shards(out_dir, towers.whole(checkpoint_dir, weights.to_hf(weights.rows(config), lit)), shard_bytes)
 
 
 class Cast(Mapping[str, Tensor]):

@@ -15,11 +15,13 @@ from torch import Tensor
 from lit_gpt.checkpoints import io
 from lit_gpt.errors import UserError
 from lit_gpt.files import read_json
-from lit_gpt.quantization import mxfp4
+from lit_gpt.quantization import fp8, mxfp4
 
 SHARD_BYTES = 2 * 10**9
 INDEX = "model.safetensors.index.json"
 BLOCKS, SCALES = "_blocks", "_scales"  # of a tensor in MXFP4
+INVERSE = "_scale_inv"  # the factors of a tensor in FP8
+ACTIVATION_SCALES = (".activation_scale", ".input_scale")  # which bear on products in FP8 alone
 # Sets of weights that a folder may hold, in the order in which transformers looks for them.
 SETS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
 OTHER_SETS = ("tf_model.h5", "flax_model.msgpack", "consolidated.safetensors", "adapter_model.safetensors")
@@ -56,9 +58,12 @@ class StoredWeights(LazyTensors):
 
     def __init__(self, checkpoint_dir: Path) -> None:
         self.places = {}
-        for path in shard_paths(Path(checkpoint_dir)):
+        index, paths = shard_paths(Path(checkpoint_dir))
+        for path in paths:
             shard = open_shard(path)
             self.places.update({name: (shard, name) for name in shard.keys()})
+        if index:
+            say_differences(index, set(self.places))
 
     def __getitem__(self, name: str) -> Tensor:
         shard, stored = self.places[name]
@@ -73,29 +78,43 @@ class StoredWeights(LazyTensors):
 
 
 class Dequantized(LazyTensors):
-    """Stored tensors, those in MXFP4 as one bfloat16 tensor each, under the name that it has unquantized."""
+    """Stored tensors, those in MXFP4 or FP8 as one bfloat16 tensor each, under the name that it has unquantized.
 
-    def __init__(self, stored: LazyTensors) -> None:
-        self.stored = stored
-        blocks = {name.removesuffix(BLOCKS) for name in stored if name.endswith(BLOCKS)}
-        packed = {name for name in blocks if name + SCALES in stored}
-        parts = {name + part for name in packed for part in (BLOCKS, SCALES)}
-        self.places = {name: (name, False) for name in stored if name not in parts}
-        self.places |= {name: (name, True) for name in packed}
+    Args:
+        block: rows and columns that share a factor in FP8.
+    """
+
+    def __init__(self, stored: LazyTensors, block: tuple[int, int] = (128, 128)) -> None:
+        self.stored, self.block = stored, block
+        self.places = {name: (name, "") for name in stored if not name.endswith(ACTIVATION_SCALES)}
+        for codes, scales in ((BLOCKS, SCALES), ("", INVERSE)):
+            for name in [name.removesuffix(scales) for name in stored if name.endswith(scales)]:
+                if name + codes in stored:
+                    del self.places[name + scales], self.places[name + codes]
+                    self.places[name] = (name, scales)
 
     def __getitem__(self, name: str) -> Tensor:
-        stored, packed = self.places[name]
-        if not packed:
+        stored, scales = self.places[name]
+        if scales == SCALES:
+            return mxfp4.dequantize(self.stored[stored + BLOCKS], self.stored[stored + SCALES]).mT
+        if not scales:
             return self.stored[stored]
-        return mxfp4.dequantize(self.stored[stored + BLOCKS], self.stored[stored + SCALES]).mT
+        codes, factors = self.stored[stored], self.stored[stored + INVERSE]
+        try:
+            return fp8.dequantize(codes, factors, self.block)
+        except RuntimeError:
+            shapes = f"{tuple(codes.shape)} in blocks of {self.block} has no factors {tuple(factors.shape)}"
+            raise UserError(f"{stored}: {shapes}; does config.json name another weight_block_size?") from None
 
     def dtype(self, name: str) -> torch.dtype:
-        stored, packed = self.places[name]
-        return torch.bfloat16 if packed else self.stored.dtype(stored)
+        stored, scales = self.places[name]
+        return torch.bfloat16 if scales else self.stored.dtype(stored)
 
 
-def shard_paths(folder: Path) -> list[Path]:
-    """Return the files that hold a folder's weights: of several sets the one that transformers loads, which is said.
+def shard_paths(folder: Path) -> tuple[Path | None, list[Path]]:
+    """Return the index, if there is one, and the files that hold a folder's weights.
+
+    Of several sets it is the one that transformers loads, which is said.
 
     Raises:
         UserError: there are none, or a shard that the index names is missing.
@@ -112,7 +131,7 @@ def shard_paths(folder: Path) -> list[Path]:
         print(f"{folder}: takes {chosen}, as transformers does, and leaves {', '.join(others)}")
     index = folder / chosen
     if index.suffix != ".json":
-        return [index]
+        return None, [index]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{index}: expected a weight_map that names the shards; download it again")
@@ -120,7 +139,19 @@ def shard_paths(folder: Path) -> list[Path]:
     for path in paths:
         if not path.is_file():
             raise UserError(f"{path}: named by {index.name} but missing; download it again")
-    return paths
+    return index, paths
+
+
+def say_differences(index: Path, stored: set[str]) -> None:
+    """Say which tensors an index names that its shards do not hold, and which they hold besides; the shards count."""
+    named = read_json(index)["weight_map"].keys()
+    for what, names in (
+        ("names tensors that its shards do not hold", named - stored),
+        ("does not name tensors that its shards hold, which are read", stored - named),
+    ):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            print(f"{index}: {what}: {', '.join(sorted(names)[:5])}{more}")
 
 
 def open_shard(path: Path) -> Any:

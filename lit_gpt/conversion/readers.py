@@ -19,7 +19,7 @@ from lit_gpt.checkpoints import folder as checkpoint
 from lit_gpt.checkpoints.base_model import BaseCheckpoint, build_model
 from lit_gpt.conversion import hf_shards, towers, weights
 from lit_gpt.conversion import logits as verify
-from lit_gpt.conversion.gguf import importer
+from lit_gpt.conversion.gguf import importer, metadata
 from lit_gpt.conversion.gguf.reader import GGUFFile
 from lit_gpt.conversion.gguf.tokenizer import Vocabulary
 from lit_gpt.errors import UserError
@@ -154,7 +154,9 @@ def own_hf(folder: Path) -> LitReader:
     config = config_from_hf(files.read_json(folder / "config.json"), name=folder.name)
     stored = towers.language_model(hf_shards.StoredWeights(folder))
     config = weights.as_stored(config, stored)
-    return LitReader.open(folder, build_model(config, dict(weights.to_lit(config, stored)), source=folder))
+    return LitReader.open(
+        folder, build_model(config, dict(weights.to_lit(weights.rows(config), stored)), source=folder)
+    )
 
 
 def read_lit(folder: Path) -> Reader:
@@ -196,11 +198,11 @@ def own_gguf(path: Path, config: Config, dtype: torch.dtype, model: nn.Module | 
     """
     file = GGUFFile(path)
     tokens = Vocabulary(file)
-    if file.need("general.architecture", str) == "llama":
-        check_same(config_from_hf(importer.hf_config(file, tokens, dtype)), config, path)
+    check_same(config_from_hf(metadata.hf_config(file, tokens, dtype)), config, path)
     if model is None:
-        stored = importer.GGUFWeights(file, config, dtype)
-        model = build_model(config, dict(weights.to_lit(config, stored)), source=path)
+        table = importer.table_of(file, config)
+        state = dict(weights.to_lit(table, importer.GGUFWeights(file, dtype), str(path)))
+        model = build_model(config, state, source=path)
     with tempfile.TemporaryDirectory() as folder:
         importer.write_tokenizer(Path(folder), file, tokens)
         own = LitReader.open(Path(folder), model, name="Lit-GPT" if isinstance(model, GPT) else "transformers")
@@ -211,6 +213,8 @@ def own_gguf(path: Path, config: Config, dtype: torch.dtype, model: nn.Module | 
 def check_same(actual: Config, expected: Config, path: Path) -> None:
     """Refuse a file whose metadata is that of another architecture. Rotary scaling is compared by what it does."""
     apart = {"name", "family", "block_size", "sliding_window", "vocab_size", "rope_scaling"}
+    if actual.sliding_window is None:
+        apart.add("global_layers")  # the context ends where the window would
     for name, value in asdict(actual).items():
         wanted = getattr(expected, name)
         same = math.isclose(value, wanted, rel_tol=1e-6) if isinstance(value, float) else value == wanted
@@ -236,7 +240,7 @@ def hf_model(checkpoint_dir: Path, state: Mapping[str, Tensor], config: Config) 
     theirs.tie_word_embeddings = config.tie_embeddings
     if hasattr(theirs, "quantization_config"):
         del theirs.quantization_config  # of the downloaded files
-    tensors, dtype = dict(weights.to_hf(config, state)), state["wte.weight"].dtype
+    tensors, dtype = dict(weights.to_hf(weights.rows(config), state)), state["wte.weight"].dtype
     cls: type[PreTrainedModel] = MODEL_FOR_CAUSAL_LM_MAPPING[type(theirs)]  # type: ignore[assignment]  # one, no tuple
     return cls.from_pretrained(None, config=theirs, state_dict=tensors, dtype=dtype)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_gpt.errors import UserError
 from lit_gpt.families.registry import family_of_config
-from lit_gpt.families.tables import Place
+from lit_gpt.families.tables import Place, Table
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT
 
@@ -39,11 +39,25 @@ def rows(config: Config) -> Iterator[TensorRow]:
     for name, tensor in state.items():
         if config.tie_embeddings and name == "lm_head.weight":
             continue  # the embedding
-        module, _, kind = name.rpartition(".")  # kind: weight or bias
-        layer = module.split(".")[1] if module.startswith("h.") else ""
-        place = table.get(module) or table[f"h.{{}}.{module.split('.', 2)[2]}"]
-        place = Place((place,)) if isinstance(place, str) else place
-        yield TensorRow(name, tensor.shape, tuple(place.name(hf.format(layer), kind) for hf in place.modules), place)
+        place = entry(table, name)
+        if place is None:
+            raise KeyError(f"the weight table of {config.family} has no place for {name}")
+        yield row_of(name, tensor.shape, place)
+
+
+def entry(table: Table, name: str) -> Place | None:
+    """Return the place that a table has for a tensor of the GPT's state dict, by its own name or its module's."""
+    for key in (name, name.rpartition(".")[0]):
+        if place := table.get(key) or table.get(f"h.{{}}.{key.split('.', 2)[-1]}"):
+            return Place((place,)) if isinstance(place, str) else place
+    return None
+
+
+def row_of(name: str, shape: torch.Size, place: Place) -> TensorRow:
+    """Return the row of a tensor of the GPT's state dict."""
+    module, _, kind = name.rpartition(".")  # kind: weight or bias
+    layer = module.split(".")[1] if module.startswith("h.") else ""
+    return TensorRow(name, shape, tuple(place.name(hf.format(layer), kind) for hf in place.modules), place)
 
 
 def check_names(config: Config, stored: set[str]) -> None:
@@ -111,14 +125,20 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def to_lit(config: Config, hf: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def to_lit(
+    table: Iterable[TensorRow], stored: Mapping[str, Tensor], settings: str = "config.json"
+) -> Iterator[tuple[str, Tensor]]:
     """Yield name and tensor of the GPT's state dict, read one by one.
 
+    Args:
+        table: the rows of `rows`, or of another file's format.
+        settings: what the shapes are implied by.
+
     Raises:
-        UserError: a tensor's shape is not what config.json implies.
+        UserError: a tensor's shape is not what the settings imply.
     """
-    for row in rows(config):
-        tensors = [hf[name] for name in row.hf]
+    for row in table:
+        tensors = [stored[name] for name in row.hf]
         try:
             tensor = row.place.to_lit(tensors)
             matches = tensor.shape == row.shape
@@ -126,11 +146,11 @@ def to_lit(config: Config, hf: Mapping[str, Tensor]) -> Iterator[tuple[str, Tens
             matches = False
         if not matches:
             shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in zip(row.hf, tensors, strict=True))
-            raise UserError(f"config.json contradicts the tensors: {shapes} cannot make {row.lit} {tuple(row.shape)}")
+            raise UserError(f"{settings} contradicts the tensors: {shapes} cannot make {row.lit} {tuple(row.shape)}")
         yield row.lit, tensor
 
 
-def to_hf(config: Config, lit: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and tensor in the Hugging Face layout, one by one; the inverse of `to_lit`."""
-    for row in rows(config):
+def to_hf(table: Iterable[TensorRow], lit: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and tensor in the file's layout, one by one; the inverse of `to_lit`."""
+    for row in table:
         yield from zip(row.hf, row.place.to_hf(lit[row.lit]), strict=True)

@@ -4,7 +4,7 @@ from typing import Any
 
 from lit_gpt.families import llama
 from lit_gpt.families.fields import activation, tiny_size
-from lit_gpt.families.tables import Table
+from lit_gpt.families.tables import Layout, Said, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("arcee",)
@@ -22,6 +22,17 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 def weights(config: Config) -> Table:
     mlp = "model.layers.{}.mlp."
     return {**llama.weights(config), "h.{}.mlp.fc": mlp + "up_proj", "h.{}.mlp.proj": mlp + "down_proj"}
+
+
+ARCHITECTURES = ("arcee",)
+
+
+def gguf(config: Config) -> Layout:
+    return Layout("arcee", ("relu2",), interleaved=True)
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    return {"architectures": ["ArceeForCausalLM"], "model_type": "arcee", "hidden_act": "relu2"}
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

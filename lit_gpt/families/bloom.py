@@ -3,7 +3,7 @@
 from typing import Any
 
 from lit_gpt.families.fields import refuse
-from lit_gpt.families.tables import Grouped, Table
+from lit_gpt.families.tables import Grouped, Layout, Said, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("bloom",)
@@ -54,6 +54,25 @@ def weights(config: Config) -> Table:
         "h.{}.mlp.proj": layer + "mlp.dense_4h_to_h",
         "ln_f": "transformer.ln_f",
         "lm_head": "lm_head",
+    }
+
+
+ARCHITECTURES = ("bloom",)
+
+
+def gguf(config: Config) -> Layout:
+    qkv = {"h.{}.attn.qkv": "blk.{}.attn_qkv"}
+    return Layout("bloom", ("gelu_tanh",), places=qkv, unread="")
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    return {
+        "architectures": ["BloomForCausalLM"],
+        "model_type": "bloom",
+        "n_layer": said.need("block_count", int),
+        "n_head": said.need("attention.head_count", int),
+        "seq_length": said.need("context_length", int),
+        "layer_norm_epsilon": said.need("attention.layer_norm_epsilon", float),
     }
 
 

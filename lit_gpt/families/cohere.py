@@ -4,9 +4,10 @@ and a factor on logits; Command R7B (Cohere 2): a window in three layers of four
 from functools import partial
 from typing import Any
 
+from lit_gpt.errors import UserError
 from lit_gpt.families import llama
 from lit_gpt.families.fields import rope, tiny_size, windows
-from lit_gpt.families.tables import Table, TurnedNorms, neighbors_apart
+from lit_gpt.families.tables import Layout, Said, Table, TurnedNorms, neighbors_apart
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("cohere", "cohere2")
@@ -56,6 +57,44 @@ def weights(config: Config) -> Table:
         "h.{}.attn.qk_norm.q": TurnedNorms((attention + "q_norm",), order),
         "h.{}.attn.qk_norm.k": TurnedNorms((attention + "k_norm",), order),
     }
+
+
+ARCHITECTURES = ("command-r", "cohere2")
+
+
+def gguf(config: Config) -> Layout:
+    scale: dict[str, Any] = {"logit_scale": 1 / config.logit_divisor}
+    if not config.tie_embeddings:
+        raise UserError("--format gguf: llama.cpp's command-r and cohere2 tie their heads")
+    if config.qk_norm and config.n_layer < 64:
+        raise UserError("--format gguf: llama.cpp's command-r norms queries and keys from 64 layers on alone")
+    if not config.unrotated_layers:
+        norms = {
+            f"h.{{}}.attn.qk_norm.{x}": TurnedNorms(
+                (f"blk.{{}}.attn_{x}_norm",), neighbors_apart(config.rope_n_elem, config.head_size)
+            )
+            for x in "qk"
+        }
+        return Layout("command-r", interleaved=True, metadata=scale, places=norms)
+    if config.global_layers != [layer for layer in range(config.n_layer) if (layer + 1) % 4 == 0]:
+        raise UserError("--format gguf: llama.cpp's cohere2 has a window in all layers but every fourth")
+    scale["attention.sliding_window"] = config.sliding_window
+    return Layout("cohere2", interleaved=True, keeps_window=True, metadata=scale)
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    common = {
+        "logit_scale": said.need("logit_scale", float),
+        "layer_norm_eps": said.need("attention.layer_norm_epsilon", float),
+        "tie_word_embeddings": True,
+    }
+    if said.architecture == "command-r":
+        normed = said.holds("blk.0.attn_q_norm.weight")
+        return common | {"architectures": ["CohereForCausalLM"], "model_type": "cohere", "use_qk_norm": normed}
+    layers, window = said.need("block_count", int), said.need("attention.sliding_window", int)
+    kinds = ["sliding_attention" if (layer + 1) % 4 else "full_attention" for layer in range(layers)]
+    own = {"architectures": ["Cohere2ForCausalLM"], "model_type": "cohere2"}
+    return common | own | {"sliding_window": window, "layer_types": kinds}
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from lit_gpt.families import llama
 from lit_gpt.families.fields import rope, tiny_size
-from lit_gpt.families.tables import Table
+from lit_gpt.families.tables import Layout, Said, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("ernie4_5",)
@@ -29,6 +29,18 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 
 def weights(config: Config) -> Table:
     return {**llama.weights(config), **llama.turned_qkv(config)}
+
+
+ARCHITECTURES = ("ernie4_5",)
+
+
+def gguf(config: Config) -> Layout:
+    return Layout("ernie4_5", interleaved=True)
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    biased = said.holds("blk.0.attn_q.bias")
+    return {"architectures": ["Ernie4_5ForCausalLM"], "model_type": "ernie4_5", "use_bias": biased}
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

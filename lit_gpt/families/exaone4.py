@@ -3,8 +3,11 @@ the larger ones, three layers of four have a window, and those without have no p
 
 from typing import Any
 
+from lit_gpt.errors import UserError
 from lit_gpt.families import llama, olmo2
 from lit_gpt.families.fields import tiny_size, windows
+from lit_gpt.families.tables import Layout, Said
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("exaone4",)
 # What transformers takes for fields that a config.json leaves out.
@@ -37,6 +40,31 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 weights = olmo2.weights
+
+
+ARCHITECTURES = ("exaone4",)
+
+
+def gguf(config: Config) -> Layout:
+    every = [layer for layer in range(config.n_layer) if (layer + 1) % 4 == 0]
+    if config.sliding_window and (config.n_layer != 64 or config.global_layers != every):
+        raise UserError("--format gguf: llama.cpp's exaone4 has windows with 64 layers alone, but in every fourth")
+    if config.unrotated_layers != (every if config.sliding_window else []):
+        raise UserError("--format gguf: llama.cpp's exaone4 rotates layers with a window, and all where there is none")
+    if config.n_head * config.head_size != config.n_embd:
+        raise UserError("--format gguf: llama.cpp's exaone4 has heads whose sizes sum to the embedding's")
+    window = {"attention.sliding_window": config.sliding_window}
+    return Layout("exaone4", keeps_window=True, metadata=window)
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    window = said.get("attention.sliding_window", int) or None
+    return {
+        "architectures": ["Exaone4ForCausalLM"],
+        "model_type": "exaone4",
+        "sliding_window": window,
+        "sliding_window_pattern": 4 if window else None,
+    }
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from lit_gpt.errors import UserError
 from lit_gpt.families.fields import activation, rope, sizes
-from lit_gpt.families.tables import Grouped, Layout, Table
+from lit_gpt.families.tables import Grouped, Layout, Said, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("falcon",)
@@ -81,11 +81,37 @@ def weights(config: Config) -> Table:
     }
 
 
+ARCHITECTURES = ("falcon",)
+
+
 def gguf(config: Config) -> Layout:
     if config.alibi or config.bias or not config.parallel_residual:
         raise UserError("--format gguf: llama.cpp's falcon has neither ALiBi, biases nor attention and MLP in sequence")
+    said, places = {"tensor_data_layout": "jploski"}, {"h.{}.attn.qkv": "blk.{}.attn_qkv"}
+    if not config.shared_attention_norm:
+        places |= {"h.{}.norm_1": "blk.{}.attn_norm_2", "h.{}.norm_2": "blk.{}.attn_norm"}
     unread = "" if config.n_query_groups == 1 and config.tie_embeddings else "takes no head apart, nor grouped queries"
-    return Layout("falcon", ("gelu",), metadata={"tensor_data_layout": "jploski"}, unread=unread)
+    return Layout("falcon", ("gelu",), metadata=said, places=places, unread=unread)
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    groups, two = (
+        said.get("attention.head_count_kv", int) or said.need("attention.head_count", int),
+        said.holds("blk.0.attn_norm_2.weight"),
+    )
+    return {
+        "architectures": ["FalconForCausalLM"],
+        "model_type": "falcon",
+        "activation": "gelu",
+        "new_decoder_architecture": groups > 1,
+        "num_kv_heads": groups,
+        "num_ln_in_parallel_attn": 2 if two else 1,
+        "multi_query": True,
+        "parallel_attn": True,
+        "bias": False,
+        "layer_norm_epsilon": said.need("attention.layer_norm_epsilon", float),
+        "ffn_hidden_size": said.need("feed_forward_length", int),
+    }
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from lit_gpt.errors import UserError
 from lit_gpt.families import llama, qwen
 from lit_gpt.families.fields import activation, tiny_size, two_ropes, windows
-from lit_gpt.families.tables import Layout, Table
+from lit_gpt.families.tables import Layout, Said, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("gemma", "gemma2", "gemma3_text")
@@ -93,9 +93,13 @@ def weights(config: Config) -> Table:
     }
 
 
+ARCHITECTURES = ("gemma", "gemma2", "gemma3")
+
+
 def gguf(config: Config) -> Layout:
     kind, period = ("gemma", 1) if not config.post_norm else ("gemma3", 6) if config.qk_norm else ("gemma2", 2)
-    scale = (config.n_embd // config.n_head if kind == "gemma2" and config.n_layer == 46 else config.head_size) ** -0.5
+    largest = (kind, config.n_layer) in (("gemma2", 46), ("gemma3", 62))
+    scale = (config.n_embd // config.n_head if largest else config.head_size) ** -0.5
     layers = [layer for layer in range(config.n_layer) if (layer + 1) % period == 0]
     if config.sliding_window and layers != config.global_layers or config.local_rope_base not in (None, 1e4):
         raise UserError(f"--format gguf: llama.cpp's {kind} has no window in each {period}th layer, elsewhere base 1e4")
@@ -111,6 +115,26 @@ def gguf(config: Config) -> Layout:
     return Layout(
         kind, ("gelu_tanh",), norm_offset=1.0, keeps_window=True, metadata=further, unread=unread.get(kind, "")
     )
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    names = {"gemma": "Gemma", "gemma2": "Gemma2", "gemma3": "Gemma3"}
+    common = {"architectures": [f"{names[said.architecture]}ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh"}
+    if said.architecture == "gemma":
+        return common | {"model_type": "gemma", "hidden_act": "gelu_pytorch_tanh"}
+    layers, period = said.need("block_count", int), 2 if said.architecture == "gemma2" else 6
+    window = said.get("attention.sliding_window", int, 0) or 4096
+    largest = layers == (46 if said.architecture == "gemma2" else 62)  # which scales by the mean size of a head
+    mean = said.need("embedding_length", int) // said.need("attention.head_count", int)
+    return common | {
+        "model_type": "gemma2" if said.architecture == "gemma2" else "gemma3_text",
+        "sliding_window": window,
+        "layer_types": ["sliding_attention" if (layer + 1) % period else "full_attention" for layer in range(layers)],
+        "query_pre_attn_scalar": mean if largest else said.need("attention.key_length", int),
+        "attn_logit_softcapping": said.get("attn_logit_softcapping", float),
+        "final_logit_softcapping": said.get("final_logit_softcapping", float),
+        **({"rope_local_base_freq": 10000.0} if said.architecture == "gemma3" else {}),
+    }
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

@@ -3,9 +3,10 @@ the models of April 2025 on with norms behind attention and MLP, too."""
 
 from typing import Any
 
+from lit_gpt.errors import UserError
 from lit_gpt.families import llama
 from lit_gpt.families.fields import rope, tiny_size
-from lit_gpt.families.tables import Table
+from lit_gpt.families.tables import Layout, Said, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("glm", "glm4")
@@ -44,6 +45,31 @@ def weights(config: Config) -> Table:
         "h.{}.mlp.gate_up": layer + "mlp.gate_up_proj",
         "h.{}.post_norm_1": layer + "post_self_attn_layernorm",
         "h.{}.post_norm_2": layer + "post_mlp_layernorm",
+    }
+
+
+ARCHITECTURES = ("glm4", "chatglm")
+
+
+def gguf(config: Config) -> Layout:
+    if config.tie_embeddings:
+        raise UserError("--format gguf: llama.cpp's glm4 and chatglm have heads of their own")
+    if not config.post_norm and config.n_head * config.head_size != config.n_embd:
+        raise UserError("--format gguf: llama.cpp's chatglm has heads whose sizes sum to the embedding's")
+    fused = {"h.{}.mlp.gate_up": "blk.{}.ffn_up"}
+    return Layout("glm4" if config.post_norm else "chatglm", interleaved=True, places=fused)
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    kind = "glm4" if said.architecture == "glm4" else "glm"
+    head_size = said.get("attention.key_length", int) or (
+        said.need("embedding_length", int) // said.need("attention.head_count", int)
+    )
+    rotated = said.get("rope.dimension_count", int, head_size) / head_size
+    return {
+        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "model_type": kind,
+        "partial_rotary_factor": rotated,
     }
 
 

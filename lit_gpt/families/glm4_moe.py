@@ -3,9 +3,10 @@ and dense first layers; half of each head rotated."""
 
 from typing import Any
 
+from lit_gpt.errors import UserError
 from lit_gpt.families import llama, mixtral, qwen_moe
 from lit_gpt.families.fields import rope, tiny_size
-from lit_gpt.families.tables import Table
+from lit_gpt.families.tables import Layout, Said, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("glm4_moe",)
@@ -48,6 +49,44 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 
 def weights(config: Config) -> Table:
     return {**qwen_moe.weights(config), **mixtral.shared(config, "model.layers.{}.mlp.shared_experts.")}
+
+
+ARCHITECTURES = ("glm4moe",)
+
+
+def gguf(config: Config) -> Layout:
+    if config.n_expert_group > 1 or config.dense_layers != list(range(len(config.dense_layers))):
+        raise UserError("--format gguf: llama.cpp's glm4moe has no groups of experts, and dense layers come first")
+    shared = config.shared_intermediate_size // config.intermediate_size
+    routing = {
+        "expert_shared_count": shared,
+        "expert_shared_feed_forward_length": None,
+        "expert_weights_norm": config.norm_expert_weights,
+        "expert_weights_scale": config.expert_scale,
+        "expert_gating_func": 2,  # sigmoid
+        "expert_group_count": 1,
+        "expert_group_used_count": 1,
+    }
+    return Layout("glm4moe", metadata=routing, places={"h.{}.norm_2": "blk.{}.post_attention_norm"})
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    head_size = said.need("attention.key_length", int)
+    return {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "moe_intermediate_size": said.need("expert_feed_forward_length", int),
+        "n_routed_experts": said.need("expert_count", int),
+        "num_experts_per_tok": said.need("expert_used_count", int),
+        "n_shared_experts": said.get("expert_shared_count", int, 1),
+        "first_k_dense_replace": said.get("leading_dense_block_count", int, 0),
+        "norm_topk_prob": said.get("expert_weights_norm", bool, True),
+        "routed_scaling_factor": said.get("expert_weights_scale", float, 1.0),
+        "n_group": 1,
+        "topk_group": 1,
+        "use_qk_norm": said.holds("blk.0.attn_q_norm.weight"),
+        "partial_rotary_factor": said.get("rope.dimension_count", int, head_size) / head_size,
+    }
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lit_gpt.families.fields import activation, refuse
-from lit_gpt.families.tables import Table, Transposed
+from lit_gpt.families.tables import Layout, Said, Table, Transposed
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("gpt2",)
@@ -65,6 +65,33 @@ def weights(config: Config) -> Table:
         "h.{}.mlp.proj": Transposed((layer + "mlp.c_proj",)),
         "ln_f": "transformer.ln_f",
         "lm_head": "lm_head",
+    }
+
+
+ARCHITECTURES = ("gpt2",)
+
+
+def gguf(config: Config) -> Layout:
+    return fused("gpt2")
+
+
+def fused(architecture: str) -> Layout:
+    """Return a layout of llama.cpp in which queries, keys and values are one product, as here."""
+    qkv = {"h.{}.attn.qkv": "blk.{}.attn_qkv"}
+    return Layout(architecture, ("gelu_tanh", "gelu"), places=qkv, unread="takes not all fields over")
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_layer": said.need("block_count", int),
+        "n_head": said.need("attention.head_count", int),
+        "n_embd": said.need("embedding_length", int),
+        "n_inner": said.need("feed_forward_length", int),
+        "n_positions": said.need("context_length", int),
+        "layer_norm_epsilon": said.need("attention.layer_norm_epsilon", float),
+        "activation_function": "gelu_pytorch_tanh",
     }
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from lit_gpt.families import gpt2
 from lit_gpt.families.fields import refuse
-from lit_gpt.families.tables import Grouped, Table
+from lit_gpt.families.tables import Grouped, Layout, Said, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("gpt_bigcode",)
@@ -43,6 +43,19 @@ def weights(config: Config) -> Table:
         "h.{}.mlp.fc": layer + "mlp.c_fc",
         "h.{}.mlp.proj": layer + "mlp.c_proj",
     }
+
+
+ARCHITECTURES = ("starcoder",)
+
+
+def gguf(config: Config) -> Layout:
+    return gpt2.fused("starcoder")
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    own = {"architectures": ["GPTBigCodeForCausalLM"], "model_type": "gpt_bigcode"}
+    heads = said.need("attention.head_count", int)
+    return gpt2.from_gguf(said) | own | {"multi_query": said.get("attention.head_count_kv", int, heads) == 1}
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

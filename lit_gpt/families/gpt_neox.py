@@ -4,7 +4,7 @@ from typing import Any
 
 from lit_gpt.errors import UserError
 from lit_gpt.families.fields import activation, rope, sizes, tiny_size
-from lit_gpt.families.tables import Grouped, Layout, Table
+from lit_gpt.families.tables import Grouped, Layout, Said, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("gpt_neox",)
@@ -74,11 +74,29 @@ def weights(config: Config) -> Table:
     }
 
 
+ARCHITECTURES = ("gptneox",)
+
+
 def gguf(config: Config) -> Layout:
     if config.tie_embeddings or not config.qkv_bias:
         raise UserError("--format gguf: llama.cpp's gptneox has a head of its own, and biases in the attention")
     parallel = {"use_parallel_residual": config.parallel_residual}
-    return Layout("gptneox", ("gelu", "gelu_tanh"), metadata=parallel, unread="does not know the architecture")
+    return Layout("gptneox", ("gelu", "gelu_tanh"), metadata=parallel, places={"h.{}.attn.qkv": "blk.{}.attn_qkv"})
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    head_size = said.get("attention.key_length", int) or (
+        said.need("embedding_length", int) // said.need("attention.head_count", int)
+    )
+    return {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        "hidden_act": "gelu",
+        "attention_bias": True,
+        "use_parallel_residual": said.get("use_parallel_residual", bool, True),
+        "layer_norm_eps": said.need("attention.layer_norm_epsilon", float),
+        "rotary_pct": said.need("rope.dimension_count", int) / head_size,
+    }
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

@@ -5,9 +5,10 @@ The published experts are stored in 4 bits (MXFP4), and dequantized at conversio
 
 from typing import Any
 
+from lit_gpt.errors import UserError
 from lit_gpt.families import llama
 from lit_gpt.families.fields import refuse, rope, tiny_size, windows
-from lit_gpt.families.tables import AllExperts, Table
+from lit_gpt.families.tables import AllExperts, Layout, Said, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("gpt_oss",)
@@ -52,6 +53,35 @@ def weights(config: Config) -> Table:
         "h.{}.mlp.router": layer + "mlp.router",
         "h.{}.mlp.gate_up": AllExperts((layer + "mlp.experts.gate_up_proj",), alternating=True),
         "h.{}.mlp.proj": AllExperts((layer + "mlp.experts.down_proj",)),
+    }
+
+
+ARCHITECTURES = ("gpt-oss",)
+
+
+def gguf(config: Config) -> Layout:
+    if (config.gate_limit, config.gate_slope) != (7.0, 1.702):
+        raise UserError("--format gguf: llama.cpp's gpt-oss clamps gates to 7 and has their slope at 1.702")
+    if config.global_layers != list(range(1, config.n_layer, 2)):
+        raise UserError("--format gguf: llama.cpp's gpt-oss has a window in every other layer, the first among them")
+    window = {"attention.sliding_window": config.sliding_window}
+    norm = {"h.{}.norm_2": "blk.{}.post_attention_norm"}
+    return Layout("gpt-oss", keeps_window=True, rounds_yarn=True, metadata=window, places=norm)
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    key = "rope.scaling."
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "num_local_experts": said.need("expert_count", int),
+        "num_experts_per_tok": said.need("expert_used_count", int),
+        "sliding_window": said.need("attention.sliding_window", int),
+        "rope_scaling": _YARN
+        | {
+            "factor": said.need(key + "factor", float),
+            "original_max_position_embeddings": said.need(key + "original_context_length", int),
+        },
     }
 
 

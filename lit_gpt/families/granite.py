@@ -4,7 +4,7 @@ from typing import Any
 
 from lit_gpt.families import llama
 from lit_gpt.families.fields import tiny_size
-from lit_gpt.families.tables import Layout
+from lit_gpt.families.tables import Layout, Said
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("granite",)
@@ -40,6 +40,9 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 weights = llama.weights
 
 
+ARCHITECTURES = ("granite",)
+
+
 def gguf(config: Config) -> Layout:
     scales = {
         "attention.scale": config.attention_scale,
@@ -47,7 +50,21 @@ def gguf(config: Config) -> Layout:
         "residual_scale": config.residual_scale,
         "logit_scale": config.logit_divisor,
     }
-    return Layout("granite", interleaved=True, metadata=scales, unread="does not know the architecture")
+    return Layout("granite", interleaved=True, metadata=scales)
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    return {"architectures": ["GraniteForCausalLM"], "model_type": "granite", **multipliers(said)}
+
+
+def multipliers(said: Said) -> dict[str, float]:
+    """Return the factors of the family, in config.json's words."""
+    return {
+        "attention_multiplier": said.need("attention.scale", float),
+        "embedding_multiplier": said.need("embedding_scale", float),
+        "residual_multiplier": said.need("residual_scale", float),
+        "logits_scaling": said.need("logit_scale", float),
+    }
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """Granite 3 with experts (Granite Team 2024): Granite's factors, and 32 or 40 experts of which each token goes to
 eight."""
 
+from dataclasses import replace
 from typing import Any
 
 from lit_gpt.families import granite, llama
 from lit_gpt.families.fields import tiny_size
-from lit_gpt.families.tables import Table
+from lit_gpt.families.tables import Layout, Said, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("granitemoe",)
@@ -39,6 +40,23 @@ def weights(config: Config) -> Table:
         "h.{}.mlp.router": mlp + "router.layer",
         "h.{}.mlp.gate_up": mlp + "input_linear",
         "h.{}.mlp.proj": mlp + "output_linear",
+    }
+
+
+ARCHITECTURES = ("granitemoe",)
+
+
+def gguf(config: Config) -> Layout:
+    return replace(granite.gguf(config), architecture="granitemoe")
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    return {
+        "architectures": ["GraniteMoeForCausalLM"],
+        "model_type": "granitemoe",
+        "num_local_experts": said.need("expert_count", int),
+        "num_experts_per_tok": said.need("expert_used_count", int),
+        **granite.multipliers(said),
     }
 
 

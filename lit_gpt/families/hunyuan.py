@@ -4,7 +4,7 @@ from typing import Any
 
 from lit_gpt.families import llama
 from lit_gpt.families.fields import tiny_size
-from lit_gpt.families.tables import Table
+from lit_gpt.families.tables import Layout, Said, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("hunyuan_v1_dense",)
@@ -31,6 +31,17 @@ def weights(config: Config) -> Table:
         "h.{}.attn.qk_norm.q": attention + "query_layernorm",
         "h.{}.attn.qk_norm.k": attention + "key_layernorm",
     }
+
+
+ARCHITECTURES = ("hunyuan-dense",)
+
+
+def gguf(config: Config) -> Layout:
+    return Layout("hunyuan-dense")
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    return {"architectures": ["HunYuanDenseV1ForCausalLM"], "model_type": "hunyuan_v1_dense"}
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

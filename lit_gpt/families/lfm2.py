@@ -6,7 +6,7 @@ from typing import Any
 from lit_gpt.errors import UserError
 from lit_gpt.families import llama, qwen
 from lit_gpt.families.fields import tiny_size
-from lit_gpt.families.tables import Stacked, Table
+from lit_gpt.families.tables import Layout, Said, Squeezed, Stacked, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("lfm2",)
@@ -78,6 +78,37 @@ def weights(config: Config) -> Table:
         "h.{}.mlp.gate_up": Stacked((mlp + "w1", mlp + "w3"), (config.intermediate_size,) * 2),
         "h.{}.mlp.proj": mlp + "w2",
         "ln_f": "model.embedding_norm",
+    }
+
+
+ARCHITECTURES = ("lfm2",)
+
+
+def gguf(config: Config) -> Layout:
+    if config.conv_bias:
+        raise UserError("--format gguf: llama.cpp's lfm2 has convolutions without biases")
+    mixer = "blk.{}.shortconv."
+    places = {
+        "h.{}.mixer.qkv": mixer + "in_proj",
+        "h.{}.mixer.conv": Squeezed((mixer + "conv",), 1),
+        "h.{}.mixer.proj": mixer + "out_proj",
+        "ln_f": "token_embd_norm",
+    }
+    return Layout("lfm2", metadata={"shortconv.l_cache": config.conv_size}, places=places, unread="")
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    layers = range(said.need("block_count", int))
+    kinds = ["full_attention" if said.holds(f"blk.{layer}.attn_q.weight") else "conv" for layer in layers]
+    return {
+        "architectures": ["Lfm2ForCausalLM"],
+        "model_type": "lfm2",
+        "block_auto_adjust_ff_dim": False,
+        "conv_L_cache": said.need("shortconv.l_cache", int),
+        "conv_bias": False,
+        "layer_types": kinds,
+        "norm_eps": said.need("attention.layer_norm_rms_epsilon", float),
+        "tie_embedding": not said.holds("output.weight"),
     }
 
 

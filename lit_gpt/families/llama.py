@@ -4,7 +4,7 @@ TinyLlama, OpenLLaMA, Vicuna, CodeLlama, SmolLM2."""
 from typing import Any
 
 from lit_gpt.families.fields import activation, rope, sizes, tiny_size
-from lit_gpt.families.tables import Layout, Stacked, Table, Turned, neighbors_apart
+from lit_gpt.families.tables import Layout, Said, Stacked, Table, Turned, neighbors_apart
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("llama", "mistral")
@@ -115,9 +115,16 @@ def turned_qkv(config: Config) -> Table:
     return {"h.{}.attn.qkv": Turned(modules, config.qkv_sizes, neighbors_apart(config.rope_n_elem, config.head_size))}
 
 
+ARCHITECTURES = ("llama",)
+
+
 def gguf(config: Config) -> Layout:
     unread = "takes no biases over" if config.bias or config.qkv_bias else ""
     return Layout("llama", interleaved=True, unread=unread)
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    return {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Any
 
 from lit_gpt.families import llama
 from lit_gpt.families.fields import tiny_size
-from lit_gpt.families.tables import PerExpert, Place, Stacked, Table
+from lit_gpt.families.tables import Layout, PerExpert, Place, Said, Stacked, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("mixtral",)
@@ -69,6 +69,24 @@ def dense_layers(hf: dict[str, Any]) -> list[int]:
     """Return the layers without experts, from the fields of the Qwen families."""
     step, listed = hf.get("decoder_sparse_step", 1), hf.get("mlp_only_layers") or []
     return [layer for layer in range(hf["num_hidden_layers"]) if layer in listed or (layer + 1) % step]
+
+
+ARCHITECTURES = ("llama",)
+MARK = "expert_count"
+
+
+def gguf(config: Config) -> Layout:
+    return Layout("llama", interleaved=True, unread="takes no experts over")
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    return {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": said.need("expert_count", int),
+        "num_experts_per_tok": said.need("expert_used_count", int),
+        "sliding_window": None,
+    }
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

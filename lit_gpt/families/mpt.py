@@ -3,7 +3,7 @@
 from typing import Any
 
 from lit_gpt.families.fields import refuse
-from lit_gpt.families.tables import Table
+from lit_gpt.families.tables import Layout, Said, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("mpt",)
@@ -54,6 +54,29 @@ def weights(config: Config) -> Table:
         "h.{}.mlp.proj": layer + "ffn.down_proj",
         "ln_f": "transformer.norm_f",
         "lm_head": "lm_head",
+    }
+
+
+ARCHITECTURES = ("mpt",)
+
+
+def gguf(config: Config) -> Layout:
+    alibi = {"attention.max_alibi_bias": 8.0}
+    qkv = {"h.{}.attn.qkv": "blk.{}.attn_qkv"}
+    return Layout("mpt", ("gelu",), metadata=alibi, places=qkv)
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    width = said.need("embedding_length", int)
+    return {
+        "architectures": ["MptForCausalLM"],
+        "model_type": "mpt",
+        "n_layers": said.need("block_count", int),
+        "n_heads": said.need("attention.head_count", int),
+        "d_model": width,
+        "expansion_ratio": said.need("feed_forward_length", int) // width,
+        "max_seq_len": said.need("context_length", int),
+        "layer_norm_epsilon": said.need("attention.layer_norm_epsilon", float),
     }
 
 

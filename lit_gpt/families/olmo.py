@@ -5,6 +5,8 @@ from typing import Any
 
 from lit_gpt.families import llama
 from lit_gpt.families.fields import tiny_size
+from lit_gpt.families.tables import Layout, Said
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("olmo",)
 
@@ -21,6 +23,18 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 weights = llama.weights
+
+
+ARCHITECTURES = ("olmo",)
+
+
+def gguf(config: Config) -> Layout:
+    return Layout("olmo", interleaved=True, metadata={"attention.clamp_kqv": config.clip_qkv})
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    clip = said.get("attention.clamp_kqv", float) or None
+    return {"architectures": ["OlmoForCausalLM"], "model_type": "olmo", "clip_qkv": clip}
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

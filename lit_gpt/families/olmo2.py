@@ -4,7 +4,7 @@ from typing import Any
 
 from lit_gpt.families import llama, qwen
 from lit_gpt.families.fields import tiny_size
-from lit_gpt.families.tables import Layout, Table
+from lit_gpt.families.tables import Layout, Said, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("olmo2",)
@@ -32,8 +32,15 @@ def weights(config: Config) -> Table:
     }
 
 
+ARCHITECTURES = ("olmo2",)
+
+
 def gguf(config: Config) -> Layout:
-    return Layout("olmo2", unread="does not know the architecture")
+    return Layout("olmo2")
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    return {"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

@@ -1,9 +1,13 @@
 """OLMo 3 (OLMo Team 2025): OLMo 2 with a window in three layers of four, and angles stretched in the fourth."""
 
+from dataclasses import replace
 from typing import Any
 
+from lit_gpt.errors import UserError
 from lit_gpt.families import llama, olmo2
 from lit_gpt.families.fields import tiny_size, two_ropes, windows
+from lit_gpt.families.tables import Layout, Said
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("olmo3",)
 
@@ -26,6 +30,24 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 weights = olmo2.weights
+
+
+ARCHITECTURES = ("olmo2",)
+MARK = "attention.sliding_window"
+
+
+def gguf(config: Config) -> Layout:
+    if config.sliding_window and config.global_layers != [i for i in range(config.n_layer) if (i + 1) % 4 == 0]:
+        raise UserError("--format gguf: llama.cpp's olmo2 has a window in all layers but every fourth")
+    window = {"attention.sliding_window": config.sliding_window}
+    return replace(olmo2.gguf(config), keeps_window=True, metadata=window)
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    layers, window = said.need("block_count", int), said.need("attention.sliding_window", int)
+    kinds = ["sliding_attention" if (layer + 1) % 4 else "full_attention" for layer in range(layers)]
+    own = {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3"}
+    return own | {"sliding_window": window, "layer_types": kinds}
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

@@ -3,8 +3,11 @@ and key."""
 
 from typing import Any
 
+from lit_gpt.errors import UserError
 from lit_gpt.families import llama, qwen_moe
 from lit_gpt.families.fields import tiny_size
+from lit_gpt.families.tables import Layout, Said
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("olmoe",)
 # What transformers takes for fields that a config.json leaves out.
@@ -29,6 +32,27 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 weights = qwen_moe.weights
+
+
+ARCHITECTURES = ("olmoe",)
+
+
+def gguf(config: Config) -> Layout:
+    if config.norm_expert_weights or config.clip_qkv:
+        raise UserError("--format gguf: llama.cpp's olmoe clips nothing, and leaves the weights of experts as they are")
+    if config.n_query_groups != config.n_head:
+        raise UserError("--format gguf: llama.cpp's olmoe has a key and value for each head")
+    return Layout("olmoe")
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    return {
+        "architectures": ["OlmoeForCausalLM"],
+        "model_type": "olmoe",
+        "num_experts": said.need("expert_count", int),
+        "num_experts_per_tok": said.need("expert_used_count", int),
+        "norm_topk_prob": False,
+    }
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ of each head rotated."""
 from typing import Any
 
 from lit_gpt.families.fields import activation, rope, sizes, tiny_size
-from lit_gpt.families.tables import Stacked, Table
+from lit_gpt.families.tables import Layout, Said, Stacked, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("phi",)
@@ -50,6 +50,24 @@ def weights(config: Config) -> Table:
         "h.{}.mlp.proj": layer + "mlp.fc2",
         "ln_f": "model.final_layernorm",
         "lm_head": "lm_head",
+    }
+
+
+ARCHITECTURES = ("phi2",)
+
+
+def gguf(config: Config) -> Layout:
+    return Layout("phi2", ("gelu_tanh",))
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    head_size = said.need("embedding_length", int) // said.need("attention.head_count", int)
+    return {
+        "architectures": ["PhiForCausalLM"],
+        "model_type": "phi",
+        "hidden_act": "gelu_new",
+        "layer_norm_eps": said.need("attention.layer_norm_epsilon", float),
+        "partial_rotary_factor": said.get("rope.dimension_count", int, head_size) / head_size,
     }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from lit_gpt.families import llama
 from lit_gpt.families.fields import tiny_size
-from lit_gpt.families.tables import Layout, Table
+from lit_gpt.families.tables import Layout, Said, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("phi3",)
@@ -68,8 +68,24 @@ def weights(config: Config) -> Table:
     return {**llama.weights(config), **fused}
 
 
+ARCHITECTURES = ("phi3",)
+
+
 def gguf(config: Config) -> Layout:
-    return Layout("phi3", metadata={"attention.sliding_window": 0})
+    fused = {"h.{}.attn.qkv": "blk.{}.attn_qkv", "h.{}.mlp.gate_up": "blk.{}.ffn_up"}
+    return Layout("phi3", metadata={"attention.sliding_window": 0}, places=fused, unread="")
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    head_size = said.get("attention.key_length", int) or (
+        said.need("embedding_length", int) // said.need("attention.head_count", int)
+    )
+    return {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "sliding_window": said.get("attention.sliding_window", int) or None,
+        "partial_rotary_factor": said.get("rope.dimension_count", int, head_size) / head_size,
+    }
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

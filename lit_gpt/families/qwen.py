@@ -5,7 +5,7 @@ from typing import Any
 
 from lit_gpt.families import llama
 from lit_gpt.families.fields import tiny_size, windows
-from lit_gpt.families.tables import Layout, Table
+from lit_gpt.families.tables import Layout, Said, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("qwen2", "qwen3")
@@ -57,10 +57,19 @@ def weights(config: Config) -> Table:
     return {**llama.weights(config), **norms}
 
 
+ARCHITECTURES = ("qwen2", "qwen3")
+
+
 def gguf(config: Config) -> Layout:
     if config.qkv_bias:
-        return Layout("qwen2")
+        return Layout("qwen2", unread="")
     return Layout("qwen3", unread="" if config.head_size == 128 else "takes the size of heads to be 128")
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    name = "Qwen2" if said.architecture == "qwen2" else "Qwen3"
+    own = {"architectures": [f"{name}ForCausalLM"], "model_type": said.architecture}
+    return own | {"attention_bias": False}  # Qwen 2 has those that it has without saying
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

@@ -3,9 +3,10 @@ each scales by itself."""
 
 from typing import Any
 
+from lit_gpt.errors import UserError
 from lit_gpt.families import llama, mixtral, qwen_moe
 from lit_gpt.families.fields import tiny_size, windows
-from lit_gpt.families.tables import Table
+from lit_gpt.families.tables import Layout, Said, Squeezed, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("qwen2_moe",)
@@ -46,6 +47,30 @@ def weights(config: Config) -> Table:
         **qwen_moe.weights(config),
         **mixtral.shared(config, mlp + "shared_expert."),
         "h.{}.mlp.shared_gate": mlp + "shared_expert_gate",
+    }
+
+
+ARCHITECTURES = ("qwen2moe",)
+
+
+def gguf(config: Config) -> Layout:
+    if config.norm_expert_weights or config.dense_layers:
+        raise UserError("--format gguf: llama.cpp's qwen2moe has experts in all layers, whose weights do not sum to 1")
+    gate = Squeezed(("blk.{}.ffn_gate_inp_shexp",), 0)
+    return Layout("qwen2moe", places={"h.{}.mlp.shared_gate": gate}, unread="takes not all sizes over")
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "attention_bias": False,
+        "qkv_bias": said.holds("blk.0.attn_q.bias"),
+        "num_experts": said.need("expert_count", int),
+        "num_experts_per_tok": said.need("expert_used_count", int),
+        "moe_intermediate_size": said.need("expert_feed_forward_length", int),
+        "shared_expert_intermediate_size": said.need("expert_shared_feed_forward_length", int),
+        "norm_topk_prob": False,
     }
 
 

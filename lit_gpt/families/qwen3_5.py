@@ -8,6 +8,7 @@ from lit_gpt.families.tables import Stacked, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("qwen3_5_text",)
+WRAPPERS = ("qwen3_5",)  # all that are published, which read images and videos
 # What transformers takes for fields that a config.json leaves out.
 DEFAULTS = {"qwen3_5_text": dict(max_position_embeddings=32768, intermediate_size=12288)}
 

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from lit_gpt.errors import UserError
 from lit_gpt.families import llama, mixtral, qwen
 from lit_gpt.families.fields import refuse, tiny_size
-from lit_gpt.families.tables import Table
+from lit_gpt.families.tables import Layout, Said, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("qwen3_moe",)
@@ -47,6 +48,26 @@ def weights(config: Config) -> Table:
         **qwen.weights(config),
         "h.{}.mlp.router": mlp + "gate",
         **mixtral.experts(config, mlp, "gate_proj", "up_proj", "down_proj"),
+    }
+
+
+ARCHITECTURES = ("qwen3moe",)
+
+
+def gguf(config: Config) -> Layout:
+    if not config.norm_expert_weights:
+        raise UserError("--format gguf: llama.cpp's qwen3moe has the weights of a token's experts sum to 1")
+    return Layout("qwen3moe", unread="" if config.intermediate_size == 768 else "takes the size of experts to be 768")
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": said.need("expert_count", int),
+        "num_experts_per_tok": said.need("expert_used_count", int),
+        "moe_intermediate_size": said.need("expert_feed_forward_length", int),
+        "norm_topk_prob": True,
     }
 
 

@@ -4,6 +4,8 @@ from typing import Any
 
 from lit_gpt.families import llama
 from lit_gpt.families.fields import tiny_size
+from lit_gpt.families.tables import Layout, Said
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("seed_oss",)
 # What transformers takes for fields that a config.json leaves out.
@@ -21,6 +23,18 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 weights = llama.weights
+
+
+ARCHITECTURES = ("seed_oss",)
+
+
+def gguf(config: Config) -> Layout:
+    return Layout("seed_oss", places={"h.{}.norm_2": "blk.{}.post_attention_norm"})
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    out = said.holds("blk.0.attn_output.bias")
+    return {"architectures": ["SeedOssForCausalLM"], "model_type": "seed_oss", "attention_out_bias": out}
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

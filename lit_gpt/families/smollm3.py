@@ -5,7 +5,7 @@ from typing import Any
 from lit_gpt.errors import UserError
 from lit_gpt.families import llama
 from lit_gpt.families.fields import rope, tiny_size, windows
-from lit_gpt.families.tables import Layout
+from lit_gpt.families.tables import Layout, Said
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("smollm3",)
@@ -35,10 +35,17 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 weights = llama.weights
 
 
+ARCHITECTURES = ("smollm3",)
+
+
 def gguf(config: Config) -> Layout:
     if config.unrotated_layers != [layer for layer in range(config.n_layer) if (layer + 1) % 4 == 0]:
         raise UserError("--format gguf: llama.cpp's smollm3 rotates all layers but every fourth")
-    return Layout("smollm3", interleaved=True, unread="does not know the architecture")
+    return Layout("smollm3", interleaved=True)
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    return {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "no_rope_layer_interval": 4}
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

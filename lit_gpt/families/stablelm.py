@@ -6,7 +6,7 @@ from typing import Any
 
 from lit_gpt.families import llama
 from lit_gpt.families.fields import rope, tiny_size
-from lit_gpt.families.tables import Stacked, Table
+from lit_gpt.families.tables import Layout, PerHead, Said, Stacked, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("stablelm",)
@@ -47,6 +47,29 @@ def weights(config: Config) -> Table:
         **llama.weights(config),
         "h.{}.attn.qk_norm.q": norms("q_layernorm", config.n_head),
         "h.{}.attn.qk_norm.k": norms("k_layernorm", config.n_query_groups),
+    }
+
+
+ARCHITECTURES = ("stablelm",)
+
+
+def gguf(config: Config) -> Layout:
+    parallel = {"use_parallel_residual": config.parallel_residual}
+    norms = {f"h.{{}}.attn.qk_norm.{x}": PerHead((f"blk.{{}}.attn_{x}_norm",), config.head_size) for x in "qk"}
+    return Layout("stablelm", metadata=parallel, places=norms, unread="takes over neither the rotated part nor norms")
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    head_size = said.need("embedding_length", int) // said.need("attention.head_count", int)
+    return {
+        "architectures": ["StableLmForCausalLM"],
+        "model_type": "stablelm",
+        "layer_norm_eps": said.need("attention.layer_norm_epsilon", float),
+        "attention_bias": False,
+        "use_parallel_residual": not said.holds("blk.0.ffn_norm.weight"),
+        "use_qkv_bias": said.holds("blk.0.attn_q.bias"),
+        "qk_layernorm": said.holds("blk.0.attn_q_norm.weight"),
+        "partial_rotary_factor": said.get("rope.dimension_count", int, head_size) / head_size,
     }
 
 

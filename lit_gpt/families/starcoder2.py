@@ -5,7 +5,7 @@ from typing import Any
 
 from lit_gpt.families import llama
 from lit_gpt.families.fields import activation, tiny_size
-from lit_gpt.families.tables import Table
+from lit_gpt.families.tables import Layout, Said, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("starcoder2",)
@@ -36,6 +36,24 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 def weights(config: Config) -> Table:
     mlp = "model.layers.{}.mlp."
     return {**llama.weights(config), "h.{}.mlp.fc": mlp + "c_fc", "h.{}.mlp.proj": mlp + "c_proj"}
+
+
+ARCHITECTURES = ("starcoder2",)
+
+
+def gguf(config: Config) -> Layout:
+    return Layout("starcoder2", ("gelu_tanh",), unread="")
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    return {
+        "architectures": ["Starcoder2ForCausalLM"],
+        "model_type": "starcoder2",
+        "hidden_act": "gelu_pytorch_tanh",
+        "norm_epsilon": said.need("attention.layer_norm_epsilon", float),
+        "use_bias": said.holds("blk.0.attn_q.bias"),
+        "sliding_window": None,
+    }
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,14 @@ class Place:
 
 
 @dataclass(frozen=True)
+class Named(Place):
+    """One tensor under its whole name."""
+
+    def name(self, module: str, kind: str) -> str:
+        return module
+
+
+@dataclass(frozen=True)
 class Stacked(Place):
     """Several modules' rows, one below the other: separate projections that are one product here."""
 
@@ -36,6 +44,32 @@ class Stacked(Place):
 
     def to_hf(self, tensor: Tensor) -> list[Tensor]:
         return list(tensor.split(self.sizes))
+
+
+@dataclass(frozen=True)
+class Squeezed(Place):
+    """One module's tensor, stored without a dimension of size 1."""
+
+    dim: int
+
+    def to_lit(self, tensors: list[Tensor]) -> Tensor:
+        return tensors[0].unsqueeze(self.dim)
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor.squeeze(self.dim)]
+
+
+@dataclass(frozen=True)
+class PerHead(Place):
+    """The weights of a norm for each head, stored (heads, head_size)."""
+
+    head_size: int
+
+    def to_lit(self, tensors: list[Tensor]) -> Tensor:
+        return tensors[0].flatten()
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor.unflatten(0, (-1, self.head_size))]
 
 
 @dataclass(frozen=True)
@@ -80,6 +114,30 @@ class AllExperts(Place):
     def to_hf(self, tensor: Tensor) -> list[Tensor]:
         rows = torch.stack(tensor.chunk(2, dim=1), dim=2).flatten(1, 2) if self.alternating else tensor
         return [rows.mT if tensor.ndim == 3 else rows]
+
+
+@dataclass(frozen=True)
+class ExpertStacks(Stacked):
+    """All experts' rows of each module in one tensor (experts, sizes[i], in_features)."""
+
+    def to_lit(self, tensors: list[Tensor]) -> Tensor:
+        return torch.cat(tensors, dim=1)
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        return list(tensor.split(self.sizes, dim=1))
+
+
+@dataclass(frozen=True)
+class Offset(Place):
+    """A tensor that is stored with a number added to it, in float32."""
+
+    amount: float
+
+    def to_lit(self, tensors: list[Tensor]) -> Tensor:
+        return tensors[0] - self.amount
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor.float() + self.amount]
 
 
 @dataclass(frozen=True)
@@ -206,11 +264,14 @@ class Layout:
         architecture: its name in llama.cpp, with which the keys of its metadata begin.
         activations: those that llama.cpp computes, by their names here.
         interleaved: the rows of queries and keys are in another order: the two elements of a rotated pair are
-            neighbors there, and half a head apart in transformers.
+            neighbors there, and half a head apart here.
         norm_offset: what is added to the weights of norms.
         keeps_window: llama.cpp knows the sliding window; else the context is cut to it, within which there is none.
+        rounds_yarn: llama.cpp rounds the ends of YaRN's ramp to whole elements where the model does not, and is taken
+            as it is.
         metadata: keys, without the architecture, and values that this architecture has besides what all have.
-        unread: why transformers cannot read such a file back, if it cannot.
+        places: where tensors lie in such a file, if not where `lit_gpt.conversion.gguf.layout.places` has them.
+        unread: why transformers cannot read such a file back; "": it can.
     """
 
     architecture: str
@@ -218,5 +279,22 @@ class Layout:
     interleaved: bool = False
     norm_offset: float = 0.0
     keeps_window: bool = False
+    rounds_yarn: bool = False
     metadata: dict[str, Any] = field(default_factory=dict)
-    unread: str = ""
+    places: Table = field(default_factory=dict)
+    unread: str = "does not know the architecture"
+
+
+class Said(Protocol):
+    """What a GGUF file says about its model; keys are without the architecture."""
+
+    architecture: str
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """Return a value of the metadata, or the default where it is absent."""
+
+    def need(self, key: str, kind: type) -> Any:
+        """Return a value of the metadata; raise UserError where it is absent or not above 0."""
+
+    def holds(self, tensor: str) -> bool:
+        """Return whether the file holds a tensor."""

@@ -274,7 +274,7 @@ def turned(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 def spoil(patch: pytest.MonkeyPatch, how: str, base: Path) -> None:
     """Have the writer of each kind make one mistake."""
-    shards, merged, to_gguf = hf_shards.write_shards, lora.LoRALinear.merged, gguf_layout.TensorPlace.to_gguf
+    shards, merged, encoded = hf_shards.write_shards, lora.LoRALinear.merged, writer.encoded
     to_peft, adapter_config, side_files = peft.to_peft, peft.adapter_config, hf.copy_side_files
 
     def on_shards(change) -> None:
@@ -282,7 +282,7 @@ def spoil(patch: pytest.MonkeyPatch, how: str, base: Path) -> None:
 
     if how == "tensor transposed":
         on_shards(turned)
-        patch.setattr(gguf_layout.TensorPlace, "to_gguf", lambda place, t: turned(place.name, to_gguf(place, t)))
+        patch.setattr(writer, "encoded", lambda t, kind, name: encoded(turned(name, t), kind, name))
         patch.setattr(
             lora.LoRALinear, "merged", lambda x, d: merged(x, d).T if x.in_features == x.out_features else merged(x, d)
         )
@@ -298,7 +298,7 @@ def spoil(patch: pytest.MonkeyPatch, how: str, base: Path) -> None:
         patch.setattr(lora.LoRALinear, "merged", unscaled)
         patch.setattr(peft, "adapter_config", lambda *a: (c := adapter_config(*a)) | {"lora_alpha": c["r"]})
         # what has no scale: the order of rotated rows, and norms twice as large
-        patch.setattr(gguf_layout, "interleave", lambda tensor, heads: tensor)
+        patch.setattr(gguf_layout, "neighbors_apart", lambda rotated, head_size: tuple(range(head_size)))
         on_shards(lambda name, tensor: tensor * 2 if "norm" in name else tensor)
     elif how == "template lost":
         for name, nothing in (("write_template", None), ("save", None), ("for_others", "")):

@@ -27,7 +27,6 @@ from helpers.gguf_files import (
     byte_level,
     byte_level_fields,
     gguf_tensors,
-    interleaved,
     model_fields,
     sentencepiece_fields,
     sentencepiece_proto,
@@ -36,9 +35,8 @@ from helpers.gguf_files import (
 )
 from helpers.paths import ROOT
 from lit_gpt.checkpoints.base_model import load_model
-from lit_gpt.conversion.gguf import importer
+from lit_gpt.conversion.gguf import importer, metadata
 from lit_gpt.errors import UserError
-from lit_gpt.families.registry import config_from_hf
 from lit_gpt.text.tokenizer import NO_DUMMY_PREFIX, Tokenizer
 
 TEXTS = [*PLAIN, "<s>", "<s>Hello", "<|im|>user\nHi 12</s>\n<|im|>", "x <tool> y<tool>", " <s> </s>  a", "< s>"]
@@ -116,16 +114,14 @@ def test_k_quants_are_read_as_the_package_does(tmp_path: Path, fields: dict, ten
     # the scales of a block are float16: keep the exponents of all of them small
     half = data.reshape(64, 2, size // 2, 2)
     half[..., 1] &= 0xBB
-    names = {"token_embd.weight": 0, "blk.0.attn_q.weight": 4, "blk.1.attn_k.weight": 2}
+    names = ["token_embd.weight", "blk.1.attn_k.weight"]
     file = importer.GGUFFile(
         write_gguf(tmp_path / "k.gguf", fields, tensors | dict.fromkeys(names, (data, Kind[kind])))
     )
     expected = torch.from_numpy(dequantize(data, Kind[kind]))
     assert expected.isfinite().all() and expected.std() > 0 and expected.shape == (64, 2 * block)
-    weights = importer.GGUFWeights(file, config_from_hf(tiny().config.to_dict()), torch.float32)
-    assert torch.equal(weights["model.embed_tokens.weight"], expected)
-    assert torch.equal(interleaved(weights["model.layers.0.self_attn.q_proj.weight"], 4), expected)
-    assert torch.equal(interleaved(weights["model.layers.1.self_attn.k_proj.weight"], 2), expected)
+    weights = importer.GGUFWeights(file, torch.float32)
+    assert all(torch.equal(weights[name], expected) for name in names)
 
 
 def llama3_divisors(head_size: int, base: float, factor: float, original: int) -> np.ndarray:
@@ -155,7 +151,7 @@ def test_rope_scaling(tmp_path: Path, fields: dict, tensors: dict, scaling: str)
 def test_scaling_of_published_models_is_found(tmp_path: Path, fields: dict, tensors: dict) -> None:
     divisors = llama3_divisors(128, 5e5, 32.0, 8192), Kind.F32
     file = importer.GGUFFile(write_gguf(tmp_path / "a.gguf", fields, tensors | {"rope_freqs.weight": divisors}))
-    found = importer.llama3_scaling(file, 5e5, 128)
+    found = metadata.llama3_scaling(file, 5e5, 128)
     assert (found["factor"], found["original_max_position_embeddings"]) == (32.0, 8192)
 
 
@@ -246,6 +242,20 @@ def test_script(tmp_path: Path, fields: dict, bpe: tokenizers.Tokenizer) -> None
     assert_same_tokens(folder, bpe)
 
 
+def test_kept_in_fewer_bits(cli, tmp_path: Path, fields: dict, tensors: dict) -> None:
+    """The same folder as converting and then quantizing makes."""
+    path = write_gguf(tmp_path / "a.gguf", fields, tensors)
+    script, flags = "scripts/convert_gguf_checkpoint.py", {"gguf_path": path, "dtype": "fp32"}
+    assert cli(script, **flags, out_dir=tmp_path / "kept", quantize="nf4").code == 0
+    assert cli(script, **flags, out_dir=tmp_path / "wide").code == 0
+    further = {"quantize": "nf4", "rounding": "nearest", "out_dir": tmp_path / "after"}
+    assert cli("scripts/quantize.py", checkpoint_dir=tmp_path / "wide", **further).code == 0
+    kept, after = (torch.load(tmp_path / name / "lit_model.pth") for name in ("kept", "after"))
+    assert kept.keys() == after.keys() and all(torch.equal(kept[name], after[name]) for name in kept)
+    records = [(tmp_path / name / "lit_quantize.json").read_text() for name in ("kept", "after")]
+    assert records[0] == records[1]
+
+
 @pytest.mark.subprocess
 def test_script_refuses_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"PK\x03\x04 no model")
@@ -274,7 +284,7 @@ def refused(tmp_path: Path, path: Path, dtype: torch.dtype = torch.bfloat16) -> 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"general.architecture": "qwen2"}, "general.architecture is 'qwen2'"),
+        ({"general.architecture": "bert"}, "general.architecture is 'bert'.*expected one of .*gemma3, llama"),
         ({"llama.expert_count": 8}, r"llama.expert_count \(8\)"),
         ({"split.count": 2}, "one of 2 files"),
         ({"tokenizer.ggml.pre": "tekken"}, "pre-tokenizer 'tekken'.*expected one of default"),
@@ -288,10 +298,13 @@ def refused(tmp_path: Path, path: Path, dtype: torch.dtype = torch.bfloat16) -> 
         ({"tokenizer.ggml.model": "llama"}, "lacks the metadata tokenizer.ggml.scores"),
         ({"llama.block_count": None}, "lacks the metadata llama.block_count"),
         ({"llama.block_count": "two"}, "llama.block_count is of type str"),
-        ({"llama.block_count": 3}, "lack 9 tensors"),
+        ({"llama.block_count": 3}, "lacks 9 tensors of such a model: blk.2"),
         ({"llama.attention.head_count": 0}, "head_count is 0"),
         ({"llama.attention.head_count": 3}, "3 heads .* cannot share 2"),
-        ({"llama.attention.head_count": 3, "llama.attention.head_count_kv": 3}, "not 3 even heads"),
+        (
+            {"llama.attention.head_count": 3, "llama.attention.head_count_kv": 3},
+            "a.gguf: its metadata contradicts the tensors: blk.0.attn_q.weight",
+        ),
         ({"llama.feed_forward_length": 32}, "contradicts the tensors"),
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count is 8"),
         ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 2.0}, "type 'longrope'"),
@@ -310,7 +323,7 @@ def test_metadata_refused(tmp_path: Path, fields: dict, tensors: dict, changes: 
         ("output_norm.weight", np.full(64, np.nan, np.float32), Kind.F32, "output_norm.weight holds values"),
         ("output_norm.weight", np.full(64, 1e5, np.float32), Kind.F32, "not finite as torch.float16"),
         ("rope_freqs.weight", np.arange(1, 9, dtype=np.float32), Kind.F32, "rope_freqs.weight is no scaling"),
-        ("output_norm.weight", None, None, "lack 1 tensors.*model.norm.weight"),
+        ("output_norm.weight", None, None, "lacks 1 tensors.*output_norm.weight"),
         ("token_embd.weight", None, None, "lacks the tensor token_embd.weight"),
     ],
 )
@@ -344,7 +357,7 @@ def test_damaged_files_are_refused(tmp_path: Path, fields: dict, tensors: dict) 
         path.write_bytes(broken)
         try:
             file = importer.GGUFFile(path)
-            importer.hf_config(file, importer.Vocabulary(file), torch.float32)
+            metadata.hf_config(file, importer.Vocabulary(file), torch.float32)
         except UserError:
             pass
 

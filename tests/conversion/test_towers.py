@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, Gemma3Config, Mistral3Config
+from transformers import AutoModelForImageTextToText, Gemma3Config, Mistral3Config, Qwen3_5Config
 
 from helpers.compare import TOLERANCE, off
 from helpers.tiny_models import tiny_hf_model
@@ -14,7 +14,7 @@ from lit_gpt import Config
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.checkpoints.folder import load_state
 from lit_gpt.conversion import hf, hf_shards, readers, towers
-from lit_gpt.families import gemma, llama
+from lit_gpt.families import gemma, llama, qwen3_5
 
 VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28,
               patch_size=14)  # fmt: skip
@@ -25,6 +25,11 @@ WRAPPED = {
     ),
     "mistral3": lambda: Mistral3Config(
         text_config=llama.tiny_hf()["mistral"], vision_config=VISION | {"model_type": "pixtral"}, image_token_index=95
+    ),
+    "qwen3_5": lambda: Qwen3_5Config(
+        text_config=qwen3_5.tiny_hf()["qwen3_5"].to_dict(), image_token_id=95,
+        vision_config=dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=64,
+                           num_position_embeddings=16),
     ),
 }  # fmt: skip
 

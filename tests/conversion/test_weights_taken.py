@@ -50,6 +50,28 @@ def test_the_set_that_transformers_loads_is_taken_and_said(cli, folder, left):
     assert torch.equal(load_state(folder)["ln_f.weight"], theirs)
 
 
+def test_an_index_with_other_entries_than_its_shards(cli, folder):
+    """What it names in vain and what it forgets are said; the weights that are there count."""
+    add_sets(folder, {INDEX})
+    index = json.loads((folder / INDEX).read_text())
+    norm = index["weight_map"].pop("model.norm.weight")
+    index["weight_map"]["gone.weight"] = norm
+    (folder / INDEX).write_text(json.dumps(index))
+    result = cli(CONVERT, checkpoint_dir=folder)
+    assert result.code == 0, result.err
+    assert f"{INDEX}: names tensors that its shards do not hold: gone.weight" in result.out
+    assert f"{INDEX}: does not name tensors that its shards hold, which are read: model.norm.weight" in result.out
+
+
+def test_json_with_a_stray_comma_is_read_and_said(cli, folder):
+    fields = json.loads((folder / "config.json").read_text()) | {"note": "a, ]"}
+    (folder / "config.json").write_text(json.dumps(fields)[:-1] + ",\n}")
+    result = cli(CONVERT, checkpoint_dir=folder)
+    assert result.code == 0 and "config.json: has a comma before a closing bracket" in result.err
+    (folder / "config.json").write_text("{,}" + json.dumps(fields))
+    cli(CONVERT, checkpoint_dir=folder).refused("config.json", "not a readable JSON file")
+
+
 def test_an_index_left_over_from_shards_that_are_gone(cli, folder):
     (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
     assert cli(CONVERT, checkpoint_dir=folder).code == 0

@@ -240,8 +240,8 @@ def test_conversion_cut_short_leaves_the_folder_unconverted(cli, downloaded, mon
 
     real = weights.to_lit
 
-    def failing(config, hf):
-        yield next(real(config, hf))
+    def failing(*args):
+        yield next(real(*args))
         raise OSError(5, "Input/output error", "shard")
 
     monkeypatch.setattr(weights, "to_lit", failing)

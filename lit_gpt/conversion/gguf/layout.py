@@ -1,11 +1,11 @@
 """Where a model's tensors lie in a GGUF file: one table for reading and writing.
 
-llama.cpp has one set of names for all architectures; the gguf package maps those of transformers to them. A family says
-what is different about its own in `gguf(config)`.
+llama.cpp has one set of names for all architectures. A family says what is different about its own in `gguf(config)`.
 """
 
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import gguf
 from torch import Tensor
@@ -13,11 +13,21 @@ from torch import Tensor
 from lit_gpt.conversion import weights
 from lit_gpt.errors import UserError
 from lit_gpt.families.registry import family_of_config
-from lit_gpt.families.tables import Grouped, Layout
+from lit_gpt.families.tables import ExpertStacks, Layout, Named, Offset, Place, Stacked, Table, Turned, neighbors_apart
 from lit_gpt.model.config import Config
 from lit_gpt.model.rope import rope_frequencies
 
 ROPE_FACTORS = "rope_freqs.weight"
+# Modules whose tensors lie there as they are here.
+NAMES = {
+    "wte": "token_embd", "wpe": "position_embd", "ln_e": "token_embd_norm", "ln_f": "output_norm", "lm_head": "output",
+    "h.{}.norm_1": "blk.{}.attn_norm", "h.{}.norm_2": "blk.{}.ffn_norm",
+    "h.{}.post_norm_1": "blk.{}.post_attention_norm", "h.{}.post_norm_2": "blk.{}.post_ffw_norm",
+    "h.{}.attn.qk_norm.q": "blk.{}.attn_q_norm", "h.{}.attn.qk_norm.k": "blk.{}.attn_k_norm",
+    "h.{}.attn.proj": "blk.{}.attn_output", "h.{}.mlp.fc": "blk.{}.ffn_up", "h.{}.mlp.proj": "blk.{}.ffn_down",
+    "h.{}.mlp.router": "blk.{}.ffn_gate_inp", "h.{}.mlp.shared.proj": "blk.{}.ffn_down_shexp",
+    "h.{}.mlp.shared_gate": "blk.{}.ffn_gate_inp_shexp",
+}  # fmt: skip
 
 
 def layout_of(config: Config) -> Layout:
@@ -34,64 +44,49 @@ def layout_of(config: Config) -> Layout:
     return layout
 
 
-@dataclass(frozen=True)
-class TensorPlace:
-    """A tensor of the GGUF file, and the row of the weight table that it belongs to."""
-
-    name: str
-    row: weights.TensorRow
-    index: int | None  # which of the row's tensors in the Hugging Face file it is; None: it is the row's tensor here
-    heads: int = 0  # how many heads have interleaved rows; 0: the rows are in transformers' order
-    offset: float = 0.0  # what llama.cpp adds to the values
-
-    def to_gguf(self, tensor: Tensor) -> Tensor:
-        """Return the GGUF file's tensor for the row's tensor here."""
-        tensor = tensor if self.index is None else self.row.place.to_hf(tensor)[self.index]
-        tensor = interleave(tensor, self.heads) if self.heads else tensor
-        return tensor.float() + self.offset if self.offset else tensor
-
-    def to_hf(self, tensor: Tensor) -> Tensor:
-        """Return the Hugging Face file's tensor for the GGUF file's."""
-        tensor = tensor - self.offset if self.offset else tensor
-        tensor = uninterleave(tensor, self.heads) if self.heads else tensor
-        return self.row.place.to_hf(tensor)[0] if self.index is None else tensor
-
-    @property
-    def hf(self) -> str:
-        """Return the tensor's name in the Hugging Face file."""
-        return self.row.hf[self.index or 0]
-
-
-def places(config: Config, layout: Layout) -> Iterator[TensorPlace]:
-    """Yield the table written out for a model.
+def rows(config: Config, layout: Layout) -> Iterator[weights.TensorRow]:
+    """Yield the table written out: one row for each tensor of the GPT's state dict, with its names in a GGUF file.
 
     Raises:
-        UserError: llama.cpp has no name for one of its tensors.
+        UserError: llama.cpp has no place for one of them.
     """
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[layout.architecture], config.n_layer)
-    heads = {"attn_q": config.n_head, "attn_k": config.n_query_groups} if layout.interleaved else {}
+    known = {gguf.TENSOR_NAMES[tensor].format(bid="{}") for tensor in gguf.MODEL_TENSORS[kinds[layout.architecture]]}
+    common = places(config, layout)
     for row in weights.rows(config):
-        fused = isinstance(row.place, Grouped)  # llama.cpp has queries first, then keys, then values, as we do
-        for index, hf in enumerate(row.hf):
-            name = names.get_name(hf, try_suffixes=(".weight", ".bias"))
-            if name is None:
-                raise UserError(f"--format gguf: llama.cpp's {layout.architecture} has no place for the tensor {hf}")
-            offset = layout.norm_offset if "norm" in name and name.endswith(".weight") else 0.0
-            yield TensorPlace(name, row, None if fused else index, heads.get(name.split(".")[-2], 0), offset)
+        place = weights.entry(layout.places, row.lit) or mlp_place(row) or weights.entry(common, row.lit)
+        if place is None or not known.issuperset(re.sub(r"\.(weight|bias)$", "", name) for name in place.modules):
+            raise UserError(f"--format gguf: llama.cpp's {layout.architecture} has no place for the tensor {row.lit}")
+        yield weights.row_of(row.lit, row.shape, place)
 
 
-def interleave(tensor: Tensor, heads: int) -> Tensor:
-    """Return the rows of a weight or bias in llama.cpp's order, in which the elements of a rotated pair are neighbors.
+def places(config: Config, layout: Layout) -> Table:
+    """Return the places of what all architectures have alike."""
+    table: dict[str, str | Place] = {
+        ours: Offset((name,), layout.norm_offset) if layout.norm_offset and "norm" in name else name
+        for ours, name in NAMES.items()
+    }
+    qkv, order = tuple(f"blk.{{}}.attn_{x}" for x in "qkv"), neighbors_apart(config.rope_n_elem, config.head_size)
+    sizes = config.qkv_sizes
+    table["h.{}.attn.qkv"] = Turned(qkv, sizes, order) if layout.interleaved else Stacked(qkv, sizes)
+    table["h.{}.attn.sinks"] = Named(("blk.{}.attn_sinks.weight",))
+    table["h.{}.mlp.router.e_score_correction_bias"] = Named(("blk.{}.exp_probs_b.bias",))
+    return table
 
-    In transformers' order they are half a head apart.
-    """
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
-
-def uninterleave(tensor: Tensor, heads: int) -> Tensor:
-    """Return the rows of a weight or bias in transformers' order; the inverse of `interleave`."""
-    return tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+def mlp_place(row: weights.TensorRow) -> Place | None:
+    """Return the place of gate and up, which lie apart, and of experts, which lie together."""
+    layer, _, module = row.lit.rpartition(".mlp.")
+    if not layer:
+        return None
+    name, _, kind = module.rpartition(".")
+    experts = len(row.shape) == (3 if kind == "weight" else 2)
+    suffix = "_exps" if experts else "_shexp" if name.startswith("shared.") else ""
+    if name.endswith("gate_up"):
+        half = row.shape[1 if experts else 0] // 2
+        modules = tuple(f"blk.{{}}.ffn_{part}{suffix}" for part in ("gate", "up"))
+        return (ExpertStacks if experts else Stacked)(modules, (half, half))
+    return Place((f"blk.{{}}.ffn_{'down' if name == 'proj' else 'up'}{suffix}",)) if experts else None
 
 
 def rope_divisors(config: Config) -> Tensor:

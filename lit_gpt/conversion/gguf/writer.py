@@ -11,7 +11,9 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from lit_gpt.conversion.gguf.layout import ROPE_FACTORS, layout_of, places, rope_divisors
+from lit_gpt.conversion import weights
+from lit_gpt.conversion.gguf.layout import ROPE_FACTORS, layout_of, rope_divisors, rows
+from lit_gpt.conversion.gguf.metadata import metadata
 from lit_gpt.conversion.gguf.tokenizer import vocabulary_fields
 from lit_gpt.errors import UserError
 from lit_gpt.families.tables import Layout
@@ -50,8 +52,10 @@ def write(
     fields |= {"general.name": config.name, "general.type": "model", "general.file_type": int(file_type)}
     fields["general.quantization_version"] = gguf.GGML_QUANT_VERSION
 
-    table = list(places(config, layout))
-    kinds = {place.name: kind_of(place.row.shape, dtype) for place in table}
+    table = list(rows(config, layout))
+    with torch.device("meta"):
+        empty = {row.lit: torch.empty(row.shape) for row in table}
+    kinds = {name: kind_of(tensor.shape, dtype) for name, tensor in weights.to_hf(table, empty)}
     llama3 = config.rope_scaling and config.rope_scaling["rope_type"] == "llama3"
     factors = rope_divisors(config) if llama3 else None
     writer = gguf.GGUFWriter(path, layout.architecture)
@@ -59,17 +63,15 @@ def write(
         add_field(writer, key, value)
     if factors is not None:
         announce(writer, ROPE_FACTORS, factors.shape, Kind.F32)
-    for place in table:
-        with torch.device("meta"):
-            shape = place.to_gguf(torch.empty(place.row.shape)).shape
-        announce(writer, place.name, shape, kinds[place.name])
+    for name, tensor in weights.to_hf(table, empty):
+        announce(writer, name, tensor.shape, kinds[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(factors.numpy())
-    for place in table:
-        writer.write_tensor_data(encoded(place.to_gguf(state[place.row.lit]), kinds[place.name], place.name))
+    for name, tensor in weights.to_hf(table, state):
+        writer.write_tensor_data(encoded(tensor, kinds[name], name))
     writer.close()
     return layout
 
@@ -107,48 +109,3 @@ def add_field(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     }  # fmt: skip
     if value is not None:
         adds[type(value)](key, value)
-
-
-def metadata(config: Config, layout: Layout) -> dict[str, Any]:
-    """Return the metadata for a model's architecture."""
-    window = None if layout.keeps_window else config.sliding_window
-    eps = "layer_norm_epsilon" if config.norm_class == "LayerNorm" else "layer_norm_rms_epsilon"
-    fields = {
-        "block_count": config.n_layer,
-        "context_length": min(config.block_size, window or config.block_size),
-        "embedding_length": config.n_embd,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.n_head,
-        "attention.head_count_kv": config.n_query_groups,
-        "attention.key_length": config.head_size,
-        "attention.value_length": config.head_size,
-        f"attention.{eps}": config.norm_eps,
-        "rope.dimension_count": config.rope_n_elem,
-        "rope.freq_base": config.rope_base,
-        "vocab_size": config.padded_vocab_size,
-        **rope_scaling(config),
-        **layout.metadata,
-    }
-    return {f"{layout.architecture}.{key}": value for key, value in fields.items()}
-
-
-def rope_scaling(config: Config) -> dict[str, Any]:
-    """Return the metadata for rotary scaling; there is none for Llama 3's, which is a tensor of divisors."""
-    scaling = config.rope_scaling
-    if not scaling or scaling["rope_type"] == "llama3":
-        return {}
-    key = "rope.scaling."
-    if scaling["rope_type"] == "linear":
-        return {key + "type": "linear", key + "factor": float(scaling["factor"])}
-    plain = {"rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"}
-    further = sorted(name for name, value in scaling.items() if name not in plain and value is not None)
-    if scaling["rope_type"] != "yarn" or further or not scaling.get("truncate", True):
-        what = ", ".join(further) or ("truncate" if scaling["rope_type"] == "yarn" else scaling["rope_type"])
-        raise UserError(f"--format gguf: rotary scaling with {what} is not known of llama.cpp")
-    return {
-        key + "type": "yarn",
-        key + "factor": float(scaling["factor"]),
-        key + "original_context_length": scaling.get("original_max_position_embeddings") or config.block_size,
-        key + "yarn_beta_fast": float(scaling.get("beta_fast") or 32),
-        key + "yarn_beta_slow": float(scaling.get("beta_slow") or 1),
-    }
