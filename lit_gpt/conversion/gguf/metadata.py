@@ -73,7 +73,7 @@ def rope_scaling(config: Config, rounds_yarn: bool) -> dict[str, Any]:
     if scaling["rope_type"] == "linear":
         return {key + "type": "linear", key + "factor": float(scaling["factor"])}
     plain = {"rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"}
-    if math.isclose(scaling.get("attention_factor") or 0, 0.1 * math.log(scaling["factor"]) + 1, rel_tol=1e-6):
+    if math.isclose(scaling.get("attention_factor") or 0, 0.1 * math.log(scaling.get("factor") or 1) + 1, rel_tol=1e-6):
         plain.add("attention_factor")  # the one that is taken where none is given
     further = sorted(name for name, value in scaling.items() if name not in plain and value is not None)
     if scaling["rope_type"] != "yarn" or further or not (rounds_yarn or scaling.get("truncate", True)):
@@ -134,10 +134,13 @@ def check_metadata(file: GGUFFile, config: Config, layout: Layout) -> None:
     for key, value in file.fields.items():
         if not key.startswith(prefix) or key.removeprefix(prefix) in apart:
             continue
+        if key.endswith(".sliding_window") and value == config.sliding_window:
+            continue  # whether llama.cpp keeps it or cuts the context to it
         expected = written.get(key)
         if expected is None and value:
             raise UserError(f"{file.path}: the metadata {key} ({value}) is a feature that is not supported")
-        same = math.isclose(value, expected, rel_tol=1e-6) if isinstance(expected, float) else value == expected
+        both = isinstance(expected, float) and isinstance(value, (int, float))
+        same = math.isclose(value, expected, rel_tol=1e-6) if both else value == expected
         if expected is not None and not same:
             raise UserError(f"{file.path}: the metadata {key} is {value}; only {expected} will do")
 
