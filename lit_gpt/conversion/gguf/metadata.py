@@ -147,9 +147,12 @@ def check_metadata(file: GGUFFile, config: Config, layout: Layout) -> None:
 
 def head_counts(said: Said) -> tuple[int, int]:
     """Return the number of query heads, and that of key and value heads in the layers that have them."""
-    key = "attention.head_count_kv"
-    heads, by_layer = said.need("attention.head_count", int), said.file.fields.get(f"{said.architecture}.{key}")
-    kv_heads = max(by_layer, default=0) if isinstance(by_layer, list) else said.get(key, int) or heads
+    key = f"{said.architecture}.attention.head_count_kv"
+    heads = said.need("attention.head_count", int)
+    if isinstance(said.file.fields.get(key), list):  # of each layer, 0 in those that mix tokens by something else
+        kv_heads = max(said.file.need_list(key, int), default=0)
+    else:
+        kv_heads = said.file.get(key, int) or heads
     if kv_heads < 1 or heads % kv_heads:
         raise UserError(f"{said.file.path}: {heads} heads (attention.head_count) cannot share {kv_heads} (.._kv)")
     return heads, kv_heads
