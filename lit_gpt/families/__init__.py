@@ -13,7 +13,10 @@ A family's file defines
     HEAD_APART            if true, a head stored beside a tied embedding stays apart even where it equals it
     DERIVED               patterns of stored tensors that are not weights, if there are others than rotary frequencies
     LEFT_OUT              {pattern of stored tensors: what they are} for a part that neither we nor transformers have
-    gguf(config)          the tables.Layout of llama.cpp; without it, exports to GGUF are refused
+    gguf(config)          the tables.Layout of llama.cpp; without it, GGUF files go neither out nor in
+    ARCHITECTURES         its names there
+    MARK                  the key of a file's metadata by which it is this family's, if it shares its name with another
+    from_gguf(said)       the fields of config.json that are its own, from what a file says
     MODULES               {name of a tensor's module in files: in transformers' model}, where transformers 5 renames it
     tiny_hf(**fields)     a small transformers configuration per layout, for the parity tests
 """
