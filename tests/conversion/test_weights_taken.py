@@ -92,7 +92,7 @@ def test_codes_are_no_weights(cli, folder, dtype):
     assert not (folder / "lit_model.pth").exists()
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors", None])
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "quanto", "compressed-tensors", None])
 def test_quantized_checkpoints_are_named(cli, folder, method):
     fields = json.loads((folder / "config.json").read_text())
     settings = {"quant_method": method} if method else {"bits": 4}
