@@ -165,3 +165,17 @@ def test_tasks_have_rows_that_differ_and_the_recipe_reads_what_prepare_prints(mo
     cell = {"exact": 0.975, "steps": 95, "seconds": 60.0}
     cells = {f"{task} / 200 / printed / {seed}": cell for task in TASKS for seed in (1, 2)}
     assert "| 200 | printed | 98% (98%, n = 2) |" in table(cells) and "printed" in SETTINGS
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_a_hybrid_beside_transformers(tmp_path):
+    """The program refuses losses that differ, so that its end says that both do the same work."""
+    sizes = dict(hidden_size=64, vocabulary=512, samples=2, sample_tokens=70, new_tokens=8, rounds=2)
+    argv = [sys.executable, str(ROOT / "benchmarks/hybrid_speed.py"), *(f"--{k}={v}" for k, v in sizes.items())]
+    process = subprocess.run([*argv, f"--out_dir={tmp_path}"], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    result = json.loads((tmp_path / "hybrid_speed_cpu.json").read_text())
+    assert {len(times) for what in ("train", "decode") for times in result[what]["seconds"].values()} == {2}
+    table = (tmp_path / "hybrid_speed_cpu.md").read_text()
+    assert "| training step |" in table and "| decoding |" in table and str(tmp_path) not in table
