@@ -284,7 +284,7 @@ def refused(tmp_path: Path, path: Path, dtype: torch.dtype = torch.bfloat16) -> 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"general.architecture": "bert"}, "general.architecture is 'bert'.*expected one of .*gemma3, llama"),
+        ({"general.architecture": "bert"}, "general.architecture is 'bert'.*expected one of .*gemma3, .*llama"),
         ({"llama.expert_count": 8}, "lacks the metadata llama.expert_used_count"),
         ({"llama.attention.sliding_window": 8}, r"llama.attention.sliding_window \(8\) is a feature"),
         ({"llama.attention.head_count_kv": ["a", "b"]}, "head_count_kv is not a list of int"),
