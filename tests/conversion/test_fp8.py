@@ -34,7 +34,7 @@ def test_dequantized_numbers_are_those_of_transformers():
     torch.manual_seed(0)
     codes, scales = quantized(torch.randn(256, 384), (128, 128))
     expected = Fp8Dequantize(None)._dequantize_one(codes, scales, torch.bfloat16)
-    assert torch.equal(fp8.dequantize(codes, scales, (128, 128)), expected) and len(expected.unique()) > 1000
+    assert torch.equal(fp8.dequantize(codes, scales, (128, 128)), expected) and len(expected.unique()) > 500
     assert torch.equal(fp8.dequantize(codes, torch.tensor(0.5), (128, 128)), (codes.float() / 2).bfloat16())
 
 
