@@ -6,7 +6,7 @@ from typing import Any
 from lit_gpt.errors import UserError
 from lit_gpt.families import llama, qwen
 from lit_gpt.families.fields import tiny_size
-from lit_gpt.families.tables import Layout, Said, Squeezed, Stacked, Table
+from lit_gpt.families.tables import Layout, Place, Said, Squeezed, Stacked, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("lfm2",)
@@ -88,7 +88,7 @@ def gguf(config: Config) -> Layout:
     if config.conv_bias:
         raise UserError("--format gguf: llama.cpp's lfm2 has convolutions without biases")
     mixer = "blk.{}.shortconv."
-    places = {
+    places: dict[str, str | Place] = {
         "h.{}.mixer.qkv": mixer + "in_proj",
         "h.{}.mixer.conv": Squeezed((mixer + "conv",), 1),
         "h.{}.mixer.proj": mixer + "out_proj",

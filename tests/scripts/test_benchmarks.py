@@ -26,6 +26,7 @@ def measure(out_dir, **flags) -> tuple[dict, str, subprocess.CompletedProcess]:
     return result, (out_dir / "train_speed_cpu.md").read_text(), process
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_contestants_do_the_same_work(tmp_path):
     fields = dict(TINY, intermediate_size=112, num_key_value_heads=2)

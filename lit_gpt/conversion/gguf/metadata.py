@@ -139,8 +139,10 @@ def check_metadata(file: GGUFFile, config: Config, layout: Layout) -> None:
         expected = written.get(key)
         if expected is None and value:
             raise UserError(f"{file.path}: the metadata {key} ({value}) is a feature that is not supported")
-        both = isinstance(expected, float) and isinstance(value, (int, float))
-        same = math.isclose(value, expected, rel_tol=1e-6) if both else value == expected
+        if isinstance(expected, float) and isinstance(value, (int, float)):
+            same = math.isclose(value, expected, rel_tol=1e-6)
+        else:
+            same = value == expected
         if expected is not None and not same:
             raise UserError(f"{file.path}: the metadata {key} is {value}; only {expected} will do")
 
