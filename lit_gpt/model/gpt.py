@@ -158,9 +158,13 @@ class GPT(nn.Module):
         """
         return cache.length > 0 and cache.uses_long_rope != self.rope.is_long(length)
 
-    def kv_cache(self, batch_size: int, max_length: int) -> KVCache:
-        """Make an empty cache in the model's dtype for `batch_size` sequences of up to `max_length` tokens."""
-        where = self.wte.weight.device, self.dtype
+    def kv_cache(self, batch_size: int, max_length: int, device: str | None = None) -> KVCache:
+        """Make an empty cache in the model's dtype for `batch_size` sequences of up to `max_length` tokens.
+
+        Args:
+            device: None for the model's; on "meta" the cache takes no memory and tells its size.
+        """
+        where = torch.device(device or self.wte.weight.device), self.dtype
         return [block.token_mixer.new_cache(batch_size, max_length, *where) for block in cast(Iterable[Block], self.h)]
 
     @property

@@ -19,6 +19,11 @@ class LayerCache(ABC):
     def rows(self) -> int:
         """Return how many sequences it has room for."""
 
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Return how many bytes its tensors take."""
+
     @abstractmethod
     def row(self, i: int) -> "LayerCache":
         """Return an empty cache of one sequence, in the memory of a row."""
@@ -59,6 +64,10 @@ class AttentionCache(LayerCache):
     def rows(self) -> int:
         return len(self.k)
 
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
     def row(self, i: int) -> "AttentionCache":
         return AttentionCache(self.k[i : i + 1], self.v[i : i + 1])
 
@@ -97,6 +106,10 @@ class StateCache(LayerCache):
     @property
     def rows(self) -> int:
         return len(self.tensors[0])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def row(self, i: int) -> "StateCache":
         view = StateCache(tuple(x[i : i + 1] for x in self.tensors))

@@ -85,9 +85,7 @@ def watch(catalog: Catalog, scheduler: Scheduler) -> None:
 
 def plan(catalog: Catalog, args: ServeArgs, context: int) -> tuple[str, int]:
     """Return what the caches are for, in words, and how many bytes they take."""
-    config, rows = catalog.model.config, args.batch_size + args.prefixes
-    numbers = 2 * rows * context * config.n_layer * config.n_query_groups * config.head_size
-    size = numbers * catalog.model.dtype.itemsize
+    size = sum(layer.nbytes for layer in catalog.model.kv_cache(args.batch_size + args.prefixes, context, "meta"))
     told = f"{args.batch_size} answers and {args.prefixes} kept prefixes of {context} tokens take {size / 1e9:.2f} GB"
     told += " for keys and values"
     if catalog.adapters and len(catalog.served) > 1 or catalog.folder:
