@@ -87,7 +87,7 @@ def our_step(model: Any, tokens: Any) -> Callable[[], float]:
     """Return what takes an optimizer step on a packed row and returns the loss."""
     import torch
 
-    from lit_gpt.model.inputs import Segments, Targets
+    from lit_gpt.model.packed_inputs import Segments, Targets
 
     n, length = tokens.size(0), tokens.size(1) - 1
     row, segments = tokens[:, :-1].reshape(1, -1), Segments.of([length] * n, tokens.device)

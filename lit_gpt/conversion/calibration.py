@@ -25,7 +25,7 @@ from lit_gpt.data.sources import READERS, Source
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.files import read_text
 from lit_gpt.generation.engine import decode
-from lit_gpt.generation.sequence import Row
+from lit_gpt.generation.sequence import DecodingRow
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.hardware import default_device, page_out
 from lit_gpt.model.config import Config
@@ -113,7 +113,7 @@ def own_text(base: BaseCheckpoint, tokens: int, device: torch.device) -> Tensor:
     generator = torch.Generator(device).manual_seed(0)
     known = min(tokenizer.vocab_size, model.config.vocab_size)
     first = torch.randint(known, (n,), generator=generator, device=device).tolist()
-    rows = [Row([token], length - 1, generator) for token in first]
+    rows = [DecodingRow([token], length - 1, generator) for token in first]
     new = decode(model, rows, model.kv_cache(n, length), step=FastStep(model))
     for _ in tqdm(new, total=n * (length - 1), unit="token", disable=None):
         pass

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt.data.dataset import Sample
-from lit_gpt.model.inputs import Segments, Targets
+from lit_gpt.model.packed_inputs import Segments, Targets
 
 RowSize = tuple[int | None, int | None]  # samples of a row; where that is None, tokens that it holds at most
 

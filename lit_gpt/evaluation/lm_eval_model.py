@@ -28,7 +28,7 @@ from lit_gpt.evaluation.args import HarnessArgs
 from lit_gpt.files import atomic, read_json
 from lit_gpt.generation.engine import decode, new_generator
 from lit_gpt.generation.sampling import Sampling
-from lit_gpt.generation.sequence import Row
+from lit_gpt.generation.sequence import DecodingRow
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.hardware import DTYPES, default_device
 from lit_gpt.methods.finetuned_model import build_finetuned
@@ -243,7 +243,9 @@ class Harness(TemplateLM):
         room, sampling = options.pop("max_gen_toks"), self.sampling(options)
         stops = handle_stop_sequences(list(options["until"]), self.tok.eos_token)
         complete, prompts = self.completion(stops), [self.prompt(text, room) for text in texts]
-        rows = {Row(list(prompt), room, self.generator, sampling=sampling): i for i, prompt in enumerate(prompts)}
+        rows = {
+            DecodingRow(list(prompt), room, self.generator, sampling=sampling): i for i, prompt in enumerate(prompts)
+        }
         length = max(map(len, prompts)) + room
         cache = self.model.kv_cache(max(1, min(len(rows), self.batch_tokens // length)), length)
         longest_first = sorted(rows, key=lambda row: len(row.ids), reverse=True)

@@ -18,7 +18,7 @@ from lit_gpt.files import read_text
 from lit_gpt.hardware import DTYPES, default_device
 from lit_gpt.methods.finetuned_model import load_finetuned
 from lit_gpt.model.gpt import GPT
-from lit_gpt.model.inputs import Targets
+from lit_gpt.model.packed_inputs import Targets
 from lit_gpt.text.tokenizer import Tokenizer
 from lit_gpt.training.objectives import SupervisedFinetuning
 

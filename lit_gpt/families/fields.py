@@ -87,7 +87,7 @@ def two_ropes(
 
 
 def activation(name: str) -> str:
-    """Return the key of lit_gpt.kernels.fused.ACTIVATIONS for transformers' name of an activation."""
+    """Return the key of lit_gpt.kernels.functional.ACTIVATIONS for transformers' name of an activation."""
     if name in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"):
         return "gelu_tanh"
     return "silu" if name == "swish" else name

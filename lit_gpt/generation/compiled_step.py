@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt.errors import UsageError
-from lit_gpt.generation.sequence import Row, eager_step
+from lit_gpt.generation.sequence import DecodingRow, eager_step
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.kv_cache import AttentionCache, DecodeCache, KVCache
 from lit_gpt.model.rope import Rotation
@@ -45,7 +45,7 @@ class CompiledStep:
         compiled = partial(torch.compile, backend=backend)
         self.block, self.head = compiled(run_block), compiled(run_head)
 
-    def __call__(self, rows: list[Row], cache: KVCache) -> Tensor:
+    def __call__(self, rows: list[DecodingRow], cache: KVCache) -> Tensor:
         """Return the logits that follow each row: of one row compiled, of several by the model's own operations."""
         if len(rows) > 1:
             return eager_step(self.model, rows, cache)

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation.sampling import Sampling, sample
-from lit_gpt.generation.sequence import Row, Step, eager_step
+from lit_gpt.generation.sequence import DecodingRow, Step, eager_step
 from lit_gpt.model.gpt import GPT
-from lit_gpt.model.inputs import Segments
 from lit_gpt.model.kv_cache import KVCache, PackedPrefillCache, copy_cache, row_view, truncate
+from lit_gpt.model.packed_inputs import Segments
 from lit_gpt.text.messages import Message, Tools
 from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ def generate(
         return
     stops = set(stop_ids)
     cache = cache or model.kv_cache(1, len(prompt) + max_new_tokens)
-    row = Row(list(prompt), max_new_tokens, generator, cache[0].length, sampling=Sampling(**sampling))
+    row = DecodingRow(list(prompt), max_new_tokens, generator, cache[0].length, sampling=Sampling(**sampling))
     for _, token in decode(model, [row], cache, step=step):
         if token in stops:
             return
@@ -70,12 +70,12 @@ def check_context(model: GPT, length: int, max_new_tokens: int) -> None:
 
 def decode(
     model: GPT,
-    rows: Iterable[Row],
+    rows: Iterable[DecodingRow],
     cache: KVCache,
     *,
     step: Step | None = None,
-    choose: Callable[[list[Row]], None] = lambda rows: None,
-) -> Iterator[tuple[Row, int]]:
+    choose: Callable[[list[DecodingRow]], None] = lambda rows: None,
+) -> Iterator[tuple[DecodingRow, int]]:
     """Yield each row with its next token, in turns. A row whose `remaining` is set to 0 ends.
 
     As many are continued together as the cache has slots; when one ends, the next takes its slot. For the arguments see
@@ -109,13 +109,13 @@ class Batch:
         model: GPT,
         cache: KVCache,
         step: Step | None = None,
-        choose: Callable[[list[Row]], None] = lambda rows: None,
+        choose: Callable[[list[DecodingRow]], None] = lambda rows: None,
         piece: int | None = None,
     ) -> None:
         self.model, self.cache, self.step, self.choose, self.piece = model, cache, step, choose, piece
         n = cache[0].rows
         self.slots = [cache] if n == 1 else [row_view(cache, i) for i in range(n)]
-        self.rows: list[Row] = []  # those whose prompts are read come first; each has the slot of its place
+        self.rows: list[DecodingRow] = []  # those whose prompts are read come first; each has the slot of its place
         self.read = 0  # how many these are
 
     @property
@@ -123,14 +123,14 @@ class Batch:
         """Return how many rows can join."""
         return len(self.slots) - len(self.rows)
 
-    def join(self, row: Row) -> None:
+    def join(self, row: DecodingRow) -> None:
         """Continue a row, from the next turn on."""
         slot = self.slots[len(self.rows)]
         truncate(slot, row.cached)
         row.cache = list(slot)  # a list of its own tells a step that another row begins
         self.rows.append(row)
 
-    def leave(self, row: Row) -> None:
+    def leave(self, row: DecodingRow) -> None:
         """Continue a row no more: those that remain move up, so that theirs are the cache's first slots."""
         i = self.rows.index(row)
         if i < self.read:
@@ -149,7 +149,7 @@ class Batch:
             self.rows[target], self.rows[source] = row, left
 
     @torch.no_grad()
-    def advance(self) -> Iterator[tuple[Row, int]]:
+    def advance(self) -> Iterator[tuple[DecodingRow, int]]:
         """Take a turn: yield each row whose prompt is read with its next token. Rows that have ended leave."""
         self.read_prompts()
         active = self.rows[: self.read]
@@ -182,10 +182,10 @@ class Batch:
 
 def next_logits(
     model: GPT,
-    rows: list[Row],
+    rows: list[DecodingRow],
     cache: KVCache,
     step: Step | None,
-    choose: Callable[[list[Row]], None],
+    choose: Callable[[list[DecodingRow]], None],
 ) -> Tensor:
     """Return the logits that follow each row, (len(rows), padded_vocab_size)."""
     for batch in prefill_batches(model, rows) if len(rows) > 1 else ():
@@ -205,7 +205,7 @@ def next_logits(
     return eager_step(model, rows, cache)
 
 
-def read(model: GPT, row: Row, end: int) -> None:
+def read(model: GPT, row: DecodingRow, end: int) -> None:
     """Read a row's tokens up to the `end`-th, in chunks."""
     while (start := row.cache[0].length) < end:
         chunk = row.ids[start : min(start + PREFILL_CHUNK, end)]
@@ -213,12 +213,12 @@ def read(model: GPT, row: Row, end: int) -> None:
         model.hidden(idx, cache=row.cache, length=len(row.ids))
 
 
-def prefill_batches(model: GPT, rows: list[Row]) -> Iterator[list[Row]]:
+def prefill_batches(model: GPT, rows: list[DecodingRow]) -> Iterator[list[DecodingRow]]:
     """Yield batches of rows of which nothing is read yet, each a chunk's tokens at most.
 
     All rows of a batch are under one LoRA, for what is packed looks like one row.
     """
-    batch: list[Row] = []
+    batch: list[DecodingRow] = []
     size = 0
     for row in sorted(rows, key=lambda row: row.lora):
         tokens = len(row.ids) - 1
@@ -233,7 +233,7 @@ def prefill_batches(model: GPT, rows: list[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def prefill_packed(model: GPT, rows: list[Row]) -> None:
+def prefill_packed(model: GPT, rows: list[DecodingRow]) -> None:
     """Read all tokens of the rows but the last of each, packed."""
     device, lengths = model.wte.weight.device, [len(row.ids) - 1 for row in rows]
     idx = torch.tensor([[token for row in rows for token in row.ids[:-1]]], device=device)

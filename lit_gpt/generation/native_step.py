@@ -9,7 +9,7 @@ from operator import is_
 
 from torch import Tensor
 
-from lit_gpt.generation.sequence import Row
+from lit_gpt.generation.sequence import DecodingRow
 from lit_gpt.generation.tape import TYPES, Tape, Unsupported
 from lit_gpt.kernels import build
 from lit_gpt.model.gpt import GPT
@@ -43,7 +43,7 @@ class NativeStep:
             raise Unsupported("a device, dtype or mode")
         self.tape, self.seen = Tape(self.library, self.model, n), versions(self.model)
 
-    def __call__(self, rows: list[Row], cache: KVCache) -> Tensor:
+    def __call__(self, rows: list[DecodingRow], cache: KVCache) -> Tensor:
         """Return float32 logits (len(rows), padded_vocab_size), which the next call overwrites."""
         slots, lengths = [row.cache for row in rows], [len(row.ids) for row in rows]
         if lengths != [length + 1 for length in self.lengths] or not all(map(is_, slots, self.slots)):

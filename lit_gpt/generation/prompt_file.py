@@ -23,7 +23,7 @@ from lit_gpt.generation.answerer import Answerer
 from lit_gpt.generation.args import ModelArgs, PromptArgs, SamplingArgs
 from lit_gpt.generation.engine import decode, new_generator
 from lit_gpt.generation.sampling import Sampling
-from lit_gpt.generation.sequence import Row
+from lit_gpt.generation.sequence import DecodingRow
 from lit_gpt.generation.stopping import AnswerText, answer_text
 from lit_gpt.hardware import peak_memory_bytes
 from lit_gpt.text.messages import (
@@ -198,7 +198,7 @@ class PromptFile:
                 self.report(f"{prompt.where}: {error}")
                 continue
             generator = new_generator(answerer.model, seed_of(sampling.seed, prompt.row))
-            row = Row(ids, sampling.max_new_tokens, generator, lora=number, sampling=Sampling.of(sampling))
+            row = DecodingRow(ids, sampling.max_new_tokens, generator, lora=number, sampling=Sampling.of(sampling))
             text = AnswerText(answerer.tokenizer, sampling.stop)
             yield Request(prompt, row, len(ids), style.stop_ids, text if sampling.stop else None)
 
@@ -221,7 +221,7 @@ def settings_hash(sampling: SamplingArgs, model: ModelArgs, own: dict[str, Any])
 @dataclass(eq=False)
 class Request:
     prompt: Prompt
-    row: Row
+    row: DecodingRow
     length: int  # of the prompt
     stop_ids: tuple[int, ...]
     text: AnswerText | None  # where there are strings that end an answer
@@ -275,7 +275,7 @@ def answers(answerer: Answerer, requests: list[Request], batch_size: int) -> Ite
     rows = sorted(by_row, key=lambda row: len(row.ids), reverse=True)
     cache = model.kv_cache(min(batch_size, len(rows)), len(rows[0].ids) + sampling.max_new_tokens)
 
-    def choose(rows: list[Row]) -> None:
+    def choose(rows: list[DecodingRow]) -> None:
         if loras:
             loras.choose([row.lora for row in rows])
 

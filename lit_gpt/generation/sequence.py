@@ -13,7 +13,7 @@ from lit_gpt.model.kv_cache import KVCache
 
 
 @dataclass(eq=False)
-class Row:
+class DecodingRow:
     """A sequence that is being continued."""
 
     ids: list[int]  # its tokens, of the prompt at first; at least one
@@ -29,7 +29,7 @@ class Row:
 class Step(Protocol):
     """Adds one token to each of several rows."""
 
-    def __call__(self, rows: list[Row], cache: KVCache, /) -> Tensor:
+    def __call__(self, rows: list[DecodingRow], cache: KVCache, /) -> Tensor:
         """Return the logits that follow each row, (rows, padded_vocab_size), which the next call may overwrite.
 
         Args:
@@ -38,7 +38,7 @@ class Step(Protocol):
         """
 
 
-def eager_step(model: GPT, rows: list[Row], cache: KVCache) -> Tensor:
+def eager_step(model: GPT, rows: list[DecodingRow], cache: KVCache) -> Tensor:
     """Take a Step by the model's own operations. A row alone may have more tokens that its slot does not hold."""
     device = model.wte.weight.device
     if len(rows) == 1:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lit_gpt.generation.compiled_step import CompiledStep
 from lit_gpt.generation.native_step import NativeStep
-from lit_gpt.generation.sequence import Row, Step, eager_step
+from lit_gpt.generation.sequence import DecodingRow, Step, eager_step
 from lit_gpt.generation.tape import Unsupported
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.kv_cache import KVCache
@@ -28,7 +28,7 @@ class FastStep:
         self.chosen: Step | None = None
         self.otherwise: Step = CompiledStep(model) if compile else partial(eager_step, model)
 
-    def __call__(self, rows: list[Row], cache: KVCache) -> Tensor:
+    def __call__(self, rows: list[DecodingRow], cache: KVCache) -> Tensor:
         if self.chosen is self.otherwise:
             return self.otherwise(rows, cache)
         try:  # not before: the first token, which comes from the prompt, need not wait for it

@@ -1,6 +1,6 @@
 """Causal attention by products of whole matrices, with its gradients: by a kernel of ops.py where there is one for the
-tensors at hand, else by torch's operations, block by block. tests/kernels/test_fused.py holds both against the plain
-formula.
+tensors at hand, else by torch's operations, block by block. tests/kernels/test_functional.py holds both against the
+plain formula.
 
 On a CPU this takes half the time of torch's scaled_dot_product_attention, whose backward pass is slow there.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lit_gpt.kernels import ops
-from lit_gpt.kernels.fused import apply_or_forward
+from lit_gpt.kernels.functional import apply_or_forward
 from lit_gpt.kernels.linear import arithmetic
 
 # Queries that attend at a time, so that what is computed of the masked upper triangle is little, and their scores fit

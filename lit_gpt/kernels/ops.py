@@ -1,6 +1,6 @@
 """The C++ kernels of lit_gpt/kernels/cpp as torch operators, whose shapes FakeTensorMode knows as well.
 
-lit_gpt.kernels.fused chooses between them and torch's formulas; `supports` says which tensors they serve.
+lit_gpt.kernels.functional chooses between them and torch's formulas; `supports` says which tensors they serve.
 """
 
 import ctypes

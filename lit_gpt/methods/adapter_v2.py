@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lit_gpt.kernels import fused
+from lit_gpt.kernels import functional
 from lit_gpt.methods import adapter
 from lit_gpt.methods.decoding_tape import DecodingTape
 from lit_gpt.methods.hyperparameters import AdapterConfig
@@ -50,7 +50,7 @@ class ScaledLinear(ScaledLayer):
     """A linear layer, or what wraps one, whose output is scaled and shifted."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused.scaled(self.linear(x), self.scale, self.shift)
+        return functional.scaled(self.linear(x), self.scale, self.shift)
 
     def record(self, tape: DecodingTape, x: Tensor, name: str) -> Tensor:
         """Add the layer to a decoding tape."""
@@ -64,7 +64,7 @@ class ScaledExperts(ScaledLayer):
 
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
         rows = self.linear(x, routes).split(routes.counts)
-        return torch.cat([fused.scaled(*expert) for expert in zip(rows, self.scale, self.shift, strict=True)])
+        return torch.cat([functional.scaled(*expert) for expert in zip(rows, self.scale, self.shift, strict=True)])
 
 
 class TrainedNorm(nn.Module):

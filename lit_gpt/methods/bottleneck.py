@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt.errors import UsageError
-from lit_gpt.kernels.fused import ACTIVATIONS
+from lit_gpt.kernels.functional import ACTIVATIONS
 from lit_gpt.methods.decoding_tape import DecodingTape
 from lit_gpt.methods.hyperparameters import BottleneckConfig
 from lit_gpt.methods.method import Method, mark_trainable

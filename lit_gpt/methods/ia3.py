@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lit_gpt.kernels import fused
+from lit_gpt.kernels import functional
 from lit_gpt.methods.decoding_tape import DecodingTape
 from lit_gpt.methods.hyperparameters import IA3Config
 from lit_gpt.methods.method import LinearWrapper, Method, experts_of, mark_trainable, with_weight
@@ -72,7 +72,7 @@ class ScaledKeysValues(FactorLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         factors = self.all_factors()
-        return fused.scaled(self.linear(x), factors, torch.zeros_like(factors))
+        return functional.scaled(self.linear(x), factors, torch.zeros_like(factors))
 
     def record(self, tape: DecodingTape, x: Tensor, name: str) -> Tensor:
         """Add the layer to a decoding tape."""
@@ -110,7 +110,7 @@ class ScaledInput(InputFactors):
     """The last layer of an MLP, whose input is scaled."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(fused.scaled(x, self.factors, torch.zeros_like(self.factors)))
+        return self.linear(functional.scaled(x, self.factors, torch.zeros_like(self.factors)))
 
     def record(self, tape: DecodingTape, x: Tensor, name: str) -> Tensor:
         """Add the layer to a decoding tape. What it is given is for it alone, and is scaled in place."""
@@ -124,7 +124,7 @@ class ScaledExpertsInput(InputFactors):
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
         zeros = torch.zeros_like(self.factors)
         rows = zip(x.split(routes.counts), self.factors, zeros, strict=True)
-        return self.linear(torch.cat([fused.scaled(*expert) for expert in rows]), routes)
+        return self.linear(torch.cat([functional.scaled(*expert) for expert in rows]), routes)
 
 
 def attach(model: GPT, config: IA3Config) -> GPT:

@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from lit_gpt.kernels import fused
+from lit_gpt.kernels import functional
 from lit_gpt.kernels.attention import ScoreParams
 from lit_gpt.model.alibi import with_alibi
 from lit_gpt.model.config import Config
-from lit_gpt.model.inputs import Segments
 from lit_gpt.model.kv_cache import AnyCache, AttentionCache, DecodeCache, PackedPrefillCache
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.norms import QKNorm
+from lit_gpt.model.packed_inputs import Segments
 from lit_gpt.model.rope import Rotation
 from lit_gpt.model.sdpa import attend_within
 
@@ -52,7 +52,7 @@ class CausalSelfAttention(nn.Module):
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
         if rotation is not None:
-            qkv = fused.rotate(qkv, rotation.cos, rotation.sin, self.n_head + self.n_query_groups, self.head_size)
+            qkv = functional.rotate(qkv, rotation.cos, rotation.sin, self.n_head + self.n_query_groups, self.head_size)
         if self.norms_rotated:
             qkv = self.normed(qkv)
         gate = (qkv[..., sum(self.sizes) :],) if self.gated else ()

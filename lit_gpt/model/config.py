@@ -80,7 +80,7 @@ class Config:
     residual_scale: float = 1.0  # multiplies what attention and MLP add, with sequential residuals
     mlp_class: str = "GptNeoxMLP"  # or XIELUMLP, SwiGLU, MoE; "": a block is a token mixer alone
     mixer_layers: list[int] = field(default_factory=list)  # these are a token mixer alone
-    activation: str = "gelu"  # a key of lit_gpt.kernels.fused.ACTIVATIONS
+    activation: str = "gelu"  # a key of lit_gpt.kernels.functional.ACTIVATIONS
     intermediate_size: int = 0  # 0: 4 * n_embd; of MoE: each expert's
     n_expert: int = 0  # how many experts an MoE has
     n_expert_per_token: int = 0

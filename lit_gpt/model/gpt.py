@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.model.attention import CausalSelfAttention
 from lit_gpt.model.config import Config
-from lit_gpt.model.inputs import Segments, Targets
 from lit_gpt.model.kv_cache import AnyCache, DecodeCache, KVCache, LayerCache, PackedPrefillCache, StateDecodeCache
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.loss import log_probabilities, summed_cross_entropy
@@ -24,6 +23,7 @@ from lit_gpt.model.mixers.registry import MIXERS
 from lit_gpt.model.mlp import make_mlp
 from lit_gpt.model.noise import with_noise
 from lit_gpt.model.norms import norm
+from lit_gpt.model.packed_inputs import Segments, Targets
 from lit_gpt.model.rope import RotaryEmbedding, Rotation
 from lit_gpt.quantization.modules import QuantizedEmbedding, QuantizedLinear
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt.errors import UserError
-from lit_gpt.kernels import fused
-from lit_gpt.kernels.fused import ACTIVATIONS, Activation
+from lit_gpt.kernels import functional
+from lit_gpt.kernels.functional import ACTIVATIONS, Activation
 from lit_gpt.model.config import Config
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.moe import Experts, Router, SharedGate
@@ -88,7 +88,7 @@ class SwiGLU(nn.Module):
         return self.proj(apply(self.inner, self.gate_up(x)))
 
     def inner(self, gate_up: Tensor) -> Tensor:
-        return fused.gated(gate_up, self.activation)
+        return functional.gated(gate_up, self.activation)
 
 
 class MoE(nn.Module):
@@ -127,7 +127,7 @@ class MoE(nn.Module):
             return self.activation(made)
         if self.limit is not None:
             return clamped_gate(made, self.limit, self.slope)
-        return fused.gated(made, self.activation)
+        return functional.gated(made, self.activation)
 
 
 def clamped_gate(gate_up: Tensor, limit: float, slope: float) -> Tensor:

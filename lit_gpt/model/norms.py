@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt.errors import UserError
-from lit_gpt.kernels import fused
+from lit_gpt.kernels import functional
 from lit_gpt.model.config import Config
 
 
@@ -23,7 +23,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return fused.rms_norm(x, self.weight, self.eps, self.offset)
+        return functional.rms_norm(x, self.weight, self.eps, self.offset)
 
 
 class UnitOffsetRMSNorm(RMSNorm):

@@ -8,7 +8,7 @@ from torch import Tensor
 from lit_gpt.kernels import attention
 from lit_gpt.kernels.attention import ScoreParams
 from lit_gpt.kernels.policy import policy
-from lit_gpt.model.inputs import Segments
+from lit_gpt.model.packed_inputs import Segments
 
 
 def attend_within(

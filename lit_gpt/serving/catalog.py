@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.errors import UsageError, UserError
-from lit_gpt.generation.sequence import Row
+from lit_gpt.generation.sequence import DecodingRow
 from lit_gpt.methods import lora
 from lit_gpt.methods.finetuned_file import read_file
 from lit_gpt.methods.finetuned_model import attach_record, method_of
@@ -230,7 +230,7 @@ class Catalog:
             for number in gone:
                 self.at_rest(partial(self.adapters.drop, number))
 
-    def choose(self, rows: list[Row]) -> None:
+    def choose(self, rows: list[DecodingRow]) -> None:
         """Have the model compute these rows, each as its own model does."""
         if self.adapters:
             self.adapters.pool.choose([row.lora for row in rows])

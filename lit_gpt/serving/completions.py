@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from lit_gpt.generation.engine import check_ids, new_generator
-from lit_gpt.generation.sequence import Row
+from lit_gpt.generation.sequence import DecodingRow
 from lit_gpt.generation.stopping import AnswerText
 from lit_gpt.serving.catalog import Catalog, Served
 from lit_gpt.serving.errors import APIError, bad
@@ -122,7 +122,7 @@ class Completions:
             for choice in range(asked.n):
                 # the first choice is what generate/base.py --seed gives
                 generator = new_generator(self.catalog.model, (asked.seed + choice) % 2**63)
-                row = Row(list(ids), new, generator, lora=served.lora, sampling=asked.sampling)
+                row = DecodingRow(list(ids), new, generator, lora=served.lora, sampling=asked.sampling)
                 text = AnswerText(self.catalog.tokenizer, asked.stop)
                 emit = partial(emit_to, loop, pieces, len(jobs))
                 jobs.append(Job(row, served.read_style.stop_ids, text, emit, asked.logprobs))

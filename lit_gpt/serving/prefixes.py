@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from lit_gpt.generation.engine import Batch
-from lit_gpt.generation.sequence import Row, Step
+from lit_gpt.generation.sequence import DecodingRow, Step
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.kv_cache import KVCache, copy_cache, row_view, truncate
 from lit_gpt.text.prompt_style import common_prefix
@@ -31,7 +31,7 @@ class Prefixes:
         self.free = [row_view(cache, i) for i in range(cache[0].rows)] if cache else []
         self.kept: list[Kept] = []  # the least recently used first
 
-    def keep(self, row: Row) -> None:
+    def keep(self, row: DecodingRow) -> None:
         """Keep a row's tokens, in the place of what it has grown from."""
         ids = row.ids[: row.cache[0].length]
         if not ids:
@@ -50,7 +50,7 @@ class Prefixes:
         copy_cache(row.cache, slot)
         self.kept.append(Kept(row.lora, ids, slot))
 
-    def fill(self, slot: KVCache, row: Row, model: GPT, active: list[Row]) -> int:
+    def fill(self, slot: KVCache, row: DecodingRow, model: GPT, active: list[DecodingRow]) -> int:
         """Copy into a slot as much of a row's beginning as is known, and return how many tokens that is.
 
         Args:
@@ -69,7 +69,7 @@ class Prefixes:
         return length
 
 
-def shared(row: Row, kept: Kept, model: GPT) -> int:
+def shared(row: DecodingRow, kept: Kept, model: GPT) -> int:
     """Return how many tokens a row begins with that are kept as it needs them, never all of its tokens."""
     if kept.lora != row.lora or not kept.ids or model.needs_reread(kept.cache[0], len(row.ids)):
         return 0
@@ -77,7 +77,7 @@ def shared(row: Row, kept: Kept, model: GPT) -> int:
     return length if all(layer.can_return_to(length) for layer in kept.cache) else 0
 
 
-def computed(row: Row) -> Kept:
+def computed(row: DecodingRow) -> Kept:
     return Kept(row.lora, row.ids[: row.cache[0].length], row.cache)
 
 
@@ -89,18 +89,18 @@ class SharingBatch(Batch):
         model: GPT,
         cache: KVCache,
         step: Step | None,
-        choose: Callable[[list[Row]], None],
+        choose: Callable[[list[DecodingRow]], None],
         piece: int | None,
         prefixes: Prefixes,
     ) -> None:
         super().__init__(model, cache, step, choose, piece)
         self.prefixes = prefixes
 
-    def join(self, row: Row) -> None:
+    def join(self, row: DecodingRow) -> None:
         slot = self.slots[len(self.rows)]
         row.cached = self.prefixes.fill(slot, row, self.model, self.rows)
         super().join(row)
 
-    def leave(self, row: Row) -> None:
+    def leave(self, row: DecodingRow) -> None:
         self.prefixes.keep(row)
         super().leave(row)

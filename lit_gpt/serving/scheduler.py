@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_gpt.generation.sequence import Row, Step
+from lit_gpt.generation.sequence import DecodingRow, Step
 from lit_gpt.generation.stopping import AnswerText
 from lit_gpt.methods.multi_lora import LoadedLoRA
 from lit_gpt.model.gpt import GPT
@@ -59,7 +59,7 @@ class Job:
         top_logprobs: how many of the likeliest tokens to tell of at each place; None: tell of no log-probabilities.
     """
 
-    row: Row
+    row: DecodingRow
     stop_ids: tuple[int, ...]
     text: AnswerText
     emit: Callable[[Piece], None]
@@ -122,7 +122,7 @@ class Scheduler:
         cache: KVCache,
         kept: KVCache | None,
         step: Step,
-        choose: Callable[[list[Row]], None],
+        choose: Callable[[list[DecodingRow]], None],
         max_queue: int,
         adapters: Adapters | None = None,
     ) -> None:
@@ -130,7 +130,7 @@ class Scheduler:
         self.batch, self.max_queue = self.new_batch(), max_queue
         self.slots, self.cache_bytes = self.batch.free, sum(x.k.nbytes + x.v.nbytes for x in (*cache, *(kept or ())))
         self.queue: FairQueue[Job] = FairQueue()
-        self.jobs: dict[Row, Job] = {}  # those in the batch
+        self.jobs: dict[DecodingRow, Job] = {}  # those in the batch
         self.adapters = adapters
         self.arriving: dict[Job, Future[LoadedLoRA]] = {}  # those that have a place, and whose LoRA is being read
         self.gone: list[Job] = []  # whose clients have gone

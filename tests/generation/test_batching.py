@@ -16,7 +16,7 @@ from lit_gpt.errors import UserError
 from lit_gpt.generation import engine
 from lit_gpt.generation.engine import decode, generate
 from lit_gpt.generation.sampling import GREEDY
-from lit_gpt.generation.sequence import Row, Step
+from lit_gpt.generation.sequence import DecodingRow, Step
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.methods import finetuned_model, lora
 from lit_gpt.methods.multi_lora import LoRAPool
@@ -32,7 +32,7 @@ def together(
     model: GPT, prompts: list[list[int]], new: list[int], places: int, step: Step | None = None
 ) -> list[list[int]]:
     """The greedy answers of rows in a batch with so many places."""
-    rows = [Row(list(prompt), n, sampling=GREEDY) for prompt, n in zip(prompts, new, strict=True)]
+    rows = [DecodingRow(list(prompt), n, sampling=GREEDY) for prompt, n in zip(prompts, new, strict=True)]
     cache = model.kv_cache(places, max(map(len, prompts)) + max(new))
     for _ in decode(model, rows, cache, step=step):
         pass
@@ -96,7 +96,8 @@ def mixed_equals_single(folder: Path, paths: list[Path]) -> None:
     options = {"choose": lambda rows: loras.choose([row.lora for row in rows])}
     for step in (None, FastStep(loras.model)):
         rows = [
-            Row(list(prompt), 10, lora=number, sampling=GREEDY) for prompt, number in zip(prompts, numbers, strict=True)
+            DecodingRow(list(prompt), 10, lora=number, sampling=GREEDY)
+            for prompt, number in zip(prompts, numbers, strict=True)
         ]
         for _ in decode(loras.model, rows, loras.model.kv_cache(5, 30), step=step, **options):
             pass

@@ -10,7 +10,7 @@ from helpers.methods import LORAS, STYLE, lora_files
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.generation.engine import Batch, generate
 from lit_gpt.generation.sampling import GREEDY, Sampling
-from lit_gpt.generation.sequence import Row
+from lit_gpt.generation.sequence import DecodingRow
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.methods import lora
 from lit_gpt.methods.finetuned_model import load_finetuned
@@ -42,11 +42,11 @@ def run(schedule: random.Random, loras, step, piece: int | None) -> int:
     pool, prompts, alone = loras
     model = pool.model
     batch = Batch(model, model.kv_cache(SLOTS, CONTEXT), step, lambda rows: pool.choose([r.lora for r in rows]), piece)
-    asked: list[tuple[Row, int]] = []
+    asked: list[tuple[DecodingRow, int]] = []
     while len(asked) < 10 or batch.rows:
         while batch.free and len(asked) < 10 and schedule.random() < 0.5:
             i = schedule.randrange(len(prompts))
-            row = Row(list(prompts[i]), schedule.randint(1, 20), lora=schedule.randrange(5), sampling=GREEDY)
+            row = DecodingRow(list(prompts[i]), schedule.randint(1, 20), lora=schedule.randrange(5), sampling=GREEDY)
             asked.append((row, i))
             batch.join(row)
         if batch.rows and schedule.random() < 0.1:
@@ -76,7 +76,7 @@ def test_a_long_prompt_is_read_in_pieces_while_others_go_on(loras):
     pool, prompts, alone = loras
     pool.choose([0])
     batch = Batch(pool.model, pool.model.kv_cache(2, CONTEXT), piece=16)
-    quick, slow = (Row(list(prompts[i]), 20, sampling=GREEDY) for i in (1, 5))
+    quick, slow = (DecodingRow(list(prompts[i]), 20, sampling=GREEDY) for i in (1, 5))
     batch.join(quick)
     assert [row for row, _ in batch.advance()] == [quick]
     batch.join(slow)
@@ -98,13 +98,13 @@ def test_each_row_samples_in_its_own_way(loras):
     settings = [GREEDY, Sampling(0.9, top_k=20), Sampling(1.3, top_p=0.8), Sampling(1.0, min_p=0.1)]
     settings += [Sampling(0.0, repetition_penalty=1.5)]
 
-    def rows() -> list[Row]:
+    def rows() -> list[DecodingRow]:
         return [
-            Row(list(prompts[3]), 20, torch.Generator().manual_seed(seed), sampling=sampling)
+            DecodingRow(list(prompts[3]), 20, torch.Generator().manual_seed(seed), sampling=sampling)
             for seed, sampling in enumerate(settings)
         ]
 
-    def finish(some: list[Row]) -> list[list[int]]:
+    def finish(some: list[DecodingRow]) -> list[list[int]]:
         batch = Batch(model, model.kv_cache(len(some), CONTEXT))
         for row in some:
             batch.join(row)

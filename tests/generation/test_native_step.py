@@ -14,7 +14,7 @@ from lit_gpt import GPT, Config
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.generation.engine import generate
 from lit_gpt.generation.native_step import NativeStep
-from lit_gpt.generation.sequence import Row, eager_step
+from lit_gpt.generation.sequence import DecodingRow, eager_step
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.generation.tape import Unsupported
 from lit_gpt.kernels import build
@@ -93,14 +93,14 @@ def test_what_there_is_no_kernel_for_goes_through_the_model(llama, monkeypatch):
 def test_a_step_beyond_the_cache_is_refused(llama):
     model = load_model(llama)
     cache = model.kv_cache(1, 2)
-    step, row = NativeStep(model), Row([5], 9, cache=cache)
+    step, row = NativeStep(model), DecodingRow([5], 9, cache=cache)
     for token in (5, 6):
         step([row], cache)
         row.ids.append(token)
     with pytest.raises(IndexError, match="position 2"):
         step([row], cache)
     with pytest.raises(IndexError, match="token 320"):
-        step([Row([320], 9, cache=cache)], cache)
+        step([DecodingRow([320], 9, cache=cache)], cache)
 
 
 @pytest.mark.parametrize("format", ["int8", "int4", "nf4", "nf4-dq"])
@@ -114,7 +114,7 @@ def test_in_bfloat16_it_is_nearer_to_float32_than_the_model_is(llama, format):
         for step in (NativeStep(model), partial(eager_step, model)):
             cache = model.kv_cache(1, 20)
             model.hidden(torch.tensor([ids[:-1]]), cache=cache)
-            errors.append((step([Row(ids, 1, cache=cache)], cache).float() - expected).norm() / expected.norm())
+            errors.append((step([DecodingRow(ids, 1, cache=cache)], cache).float() - expected).norm() / expected.norm())
     assert errors[0] < errors[1] < 0.05
 
 
@@ -123,7 +123,7 @@ def test_what_is_no_number_is_not_hidden_by_rounding(llama, format):
     model = load_model(llama, torch.bfloat16, quantize=format)
     model.h[0].norm_1.weight.data.fill_(torch.nan)
     cache = model.kv_cache(1, 2)
-    assert NativeStep(model)([Row([5], 1, cache=cache)], cache).isnan().all()
+    assert NativeStep(model)([DecodingRow([5], 1, cache=cache)], cache).isnan().all()
 
 
 @pytest.mark.parametrize("format", [None, "int8", "int4", "nf4", "nf4-dq"])
@@ -136,13 +136,15 @@ def test_several_rows_in_bfloat16_are_what_each_is_alone(format):
     model = GPT(config) if format is None else quantize(GPT(config), format)
     model.to(torch.bfloat16).eval()
     cache = model.kv_cache(7, 4)
-    rows = [Row([i + 3], 1, cache=row_view(cache, i)) for i in range(7)]
+    rows = [DecodingRow([i + 3], 1, cache=row_view(cache, i)) for i in range(7)]
     together, alone = NativeStep(model)(rows, cache).clone(), NativeStep(model)
     for row, logits in zip(rows, together, strict=True):
         cache = model.kv_cache(1, 4)
-        single = alone([Row(row.ids, 1, cache=cache)], cache)[0]
+        single = alone([DecodingRow(row.ids, 1, cache=cache)], cache)[0]
         torch.testing.assert_close(logits, single)
-        assert (logits - eager_step(model, [Row(row.ids, 1, cache=model.kv_cache(1, 4))], None)[0]).abs().max() < 0.02
+        assert (
+            logits - eager_step(model, [DecodingRow(row.ids, 1, cache=model.kv_cache(1, 4))], None)[0]
+        ).abs().max() < 0.02
 
 
 @pytest.mark.parametrize("change", ["data", "dtype"])

@@ -17,7 +17,7 @@ from lit_gpt.generation.native_step import NativeStep
 from lit_gpt.generation.tape import Unsupported
 from lit_gpt.methods import finetuned_file, lora
 from lit_gpt.model.gpt import quantize
-from lit_gpt.model.inputs import Targets
+from lit_gpt.model.packed_inputs import Targets
 
 UPDATES, INITS = ("plain", "dora", "vera", "tied", "multi"), ("kaiming", "gaussian", "pissa", "olora")
 OTHERS = {"scaling": "sqrt_r", "train": "B", "lr_ratio": 16}

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from lit_gpt import GPT
 from lit_gpt.data import dataset, packing
-from lit_gpt.model.inputs import Targets
+from lit_gpt.model.packed_inputs import Targets
 
 
 def train(model: GPT, steps: int = 2) -> None:

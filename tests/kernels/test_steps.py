@@ -18,8 +18,8 @@ from lit_gpt.kernels import attention, ops
 from lit_gpt.kernels.attention import ScoreParams
 from lit_gpt.methods import adapter_v2, lora
 from lit_gpt.methods.adapter import AdapterConfig
-from lit_gpt.model import inputs as inputs_module
-from lit_gpt.model.inputs import Targets
+from lit_gpt.model import packed_inputs as inputs_module
+from lit_gpt.model.packed_inputs import Targets
 from lit_gpt.training.memory import activation_checkpointing
 from lit_gpt.training.memory.activation_checkpointing import KINDS, apply_activation_checkpointing
 

@@ -18,7 +18,7 @@ from lit_gpt.conversion import logits as verify
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.families.registry import config_from_name
 from lit_gpt.methods import finetuned_file, finetuned_model, lora
-from lit_gpt.model.inputs import Targets
+from lit_gpt.model.packed_inputs import Targets
 
 
 def attached(tiny: Tiny, config: lora.LoRAConfig = EVERYTHING, scramble: bool = True) -> GPT:

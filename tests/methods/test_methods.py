@@ -27,7 +27,7 @@ from lit_gpt.kernels import build
 from lit_gpt.methods import finetuned_file, finetuned_model, lora
 from lit_gpt.methods.registry import config_class, make_method
 from lit_gpt.model.gpt import quantize
-from lit_gpt.model.inputs import Targets
+from lit_gpt.model.packed_inputs import Targets
 from lit_gpt.quantization.modules import QuantizedLinear
 from lit_gpt.training.args import OptimizationArgs
 from lit_gpt.training.optimizers import InBackward, make_optimizer

@@ -23,7 +23,7 @@ from lit_gpt.methods import finetuned_file, finetuned_model
 from lit_gpt.methods.method import Start
 from lit_gpt.methods.prompt import prompt_of
 from lit_gpt.model.gpt import quantize
-from lit_gpt.model.inputs import Targets
+from lit_gpt.model.packed_inputs import Targets
 
 P = 5
 # Grouped queries; shared norm and one key; learned positions; ALiBi; scaled embeddings and windows.

@@ -15,9 +15,9 @@ from lit_gpt.generation.engine import generate
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.methods import adapter_v2, lora
 from lit_gpt.model.gpt import quantize
-from lit_gpt.model.inputs import Segments
 from lit_gpt.model.kv_cache import truncate
 from lit_gpt.model.mixers import mamba, recurrence
+from lit_gpt.model.packed_inputs import Segments
 
 FAMILIES = {family.__name__.rpartition(".")[2]: family for family in families()}
 STATELESS = {"attention", "latent_attention"}

@@ -17,8 +17,8 @@ from lit_gpt import GPT, Config
 from lit_gpt.conversion import hf, hf_shards
 from lit_gpt.methods import adapter_v2, lora
 from lit_gpt.model import moe
-from lit_gpt.model.inputs import Segments, Targets
 from lit_gpt.model.mlp import MoE
+from lit_gpt.model.packed_inputs import Segments, Targets
 from lit_gpt.training.memory.tracker import MemoryTracker
 
 CONFIG = Config(

@@ -16,7 +16,7 @@ from lit_gpt.errors import UserError
 from lit_gpt.families.registry import config_from_hf
 from lit_gpt.kernels.attention import ScoreParams
 from lit_gpt.model.alibi import alibi_slopes, with_alibi
-from lit_gpt.model.inputs import Segments
+from lit_gpt.model.packed_inputs import Segments
 from lit_gpt.model.sdpa import attend
 
 

@@ -11,8 +11,8 @@ from lit_gpt.conversion import hf, hf_shards
 from lit_gpt.errors import UserError
 from lit_gpt.families.registry import config_from_hf
 from lit_gpt.generation.engine import generate
-from lit_gpt.model.inputs import Segments
 from lit_gpt.model.kv_cache import truncate
+from lit_gpt.model.packed_inputs import Segments
 
 
 @pytest.fixture(scope="module")

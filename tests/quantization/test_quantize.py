@@ -27,7 +27,7 @@ from lit_gpt.errors import UsageError
 from lit_gpt.families.registry import config_from_name
 from lit_gpt.methods import adapter as adapter_module
 from lit_gpt.methods import adapter_v2, finetuned_model, lora
-from lit_gpt.model.inputs import Targets
+from lit_gpt.model.packed_inputs import Targets
 from lit_gpt.quantization import formats, modules
 from lit_gpt.training.checks import check_quantized
 from lit_gpt.training.memory.activation_checkpointing import apply_activation_checkpointing

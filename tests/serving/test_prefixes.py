@@ -11,7 +11,7 @@ from lit_gpt.checkpoints.base_model import BaseCheckpoint, load_model
 from lit_gpt.conversion import hf, hf_shards
 from lit_gpt.generation.engine import generate
 from lit_gpt.generation.sampling import GREEDY
-from lit_gpt.generation.sequence import Row
+from lit_gpt.generation.sequence import DecodingRow
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.methods import lora
 from lit_gpt.methods.finetuned_model import load_finetuned
@@ -35,7 +35,7 @@ def sharing(pool, slots: int, kept: int) -> SharingBatch:
     return SharingBatch(model, model.kv_cache(slots, CONTEXT), FastStep(model), choose, 16, prefixes)
 
 
-def finish(batch: SharingBatch, *rows: Row) -> None:
+def finish(batch: SharingBatch, *rows: DecodingRow) -> None:
     for row in rows:
         batch.join(row)
     while batch.rows:
@@ -44,18 +44,18 @@ def finish(batch: SharingBatch, *rows: Row) -> None:
 
 def test_the_next_turn_of_a_conversation_reads_what_is_new(pool):
     batch = sharing(pool, slots=2, kept=2)
-    first = Row(list(range(40)), 10, sampling=GREEDY)
+    first = DecodingRow(list(range(40)), 10, sampling=GREEDY)
     finish(batch, first)
-    then, other, same = (Row([*first.ids, 7, 8], 5, lora=n, sampling=GREEDY) for n in (0, 1, 0))
+    then, other, same = (DecodingRow([*first.ids, 7, 8], 5, lora=n, sampling=GREEDY) for n in (0, 1, 0))
     finish(batch, then, other)
     assert then.cached == 49 and other.cached == 0  # under another LoRA nothing is known
     finish(batch, same)
     assert same.cached == 51 and same.ids == then.ids
     fresh = sharing(pool, slots=2, kept=0)
-    expected = [Row([*first.ids, 7, 8], 5, lora=n, sampling=GREEDY) for n in (0, 1)]
+    expected = [DecodingRow([*first.ids, 7, 8], 5, lora=n, sampling=GREEDY) for n in (0, 1)]
     finish(fresh, *expected)
     assert [row.ids for row in (then, other)] == [row.ids for row in expected]
-    again = Row([*first.ids, 7, 8], 5, sampling=GREEDY)
+    again = DecodingRow([*first.ids, 7, 8], 5, sampling=GREEDY)
     finish(fresh, again)
     assert again.cached == 0
 
@@ -64,9 +64,9 @@ def test_the_least_recently_used_leaves_and_what_has_grown_takes_one_place(pool)
     batch, prefixes = sharing(pool, 1, kept=2), None
     prefixes = batch.prefixes
     for start in (0, 100, 200, 100):
-        finish(batch, Row(list(range(start, start + 20)), 3, sampling=GREEDY))
+        finish(batch, DecodingRow(list(range(start, start + 20)), 3, sampling=GREEDY))
     assert [kept.ids[0] for kept in prefixes.kept] == [200, 100] and not prefixes.free
-    finish(batch, Row([*prefixes.kept[0].ids, 1, 2, 3], 3, sampling=GREEDY))
+    finish(batch, DecodingRow([*prefixes.kept[0].ids, 1, 2, 3], 3, sampling=GREEDY))
     assert [kept.ids[0] for kept in prefixes.kept] == [100, 200] and len(prefixes.kept[1].ids) > 22
 
 
@@ -82,7 +82,9 @@ def test_random_conversations_are_answered_as_they_would_be_alone(pool):
         while batch.free and len(asked) < 60 and draw.random() < 0.6:
             stem = draw.choice(stems)
             prompt = stem[: draw.randint(9, len(stem))] + [draw.randrange(4) for _ in range(draw.randint(0, 2))]
-            asked.append((Row(list(prompt), draw.randint(1, 8), lora=draw.randrange(3), sampling=GREEDY), prompt))
+            asked.append(
+                (DecodingRow(list(prompt), draw.randint(1, 8), lora=draw.randrange(3), sampling=GREEDY), prompt)
+            )
             batch.join(asked[-1][0])
         if batch.rows and draw.random() < 0.1:
             batch.leave(draw.choice(batch.rows))
@@ -105,7 +107,7 @@ def test_keys_rotated_for_a_short_sequence_do_not_serve_a_long_one(tmp_path):
     cached = []
     for length in (12, 45, 50, 11):  # the original context is 16 or 32
         ids = (prompt * 5)[:length]
-        row = Row(list(ids), 4, sampling=GREEDY)
+        row = DecodingRow(list(ids), 4, sampling=GREEDY)
         finish(batch, row)
         cached.append(row.cached)
         assert row.ids[length:] == list(generate(model, ids, 4, temperature=0))

@@ -17,7 +17,7 @@ from lit_gpt.cli import run
 from lit_gpt.data.dataset import Sample
 from lit_gpt.data.packing import PackedRow
 from lit_gpt.methods.hyperparameters import LoRAConfig
-from lit_gpt.model.inputs import Targets
+from lit_gpt.model.packed_inputs import Targets
 from lit_gpt.training import objectives
 from lit_gpt.training.args import TrainArgs
 

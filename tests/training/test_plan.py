@@ -10,7 +10,7 @@ from helpers.runs import planner_of
 from lit_gpt import GPT
 from lit_gpt.distributed.args import DeviceArgs
 from lit_gpt.families.registry import config_from_name
-from lit_gpt.model.inputs import Segments, Targets
+from lit_gpt.model.packed_inputs import Segments, Targets
 from lit_gpt.training.memory.activation_checkpointing import KINDS, apply_activation_checkpointing
 from lit_gpt.training.memory.tracker import MemoryTracker
 

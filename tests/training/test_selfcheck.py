@@ -17,11 +17,11 @@ from lit_gpt.data import packing
 from lit_gpt.data.args import ColumnArgs, PrepareArgs
 from lit_gpt.data.prepare import prepare
 from lit_gpt.generation import native_step
-from lit_gpt.kernels import build, fused
+from lit_gpt.kernels import build, functional
 from lit_gpt.methods import finetuned_file, lora
 from lit_gpt.methods.lora import LoRA, LoRALinear
-from lit_gpt.model.inputs import Segments
 from lit_gpt.model.kv_cache import AttentionCache
+from lit_gpt.model.packed_inputs import Segments
 from lit_gpt.training import objectives
 from lit_gpt.training.selfcheck.finding import failures
 from lit_gpt.training.setup import check
@@ -137,8 +137,8 @@ def stale_cache(patch):
 
 def kernel_off(patch):
     """A kernel's results are a thousandth too large."""
-    gated = fused.ops.gated
-    patch.setattr(fused.ops, "gated", lambda *arguments: gated(*arguments) * 1.001)
+    gated = functional.ops.gated
+    patch.setattr(functional.ops, "gated", lambda *arguments: gated(*arguments) * 1.001)
 
 
 def mean_over_rows(patch):

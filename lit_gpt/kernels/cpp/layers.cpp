@@ -1,5 +1,5 @@
 // Elementwise parts of a block, forward and backward: RMSNorm, gated activations, rotary embedding.
-// Each reads and writes its tensors once. The formulas are those of lit_gpt/kernels/fused.py.
+// Each reads and writes its tensors once. The formulas are those of lit_gpt/kernels/functional.py.
 #include "activations.h"
 #include "vectors.h"
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_gpt.kernels import fused
+from lit_gpt.kernels import functional
 from lit_gpt.methods.decoding_tape import DecodingTape
 from lit_gpt.methods.lora.factors import Factors
 from lit_gpt.model.gpt import GPT
@@ -41,10 +41,10 @@ class LoRALinear(LoRALayer):
         rows, dropout = x.reshape(-1, self.in_features), self.dropout if self.training else 0.0
         A, B = self.factors()
         y = self.linear(rows)  # of rows it is no view even with a bias, and views are dear to change in place
-        y = fused.low_rank_update(y, rows, A, B, self.parts, self.scale, dropout)
+        y = functional.low_rank_update(y, rows, A, B, self.parts, self.scale, dropout)
         scale = self.output_scale(A, B)
         if scale is not None:
-            y = fused.scaled(y, scale, self.shift(scale))
+            y = functional.scaled(y, scale, self.shift(scale))
         return y.view(*x.shape[:-1], self.out_features)
 
     def shift(self, scale: Tensor) -> Tensor:

@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_gpt.kernels import fused
+from lit_gpt.kernels import functional
 from lit_gpt.kernels.attention import ScoreParams
 from lit_gpt.model.config import Config
-from lit_gpt.model.inputs import Segments
 from lit_gpt.model.kv_cache import AnyCache, AttentionCache, DecodeCache, PackedPrefillCache
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.mixers.mixer import Mixer
 from lit_gpt.model.norms import RMSNorm
+from lit_gpt.model.packed_inputs import Segments
 from lit_gpt.model.rope import Rotation
 from lit_gpt.model.sdpa import attend_within
 
@@ -57,8 +57,8 @@ class LatentAttention(Mixer):
             q = self.q_up(self.q_norm(q).to(q.dtype))
         latent = self.kv_norm(latent).to(latent.dtype)
         if rotation is not None:
-            q = fused.rotate(q, rotation.cos, rotation.sin, self.n_head, self.head_size)
-            k = fused.rotate(k, rotation.cos, rotation.sin, 1, self.rotated_size)
+            q = functional.rotate(q, rotation.cos, rotation.sin, self.n_head, self.head_size)
+            k = functional.rotate(k, rotation.cos, rotation.sin, 1, self.rotated_size)
         return q.unflatten(-1, (self.n_head, -1)).transpose(1, 2), k.unsqueeze(1), latent.unsqueeze(1)
 
     def mix(self, parts: tuple[Tensor, ...], segments: Segments | None, cache: AnyCache | None) -> Tensor:

@@ -6,8 +6,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from lit_gpt.model.inputs import Segments
 from lit_gpt.model.kv_cache import AnyCache, LayerCache, PackedPrefillCache, StateCache
+from lit_gpt.model.packed_inputs import Segments
 from lit_gpt.model.rope import Rotation
 
 

@@ -15,7 +15,7 @@ from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.errors import UsageError
 from lit_gpt.generation.engine import decode
 from lit_gpt.generation.sampling import Sampling
-from lit_gpt.generation.sequence import Row
+from lit_gpt.generation.sequence import DecodingRow
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.methods.finetuned_file import read_file
 from lit_gpt.methods.method import Method
@@ -156,7 +156,7 @@ def decode_logits(model: GPT, prompt: Sequence[int], n: int, step: FastStep) -> 
     def keep(x: Tensor, token: int) -> None:
         logits.append(x.flatten().clone())
 
-    row = Row(list(prompt), n, sampling=Sampling(temperature=0), observe=keep)
+    row = DecodingRow(list(prompt), n, sampling=Sampling(temperature=0), observe=keep)
     for _ in decode(model, [row], model.kv_cache(1, len(prompt) + n), step=step):
         pass
     return row.ids, logits

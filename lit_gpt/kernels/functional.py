@@ -1,6 +1,6 @@
 """Operations written with their gradients, so that they keep less for the backward pass than autograd would, and pass
-over memory less often. Their results are those of the plain formulas: tests/kernels/test_fused.py holds them against
-those.
+over memory less often. Their results are those of the plain formulas: tests/kernels/test_functional.py holds them
+against those.
 
 Where lit_gpt.kernels.ops has a kernel for the tensors at hand, it is taken; torch's operations serve everywhere.
 

@@ -11,11 +11,11 @@ from torch.autograd import gradcheck
 from helpers.compare import off
 from helpers.tiny_models import Tiny
 from lit_gpt.checkpoints.base_model import load_model
-from lit_gpt.kernels import attention, fused, ops
+from lit_gpt.kernels import attention, functional, ops
 from lit_gpt.kernels.attention import ScoreParams
 from lit_gpt.kernels.policy import use_policy
 from lit_gpt.methods import lora
-from lit_gpt.model import inputs as inputs_module
+from lit_gpt.model import packed_inputs as inputs_module
 from lit_gpt.model import sdpa
 from lit_gpt.model.loss import summed_cross_entropy
 
@@ -54,8 +54,8 @@ def mask_of(x: Tensor, dropout: float) -> Tensor:
     """Return what the update multiplies x with, float64, for this seed. It depends on the dtype's size."""
     torch.manual_seed(5)
     kept = 1024 - round(dropout * 1024)
-    bits = fused.random_bits(x.numel(), kept, x.device)
-    return (fused._dropped(torch.ones_like(x), bits).double() if dropout else torch.ones_like(x, dtype=WIDE)) * (
+    bits = functional.random_bits(x.numel(), kept, x.device)
+    return (functional._dropped(torch.ones_like(x), bits).double() if dropout else torch.ones_like(x, dtype=WIDE)) * (
         1024 / kept
     )
 
@@ -68,7 +68,7 @@ def plain_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor) -> Te
 
 def our_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
     torch.manual_seed(5)
-    return fused.low_rank_update(y.clone(), x, A, B, PARTS, 2.0, dropout)
+    return functional.low_rank_update(y.clone(), x, A, B, PARTS, 2.0, dropout)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, NARROW])
@@ -118,7 +118,7 @@ def test_low_rank_update_kernel(dtype, dropout, rank, size, A_trains):
 
     def ours(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         torch.manual_seed(5)
-        return fused.low_rank_update(y.clone(), x, A, B, parts, 2.0, dropout)
+        return functional.low_rank_update(y.clone(), x, A, B, parts, 2.0, dropout)
 
     assert ops.supports_lora(*given[:2], parts)
     exact = results(plain, [t.detach().double().requires_grad_(t.requires_grad) for t in given], WIDE)
@@ -150,7 +150,7 @@ def test_scaled(dtype):
         return (y + shift.to(y.dtype)) * scale.to(y.dtype)
 
     exact = results(plain, [x.detach().double().requires_grad_() for x in given], WIDE)
-    for actual, rival, expected in zip(results(fused.scaled, given, dtype), results(plain, given, dtype), exact,
+    for actual, rival, expected in zip(results(functional.scaled, given, dtype), results(plain, given, dtype), exact,
                                       strict=True):  # fmt: skip
         assert actual.dtype == rival.dtype
         assert off(actual.double(), expected) <= (1e-5 if dtype != NARROW else 1.2 * off(rival.double(), expected))
@@ -167,7 +167,7 @@ def test_dropout_strikes_each_element_alike(dtype):
     torch.manual_seed(0)
     n, kept = 2**20 + 7, 1024 - 51
     ones = torch.ones(n, dtype=dtype)
-    mask = fused._dropped(ones, fused.random_bits(n, kept, ones.device))
+    mask = functional._dropped(ones, functional.random_bits(n, kept, ones.device))
     assert set(mask.unique().tolist()) == {0.0, 1.0} and mask.shape == ones.shape
     dropped, p = 1 - mask.double(), 51 / 1024
     sigma = (p * (1 - p) / n) ** 0.5
@@ -175,32 +175,32 @@ def test_dropout_strikes_each_element_alike(dtype):
     for lag in (1, 2, 3, 4, 8, 16, 64, n // 64, n // 64 + 1, n // 16, n // 16 + 1):
         together = (dropped[lag:] * dropped[:-lag]).mean()
         assert abs(together - p * p) < 6 * p * (1 - p) / (n - lag) ** 0.5
-    again = fused._dropped(ones, fused.random_bits(n, kept, ones.device))
+    again = functional._dropped(ones, functional.random_bits(n, kept, ones.device))
     assert not torch.equal(mask, again)
     torch.manual_seed(0)
-    assert torch.equal(mask, fused._dropped(ones, fused.random_bits(n, kept, ones.device)))
+    assert torch.equal(mask, functional._dropped(ones, functional.random_bits(n, kept, ones.device)))
 
 
 @pytest.mark.parametrize("kept", [0, 1, 512, 625, 1023])
 def test_probability_of_random_bits(kept):
     torch.manual_seed(0)
     n, p = 2**21, kept / 1024
-    mask = fused._dropped(torch.ones(n), fused.random_bits(n, kept, torch.device("cpu"))).double()
+    mask = functional._dropped(torch.ones(n), functional.random_bits(n, kept, torch.device("cpu"))).double()
     assert abs(mask.mean() - p) <= 5 * (p * (1 - p) / n) ** 0.5
 
 
 def test_packed_bools_are_all_there():
     """Each bool has a bit of its own, whatever the others are."""
     one_each = torch.eye(64, dtype=torch.bool)
-    places = [fused._packed(row).item() for row in one_each]
+    places = [functional._packed(row).item() for row in one_each]
     assert len(set(places)) == 64 and sum(places) == -1
     bools = torch.rand(64) < 0.5
-    assert fused._packed(bools).item() == sum(place for place, b in zip(places, bools, strict=True) if b)
+    assert functional._packed(bools).item() == sum(place for place, b in zip(places, bools, strict=True) if b)
 
 
 def test_dropout_drops_what_is_not_finite():
     x = torch.full((64,), torch.nan)
-    kept = fused._dropped(x, torch.zeros(1, dtype=torch.int64))
+    kept = functional._dropped(x, torch.zeros(1, dtype=torch.int64))
     assert torch.equal(kept, torch.zeros(64))
 
 
@@ -317,12 +317,12 @@ def test_rms_norm(frozen, offset, with_kernels):
         return (wide * (offset + weight.to(wide.dtype))).to(x.dtype) if offset else weight * wide.to(x.dtype)
 
     given = inputs((2, 33, 48), (48,), frozen=frozen)
-    holds(lambda *a: fused.rms_norm(*a, 1e-5, offset), plain, given)
+    holds(lambda *a: functional.rms_norm(*a, 1e-5, offset), plain, given)
     for x, weight in (given, [x.float() for x in given], [given[0], given[1].float()]) if not with_kernels else ():
-        assert torch.equal(fused.rms_norm(x, weight, 1e-5, offset), plain(x, weight))
+        assert torch.equal(functional.rms_norm(x, weight, 1e-5, offset), plain(x, weight))
 
 
-@pytest.mark.parametrize("f", fused.ACTIVATIONS.values(), ids=fused.ACTIVATIONS)
+@pytest.mark.parametrize("f", functional.ACTIVATIONS.values(), ids=functional.ACTIVATIONS)
 @pytest.mark.parametrize("size", [48, 50])
 def test_gated(f, size, with_kernels):
 
@@ -331,11 +331,11 @@ def test_gated(f, size, with_kernels):
         return f(gate) * up
 
     (x,) = inputs((2, 33, size))
-    holds(lambda x: fused.gated(x, f), plain, [x])
-    assert with_kernels or torch.equal(fused.gated(x, f), plain(x))
-    assert gradcheck(lambda x: fused.gated(x, f), [x[:, :3].detach().double().requires_grad_()])
+    holds(lambda x: functional.gated(x, f), plain, [x])
+    assert with_kernels or torch.equal(functional.gated(x, f), plain(x))
+    assert gradcheck(lambda x: functional.gated(x, f), [x[:, :3].detach().double().requires_grad_()])
     extreme = torch.tensor([[-1e10, -200.0, 200.0, 1e10, -1.0, 1.0, 1.0, 1.0]], requires_grad=True)
-    for actual, expected in zip(results(lambda x: fused.gated(x, f), [extreme], torch.float32),
+    for actual, expected in zip(results(lambda x: functional.gated(x, f), [extreme], torch.float32),
                                results(plain, [extreme], torch.float32), strict=True):  # fmt: skip
         assert actual == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
@@ -357,7 +357,7 @@ def test_rotation(elements, shape, with_kernels):
     (x,) = inputs((2, 9, 5 * 16))
 
     def ours(x: Tensor) -> Tensor:
-        return fused.rotate(x, cos.to(x.dtype), sin.to(x.dtype), 3, 16)
+        return functional.rotate(x, cos.to(x.dtype), sin.to(x.dtype), 3, 16)
 
     def plain(x: Tensor) -> Tensor:
         return plain_rotation(x, cos.to(x.dtype), sin.to(x.dtype), 3, 16)
@@ -365,7 +365,7 @@ def test_rotation(elements, shape, with_kernels):
     holds(ours, plain, [x])
     assert with_kernels or torch.equal(ours(x), plain(x))
     wide = cos.float(), sin.float()  # as under autocast
-    assert torch.equal(fused.rotate(x, *wide, 3, 16), plain_rotation(x, *wide, 3, 16))
+    assert torch.equal(functional.rotate(x, *wide, 3, 16), plain_rotation(x, *wide, 3, 16))
     assert gradcheck(ours, [x.detach().double().requires_grad_()])
 
 
@@ -418,7 +418,7 @@ def test_an_A_that_is_frozen_keeps_no_activations(kernels):
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # noqa: B023
             with use_policy(cpp=kernels):
-                fused.low_rank_update(
+                functional.low_rank_update(
                     y.clone(), x, A.clone().requires_grad_(trains), B.clone().requires_grad_(), [(0, 16)], 1.0, 0.0
                 )
         sizes[trains] = sum(t.numel() for t in kept)
