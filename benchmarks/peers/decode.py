@@ -27,7 +27,7 @@ def ours() -> Answer:
     from lit_gpt.checkpoints.base_model import load_model
     from lit_gpt.generation.engine import decode
     from lit_gpt.generation.sampling import GREEDY
-    from lit_gpt.generation.sequence import Row
+    from lit_gpt.generation.sequence import DecodingRow
     from lit_gpt.generation.steps import FastStep
     from lit_gpt.methods import adapter, adapter_v2, lora
     from lit_gpt.methods.hyperparameters import AdapterConfig
@@ -50,7 +50,7 @@ def ours() -> Answer:
     step = None if "eager" in options else FastStep(model.eval(), compile="compiled" in options)
 
     def answer() -> Turns:
-        rows, turn = [Row(list(prompt), NEW, sampling=GREEDY) for prompt in PROMPTS], []
+        rows, turn = [DecodingRow(list(prompt), NEW, sampling=GREEDY) for prompt in PROMPTS], []
         cache = model.kv_cache(len(rows), len(PROMPTS[0]) + NEW)
         for _, token in decode(model, rows, cache, step=step):
             turn.append(token)
