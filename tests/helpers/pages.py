@@ -202,7 +202,8 @@ class Reader:
         return subprocess.run([sys.executable, *argv], timeout=120).returncode
 
     def serve(self, flags: list[str]) -> int:
-        """Start a server for the commands that follow, and return when it is there."""
+        """Start a server for the commands that follow, in place of one before, and return when it is there."""
+        self.end_server()
         argv = [sys.executable, "generate/serve.py", *flags, "--port", str(self.port)]
         self.server = subprocess.Popen(argv)
         while self.server.poll() is None:
@@ -212,6 +213,12 @@ class Reader:
             except ConnectionRefusedError:
                 time.sleep(0.1)
         return self.server.returncode
+
+    def end_server(self) -> None:
+        """Tell the server that is there, if one is, to stop, which it does with success."""
+        if self.server:
+            self.server.terminate()
+            assert self.server.wait(timeout=60) == 0
 
     def interrupt(self, out_dir: Path) -> None:
         """Send SIGTERM to this process, in which the run is, once it has taken steps."""
@@ -335,7 +342,5 @@ def run_page(name: str, wanted: list[str], place: Path, llama: Path, capfd) -> R
     finally:
         if reader.first_node:
             reader.first_node.terminate()
-        if reader.server:
-            reader.server.terminate()
-            assert reader.server.wait(timeout=60) == 0
+        reader.end_server()
     return reader

@@ -98,6 +98,10 @@ def untrained_lora() -> None:
     torch.save(record | {"state": state}, "out/lora/fresh.pth")
 
 
+def large_lora() -> None:
+    shutil.copyfile("out/lora/alpaca/lit_model_lora_finetuned.pth", "out/lora/large.pth")
+
+
 def lost_rank() -> None:  # tests/distributed/test_devices.py kills one
     print(f"error: rank 0: lost touch with another process of the run{heartbeat.Heartbeat.ADVICE}")
 
@@ -158,6 +162,8 @@ MISTAKES = {
         f"{SERVE} --loras out/lora/alpaca/lit_model_lora_finetuned.pth",
         untrained_lora,
         f"{SERVE} --loras fresh=out/lora/fresh.pth",
+        large_lora,
+        f"{SERVE} --loras large=out/lora/large.pth --lora_bytes 1000",
         f"{SERVE} --batch_size 1000000000",
     ],
     "quantize.md": [
