@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 from lit_gpt.families import llama, mixtral
-from lit_gpt.families.fields import refuse, tiny_size
+from lit_gpt.families.fields import refuse, sigmoid_router, tiny_size
 from lit_gpt.families.tables import Place, Reordered, Table, neighbors_apart
 from lit_gpt.model.config import Config
 
@@ -95,12 +95,8 @@ def experts(hf: dict[str, Any]) -> dict[str, Any]:
         "intermediate_size": size,
         "n_expert": hf.get("n_routed_experts") or hf["num_local_experts"],
         "n_expert_per_token": hf["num_experts_per_tok"],
-        "router_score": "sigmoid",
-        "router_correction": True,
-        "n_expert_group": hf.get("n_group") or 1,
-        "n_group_per_token": hf.get("topk_group") or 1,
-        "norm_expert_weights": hf.get("norm_topk_prob", True),
-        "expert_scale": hf["routed_scaling_factor"],
+        **sigmoid_router(hf),
+        "expert_scale": hf["routed_scaling_factor"],  # which its configurations name
         "shared_intermediate_size": size * (hf.get("n_shared_experts") or 0),
         "dense_layers": list(range(min(hf.get("first_k_dense_replace") or 0, hf["num_hidden_layers"]))),
         "dense_intermediate_size": hf["intermediate_size"],

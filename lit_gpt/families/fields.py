@@ -86,6 +86,18 @@ def two_ropes(
     return full | {"local_rope_base": float(local.get("rope_theta") or hf.get(older_local) or local_base)}
 
 
+def sigmoid_router(hf: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of the Config for DeepSeek V3's router: sigmoids with a correction, experts in groups."""
+    return {
+        "router_score": "sigmoid",
+        "router_correction": True,
+        "n_expert_group": hf.get("n_group") or 1,
+        "n_group_per_token": hf.get("topk_group") or 1,
+        "norm_expert_weights": hf.get("norm_topk_prob", True),
+        "expert_scale": hf.get("routed_scaling_factor", 1.0),
+    }
+
+
 def activation(name: str) -> str:
     """Return the key of lit_gpt.kernels.functional.ACTIVATIONS for transformers' name of an activation."""
     if name in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"):

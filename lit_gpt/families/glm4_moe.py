@@ -5,7 +5,7 @@ from typing import Any
 
 from lit_gpt.errors import UserError
 from lit_gpt.families import llama, mixtral, qwen_moe
-from lit_gpt.families.fields import rope, tiny_size
+from lit_gpt.families.fields import rope, sigmoid_router, tiny_size
 from lit_gpt.families.tables import Layout, Said, Table
 from lit_gpt.model.config import Config
 
@@ -34,12 +34,7 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
         "intermediate_size": size,
         "n_expert": hf.get("n_routed_experts") or hf["num_local_experts"],
         "n_expert_per_token": hf.get("num_experts_per_tok", 8),
-        "router_score": "sigmoid",
-        "router_correction": True,
-        "n_expert_group": hf.get("n_group", 1),
-        "n_group_per_token": hf.get("topk_group", 1),
-        "norm_expert_weights": hf.get("norm_topk_prob", True),
-        "expert_scale": hf.get("routed_scaling_factor", 1.0),
+        **sigmoid_router(hf),
         "shared_intermediate_size": size * hf.get("n_shared_experts", 1),
         "dense_layers": list(range(hf.get("first_k_dense_replace", 1))),
         "dense_intermediate_size": hf["intermediate_size"],

@@ -6,7 +6,7 @@ from typing import Any
 
 from lit_gpt.errors import UserError
 from lit_gpt.families import llama
-from lit_gpt.families.fields import activation, refuse, tiny_size
+from lit_gpt.families.fields import activation, refuse, sigmoid_router, tiny_size
 from lit_gpt.families.tables import PerExpert, Place, Stacked, Table
 from lit_gpt.model.config import Config
 
@@ -91,12 +91,7 @@ def experts(hf: dict[str, Any]) -> dict[str, Any]:
         "shared_intermediate_size": hf.get("moe_shared_expert_intermediate_size", 7688),
         "n_expert": hf.get("n_routed_experts", 8),
         "n_expert_per_token": hf.get("num_experts_per_tok", 2),
-        "router_score": "sigmoid",
-        "router_correction": True,
-        "n_expert_group": hf.get("n_group", 1),
-        "n_group_per_token": hf.get("topk_group", 1),
-        "norm_expert_weights": hf.get("norm_topk_prob", True),
-        "expert_scale": hf.get("routed_scaling_factor", 1.0),
+        **sigmoid_router(hf),
     }
 
 

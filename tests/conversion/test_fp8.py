@@ -4,14 +4,10 @@ import json
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-from helpers.compare import TOLERANCE, off, tokens
+from helpers.exports import assert_dequantized
 from helpers.tiny_models import tiny_hf_model
-from lit_gpt.checkpoints.base_model import load_model
-from lit_gpt.checkpoints.folder import load_state
-from lit_gpt.conversion import hf, hf_shards
 from lit_gpt.quantization import fp8
 
 CONVERT = "scripts/convert_hf_checkpoint.py"
@@ -63,14 +59,7 @@ def test_a_checkpoint_in_8_bits(cli, tmp_path):
     settings = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)}
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
 
-    hf.convert(tmp_path, hf_shards.StoredWeights(tmp_path))
-    hf.export(tmp_path, tmp_path / "hf", load_state(tmp_path))
-    exported = load_file(tmp_path / "hf" / "model.safetensors")
-    assert exported.keys() == expected.keys()
-    assert all(torch.equal(exported[name], expected[name]) for name in expected)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    with torch.no_grad():
-        assert off(load_model(tmp_path, torch.float32)(tokens(theirs)), theirs(tokens(theirs)).logits) < TOLERANCE
+    assert_dequantized(tmp_path, expected)
 
     wrong = config | {"quantization_config": settings | {"weight_block_size": [128, 16]}}
     (tmp_path / "config.json").write_text(json.dumps(wrong))
