@@ -156,11 +156,13 @@ class Batch:
         if not active:
             return
         logits = next_logits(self.model, active, self.cache, self.step, self.choose)
-        drawn = [sample(x, row.sampling, row.generator, row.ids) for x, row in zip(logits, active, strict=True)]
+        drawn = [draw(x, row) for x, row in zip(logits, active, strict=True)]
         tokens = torch.cat(drawn).tolist()
         for row, x, token in zip(active, logits, tokens, strict=True):
             if row.observe:
                 row.observe(x, token)
+            if row.constraint:
+                row.constraint.take(token)
             row.ids.append(token)
             row.remaining -= 1
             yield row, token
@@ -178,6 +180,12 @@ class Batch:
                 return read(self.model, row, known + room)
             room -= len(row.ids) - known
             self.read += 1
+
+
+def draw(logits: Tensor, row: Row) -> Tensor:
+    """Draw a row's next token, int64 (1,), from logits (vocabulary,)."""
+    allowed = row.constraint.allow(logits) if row.constraint else logits
+    return sample(allowed, row.sampling, row.generator, row.ids)
 
 
 def next_logits(

@@ -12,6 +12,16 @@ from lit_gpt.model.gpt import GPT
 from lit_gpt.model.kv_cache import KVCache
 
 
+class Constraint(Protocol):
+    """Says which tokens may follow."""
+
+    def allow(self, logits: Tensor) -> Tensor:
+        """Return the logits (vocabulary,) with those of tokens that may not follow at minus infinity."""
+
+    def take(self, token: int) -> None:
+        """Go on behind a token."""
+
+
 @dataclass(eq=False)
 class DecodingRow:
     """A sequence that is being continued."""
@@ -22,6 +32,7 @@ class DecodingRow:
     cached: int = 0  # beginning of the prompt that its slot in the cache holds already
     lora: int = 0  # see lit_gpt.methods.multi_lora
     sampling: Sampling = Sampling()
+    constraint: Constraint | None = None
     observe: Callable[[Tensor, int], None] | None = None  # is shown the logits from which a token was drawn, and it
     cache: KVCache = field(default_factory=list)  # its slot
 

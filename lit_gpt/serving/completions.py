@@ -23,6 +23,7 @@ from lit_gpt.serving.metrics import Metrics
 from lit_gpt.serving.replies import Reply, event
 from lit_gpt.serving.requests import Asked, parse_json, read_request
 from lit_gpt.serving.scheduler import Job, Piece, QueueFull, Scheduler
+from lit_gpt.text.json_grammar import JSONGrammars
 from lit_gpt.text.messages import Message, Tools
 from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Encoding, Tokenizer
@@ -46,6 +47,8 @@ class Completions:
         self.catalog, self.scheduler, self.context = catalog, scheduler, context
         self.max_body, self.log_prompts, self.metrics = max_body, log_prompts, Metrics()
         self.cut_short = 0
+        vocabulary = catalog.model.config.padded_vocab_size
+        self.grammars = JSONGrammars(catalog.tokenizer, vocabulary, "response_format")
         self.tokenizing = ThreadPoolExecutor(1, "tokenizing")  # one at a time, for a long text takes memory
 
     async def answer(self, request: Request, chat: bool) -> Response:
@@ -62,6 +65,8 @@ class Completions:
         prompts = [await self.encode(prompt, served, asked.tools) for prompt in wanted]
         pieces: Pieces = asyncio.Queue()
         jobs = self.jobs(asked, served, prompts, pieces)
+        if asked.schema is not None:
+            await self.hold(jobs, asked.schema)
         told, tools = asked.logprobs is not None, [tool["function"]["name"] for tool in asked.tools or ()]
         reply = Reply(self.catalog.tokenizer, served.name, chat, len(jobs), told, sum(map(len, prompts)), tools)
         self.submit(request.client.host if request.client else "", jobs)
@@ -127,6 +132,18 @@ class Completions:
                 emit = partial(emit_to, loop, pieces, len(jobs))
                 jobs.append(Job(row, served.read_style.stop_ids, text, emit, asked.logprobs))
         return jobs
+
+    async def hold(self, jobs: list[Job], schema: dict[str, Any]) -> None:
+        """Have the answers be JSON of a schema. Raises APIError if they cannot be held to it."""
+
+        def hold_all() -> None:
+            for job in jobs:
+                job.row.constraint = self.grammars.held_to(schema, job.stop_ids)
+
+        try:
+            await asyncio.get_running_loop().run_in_executor(self.tokenizing, hold_all)
+        except ValueError as error:
+            raise APIError(400, f"response_format: {error}", "response_format", "invalid_value") from None
 
     def check_number(self, asked: Asked) -> None:
         most, wanted = self.scheduler.most_waiting, asked.n * max(1, len(asked.prompts))

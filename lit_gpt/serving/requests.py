@@ -16,12 +16,13 @@ IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "pr
 # Fields that are known, with the values that ask for nothing: others are refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "functions": ([],),
-    "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},), "suffix": ("",), "echo": (False,),
+    "tool_choice": ("none", "auto"), "suffix": ("",), "echo": (False,),
     "best_of": (1,), "modalities": (["text"],),
 }  # fmt: skip
 KNOWN = {
     "model", "messages", "prompt", "n", "stop", "seed", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
     "max_tokens", "max_completion_tokens", "logprobs", "top_logprobs", "stream", "stream_options", "tools",
+    "response_format",
 }  # fmt: skip
 MOST_CONTINUED = 16  # tokens, where a request names none: OpenAI's default
 MOST_CHOICES, MOST_STOPS, MOST_LOGPROBS = 128, 16, 20
@@ -37,6 +38,7 @@ class Asked:
         prompts: texts or token ids to be continued; empty for a chat.
         max_tokens: of each answer; None: see new_tokens.
         logprobs: how many of the likeliest tokens to tell of at each place; None: no log-probabilities.
+        schema: of the JSON that answers are held to; None: they are not.
     """
 
     model: str
@@ -49,6 +51,7 @@ class Asked:
     sampling: Sampling
     max_tokens: int | None
     logprobs: int | None
+    schema: dict[str, Any] | None
     stream: bool
     include_usage: bool
 
@@ -90,6 +93,7 @@ def read_request(fields: dict[str, Any], chat: bool) -> Asked:
         sampling=read_sampling(fields),
         max_tokens=most,
         logprobs=read_logprobs(fields, chat),
+        schema=read_format(fields),
         stream=typed(fields, "stream", bool, "true or false", False),
         include_usage=typed(options, "include_usage", bool, "true or false", False),
     )
@@ -140,6 +144,20 @@ def read_sampling(fields: dict[str, Any]) -> Sampling:
         "top_k": top_k if top_k and top_k > 0 else None,  # -1 and 0 stand for all
     }
     return Sampling(**{name: value for name, value in given.items() if value is not None})
+
+
+def read_format(fields: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the JSON schema that answers are held to, if they are."""
+    format = typed(fields, "response_format", dict, "an object", {"type": "text"})
+    wanted = format.get("json_schema")
+    named = wanted.get("schema") if isinstance(wanted, dict) else None
+    schema = {"type": "object"} if format.get("type") == "json_object" else named
+    if format.get("type") == "text":
+        return None
+    if format.get("type") not in ("json_object", "json_schema") or not isinstance(schema, dict):
+        expected = '{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}'
+        raise bad("response_format", f'{{"type": "text"}}, {{"type": "json_object"}} or {expected}')
+    return schema
 
 
 def read_seed(fields: dict[str, Any]) -> int:

@@ -129,6 +129,10 @@ class Tokenizer:
             places = Offsets(spans, len(missing)) if offsets is None else [(0, 0)] * len(missing) + offsets
             yield Encoding(missing + ids, places)
 
+    def as_json(self) -> str:
+        """Return the tokenizer as a tokenizer.json spells it."""
+        return self._tokens.to_str()
+
     def decode(self, ids: Sequence[int] | torch.Tensor, skip_special_tokens: bool = True) -> str:
         """Return the text of ids of shape (T,). Ids past the vocabulary (padded embedding rows) have no text."""
         ids = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
