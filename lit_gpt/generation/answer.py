@@ -17,6 +17,7 @@ from lit_gpt.generation.sampling import Sampling
 from lit_gpt.generation.stopping import answer_text
 from lit_gpt.hardware import peak_memory_bytes
 from lit_gpt.model.kv_cache import truncate
+from lit_gpt.text.json_grammar import Schema, read_schema
 from lit_gpt.text.messages import instruction_messages
 
 
@@ -27,6 +28,7 @@ class TextPrompt:
     text: str
     input: str
     num_samples: int
+    schema: Schema | None = None  # of the JSON that answers are held to
 
     @property
     def lora_paths(self) -> list[Path | None]:
@@ -41,10 +43,10 @@ class TextPrompt:
         generator, step = new_generator(model, sampling.seed), answerer.step()
         for _ in range(self.num_samples):
             truncate(cache, len(ids) - 1)
-            timer = TokenTimer()
+            timer, held = TokenTimer(), answerer.held_to(self.schema, style)
             tokens = generate(
                 model, ids, sampling.max_new_tokens, stop_ids=style.stop_ids, generator=generator, cache=cache,
-                step=step, **asdict(Sampling.of(sampling)),
+                step=step, constraint=held, **asdict(Sampling.of(sampling)),
             )  # fmt: skip
             try:
                 for piece in answer_text(answerer.tokenizer, timer.watch(tokens), sampling.stop):
@@ -60,10 +62,12 @@ def read_prompt(args: PromptArgs, sampling: SamplingArgs, model: ModelArgs, **ow
     Args:
         own: the script's own flags on which an answer depends.
     """
+    schema = read_schema(args.json_schema) if args.json_schema else None
     if args.out:
-        return PromptFile.read(args, args.out, model.compile, settings_hash(sampling, model, own))
+        own |= {"json_schema": schema} if schema else {}
+        return PromptFile.read(args, args.out, model.compile, settings_hash(sampling, model, own), schema)
     text = read_text(args.prompt_file) if args.prompt_file else args.prompt
-    return TextPrompt(text, args.input, args.num_samples)
+    return TextPrompt(text, args.input, args.num_samples, schema)
 
 
 def answer_finetuned(

@@ -1,9 +1,11 @@
 """What answers prompts: a model with its tokenizer, its prompt style and how it samples."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
+from lit_gpt.errors import UsageError
 from lit_gpt.generation.args import ModelArgs, SamplingArgs
 from lit_gpt.generation.engine import check_context, prompt_ids
 from lit_gpt.generation.sequence import Step
@@ -12,6 +14,7 @@ from lit_gpt.hardware import DTYPES, default_device
 from lit_gpt.methods.finetuned_model import build_finetuned
 from lit_gpt.methods.multi_lora import LoRAPool
 from lit_gpt.model.gpt import GPT
+from lit_gpt.text.json_grammar import JSONGrammars, JSONText, Schema
 from lit_gpt.text.messages import Message, Tools
 from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
@@ -51,6 +54,23 @@ class Answerer:
         base = BaseCheckpoint.open(checkpoint_dir, args.quantize)
         model, record = build_finetuned(base, path, method, DTYPES[args.precision], default_device())
         return cls(model, base.tokenizer, PromptStyle.from_dict(record["prompt_style"]), sampling, args.compile)
+
+    def held_to(self, schema: Schema | None, style: PromptStyle) -> JSONText | None:
+        """Return what holds an answer to a JSON schema; None: nothing does.
+
+        Raises:
+            UsageError: nothing can.
+        """
+        if schema is None:
+            return None
+        try:
+            return self.grammars.held_to(schema, style.stop_ids)
+        except ValueError as error:
+            raise UsageError(f"--json_schema: {error}") from None
+
+    @cached_property
+    def grammars(self) -> JSONGrammars:
+        return JSONGrammars(self.tokenizer, self.model.config.padded_vocab_size, "--json_schema")
 
     def step(self) -> Step:
         return FastStep(self.model, self.compile)

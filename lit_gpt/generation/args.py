@@ -18,6 +18,7 @@ class PromptArgs:
     input: str = ""  # Give this context with an instruction, for prompt styles that have a place for it.
     num_samples: PositiveInt = 1  # Give this many answers.
     batch_size: PositiveInt = 16  # Answer this many lines of a .jsonl file together.
+    json_schema: Path | None = None  # Hold each answer to JSON of the schema in this file.
 
     def __post_init__(self) -> None:
         if bool(self.prompt) == bool(self.prompt_file):

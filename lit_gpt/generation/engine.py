@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation.sampling import Sampling, sample
-from lit_gpt.generation.sequence import DecodingRow, Step, eager_step
+from lit_gpt.generation.sequence import Constraint, DecodingRow, Step, eager_step
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.kv_cache import KVCache, PackedPrefillCache, copy_cache, row_view, truncate
 from lit_gpt.model.packed_inputs import Segments
@@ -30,6 +30,7 @@ def generate(
     generator: torch.Generator | None = None,
     cache: KVCache | None = None,
     step: Step | None = None,
+    constraint: Constraint | None = None,
     **sampling: Any,
 ) -> Iterator[int]:
     """Yield token ids that continue `prompt`, one by one, until a stop id (not yielded) or `max_new_tokens`.
@@ -40,6 +41,7 @@ def generate(
         cache: holds a beginning of the prompt, shorter than it, and has room for the rest and the answer; all that is
             fed is added. None: a new one.
         step: takes the place of the model after the prompt.
+        constraint: says which tokens may follow the prompt; None: all.
         sampling: the attributes of `Sampling`, such as temperature.
 
     Raises:
@@ -53,6 +55,7 @@ def generate(
     stops = set(stop_ids)
     cache = cache or model.kv_cache(1, len(prompt) + max_new_tokens)
     row = DecodingRow(list(prompt), max_new_tokens, generator, cache[0].length, sampling=Sampling(**sampling))
+    row.constraint = constraint
     for _, token in decode(model, [row], cache, step=step):
         if token in stops:
             return

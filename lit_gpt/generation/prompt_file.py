@@ -26,6 +26,7 @@ from lit_gpt.generation.sampling import Sampling
 from lit_gpt.generation.sequence import DecodingRow
 from lit_gpt.generation.stopping import AnswerText, answer_text
 from lit_gpt.hardware import peak_memory_bytes
+from lit_gpt.text.json_grammar import Schema
 from lit_gpt.text.messages import (
     Message,
     Tools,
@@ -64,13 +65,16 @@ class PromptFile:
     out: Path
     settings: str  # of the run that answers them, in a few letters
     batch_size: int  # lines that are answered together
+    schema: Schema | None = None  # of the JSON that answers are held to
     rows: int = 0  # lines that hold something
     prompts: list[Prompt] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     answers: dict[int, dict[str, Any]] = field(default_factory=dict)  # by row
 
     @classmethod
-    def read(cls, args: PromptArgs, out: Path, compile: bool, settings: str) -> "PromptFile":
+    def read(
+        cls, args: PromptArgs, out: Path, compile: bool, settings: str, schema: Schema | None = None
+    ) -> "PromptFile":
         """Read the file that the flags name; lines that cannot be read are reported.
 
         Raises:
@@ -80,7 +84,7 @@ class PromptFile:
         assert args.prompt_file is not None  # refused by PromptArgs
         if compile and args.batch_size > 1:
             raise UsageError("--compile true: serves one row at a time; leave it out, or add --batch_size 1")
-        file = cls(args.prompt_file, out, settings, args.batch_size)
+        file = cls(args.prompt_file, out, settings, args.batch_size, schema)
         for row in Source(str(file.path)).rows():
             file.rows += 1
             try:
@@ -199,6 +203,7 @@ class PromptFile:
                 continue
             generator = new_generator(answerer.model, seed_of(sampling.seed, prompt.row))
             row = DecodingRow(ids, sampling.max_new_tokens, generator, lora=number, sampling=Sampling.of(sampling))
+            row.constraint = answerer.held_to(self.schema, style)
             text = AnswerText(answerer.tokenizer, sampling.stop)
             yield Request(prompt, row, len(ids), style.stop_ids, text if sampling.stop else None)
 

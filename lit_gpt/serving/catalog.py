@@ -75,7 +75,7 @@ class Catalog:
         self.served = {model.name: model for model in served}
         self.changing = threading.Lock()  # what is served
         self.at_rest: Callable[[Callable[[], Any]], Any] = lambda function: function()
-        self.probe = probe_logits(model) if adapters else None
+        self.probe: Tensor | None = None  # what the base says, once it is asked
         self.folder: Path | None = None
         self.named: dict[str, Path] = {}  # files that were named at the start
         self.unloaded = set[str]()
@@ -180,8 +180,11 @@ class Catalog:
 
     def compared(self, one: LoadedLoRA, path: Path) -> tuple[int, float]:
         """Take a LoRA into memory, and return its number and distance. Raises UserError if it does not act."""
-        assert self.adapters is not None and self.probe is not None
+        assert self.adapters is not None
         pool, number = self.adapters.pool, self.adapters.add(one)
+        if self.probe is None:
+            pool.choose([0])
+            self.probe = probe_logits(self.model)
         pool.choose([number])
         try:
             return number, checked_distance(self.probe, probe_logits(self.model), path)

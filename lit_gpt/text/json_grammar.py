@@ -2,13 +2,17 @@
 
 import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lit_gpt.errors import require
+from lit_gpt.errors import UserError, require
+from lit_gpt.files import read_text
 from lit_gpt.text.tokenizer import Tokenizer
+
+Schema = dict[str, Any]  # of JSON
 
 # One way to set things apart, or a small model may write white space without end.
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
@@ -27,7 +31,7 @@ class JSONGrammars:
         self.tokens: dict[tuple[int, ...], Any] = {}  # by those that end an answer; making one takes a second
         self.making = threading.Lock()
 
-    def held_to(self, schema: dict[str, Any], stop_ids: tuple[int, ...]) -> "JSONText":
+    def held_to(self, schema: Schema, stop_ids: tuple[int, ...]) -> "JSONText":
         """Return what holds one answer to a JSON schema; {"type": "object"} is any object.
 
         Raises:
@@ -48,6 +52,17 @@ class JSONGrammars:
         if matcher.is_error():
             raise ValueError(" ".join(matcher.get_error().split())[:300])
         return JSONText(matcher, stop_ids)
+
+
+def read_schema(path: Path) -> Schema:
+    """Read a JSON schema. Raises UserError if the file cannot be read, or holds none."""
+    try:
+        schema = json.loads(read_text(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--json_schema {path}: cannot be read ({error})") from None
+    if not isinstance(schema, dict):
+        raise UserError(f"--json_schema {path}: expected a JSON schema, an object, found {type(schema).__name__}")
+    return schema
 
 
 class JSONText:

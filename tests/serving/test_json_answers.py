@@ -47,3 +47,32 @@ def test_objects_and_streams(client):
 def test_what_nothing_can_be_held_to_is_refused(client, schema):
     with pytest.raises(openai.BadRequestError, match="response_format: "):
         ask(client, held(schema))
+
+
+@pytest.fixture
+def schema(tmp_path):
+    path = tmp_path / "place.json"
+    path.write_text(json.dumps(PLACE))
+    return path
+
+
+def test_generate_holds_its_answers_to_a_schema(cli, llama, tmp_path, schema):
+    options = {"checkpoint_dir": llama, "prompt_style": "chatml", "json_schema": schema, "max_new_tokens": 60}
+    told = cli("generate/base.py", prompt="the cat", num_samples=2, **options)
+    assert len(told.out.splitlines()) == 2 and not told.code, told.err
+    for line in told.out.splitlines():
+        assert set(json.loads(line)) == {"kind", "n"}
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the cat"}\n{"prompt": "a dog"}\n')
+    cli("generate/base.py", prompt_file=prompts, out=tmp_path / "answers.jsonl", **options)
+    for line in (tmp_path / "answers.jsonl").read_text().splitlines():
+        assert set(json.loads(json.loads(line)["answer"])) == {"kind", "n"}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("{", "cannot be read"), ("[]", "expected a JSON schema"), ('{"not": {}}', "not")]
+)
+def test_what_is_no_schema_is_refused(cli, llama, schema, text, words):
+    schema.write_text(text)
+    refused = cli("generate/base.py", checkpoint_dir=llama, prompt_style="chatml", prompt="x", json_schema=schema)
+    refused.refused("--json_schema", words, code=2 if "not" in text else 1)
