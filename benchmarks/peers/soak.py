@@ -1,5 +1,6 @@
 """Clients of all manners at once, for long: those who ask well must be answered right, whatever the others do."""
 
+import http.client
 import json
 import random
 import shutil
@@ -57,7 +58,7 @@ class Soak:
         while time.monotonic() < self.end and self.server.alive:
             try:
                 told = act(draw)
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:
                 told = f"{act.__name__}: {type(error).__name__}"
             with self.lock:
                 self.counts[told] += 1
