@@ -185,7 +185,7 @@ class Batch:
             self.read += 1
 
 
-def draw(logits: Tensor, row: Row) -> Tensor:
+def draw(logits: Tensor, row: DecodingRow) -> Tensor:
     """Draw a row's next token, int64 (1,), from logits (vocabulary,)."""
     allowed = row.constraint.allow(logits) if row.constraint else logits
     return sample(allowed, row.sampling, row.generator, row.ids)
