@@ -15,11 +15,11 @@ from typing import Any
 from lit_gpt.checkpoints.folder import check_inputs, quantization
 from lit_gpt.cli import peek, run
 from lit_gpt.data.folder import read_record
-from lit_gpt.methods.registry import config_class
+from lit_gpt.methods.registry import config_class, entry
 from lit_gpt.training.args import ALIASES, TrainArgs
 from lit_gpt.training.checks import check_quantized
 
-method: str = "lora"  # Check this method (lora, adapter, adapter_v2, ia3, full), whose flags are taken too.
+method: str = "lora"  # Check this method, by the name of its script in finetune/, whose flags are taken too.
 finetuned_path: Path | None = None  # Check what a script of finetune/ wrote (null: the method as it starts).
 json: bool = False  # Print the findings as JSON.
 
@@ -29,7 +29,7 @@ def main(config: Any, args: TrainArgs) -> None:
     check_inputs(folder, path)
     read_record(args.paths.data_dir)
     stored = quantization(folder) or {"quantize": args.memory.quantize}
-    check_quantized(args, method == "full", stored["quantize"])
+    check_quantized(args, not entry(method).attaches, stored["quantize"])
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
     from lit_gpt.methods.finetuned_file import read_file
     from lit_gpt.methods.finetuned_model import method_of

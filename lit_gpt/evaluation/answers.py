@@ -14,7 +14,7 @@ from lit_gpt.data.dataset import Dataset, read_meta
 from lit_gpt.data.sources import parse_sources
 from lit_gpt.errors import UserError
 from lit_gpt.files import atomic
-from lit_gpt.generation.engine import generate
+from lit_gpt.generation.engine import likeliest_answer
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.model.gpt import GPT
 from lit_gpt.text.metrics import Metric
@@ -60,9 +60,7 @@ def answer_all(
     step, answers = FastStep(model), []
     for question in tqdm(questions, desc=f"{name} answers", unit=" questions", disable=None):
         prompt = [*model.virtual_tokens, *question.ids]
-        room = min(tokens, model.config.block_size - len(prompt))
-        ids = generate(model, prompt, room, temperature=0, stop_ids=stop_ids, step=step)
-        answers.append(tokenizer.decode(list(ids)))
+        answers.append(tokenizer.decode(likeliest_answer(model, prompt, tokens, stop_ids, step)))
     return answers
 
 

@@ -62,6 +62,14 @@ def generate(
         yield token
 
 
+def likeliest_answer(
+    model: GPT, prompt: list[int], tokens: int, stop_ids: Iterable[int], step: Step | None = None
+) -> list[int]:
+    """Return the ids that greedily continue a prompt: at most so many, as the context has room, see `generate`."""
+    room = min(tokens, model.config.block_size - len(prompt))
+    return list(generate(model, prompt, room, temperature=0, stop_ids=stop_ids, step=step))
+
+
 def check_context(model: GPT, length: int, max_new_tokens: int) -> None:
     limit = model.config.block_size
     if length + max_new_tokens > limit:

@@ -50,8 +50,8 @@ def check_early(args: TrainArgs, method: str, config: Any) -> None:
         raise UsageError(f"--out_dir {paths.out_dir}: is the base's own folder; choose another")
     if args.devices.devices != "auto":
         check_batch(args, args.devices.ranks)
-        if args.watch.check and args.devices.ranks > 1:
-            raise UsageError("--check true: checks on one device; run scripts/check.py, then train without the flag")
+        if args.watch.check:
+            check_one_device(args.devices.ranks)
     locate_optimizer(args.optimization.optimizer)
     for package in LOGGERS[args.watch.logger]:
         require(package, package, f"--logger {args.watch.logger}")
@@ -153,6 +153,12 @@ def check_batch(args: TrainArgs, world_size: int) -> None:
             f"--max_grad_norm {args.optimization.max_grad_norm}: needs all gradients at once, which "
             "--optimizer_in_backward true never holds; leave one out"
         )
+
+
+def check_one_device(ranks: int) -> None:
+    """Refuse to check a run of several devices."""
+    if ranks > 1:
+        raise UsageError("--check true: checks on one device; run scripts/check.py, then train without the flag")
 
 
 def check_quantized(args: TrainArgs, trains_base: bool, quantize: str | None) -> None:

@@ -13,7 +13,7 @@ from lit_gpt.data.packing import RowSize
 from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.distributed.launch import all_reduce
 from lit_gpt.errors import UserError
-from lit_gpt.generation.engine import generate
+from lit_gpt.generation.engine import likeliest_answer
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.model.gpt import GPT
 from lit_gpt.text.metrics import Metric
@@ -117,14 +117,18 @@ class Quiz:
 
     def score(self) -> float:
         """Return the mean score of the likeliest answers, from 0 to 1."""
-        self.model.eval()
-        step = FastStep(self.model) if self.fabric.world_size == 1 else None
+        step = evaluation_step(self.fabric, self.model)
         return sum(self.score_of(question, step) for question in self.questions) / len(self.questions)
 
     def score_of(self, question: Question, step: FastStep | None) -> float:
-        room = min(2 * question.wanted_tokens, self.model.config.block_size - len(question.ids))
-        ids = generate(self.model, question.ids, room, temperature=0, stop_ids=self.stop_ids, step=step)
-        return next(iter(self.metric(question.text, question.wanted, self.tokenizer.decode(list(ids))).values()))
+        ids = likeliest_answer(self.model, question.ids, 2 * question.wanted_tokens, self.stop_ids, step)
+        return next(iter(self.metric(question.text, question.wanted, self.tokenizer.decode(ids)).values()))
+
+
+def evaluation_step(fabric: Fabric, model: GPT) -> FastStep | None:
+    """Return how a model that is being trained decodes; None: step by step, as ranks that hold shards of it must."""
+    model.eval()
+    return FastStep(model) if fabric.world_size == 1 else None
 
 
 def show_answer(
@@ -133,10 +137,7 @@ def show_answer(
     """Show how the model answers a prompt now. All ranks take part, for each may hold a shard of the model."""
     if not tokens or not prompt:
         return
-    remaining = min(tokens, model.config.block_size - len(prompt))
-    model.eval()
-    step = FastStep(model) if fabric.world_size == 1 else None
-    ids = list(generate(model, prompt, remaining, temperature=0, stop_ids=style.stop_ids, step=step))
+    ids = likeliest_answer(model, prompt, tokens, style.stop_ids, evaluation_step(fabric, model))
     if fabric.global_rank == 0:
         text = tokenizer.decode(prompt[len(model.virtual_tokens) :])
         tqdm.write(f"  {text[-60:]!r} -> {tokenizer.decode(ids)!r}")

@@ -6,9 +6,9 @@ from typing import Any
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.data.dataset import Samples
 from lit_gpt.distributed.fabric import Fabric
-from lit_gpt.errors import UsageError
 from lit_gpt.methods.method import Method
 from lit_gpt.training.args import TrainArgs
+from lit_gpt.training.checks import check_one_device
 from lit_gpt.training.objectives import Objective
 from lit_gpt.training.selfcheck.data import check_data
 from lit_gpt.training.selfcheck.finding import Finding
@@ -28,8 +28,7 @@ def check_run(
     Raises:
         UsageError: the run has several devices.
     """
-    if fabric.world_size > 1:
-        raise UsageError("--check true: checks on one device; run scripts/check.py, then train without the flag")
+    check_one_device(fabric.world_size)
     subject = open_subject(args, method, fabric, base, objective, train, meta)
     yield from check_data(subject, train)
     yield from check_model(subject)
