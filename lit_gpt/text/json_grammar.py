@@ -14,8 +14,8 @@ from lit_gpt.text.tokenizer import Tokenizer
 
 Schema = dict[str, Any]  # of JSON
 
-# One way to set things apart, or a small model may write white space without end.
-SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# One way to set things apart (a JsonCompileOptions), or a small model may write white space without end.
+SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class JSONGrammars:
