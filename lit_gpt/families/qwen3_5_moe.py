@@ -7,6 +7,7 @@ from lit_gpt.families.tables import Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("qwen3_5_moe_text",)
+WRAPPERS = ("qwen3_5_moe",)  # all that are published, which read images and videos
 # What transformers takes for fields that a config.json leaves out.
 DEFAULTS = {
     "qwen3_5_moe_text": dict(
@@ -34,5 +35,7 @@ def weights(config: Config) -> Table:
 def tiny_hf(**fields: Any) -> dict[str, Any]:
     from transformers import Qwen3_5MoeTextConfig
 
-    size = qwen3_next.tiny_size_of_hybrid(**qwen3_next.TINY_EXPERTS | fields)
+    # keys of 8 values have lengths near zero, by which they are divided: float32 would lose digits in any code
+    own = qwen3_next.TINY_EXPERTS | {"linear_key_head_dim": 16} | fields
+    size = qwen3_next.tiny_size_of_hybrid(**own)
     return {"qwen3_5_moe": Qwen3_5MoeTextConfig(**size)}

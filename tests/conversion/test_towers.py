@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, Gemma3Config, Mistral3Config, Qwen3_5Config
+from transformers import AutoModelForImageTextToText, Gemma3Config, Mistral3Config, Qwen3_5Config, Qwen3_5MoeConfig
 
 from helpers.compare import TOLERANCE, off
 from helpers.tiny_models import tiny_hf_model
@@ -14,10 +14,12 @@ from lit_gpt import Config
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.checkpoints.folder import load_state
 from lit_gpt.conversion import hf, hf_shards, readers, towers
-from lit_gpt.families import gemma, llama, qwen3_5
+from lit_gpt.families import gemma, llama, qwen3_5, qwen3_5_moe
 
 VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28,
               patch_size=14)  # fmt: skip
+QWEN_VISION = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=64,
+                   num_position_embeddings=16)  # fmt: skip
 WRAPPED = {
     "gemma3": lambda: Gemma3Config(
         text_config=gemma.tiny_hf()["gemma3"], vision_config=VISION | {"model_type": "siglip_vision_model"},
@@ -28,8 +30,10 @@ WRAPPED = {
     ),
     "qwen3_5": lambda: Qwen3_5Config(
         text_config=qwen3_5.tiny_hf()["qwen3_5"].to_dict(), image_token_id=95,
-        vision_config=dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=64,
-                           num_position_embeddings=16),
+        vision_config=QWEN_VISION,
+    ),
+    "qwen3_5_moe": lambda: Qwen3_5MoeConfig(
+        text_config=qwen3_5_moe.tiny_hf()["qwen3_5_moe"].to_dict(), image_token_id=95, vision_config=QWEN_VISION
     ),
 }  # fmt: skip
 
