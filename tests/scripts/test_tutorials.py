@@ -119,6 +119,8 @@ MISTAKES = {
         FINETUNE + "--out_dir out/x --lora_update vera --lora_train B",
         FINETUNE + "--out_dir out/x --lora_init pissa --lora_r 65",
         FINETUNE + "--out_dir out/x --lora_update dora --strategy fsdp",
+        f"python scripts/combine_loras.py --checkpoint_dir {BASE} --out_dir out/x --loras "
+        "out/lora/dora/lit_model_lora_finetuned.pth out/lora/rs/lit_model_lora_finetuned.pth",
     ],
     "finetune_adapter.md": [
         FINETUNE.replace("lora", "adapter") + "--out_dir out/x",

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from lit_gpt.checkpoints import io
@@ -13,7 +14,7 @@ from lit_gpt.hardware import on_meta
 from lit_gpt.methods import finetuned_file
 from lit_gpt.methods.hyperparameters import LoRAConfig
 from lit_gpt.methods.lora.factors import Parts, SharedFactors
-from lit_gpt.methods.lora.layers import LoRAExperts, LoRALinear, lora_layers
+from lit_gpt.methods.lora.layers import LoRAExperts, LoRALayer, LoRALinear, lora_layers
 from lit_gpt.methods.method import experts_of, mark_trainable
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT, Block
@@ -118,14 +119,8 @@ def skeleton(base: Config, config: LoRAConfig) -> GPT:
         return attach(GPT(base), config)
 
 
-def updates(model: GPT, state: Mapping[str, Tensor], source: Path | str) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield the path of each layer of a base that a finetuned file adapts, and A and B, so that B A is its update.
-
-    A is (len(parts) * rank, in_features), and B (out_features, len(parts) * rank) with the scale in it and zeros where
-    a part's rows and another's columns meet; before them is the number of experts, in a layer of experts.
-
-    Args:
-        model: the file's skeleton, which may serve several files.
+def load_layers(model: GPT, state: Mapping[str, Tensor], source: Path | str) -> dict[str, LoRALayer]:
+    """Return the layers of a skeleton by their paths, with the tensors of a finetuned file in them.
 
     Raises:
         UserError: the tensors contradict the configuration, or the update is not a product of two matrices.
@@ -137,9 +132,25 @@ def updates(model: GPT, state: Mapping[str, Tensor], source: Path | str) -> Iter
         )
     io.check_state(finetuned_file.file_parameters(model), state, source)
     model.load_state_dict(state, strict=False, assign=True)
-    for path, layer in layers.items():
-        A, rank = layer.factors()[0].detach(), layer.rank
+    return layers
+
+
+@torch.no_grad()
+def updates(model: GPT, state: Mapping[str, Tensor], source: Path | str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield the path of each layer of a base that a finetuned file adapts, and A and B, so that B A is its update.
+
+    A is (len(parts) * rank, in_features), and B (out_features, len(parts) * rank) with the scale in it and zeros where
+    a part's rows and another's columns meet; before them is the number of experts, in a layer of experts.
+
+    Args:
+        model: the file's skeleton, which may serve several files.
+
+    Raises:
+        UserError: as `load_layers`.
+    """
+    for path, layer in load_layers(model, state, source).items():
+        A, rank = layer.factors()[0], layer.rank
         B = A.new_zeros(*layer.experts, layer.out_features, len(layer.parts) * rank)
         for i, ((start, stop), _, part) in enumerate(layer.pairs()):
-            B[..., start:stop, i * rank : (i + 1) * rank] = part.detach() * layer.scale
+            B[..., start:stop, i * rank : (i + 1) * rank] = part * layer.scale
         yield path, A, B
