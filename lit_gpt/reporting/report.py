@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Sequence
 from os.path import commonpath
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,17 @@ COLORS = 8  # series of the style sheet; further runs begin anew
 
 
 def report(out_dirs: list[Path], out: Path) -> None:
-    """Write the page on the runs in `out_dirs` to `out`.
+    """Write the page on the runs in `out_dirs` to `out`, and print what it shows; see `write_page`."""
+    for run in write_page(out_dirs, out):
+        print(f"{run.name}: {run.status}")
+    print(f"wrote {out}")
+
+
+def write_page(out_dirs: list[Path], out: Path, settings: Sequence[str] = ()) -> list[RunRecord]:
+    """Write the page on the runs in `out_dirs` to `out`, and return these.
+
+    Args:
+        settings: hyperparameters over each of which loss and time are to be drawn, if several of its values are there.
 
     Raises:
         UserError: a folder is no run, or `out` holds something else than a report.
@@ -37,13 +48,11 @@ def report(out_dirs: list[Path], out: Path) -> None:
     names = [str(folder.relative_to(common)) for folder in folders]
     runs = [read_run(f, name, i % COLORS) for i, (f, name) in enumerate(zip(out_dirs, names, strict=True))]
     with atomic(out) as temporary:
-        temporary.write_text(page(runs), encoding="utf-8")
-    for run in runs:
-        print(f"{run.name}: {run.status}")
-    print(f"wrote {out}")
+        temporary.write_text(page(runs, settings), encoding="utf-8")
+    return runs
 
 
-def page(runs: list[RunRecord]) -> str:
+def page(runs: list[RunRecord], settings: Sequence[str]) -> str:
     """Return the page as HTML."""
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=folder, autoescape=True, trim_blocks=True, keep_trailing_newline=True)
@@ -54,7 +63,7 @@ def page(runs: list[RunRecord]) -> str:
         colors=COLORS,
         runs=runs,
         results=results(runs),
-        charts=charts(runs),
+        charts=settings_charts(runs, settings) + charts(runs),
         differing=differing,
         shared=shared,
     )
@@ -77,6 +86,37 @@ def charts(runs: list[RunRecord]) -> list[Chart]:
         chart(runs, "Peak memory", "GB", "line", by_tokens, "peak_memory_bytes", lambda size: number(size / 1e9)),
     )
     return [chart for chart in drawn if chart]
+
+
+def settings_charts(runs: list[RunRecord], settings: Sequence[str]) -> list[Chart]:
+    """Return two charts of each hyperparameter that has several values: lowest validation loss, and time, over it."""
+    drawn = []
+    for name in settings:
+        measured = [run for run in runs if name in run.hyperparameters and run.best]
+        places, axis = setting_axis([run.hyperparameters[name] for run in measured])
+        if axis is None:
+            continue
+        losses, seconds = [run.best[1] for run in measured if run.best], [run.rows[-1]["seconds"] for run in measured]
+        titles = (("Lowest validation loss", "nats per supervised token"), ("Training time", "s, without validation"))
+        for (title, remark), values in zip(titles, (losses, seconds), strict=True):
+            points = zip(measured, places, values, strict=True)
+            lines = [Line([(x, y)], run.series, run.name, "marked") for run, x, y in points]
+            upright = Axis(ticks(*bounds(values)), Chart.HEIGHT - 40, 10, number)
+            drawn.append(Chart(f"{title} by {name}", remark, name, lines, axis, upright))
+    return drawn
+
+
+def setting_axis(values: list[Any]) -> tuple[list[float], Axis | None]:
+    """Return where each value of a hyperparameter lies, and the axis; None if they are all one.
+
+    Each distinct value has a tick, one as far from the next as another: a grid is most often of ratios.
+    """
+    numbers = all(isinstance(value, int | float) for value in values)
+    distinct = sorted(set(values)) if numbers else list(dict.fromkeys(map(shown, values)))
+    texts = [shown(value)[:12] for value in distinct]
+    axis = Axis([float(i) for i in range(len(texts))], 50, Chart.WIDTH - 12, lambda place: texts[round(place)])
+    places = [float(distinct.index(value if numbers else shown(value))) for value in values]
+    return places, axis if len(distinct) > 1 else None
 
 
 def short(value: float) -> str:

@@ -190,6 +190,8 @@ MISTAKES = {
     ],
     "monitor.md": [
         "python scripts/report.py data/alpaca",
+        edit("sweep.yaml", lambda text: text.replace("max_steps: 20", "max_steps: 30")),
+        "python scripts/sweep.py --sweep_path sweep.yaml --out_dir out/sweep",
         without("wandb", FINETUNE + "--out_dir out/x --logger wandb"),
     ],
     "out_of_memory.md": [
