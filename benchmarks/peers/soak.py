@@ -75,6 +75,7 @@ class Soak:
 
     def swapped(self, draw: random.Random) -> str:
         """Ask for the LoRA whose file is replaced: either content is right, and that it cannot be used."""
+        time.sleep(draw.uniform(0, 0.5))
         text = draw.choice(TEXTS)
         found = self.server.ask(self.body(SWAPPED, text))
         allowed = {self.expected[model, text] for model in self.loras[:2]}
