@@ -36,9 +36,7 @@ UNLIMITED: tuple[Any, ...] = (float("inf"), {"__float__": "Infinity"}, "Infinity
 
 def config(hf: dict[str, Any]) -> dict[str, Any]:
     refuse(hf, attention_bias=False, hidden_act="silu", mamba_n_groups=1, mamba_proj_bias=False)
-    low, high = hf.get("time_step_limit") or (0.0, float("inf"))
-    if low != 0 or high not in UNLIMITED:
-        raise UserError(f"config.json: 'time_step_limit': {[low, high]} is not supported; expected [0, Infinity]")
+    refuse_step_limit(hf)
     kinds = hf.get("layer_types") or hf.get("layers_block_type") or ["mamba"] * hf["num_hidden_layers"]
     if unknown := sorted(set(kinds) - set(MIXERS)):
         raise UserError(f"config.json: layer_types {unknown} are not supported; expected {sorted(MIXERS)}")
@@ -59,6 +57,12 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
         "state_groups": 1,
         "state_size": hf.get("mamba_d_state", 256),
     }
+
+
+def refuse_step_limit(hf: dict[str, Any]) -> None:
+    low, high = hf.get("time_step_limit") or (0.0, float("inf"))
+    if low != 0 or high not in UNLIMITED:
+        raise UserError(f"config.json: 'time_step_limit': {[low, high]} is not supported; expected [0, Infinity]")
 
 
 def weights(config: Config) -> Table:

@@ -23,7 +23,6 @@ REFUSED = {
     "gemma3n_text": _LAYERS_DIFFER,
     "gemma4": _LAYERS_DIFFER,
     "gemma4_text": _LAYERS_DIFFER,
-    "falcon_h1": "its layers run attention and Mamba-2 side by side, with a factor on each projection",
     "phimoe": "its router weighs each expert by the scores of those near it (SparseMixer-v2)",
 }
 

@@ -133,7 +133,7 @@ class Tape:
     def block(self, block: nn.Module, x: Tensor, layer: int, rotation: tuple[Tensor, Tensor] | None) -> None:
         expect(block, Block)
         assert isinstance(block, Block)
-        if block.attn is None or block.attn.gated or block.mlp is None:
+        if block.attn is None or block.mixer is not None or block.attn.gated or block.mlp is None:
             raise Unsupported("a token mixer")
         n_1 = self.norm(block.norm_1, x, "n_1")
         h = self.norm(block.post_norm_1, self.attention(block.attn, n_1, layer, rotation), "h")

@@ -23,7 +23,6 @@ from lit_gpt.methods.hyperparameters import PromptConfig
 from lit_gpt.methods.method import Method, Start, mark_trainable
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT, Block
-from lit_gpt.model.kv_cache import AttentionCache
 
 
 class Prompt(Method):
@@ -80,8 +79,8 @@ class Prompt(Method):
         cache, training = model.kv_cache(1, len(ids)), model.training
         model.eval().hidden(ids.unsqueeze(0), cache=cache)
         model.train(training)
-        pairs = [pair for layer in cache if isinstance(layer, AttentionCache) for pair in (layer.k, layer.v)]
-        return torch.cat([pair[0].transpose(0, 1).flatten(1) for pair in pairs], dim=1).float()
+        tensors = [tensor for layer in cache for tensor in layer.keys_values]
+        return torch.cat([tensor[0].transpose(0, 1).flatten(1) for tensor in tensors], dim=1).float()
 
 
 def some_tokens(model: GPT, n: int) -> Tensor:

@@ -59,7 +59,11 @@ class Config:
     rotated_size: int = 0  # of a head, and of one key that all heads share; 0: what rotary_percentage says
     value_head_size: int = 0
     # token mixers besides attention
-    mixers: list[str] = field(default_factory=list)  # each layer's: "attention" or a key of mixers.registry.MIXERS
+    # each layer's: "attention", a key of mixers.registry.MIXERS, or both beside each other, "attention+" and such a key
+    mixers: list[str] = field(default_factory=list)
+    # of both, attention's first: these multiply what they are given, and what they give
+    mixer_input_scales: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    mixer_output_scales: list[float] = field(default_factory=lambda: [1.0, 1.0])
     conv_size: int = 4  # tokens that a mixer's convolution sees, itself included
     conv_bias: bool = False
     state_heads: int = 0  # a recurrence's state has so many heads, each (state_size, state_head_size)
@@ -67,7 +71,8 @@ class Config:
     state_groups: int = 0  # heads of queries and keys, which as many heads of values share
     state_size: int = 0  # of a query or key
     state_norm_eps: float = 1e-6  # of Mamba's norms of queries, keys and time steps
-    state_norm_groups: int = 1  # Mamba-2's output is normed in so many parts
+    state_norm_groups: int = 1  # Mamba-2's output is normed in so many parts; 0: it is not
+    state_scales: list[float] = field(default_factory=list)  # multiply its gate, values, keys, queries and time steps
     min_step: float = 0.0  # Mamba-2's time steps are no shorter
     step_rank: int = 0  # Mamba's time steps are made of so many numbers
     # block
@@ -78,7 +83,8 @@ class Config:
     pre_norm: bool = True  # attention and MLP read norms of the stream
     post_norm: bool = False  # norms of what attention and MLP give are added to it
     residual_scale: float = 1.0  # multiplies what attention and MLP add, with sequential residuals
-    mlp_class: str = "GptNeoxMLP"  # or XIELUMLP, SwiGLU, MoE; "": a block is a token mixer alone
+    mlp_class: str = "GptNeoxMLP"  # or XIELUMLP, SwiGLU, ScaledSwiGLU, MoE; "": a block is a token mixer alone
+    mlp_scales: list[float] = field(default_factory=list)  # of ScaledSwiGLU: multiply the gate, and the output
     mixer_layers: list[int] = field(default_factory=list)  # these are a token mixer alone
     activation: str = "gelu"  # a key of lit_gpt.kernels.functional.ACTIVATIONS
     intermediate_size: int = 0  # 0: 4 * n_embd; of MoE: each expert's

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.model.attention import CausalSelfAttention
 from lit_gpt.model.config import Config
-from lit_gpt.model.kv_cache import AnyCache, DecodeCache, KVCache, LayerCache, PackedPrefillCache, StateDecodeCache
+from lit_gpt.model.kv_cache import AnyCache, AnyDecodeCache, KVCache, LayerCache, PackedPrefillCache
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.loss import log_probabilities, summed_cross_entropy
 from lit_gpt.model.mixers.mixer import Mixer
+from lit_gpt.model.mixers.parallel import ParallelMixer
 from lit_gpt.model.mixers.registry import MIXERS
 from lit_gpt.model.mlp import make_mlp
 from lit_gpt.model.noise import with_noise
@@ -57,7 +58,7 @@ class GPT(nn.Module):
         self,
         idx: Tensor,
         segments: Segments | None = None,
-        cache: KVCache | list[DecodeCache | StateDecodeCache] | None = None,
+        cache: KVCache | list[AnyDecodeCache] | None = None,
         targets: Targets | None = None,
         last: bool = False,
     ) -> Tensor:
@@ -95,7 +96,7 @@ class GPT(nn.Module):
         self,
         idx: Tensor,
         segments: Segments | None = None,
-        cache: KVCache | list[DecodeCache | StateDecodeCache] | list[PackedPrefillCache] | None = None,
+        cache: KVCache | list[AnyDecodeCache] | list[PackedPrefillCache] | None = None,
         length: int | None = None,
     ) -> Tensor:
         """Return the last block's output (B, T, n_embd), before norm and head; see `forward` for arguments and errors.
@@ -106,7 +107,7 @@ class GPT(nn.Module):
         first = cache[0] if cache else None
         if segments is not None:
             positions, lengths = segments.positions, segments.lengths
-        elif isinstance(first, DecodeCache | StateDecodeCache):
+        elif isinstance(first, AnyDecodeCache):
             positions, lengths = first.positions.unsqueeze(1), first.lengths
         else:
             start = first.length if isinstance(first, LayerCache) else 0
@@ -184,9 +185,9 @@ class Block(nn.Module):
         self.parallel, self.scale = config.parallel_residual, config.residual_scale
         pre, post = (partial(norm, config) if there else nn.Identity for there in (config.pre_norm, config.post_norm))
         self.norm_1 = pre()
-        kind = config.mixer(layer)
-        self.attn = CausalSelfAttention(config, layer) if kind == "attention" else None
-        self.mixer = MIXERS[kind](config) if self.attn is None else None
+        self.config, kinds = config, config.mixer(layer).split("+")
+        self.attn = CausalSelfAttention(config, layer) if "attention" in kinds else None
+        self.mixer = MIXERS[kinds[-1]](config) if kinds[-1] != "attention" else None
         self.post_norm_1 = post()
         mlp_class, intermediate_size = config.mlp(layer)
         self.norm_2 = pre() if mlp_class and not config.shared_attention_norm else None
@@ -209,10 +210,14 @@ class Block(nn.Module):
         return self.execution.post_attention(self, x, n_1, y)
 
     @property
-    def token_mixer(self) -> CausalSelfAttention | Mixer:
-        mixer = self.mixer if self.attn is None else self.attn
-        assert mixer is not None
-        return mixer
+    def token_mixers(self) -> dict[str, CausalSelfAttention | Mixer]:
+        """Return what mixes the block's tokens, by its name here: one, or attention and another beside it."""
+        return {name: module for name in ("attn", "mixer") if (module := getattr(self, name)) is not None}
+
+    @property
+    def token_mixer(self) -> CausalSelfAttention | Mixer | ParallelMixer:
+        first, *others = self.token_mixers.values()
+        return ParallelMixer(self.config, first, *others) if others else first
 
     # what comes before attention and what after it are functions of tensors alone, fit to be compiled
 

@@ -24,6 +24,11 @@ class LayerCache(ABC):
     def nbytes(self) -> int:
         """Return how many bytes its tensors take."""
 
+    @property
+    def keys_values(self) -> tuple[Tensor, ...]:
+        """Return its keys and values, (B, n_query_groups, max_length, size of each), if there are such."""
+        return ()
+
     @abstractmethod
     def row(self, i: int) -> "LayerCache":
         """Return an empty cache of one sequence, in the memory of a row."""
@@ -42,7 +47,7 @@ class LayerCache(ABC):
         self.length = min(self.length, length)
 
     @abstractmethod
-    def decoding(self, rows: int, positions: Tensor, lengths: tuple[int, ...]) -> "DecodeCache | StateDecodeCache":
+    def decoding(self, rows: int, positions: Tensor, lengths: tuple[int, ...]) -> "AnyDecodeCache":
         """Return the first rows as a cache to which each adds a token at its own position; see DecodeCache."""
 
 
@@ -59,6 +64,10 @@ class AttentionCache(LayerCache):
         self.k[:, :, start : self.length] = k
         self.v[:, :, start : self.length] = v
         return self.k[:, :, : self.length], self.v[:, :, : self.length]
+
+    @property
+    def keys_values(self) -> tuple[Tensor, ...]:
+        return self.k, self.v
 
     @property
     def rows(self) -> int:
@@ -134,6 +143,56 @@ class StateCache(LayerCache):
         return StateDecodeCache(tuple(x[:rows] for x in self.tensors), positions, lengths)
 
 
+class ParallelCache(LayerCache):
+    """Holds what a layer keeps that mixes tokens by attention and by a recurrence."""
+
+    def __init__(self, attention: LayerCache, state: LayerCache) -> None:
+        self.halves = attention, state
+        self.uses_long_rope = False
+
+    @property
+    def length(self) -> int:  # type: ignore[override]  # each half counts its own
+        return min(half.length for half in self.halves)
+
+    @length.setter
+    def length(self, length: int) -> None:
+        for half in self.halves:
+            half.length = length
+
+    @property
+    def rows(self) -> int:
+        return self.halves[0].rows
+
+    @property
+    def nbytes(self) -> int:
+        return sum(half.nbytes for half in self.halves)
+
+    @property
+    def keys_values(self) -> tuple[Tensor, ...]:
+        return tuple(tensor for half in self.halves for tensor in half.keys_values)
+
+    def row(self, i: int) -> "ParallelCache":
+        first, second = (half.row(i) for half in self.halves)
+        return ParallelCache(first, second)
+
+    def copy_from(self, other: LayerCache) -> None:
+        assert isinstance(other, ParallelCache)
+        self.uses_long_rope = other.uses_long_rope
+        for mine, theirs in zip(self.halves, other.halves, strict=True):
+            mine.copy_from(theirs)
+
+    def can_return_to(self, length: int) -> bool:
+        return all(half.can_return_to(length) for half in self.halves)
+
+    def drop_after(self, length: int) -> None:
+        for half in self.halves:
+            half.drop_after(length)
+
+    def decoding(self, rows: int, positions: Tensor, lengths: tuple[int, ...]) -> "ParallelDecodeCache":
+        first, second = (half.decoding(rows, positions, lengths) for half in self.halves)
+        return ParallelDecodeCache((first, second), positions, lengths)
+
+
 class DecodeCache:
     """Holds a layer's keys and values, to which each row adds one token at a position of its own.
 
@@ -163,6 +222,15 @@ class StateDecodeCache(StateCache):
         self.positions, self.lengths = positions, lengths
 
 
+class ParallelDecodeCache:
+    """Holds what a layer keeps of both its mixers for rows at positions of their own; see DecodeCache."""
+
+    def __init__(
+        self, halves: tuple["AnyDecodeCache", "AnyDecodeCache"], positions: Tensor, lengths: tuple[int, ...]
+    ) -> None:
+        self.halves, self.positions, self.lengths = halves, positions, lengths
+
+
 class PackedPrefillCache:
     """Adds a row of packed sequences to the caches, empty so far, of each sequence."""
 
@@ -177,7 +245,8 @@ class PackedPrefillCache:
 
 
 KVCache = list[LayerCache]
-AnyCache = LayerCache | DecodeCache | PackedPrefillCache
+AnyDecodeCache = DecodeCache | StateDecodeCache | ParallelDecodeCache
+AnyCache = LayerCache | AnyDecodeCache | PackedPrefillCache
 
 
 def row_view(cache: KVCache, row: int) -> KVCache:

@@ -91,6 +91,21 @@ class SwiGLU(nn.Module):
         return functional.gated(gate_up, self.activation)
 
 
+class ScaledSwiGLU(SwiGLU):
+    """A SwiGLU with fixed factors on its gate and on its output (Zuo et al. 2025, Falcon-H1)."""
+
+    def __init__(self, config: Config, size: int) -> None:
+        super().__init__(config, size)
+        self.gate_scale, self.output_scale = config.mlp_scales
+
+    def forward(self, x: Tensor, apply: Apply = plainly) -> Tensor:
+        return super().forward(x, apply) * self.output_scale
+
+    def inner(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.activation(gate * self.gate_scale) * up
+
+
 class MoE(nn.Module):
     """Many MLPs, the experts; each token goes through a few of them (Jiang et al. 2024, Mixtral of Experts).
 
@@ -144,6 +159,7 @@ MLPS: dict[str, Callable[[Config, int], nn.Module]] = {
     "GptNeoxMLP": GptNeoxMLP,
     "XIELUMLP": XIELUMLP,
     "SwiGLU": SwiGLU,
+    "ScaledSwiGLU": ScaledSwiGLU,
     "MoE": MoE,
 }
 

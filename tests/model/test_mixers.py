@@ -131,7 +131,7 @@ def test_qlora_on_a_recurrence(hybrid: GPT):
     config = lora.LoRAConfig(r=2, alpha=4, dropout=0.0, key=True, projection=True)
     assert torch.equal(lora.attach(model, config)(idx), expected)
     layers = lora.lora_layers(model)
-    mixers = {f"h.{i}.{'attn' if block.mixer is None else 'mixer'}" for i, block in enumerate(hybrid.h)}
+    mixers = {f"h.{i}.{name}" for i, block in enumerate(hybrid.h) for name in block.token_mixers}
     assert layers.keys() == {f"{mixer}.{part}" for mixer in mixers for part in ("qkv", "proj")}
     for layer in layers.values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)

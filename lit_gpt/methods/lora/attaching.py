@@ -88,12 +88,12 @@ def targets(model: GPT, config: LoRAConfig) -> Iterator[tuple[str, Parts]]:
     """Yield the path of each linear layer to adapt, and the rows (start, stop) of its adapted projections."""
     n = model.config.n_embd
     for layer, block in enumerate(cast(Iterable[Block], model.h)):
-        mixer = f"h.{layer}." + ("mixer" if block.attn is None else "attn")
-        projections = block.token_mixer.projections.items()
-        if qkv := sorted(span for name, spans in projections if getattr(config, name) for span in spans):
-            yield f"{mixer}.qkv", qkv
-        if config.projection:
-            yield f"{mixer}.proj", [(0, n)]
+        for name, mixer in block.token_mixers.items():
+            projections = mixer.projections.items()
+            if qkv := sorted(span for part, spans in projections if getattr(config, part) for span in spans):
+                yield f"h.{layer}.{name}.qkv", qkv
+            if config.projection:
+                yield f"h.{layer}.{name}.proj", [(0, n)]
         if config.mlp and block.mlp is not None:
             yield from ((f"h.{layer}.mlp.{path}", parts) for path, parts in mlp_targets(block.mlp))
     if config.head:

@@ -1,4 +1,4 @@
-"""Mamba-2 (Dao & Gu 2024, Transformers are SSMs), as Granite 4 and Nemotron-H have it."""
+"""Mamba-2 (Dao & Gu 2024, Transformers are SSMs), as Granite 4, Nemotron-H and Falcon-H1 have it."""
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from lit_gpt.model.mixers import recurrence
 from lit_gpt.model.mixers.convolution import CausalConvolution
 from lit_gpt.model.mixers.mixer import Recurrence
 from lit_gpt.model.norms import GroupedRMSNorm, RMSNorm
+from lit_gpt.model.rope import Rotation
 
 
 class Mamba2(Recurrence):
@@ -36,8 +37,18 @@ class Mamba2(Recurrence):
         self.A_log = nn.Parameter(torch.arange(1, self.heads + 1).float().log())
         self.dt_bias, self.D = nn.Parameter(torch.ones(self.heads)), nn.Parameter(torch.ones(self.heads))
         self.min_step, parts, eps = config.min_step, config.state_norm_groups, config.norm_eps
-        self.norm = RMSNorm(values, eps) if parts == 1 else GroupedRMSNorm(values, eps, parts)
+        self.norm = gate_norm(values, eps, parts)
+        scales = config.state_scales
+        self.scales = tuple(zip(scales, (values, values, keys, keys, self.heads), strict=True)) if scales else ()
         self.proj = Linear(values, config.n_embd, bias=False)
+
+    def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
+        parts = super().project(x, rotation)
+        if not self.scales:
+            return parts
+        own = torch.cat(parts, dim=-1).split([size for _, size in self.scales], dim=-1)
+        gate, *vkq, step = (part * scale for part, (scale, _) in zip(own, self.scales, strict=True))
+        return gate, torch.cat(vkq, dim=-1), step
 
     def recur(
         self, parts: tuple[Tensor, ...], positions: Tensor | None, carried: tuple[Tensor, ...]
@@ -58,3 +69,10 @@ class Mamba2(Recurrence):
         wide = torch.promote_types(dtype, torch.float32)
         state = torch.zeros(rows, self.heads, self.state_size, self.head_size, device=device, dtype=wide)
         return state, torch.zeros(rows, self.conv.size - 1, sum(self.convolved), device=device, dtype=dtype)
+
+
+def gate_norm(size: int, eps: float, groups: int) -> nn.Module:
+    """Return the norm of the gated output, in so many groups; 0: none."""
+    if not groups:
+        return nn.Identity()
+    return RMSNorm(size, eps) if groups == 1 else GroupedRMSNorm(size, eps, groups)
