@@ -131,7 +131,7 @@ class BaseCheckpoint:
         name, _, calibrated = trained_on.partition(":")
         if calibrated:
             raise UserError(
-                f"{path}: trained on the calibrated {name} checkpoint of fingerprint {calibrated}, which "
+                f"{path}: trained on the {name} checkpoint of fingerprint {calibrated}, which "
                 f"--checkpoint_dir {self.checkpoint_dir} is not; give the folder that scripts/quantize.py wrote"
             )
         if self.quantize is None:
@@ -179,15 +179,19 @@ class BaseCheckpoint:
                 raise UserError(f"{self.checkpoint_dir / 'lit_model.pth'}: {name} holds values that are not numbers")
             yield from ((f"{path}.{key}", part) for key, part in encoded.items())
 
-    def write_quantized(self, folder: Path, tensors: Iterable[tuple[str, Tensor]], calibrated: bool) -> None:
-        """Write the tensors of a quantized model into a checkpoint folder that has all but the weights."""
+    def write_quantized(self, folder: Path, tensors: Iterable[tuple[str, Tensor]], own_codes: bool) -> None:
+        """Write the tensors of a quantized model into a checkpoint folder that has all but the weights.
+
+        Args:
+            own_codes: whether they are others than rounding to the nearest gives.
+        """
         layout = skeleton(self.config, self.dtype, self.quantize).state_dict()
         for name in [name for name in layout if name.startswith("wte.")] if self.config.tie_embeddings else ():
             del layout[name.replace("wte.", "lm_head.")]
         path = folder / "lit_model.pth"
         io.write_streamed(path, layout, tensors)
         record = {"format_version": checkpoint.QUANTIZED_VERSION, "quantize": self.quantize, "source": self.fingerprint}
-        if calibrated:
+        if own_codes:
             record["codes"] = checkpoint.fingerprint(io.load(path))
         (folder / "lit_quantize.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

@@ -30,7 +30,7 @@ class Full(Method):
         """Return float32, in which small steps are not lost, unless `--master_weights false` asks for `precision`."""
         return torch.float32 if self.config.master_weights else super().weight_dtype(precision)
 
-    def warm_start(self, model: nn.Module, path: Path, base: str) -> None:
+    def warm_start(self, model: nn.Module, path: Path, base: str, quantization: str | None = None) -> None:
         """Refuse: the base itself is where full finetuning starts. Raises UsageError."""
         raise UsageError(
             f"--finetuned_path {path}: all weights train; give the folder to start from by --checkpoint_dir"

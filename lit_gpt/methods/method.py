@@ -126,18 +126,25 @@ class Method(ABC):
         """Copy tensors into the parameters that train. Raises UserError if names or shapes differ."""
         finetuned_file.load_trained(model, state, source)
 
-    def warm_start(self, model: nn.Module, path: Path, base: str) -> None:
+    def warm_start(self, model: nn.Module, path: Path, base: str, quantization: str | None = None) -> None:
         """Start from what an earlier run has trained.
 
         Args:
             path: a finetuned file of this method.
             base: fingerprint of the base that `model` extends.
+            quantization: how that is quantized, as `BaseCheckpoint.quantization` says.
 
         Raises:
-            UserError: the file is of another method or base.
+            UserError: the file is of another method or base, or of one whose codes are others than the nearest.
             UsageError: the flags say otherwise than its settings.
         """
         record, prefix = finetuned_file.read_file(path, self.name, base), getattr(self.config, "prefix", "")
+        name, _, codes = (record.get("quantize") or "").partition(":")
+        if codes and record["quantize"] != quantization:
+            raise UserError(
+                f"{path}: goes with the {name} weights of fingerprint {codes}, not with those of --checkpoint_dir; "
+                "give the folder that scripts/quantize.py wrote"
+            )
         before = asdict(type(self.config)()) | record["hyperparameters"]  # a file of before lacks what was added
         for name, value in before.items():
             if name not in self.free_settings and self.settings.get(name) != value:

@@ -164,7 +164,8 @@ class Trainer:
         newest = self.states.newest() if paths.resume == "auto" else None
         if newest is None:
             if paths.finetuned_path:
-                worker.method.warm_start(worker.model, paths.finetuned_path, self.states.identity["base"])
+                identity = self.states.identity
+                worker.method.warm_start(worker.model, paths.finetuned_path, identity["base"], identity["quantization"])
             return self.records.start()
         path, contents = newest
         resume = contents["resume"]

@@ -44,7 +44,7 @@ def convert(gguf_path: Path, checkpoint_dir: Path, dtype: torch.dtype, quantize:
         hf.write(folder, config, table_of(file, config), GGUFWeights(file, dtype), dtype, f"{gguf_path}: its metadata")
         if quantize:
             base = BaseCheckpoint.open(folder, quantize)  # maps the file that is replaced
-            base.write_quantized(folder, base.quantized(base.dtype), calibrated=False)
+            base.write_quantized(folder, base.quantized(base.dtype), own_codes=False)
     return config
 
 
