@@ -5,7 +5,7 @@
 
 Merges in fp32, one tensor at a time, and compares the logits with the unmerged model's before anything is put in
 place. A model card goes along, and export.json with the figures. What was trained on a quantized base is merged into
-the dequantized one, and the result is not quantized.
+the dequantized one, and the result is not quantized, unless only zero points of int4 were trained (--lora_update qa).
 """
 
 from pathlib import Path

@@ -8,6 +8,7 @@ largest layer in float32 and the reference logits twice; a shard is written from
 transformers has in another order (2 GB). The reader of a GGUF file holds its weights once, in 16 or 32 bits.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -146,17 +147,22 @@ def merge(checkpoint_dir: Path, lora_path: Path, out_dir: Path, dtype: torch.dty
 
     Args:
         dtype: in which to store the weights; None: as the base is. In 16 bits, rounding swallows updates that are small
-            beside the weights.
+            beside the weights. What shifts the zero points of int4 (qa) leaves them quantized, where it is None.
     """
     with files.new_folder(out_dir) as folder:
         source = Source.open(checkpoint_dir, lora_path, quantized=True)
-        lora.write_merged(folder / "lit_model.pth", source.model, dtype)
+        shifts = dtype is None and lora.stays_quantized(source.model)
+        if shifts:
+            lora.write_shifted(folder, source.base, source.model)
+        else:
+            lora.write_merged(folder / "lit_model.pth", source.model, dtype)
         (folder / "lit_config.json").write_text(lora.merged_config(source.model).to_json())
         hf.copy_side_files(checkpoint_dir, folder)
         PromptStyle.from_dict(source.record["prompt_style"]).save(folder)
         model_card.copy_run(lora_path.parent, folder)
         what, own = f"the merge of {lora_path}", lambda: readers.LitReader.open(folder, load_model(folder))
-        reader = readers.read_back(what, ("transformers",), lambda: readers.read_lit(folder), own)
+        whole: Callable[[], readers.Reader] = own if shifts else lambda: readers.read_lit(folder)
+        reader = readers.read_back(what, () if shifts else ("transformers",), whole, own)
         without = logits.float32_logits(source.base.build(), source.reference.idx)
         kept_as = dtype or source.model.dtype
         mend = "" if kept_as == torch.float32 else "; rounding swallowed the rest, --dtype fp32 keeps it"

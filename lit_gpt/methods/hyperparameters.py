@@ -10,7 +10,7 @@ from lit_gpt.errors import UsageError
 # What cannot be combined: values of LoRAConfig's fields, and why.
 CONTRADICTIONS: tuple[tuple[dict[str, tuple[Any, ...]], str], ...] = (
     (
-        {"update": ("vera", "tied", "multi"), "init": ("pissa", "olora")},
+        {"update": ("vera", "tied", "multi", "qa"), "init": ("pissa", "olora", "eva")},
         "each layer would need matrices of its own that all train; expected --lora_init kaiming",
     ),
     ({"update": ("vera",), "init": ("gaussian",)}, "its frozen matrices are drawn kaiming; leave it out"),
@@ -34,9 +34,9 @@ class LoRAConfig:
     projection: bool = False  # Adapt the attention's output projection.
     mlp: bool = False  # Adapt the MLP's linear layers.
     head: bool = False  # Adapt the output head.
-    update: Literal["plain", "dora", "vera", "tied", "multi"] = "plain"  # Make the updates in this form.
+    update: Literal["plain", "dora", "vera", "tied", "multi", "qa"] = "plain"  # Make the updates in this form.
     copies: PositiveInt = 3  # Sum this many updates of each projection, where lora_update is multi.
-    init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming"  # Start A, or A and B, from this.
+    init: Literal["kaiming", "gaussian", "pissa", "olora", "eva"] = "kaiming"  # Start A, or A and B, from this.
     scaling: Literal["r", "sqrt_r"] = "r"  # Divide lora_alpha by the rank or by its root (rsLoRA).
     train: Literal["both", "B"] = "both"  # Train A and B, or B alone beside a random A that stays (LoRA-FA).
     lr_ratio: PositiveFloat = 1.0  # Train B at this many times the learning rate (LoRA+: 16).

@@ -19,7 +19,7 @@ from lit_gpt.methods import finetuned_file, lora
 from lit_gpt.model.gpt import quantize
 from lit_gpt.model.packed_inputs import Targets
 
-UPDATES, INITS = ("plain", "dora", "vera", "tied", "multi"), ("kaiming", "gaussian", "pissa", "olora")
+UPDATES, INITS = ("plain", "dora", "vera", "tied", "multi", "qa"), ("kaiming", "gaussian", "pissa", "olora", "eva")
 OTHERS = {"scaling": "sqrt_r", "train": "B", "lr_ratio": 16}
 
 

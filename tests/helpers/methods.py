@@ -35,6 +35,7 @@ LORA_METHODS = {
     "VeRA": {"update": "vera"},
     "Tied-LoRA": {"update": "tied"},
     "MultiLoRA": {"update": "multi"},
+    "QA-LoRA": {"update": "qa"},
     "PiSSA": {"init": "pissa"},
     "OLoRA": {"init": "olora"},
 }

@@ -25,6 +25,7 @@ from lit_gpt.families.registry import config_from_name
 from lit_gpt.generation.native_step import NativeStep
 from lit_gpt.kernels import build
 from lit_gpt.methods import finetuned_file, finetuned_model, lora
+from lit_gpt.methods.method import Start
 from lit_gpt.methods.registry import config_class, make_method
 from lit_gpt.model.gpt import quantize
 from lit_gpt.model.packed_inputs import Targets
@@ -353,6 +354,7 @@ def test_pissa_takes_the_best_approximation(llama_like: Tiny):
         ({"r": 256, "update": "vera"}, 163_840),
         ({"r": 8, "update": "tied"}, 257_536),
         ({"r": 8, "update": "multi"}, 10_960_896),
+        ({"r": 8, "update": "qa"}, 1_216_000),
         ({"r": 8, "init": "pissa"}, 3_506_176),
         ({"r": 8, "init": "olora"}, 3_506_176),
     ],
@@ -462,3 +464,33 @@ def test_the_tables_of_combinations_are_what_is_so(tmp_path):
     page = (ROOT / "tutorials/methods.md").read_text("utf-8")
     assert method_table.what_works(tmp_path) in page
     assert method_table.what_combines() in page
+
+
+# --- EVA
+
+
+@torch.no_grad()
+def test_eva_starts_from_the_directions_of_the_inputs(llama_like: Tiny):
+    """Of each layer: A has orthogonal rows that span the largest singular vectors of what the base gives it."""
+    row, inputs = random_row(), {}
+    base = load_model(llama_like.folder)
+    for path, module in base.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(lambda _, x, path=path: inputs.__setitem__(path, x[0].flatten(0, -2)))
+    expected = base(row.idx, segments=row.segments)
+    model = load_model(llama_like.folder)
+    method = make("LoRA", init="eva")
+    method.attach(model)
+    method.initialize(model, Start(lambda text: [], lambda samples: row, 1))
+    assert torch.equal(model.eval()(row.idx, segments=row.segments), expected)
+    for path, layer in lora.lora_layers(model).items():
+        U, S, Vh = torch.linalg.svd(inputs[path].double(), full_matrices=False)
+        for A in layer.lora_A.split(4):
+            assert off(A.T.double() @ A.double(), Vh[:4].T @ Vh[:4]) < 1e-3, path
+
+
+def test_eva_from_the_command_line(cli, flags):
+    result = cli("finetune/lora.py", **flags | {"lora_init": "eva", "max_steps": 2, "warmup_steps": 0})
+    assert result.code == 0, result.err
+    flags |= {"lora_init": "eva", "lora_update": "vera", "out_dir": flags["out_dir"] / "x"}
+    cli("finetune/lora.py", **flags).refused("--lora_update vera with --lora_init eva", code=2)

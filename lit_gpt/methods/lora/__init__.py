@@ -8,10 +8,17 @@ logits.
 from lit_gpt.methods.hyperparameters import LoRAConfig
 from lit_gpt.methods.lora.attaching import attach, skeleton, targets, updates
 from lit_gpt.methods.lora.layers import LoRAExperts, LoRALinear, lora_layers
-from lit_gpt.methods.lora.merging import merge, merged_config, merged_tensor, write_merged
+from lit_gpt.methods.lora.merging import (
+    merge,
+    merged_config,
+    merged_tensor,
+    stays_quantized,
+    write_merged,
+    write_shifted,
+)
 from lit_gpt.methods.lora.method import NAME, LoRA
 
 __all__ = [
     "NAME", "LoRA", "LoRAConfig", "LoRAExperts", "LoRALinear", "attach", "lora_layers", "merge", "merged_config",
-    "merged_tensor", "skeleton", "targets", "updates", "write_merged",
+    "merged_tensor", "skeleton", "stays_quantized", "targets", "updates", "write_merged", "write_shifted",
 ]  # fmt: skip

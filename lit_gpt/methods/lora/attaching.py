@@ -50,6 +50,9 @@ def check_layers(wanted: list[Target], config: LoRAConfig, base: Config) -> None
         if config.update == "dora" and experts_of(layer):
             raise UsageError(f"--lora_update dora: {base.name} has experts in {path}; leave out --lora_mlp true")
         sizes = cast(Experts, layer)  # for mypy
+        if config.init == "eva" and (experts_of(layer) or config.r > sizes.in_features):
+            what = "has experts" if experts_of(layer) else f"has only {sizes.in_features} inputs"
+            raise UsageError(f"--lora_init eva: {path} of {base.name} {what}; leave it out, or give another start")
         limit = min(sizes.in_features, *(stop - start for start, stop in parts))
         most = max(most, limit)
         if config.changes_start and config.r > limit:

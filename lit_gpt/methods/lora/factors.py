@@ -5,6 +5,8 @@ dora    the same, and each row of W + s B A gets a length that trains (Liu et al
 vera    diag(b) B diag(d) A, one random A and B for all layers; d and b train (Kopiczko et al. 2023, arXiv 2310.11454)
 tied    s diag(v) B diag(u) A, with one A and B for the layers of a kind; all train (Renduchintala et al. 2023,
         arXiv 2311.09578)
+qa      s B A P, where P sums the inputs of each group of 64 that int4 has a zero point for (Xu et al. 2023, arXiv
+        2309.14717): the update is a shift of these zero points
 multi   s (diag(g_1) B_1 A_1 + ... + diag(g_n) B_n A_n), g zero at first (Wang et al. 2023, arXiv 2311.11501)
 
 Whatever the form, an update is a product of two matrices: `factors` gives them, and products, merging, export and
@@ -21,6 +23,7 @@ from lit_gpt.kernels import linear
 from lit_gpt.methods.hyperparameters import LoRAConfig
 from lit_gpt.methods.method import LinearWrapper
 from lit_gpt.quantization.modules import QuantizedLinear, weight_of
+from lit_gpt.quantization.packing import GROUP
 
 Parts = list[tuple[int, int]]
 VERA_START = 0.1  # of d (section 4 of the paper)
@@ -98,8 +101,9 @@ class Factors(LinearWrapper):
         self.kept_parameters = (*kept, *frozen)
 
     def shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return the shapes of A and B for so many ranks of each part."""
-        return (*self.experts, len(self.parts) * rank, self.in_features), (*self.experts, sum(self.sizes), rank)
+        """Return the shapes of A and B for so many ranks of each part; qa's A has a column for each group of inputs."""
+        inputs = -(-self.in_features // GROUP) if self.config.update == "qa" else self.in_features
+        return (*self.experts, len(self.parts) * rank, inputs), (*self.experts, sum(self.sizes), rank)
 
     def new(self, shape: tuple[int, ...], value: float = 0.0) -> nn.Parameter:
         device = next(self.linear.parameters()).device
@@ -137,6 +141,8 @@ class Factors(LinearWrapper):
         A, B = self.shared_factors() if self.shared else (self.lora_A, self.lora_B)
         if self.gate is not None:
             B = (B.unflatten(-1, (self.copies, self.r)) * self.gate.unsqueeze(-1)).flatten(-2)
+        if self.config.update == "qa":
+            A = A.repeat_interleave(GROUP, dim=-1)[..., : self.in_features]
         if self.rank_scale is not None and self.row_scale is not None:
             A, B = self.rank_scale.unsqueeze(-1) * A, self.row_scale.unsqueeze(-1) * B
         if self.start_A is not None and self.start_B is not None:

@@ -9,7 +9,7 @@ from lit_gpt.methods.decoding_tape import DecodingTape
 from lit_gpt.methods.lora.factors import Factors
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.moe import Routing, grouped_product
-from lit_gpt.quantization.modules import weight_of
+from lit_gpt.quantization.modules import QuantizedLinear, weight_of
 
 
 class LoRALayer(Factors):
@@ -33,6 +33,22 @@ class LoRALayer(Factors):
                 rows *= (lengths / rows.norm(dim=1)).unsqueeze(1)
         return weight.to(dtype or base.dtype)
 
+    @torch.no_grad()
+    def shifted_zeros(self) -> Tensor | None:
+        """Return the zero points of int4 (out_features, groups) with the update in them, in their dtype.
+
+        None where the update is not one of zero points, or the base has none.
+        """
+        linear = self.linear
+        if self.config.update != "qa" or not isinstance(linear, QuantizedLinear) or linear.format != "int4":
+            return None
+        zero = linear.get_parameter("zero")
+        shifted = zero.to(torch.float32, copy=True)  # the base may serve on
+        halves = zip(self.parts, self.lora_A.split(self.r), self.lora_B.split(self.sizes), strict=True)
+        for (start, stop), A, B in halves:
+            shifted[start:stop] += self.scale * (B @ A)
+        return shifted.to(zero.dtype)
+
 
 class LoRALinear(LoRALayer):
     """A linear layer with low-rank updates."""
@@ -55,7 +71,7 @@ class LoRALinear(LoRALayer):
     def record(self, tape: DecodingTape, x: Tensor, name: str) -> Tensor:
         """Add the layer to a decoding tape."""
         A, factor = self.factors()[0], self.scale
-        low = tape.lora_down(A.to(tape.dtype), x)
+        low = tape.lora_down(A.to(tape.dtype).contiguous(), x)
         y = tape.linear(self.linear, x, name)
         for part, (rows, _, B) in enumerate(self.pairs()):
             tape.lora_up(y, low, part * self.rank, (B * factor).to(tape.dtype).t().contiguous(), rows)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt.checkpoints import io
+from lit_gpt.checkpoints.base_model import BaseCheckpoint
+from lit_gpt.checkpoints.folder import fingerprint
 from lit_gpt.errors import UserError
 from lit_gpt.hardware import on_meta
 from lit_gpt.methods.lora.layers import LoRALayer, lora_layers
@@ -18,7 +20,9 @@ from lit_gpt.quantization.modules import Quantized, QuantizedLinear, weight_of
 
 
 def merge(model: GPT) -> GPT:
-    """Fold the updates into the base's weights and unwrap them, in place. Quantized layers become plain linear ones.
+    """Fold the updates into the base's weights and unwrap them, in place.
+
+    Quantized layers become plain linear ones, but for those of int4 with updates of their zero points (qa).
 
     Raises:
         UserError: another method has changed an adapted layer.
@@ -28,7 +32,12 @@ def merge(model: GPT) -> GPT:
         linear = layer.linear
         if not isinstance(linear, nn.Linear | Experts | QuantizedLinear):
             raise UserError(f"LoRA cannot be merged into {path}, which another method has changed; leave it apart")
-        model.set_submodule(path, with_weight(linear, layer.merged(), model.dtype))
+        zeros = layer.shifted_zeros()
+        if zeros is None:
+            linear = with_weight(linear, layer.merged(), model.dtype)
+        else:
+            linear.get_parameter("zero").data = zeros
+        model.set_submodule(path, linear)
     model._modules.pop("lora_shared", None)
     model.config = config
     return model
@@ -37,6 +46,24 @@ def merge(model: GPT) -> GPT:
 def merged_config(model: GPT) -> Config:
     """Return the Config of the merged model, in which a tied head that was adapted is a weight of its own."""
     return replace(model.config, tie_embeddings=False) if "lm_head" in lora_layers(model) else model.config
+
+
+def stays_quantized(model: GPT) -> bool:
+    """Return whether all updates are ones of zero points that the base has."""
+    return all(layer.shifted_zeros() is not None for layer in lora_layers(model).values())
+
+
+def write_shifted(folder: Path, base: BaseCheckpoint, model: GPT) -> None:
+    """Write the weights of a merged model that `stays_quantized` into a checkpoint folder that has all but them.
+
+    They are those of its base, but for the zero points: the checkpoint is one of its own, to which no file of the base
+    fits any more.
+    """
+    found = {f"{path}.zero": layer.shifted_zeros() for path, layer in lora_layers(model).items()}
+    zeros = {name: zero for name, zero in found.items() if zero is not None}
+    tensors = base.state.items() if base.is_quantized else base.quantized(base.dtype)
+    shifted = ((name, zeros.get(name, tensor)) for name, tensor in tensors)
+    replace(base, fingerprint=fingerprint(zeros)).write_quantized(folder, shifted, own_codes=True)
 
 
 def write_merged(path: Path, model: GPT, dtype: torch.dtype | None = None) -> None:

@@ -23,7 +23,7 @@ class LoRA(Method):
         return attach(model, self.config)
 
     def initialize(self, model: GPT, start: Start | None = None) -> None:
-        starts.initialize(lora_layers(model).values(), self.config)
+        starts.initialize(model, self.config, start)
 
     def learning_rate_ratio(self, name: str) -> float:
         return self.config.lr_ratio if name.endswith("lora_B") else 1.0
