@@ -1,12 +1,10 @@
-"""Shards a model over ranks by FSDP2, and gathers whole tensors from the shards."""
+"""Shards a model over ranks by FSDP2."""
 
 import torch
-from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from lit_gpt.distributed import deepspeed
 from lit_gpt.distributed.fabric import Fabric
 from lit_gpt.model.gpt import GPT
 
@@ -28,17 +26,3 @@ def shard(model: GPT, mesh: DeviceMesh, trained: torch.dtype, frozen: torch.dtyp
 def build_device(strategy: str, fabric: Fabric) -> torch.device:
     """Return where to build the model: to be sharded on the CPU, mapped from the file, else where it runs."""
     return torch.device("cpu") if strategy in ("fsdp", "deepspeed") else fabric.device
-
-
-def gather(tensor: Tensor) -> Tensor:
-    """Return the whole of a tensor that is sharded over ranks, else the tensor. All ranks must ask together."""
-    if deepspeed.is_partitioned(tensor):
-        return deepspeed.get_full(tensor)
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_like(parameter: Tensor, contents: Tensor) -> Tensor:
-    """Return this rank's shard of a whole tensor, if the parameter is sharded over ranks; else the tensor."""
-    if not isinstance(parameter, DTensor):
-        return contents
-    return distribute_tensor(contents.to(parameter.device), parameter.device_mesh, parameter.placements)

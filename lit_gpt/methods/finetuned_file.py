@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_gpt.checkpoints.io import check_state, load, save
 from lit_gpt.distributed import deepspeed
-from lit_gpt.distributed.sharding import gather, shard_like
+from lit_gpt.distributed.whole import gather, shard_like
 from lit_gpt.errors import UserError
 
 FORMAT_VERSION = 1

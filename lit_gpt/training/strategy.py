@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_map
 
 from lit_gpt.distributed import deepspeed
 from lit_gpt.distributed.fabric import DeepSpeedStrategy, Fabric
-from lit_gpt.distributed.sharding import gather, shard_like
+from lit_gpt.distributed.whole import gather, shard_like
 from lit_gpt.methods.method import Method
 from lit_gpt.model.gpt import GPT
 from lit_gpt.training import optimizers

@@ -50,6 +50,17 @@ def test_help_lists_every_flag_without_importing_torch(script):
         assert {"--max_grad_norm", "--keep_states", "--strategy", "--probe_path"} <= shown
 
 
+@pytest.mark.subprocess
+@pytest.mark.parametrize("module", ["lit_gpt.serving.server", "lit_gpt.generation.answer", "lit_gpt.generation.chat"])
+def test_answering_imports_nothing_that_only_training_needs(module):
+    code = (
+        f"import {module}, sys\n"
+        "assert not {'lightning_fabric', 'lightning', 'torch.distributed.fsdp', 'torch._dynamo'} & sys.modules.keys()\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+
+
 @pytest.fixture
 def downloaded(tmp_path) -> Path:
     """A folder as scripts/download.py leaves it."""
