@@ -63,6 +63,7 @@ class Sample:
 
     tokens: Tensor  # int32 (T,)
     supervised: Tensor  # uint8 (T,)
+    number: int | None = None  # which of the data's it is; what is random about it in training goes by that
 
 
 class Dataset:
@@ -91,7 +92,7 @@ class Dataset:
 
     def __getitem__(self, i: int) -> Sample:
         span = slice(self.offsets[i], self.offsets[i + 1])
-        return Sample(self.tokens[span], self.supervised[span])
+        return Sample(self.tokens[span], self.supervised[span], i)
 
 
 class Prefixed:

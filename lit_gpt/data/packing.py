@@ -26,9 +26,9 @@ class PackedRow:
         """Return a row of samples of these lengths with so many supervised tokens, true in its shapes only."""
         n = sum(lengths)
         offsets = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        idx, positions = (torch.zeros(n, dtype=torch.int64) for _ in range(2))
+        idx, positions, numbers = (torch.zeros(n, dtype=torch.int64) for _ in range(3))
         targets = Targets(*(torch.zeros(supervised, dtype=torch.int64) for _ in range(2)))
-        return cls(idx.unsqueeze(0), Segments(tuple(lengths), offsets, positions), targets)
+        return cls(idx.unsqueeze(0), Segments(tuple(lengths), offsets, positions, numbers), targets)
 
     @property
     def tokens(self) -> int:
@@ -40,11 +40,11 @@ class PackedRow:
         if device.type == "cpu":
             return self
         s, t = self.segments, self.targets
-        idx, offsets, positions, at, labels = (
+        idx, offsets, positions, numbers, at, labels = (
             x.pin_memory().to(device, non_blocking=True)
-            for x in (self.idx, s.offsets, s.positions, t.positions, t.labels)
+            for x in (self.idx, s.offsets, s.positions, s.samples, t.positions, t.labels)
         )
-        return PackedRow(idx, Segments(s.lengths, offsets, positions), Targets(at, labels))
+        return PackedRow(idx, Segments(s.lengths, offsets, positions, numbers), Targets(at, labels))
 
 
 def pack(samples: Iterable[Sample]) -> PackedRow:
@@ -53,7 +53,8 @@ def pack(samples: Iterable[Sample]) -> PackedRow:
     idx = torch.cat([s.tokens[:-1] for s in samples]).long()
     labels = torch.cat([s.tokens[1:] for s in samples]).long()
     at = torch.cat([s.supervised[1:] for s in samples]).nonzero().squeeze(1)
-    segments = Segments.of([len(s.tokens) - 1 for s in samples])
+    numbers = [place if s.number is None else s.number for place, s in enumerate(samples)]
+    segments = Segments.of([len(s.tokens) - 1 for s in samples], samples=numbers)
     return PackedRow(idx.unsqueeze(0), segments, Targets(at, labels[at]))
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,11 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from lit_gpt.kernels import ops
 from lit_gpt.kernels.declarations import ACTIVATION_NUMBERS
+from lit_gpt.kernels.dropout import ALL_KEPT, dropped, kept_share
 from lit_gpt.kernels.linear import arithmetic
-
-# Dropout's probability is rounded to this share, of powers of two, for each digit costs random numbers.
-DROPOUT_STEPS = 1024
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 class _NoContext:
@@ -45,7 +41,14 @@ def apply_or_forward(function: type[torch.autograd.Function], *arguments: Any) -
 
 
 def low_rank_update(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, parts: list[tuple[int, int]], scale: float, dropout: float
+    y: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    parts: list[tuple[int, int]],
+    scale: float,
+    dropout: float = 0.0,
+    keys: Tensor | None = None,
 ) -> Tensor:
     """Add scale * B_i A_i dropout(x) to the columns `parts[i]` of y in place, and return y (Hu et al. 2021, LoRA).
 
@@ -55,59 +58,57 @@ def low_rank_update(
         A: (len(parts) * r, in_features), float32: an A for each part, one below the other.
         B: (sum of the parts' lengths, r), float32: a B for each part, one below the other.
         parts: (start, stop) of columns.
-        dropout: probability, rounded to 1 / DROPOUT_STEPS.
+        dropout: probability to drop an element of x.
+        keys: int64 (T,), by which elements are dropped, see lit_gpt.kernels.dropout; None: none are.
     """
-    kept = DROPOUT_STEPS - round(dropout * DROPOUT_STEPS)
-    factor = scale * DROPOUT_STEPS / kept if kept else 0.0
-    if ops.supports_lora(y, x, parts):
-        return apply_or_forward(_LowRankKernel, y, x, A, B, kept * ops.ALL_KEPT // DROPOUT_STEPS, parts, factor)
-    bits = random_bits(x.numel(), kept, x.device) if kept < DROPOUT_STEPS else None
-    return apply_or_forward(_LowRankUpdate, y, x, A, B, bits, parts, factor)
+    kept = ALL_KEPT if keys is None else kept_share(dropout)
+    factor = scale * ALL_KEPT / kept if kept else 0.0
+    function = _LowRankKernel if ops.supports_lora(y, x, parts) else _LowRankUpdate
+    return apply_or_forward(function, y, x, A, B, keys, kept, parts, factor)
 
 
 class _LowRankKernel(torch.autograd.Function):
-    """Keeps the low-rank product, and x if A trains; which elements are dropped follows from a seed."""
+    """Keeps the low-rank product, and x if A trains; what is dropped follows from the keys."""
 
     @staticmethod
-    def forward(ctx, y, x, A, B, threshold, parts, factor):
-        seed = torch.randint(2**63 - 1, (1,))
-        ctx.rest = threshold, *map(list, zip(*parts, strict=True)), factor
-        low = ops.lora_(y, x, A, B, seed, *ctx.rest)
+    def forward(ctx, y, x, A, B, keys, kept, parts, factor):
+        ctx.rest = kept, *map(list, zip(*parts, strict=True)), factor
+        low = ops.lora_(y, x, A, B, keys, *ctx.rest)
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x if trains(ctx, 2) else None, A, B, seed, low)
+        ctx.save_for_backward(x if trains(ctx, 2) else None, A, B, keys, low)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, A, B, seed, low = ctx.saved_tensors
-        x_grad, A_grad, B_grad = ops.lora_backward(grad.contiguous(), x, A, B, seed, *ctx.rest, low)
+        x, A, B, keys, low = ctx.saved_tensors
+        x_grad, A_grad, B_grad = ops.lora_backward(grad.contiguous(), x, A, B, keys, *ctx.rest, low)
         x_grad, A_grad = (x_grad if ctx.needs_input_grad[1] else None), (None if x is None else A_grad)
-        return grad, x_grad, A_grad, B_grad, None, None, None
+        return grad, x_grad, A_grad, B_grad, None, None, None, None
 
 
 class _LowRankUpdate(torch.autograd.Function):
-    """Keeps the low-rank product, one bit per element of x, and x itself if A trains."""
+    """Keeps the low-rank product, and x if A trains; what is dropped follows from the keys."""
 
     @staticmethod
-    def forward(ctx, y, x, A, B, bits, parts, factor):
-        ctx.parts, ctx.factor = parts, factor
+    def forward(ctx, y, x, A, B, keys, kept, parts, factor):
+        ctx.kept, ctx.parts, ctx.factor = kept, parts, factor
         dtype = arithmetic(y.device, y.dtype)
-        low = _dropped(x.to(y.dtype), bits).to(dtype) @ A.to(dtype).t()  # (T, len(parts) * r)
+        low = dropped(x.to(y.dtype), keys, kept).to(dtype) @ A.to(dtype).t()  # (T, len(parts) * r)
         for columns, rows, weight in _parts(ctx, y, low, B):
             if dtype == y.dtype:
                 columns.addmm_(rows, weight.t())
             else:
                 columns.add_(rows @ weight.t())
         ctx.mark_dirty(y)
-        ctx.save_for_backward(x if trains(ctx, 2) else None, A, B, low, bits)
+        ctx.save_for_backward(x if trains(ctx, 2) else None, A, B, low, keys)
         ctx.dtype = x.dtype
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, A, B, low, bits = ctx.saved_tensors
+        x, A, B, low, keys = ctx.saved_tensors
         wide = grad.contiguous().to(low.dtype)
         low_grads, B_grads = [], []
         for columns, rows, weight in _parts(ctx, wide, low, B):
@@ -116,11 +117,11 @@ class _LowRankUpdate(torch.autograd.Function):
         low_grad = torch.cat(low_grads, dim=-1)
         x_grad = None
         if ctx.needs_input_grad[1]:
-            x_grad = _dropped((low_grad @ A.to(low.dtype)).to(grad.dtype), bits).to(ctx.dtype)
+            x_grad = dropped((low_grad @ A.to(low.dtype)).to(grad.dtype), keys, ctx.kept).to(ctx.dtype)
         A_grad = None
         if x is not None:
-            A_grad = (low_grad.t() @ _dropped(x.to(grad.dtype), bits).to(low.dtype)).to(A.dtype)
-        return grad, x_grad, A_grad, torch.cat(B_grads).to(B.dtype).mul_(ctx.factor), None, None, None
+            A_grad = (low_grad.t() @ dropped(x.to(grad.dtype), keys, ctx.kept).to(low.dtype)).to(A.dtype)
+        return grad, x_grad, A_grad, torch.cat(B_grads).to(B.dtype).mul_(ctx.factor), None, None, None, None
 
 
 def trains(ctx: Any, i: int) -> bool:
@@ -134,53 +135,6 @@ def _parts(ctx: Any, y: Tensor, low: Tensor, B: Tensor) -> Iterator[tuple[Tensor
     weights = B.split([stop - start for start, stop in ctx.parts])
     for (start, stop), rows, weight in zip(ctx.parts, low.split(B.size(1), dim=-1), weights, strict=True):
         yield y[:, start:stop], rows, weight
-
-
-def random_bits(n: int, kept: int, device: torch.device) -> Tensor:
-    """Return n independent bits, each 1 with probability kept / DROPOUT_STEPS, as int64 (ceil(n / 64),)."""
-    words = -(-n // 64)
-    if device.type != "cpu":
-        return _packed(torch.empty(64 * words, dtype=torch.bool, device=device).bernoulli_(kept / DROPOUT_STEPS))
-    # There `bernoulli_` is slow: it takes 64 random bits for each element. Here each round of fair bits halves the
-    # distance to 0 or to 1, by the digits of the probability from the last to the first.
-    bits = torch.zeros(words, dtype=torch.int64)
-    for digit in range(DROPOUT_STEPS.bit_length() - 1):
-        if kept % 2 ** (digit + 1):  # before the last digit that is 1, all is 0 still
-            fair = fair_words(words, torch.randint(2**63 - 1, (1,)))
-            bits = bits.bitwise_or_(fair) if kept >> digit & 1 else bits.bitwise_and_(fair)
-    return bits
-
-
-@torch.library.custom_op("lit_gpt::fair_words", mutates_args=())
-def fair_words(n: int, seed: Tensor) -> Tensor:
-    """Return random int64 (n,) on the CPU in a quarter of the time that torch's own words take.
-
-    Args:
-        seed: int64 (1,). A tensor, for torch.compile takes two calls of the same arguments to be one.
-    """
-    return torch.from_numpy(np.random.SFC64(int(seed.item())).random_raw(n).view(np.int64))
-
-
-@fair_words.register_fake
-def _(n: int, seed: Tensor) -> Tensor:
-    return torch.empty(n, dtype=torch.int64)
-
-
-def _packed(bools: Tensor) -> Tensor:
-    """Pack 64 n bools as bits, in some order: int64 (n,)."""
-    # the factor moves the lowest bit of each of eight bytes to another place in the highest byte
-    return (bools.view(torch.int64) * 0x0102040810204080 >> 56).to(torch.int8).view(torch.int64)
-
-
-def _dropped(x: Tensor, bits: Tensor | None) -> Tensor:
-    """Return x, contiguous, with zero where its bit is 0."""
-    if bits is None:
-        return x
-    size = x.element_size()
-    ones = sum(1 << 8 * size * lane for lane in range(8 // size))  # a 1 in each lane of an int64 as wide as an element
-    shifts = torch.arange(8 * size, device=x.device).unsqueeze(1)
-    keep = (bits >> shifts).bitwise_and_(ones).view(INTEGERS[size]).flatten()[: x.numel()]
-    return keep.mul_(x.view(INTEGERS[size]).flatten()).view(x.dtype).view_as(x)
 
 
 def scaled(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from lit_gpt.kernels.policy import policy
 
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 GATED_ACTIVATIONS = ("silu", "gelu_tanh")  # those of layers.cpp
-ALL_KEPT = 2**16  # the threshold of no dropout
 LIBRARIES = ("layers", "lora", "attention", "dequantize")
 _operators = torch.library.Library("lit_gpt", "FRAGMENT")
 
@@ -160,24 +159,24 @@ def _int_array(values: list[int]) -> Any:
     return (ctypes.c_int * len(values))(*values)
 
 
-_LORA = "Tensor A, Tensor B, Tensor seed, int threshold, int[] starts, int[] stops, float factor"
+_LORA = "Tensor A, Tensor B, Tensor? keys, int kept, int[] starts, int[] stops, float factor"
 
 
 @_operator(f"lora_(Tensor(a!) y, Tensor x, {_LORA}) -> Tensor", _low)
 def lora_(
-    y: Tensor, x: Tensor, A: Tensor, B: Tensor, seed: Tensor, threshold: int,
+    y: Tensor, x: Tensor, A: Tensor, B: Tensor, keys: Tensor | None, kept: int,
     starts: list[int], stops: list[int], factor: float,
 ) -> Tensor:  # fmt: skip
     """Add the update to y in place; return dropout(x) A^T, float32.
 
     Args:
-        seed: int64 (1,), from which it follows which elements are dropped.
-        threshold: the share of elements that are not, times ALL_KEPT.
+        keys: int64 (T,), by which elements are dropped, see lit_gpt.kernels.dropout; None: none are.
+        kept: the probability to stay, in 65536ths.
     """
     low = _low(y, x, A, B)
     A, B = _pad_ranks(A, B)
     parts = len(starts), B.size(1), _int_array(starts), _int_array(stops)
-    weights = A, B, len(B), factor, seed.item(), threshold
+    weights = A, B, len(B), factor, keys, kept
     _call("lora", "lora", x, len(x), x.size(1), x, *weights, *parts, low, y, y.size(1))
     return low
 
@@ -189,14 +188,14 @@ def _lora_grads(grad: Tensor, x: Tensor | None, A: Tensor, B: Tensor, *_: Any) -
 
 @_operator(f"lora_backward(Tensor grad, Tensor? x, {_LORA}, Tensor low) -> (Tensor, Tensor, Tensor)", _lora_grads)
 def lora_backward(
-    grad: Tensor, x: Tensor | None, A: Tensor, B: Tensor, seed: Tensor, threshold: int,
+    grad: Tensor, x: Tensor | None, A: Tensor, B: Tensor, keys: Tensor | None, kept: int,
     starts: list[int], stops: list[int], factor: float, low: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the gradients of x, through the update alone, of A, which is empty without x, and of B."""
     r, (wide_A, wide_B) = B.size(1), _pad_ranks(A, B)
     grads = x_grad, A_grad, B_grad = _lora_grads(grad, x, wide_A, wide_B)
     parts = len(starts), wide_B.size(1), _int_array(starts), _int_array(stops)
-    weights = wide_A, wide_B, len(B), factor, seed.item(), threshold
+    weights = wide_A, wide_B, len(B), factor, keys, kept
     sizes = len(grad), A.size(1)
     _call("lora", "lora_backward", grad, *sizes, grad, x, *weights, *parts, low, grad.size(1), *grads)
     if r % 8 and x is not None:

@@ -22,7 +22,7 @@ from lit_gpt.model.mixers.mixer import Mixer
 from lit_gpt.model.mixers.parallel import ParallelMixer
 from lit_gpt.model.mixers.registry import MIXERS
 from lit_gpt.model.mlp import make_mlp
-from lit_gpt.model.noise import with_noise
+from lit_gpt.model.noise import Noise, with_noise
 from lit_gpt.model.norms import norm
 from lit_gpt.model.packed_inputs import Segments, Targets
 from lit_gpt.model.rope import RotaryEmbedding, Rotation
@@ -44,6 +44,7 @@ class GPT(nn.Module):
         self.local_rope = self.rope
         if config.local_rope_base is not None:
             self.local_rope = RotaryEmbedding(replace(config, rope_base=config.local_rope_base, rope_scaling=None))
+        self.noise = Noise()  # for what drops inputs in training
         self.noise_alpha = 0.0  # of the noise on embeddings in training, see lit_gpt.model.noise
         self.virtual_tokens: tuple[int, ...] = ()  # ids before every sequence, see lit_gpt.methods.prompt
         self.tie_weights()
@@ -82,8 +83,14 @@ class GPT(nn.Module):
         x = self.hidden(idx, segments, cache)
         x = self.ln_f(x[:, -1:] if last else x)
         if targets is not None:
-            x = x.flatten(0, 1)[targets.positions]
-            return summed_cross_entropy(self.lm_head, x, targets.labels, self.postprocess_logits)
+            at = targets.positions
+            return summed_cross_entropy(
+                self.lm_head,
+                x.flatten(0, 1)[at],
+                targets.labels,
+                self.postprocess_logits,
+                over=lambda rows: self.noise.over(at[rows]),
+            )
         return self.postprocess_logits(self.lm_head(x))
 
     @torch.no_grad()
@@ -118,6 +125,8 @@ class GPT(nn.Module):
                     raise ValueError(f"with {length} tokens other angles hold: forget the cache and give all tokens")
                 first.uses_long_rope = self.rope.is_long(length)
             positions, lengths = torch.arange(start, end, device=idx.device), (length,)
+        if self.training and (self.noise.layers or self.noise_alpha):
+            self.noise.begin(*tokens_of(idx, segments, positions))
         x = self.embed(idx, positions, lengths)  # (B, T, n_embd)
         rotations = self.rotations(positions, lengths, x.dtype)
         for layer, (block, rotation) in enumerate(zip(self.h, rotations, strict=True)):
@@ -133,8 +142,8 @@ class GPT(nn.Module):
             if max(lengths) > limit:
                 raise UserError(f"{max(lengths)} tokens exceed the model's {limit} learned positions; give it fewer")
             x = x + self.wpe(positions + self.config.position_offset)
-        if self.noise_alpha and self.training:
-            x = with_noise(x, lengths, self.noise_alpha)
+        if self.noise_alpha and self.training and self.noise.keys is not None:
+            x = with_noise(x, lengths, self.noise_alpha, self.noise.keys[0])
         return self.ln_e(x)
 
     def postprocess_logits(self, logits: Tensor) -> Tensor:
@@ -172,6 +181,14 @@ class GPT(nn.Module):
     def dtype(self) -> torch.dtype:
         """Return the dtype of the hidden states: the embedding's, or if it is quantized its scales'."""
         return next(p.dtype for p in self.wte.parameters() if p.is_floating_point())
+
+
+def tokens_of(idx: Tensor, segments: Segments | None, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number of the sample that each token of (B, T) is of, and its position there, both int64 (B * T,)."""
+    if segments is not None:
+        return segments.samples, segments.positions
+    rows = torch.arange(len(idx), device=idx.device).unsqueeze(1).expand_as(idx)
+    return rows.flatten(), positions.expand_as(idx).flatten()
 
 
 class Block(nn.Module):

@@ -1,6 +1,7 @@
 """Cross-entropy from hidden states, without ever holding the logits of a whole batch."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,11 @@ TILE = 128  # rows
 
 
 def summed_cross_entropy(
-    head: nn.Module, hidden: Tensor, labels: Tensor, postprocess: Callable[[Tensor], Tensor] = lambda logits: logits
+    head: nn.Module,
+    hidden: Tensor,
+    labels: Tensor,
+    postprocess: Callable[[Tensor], Tensor] = lambda logits: logits,
+    over: Callable[[slice], AbstractContextManager[None]] = lambda rows: nullcontext(),
 ) -> Tensor:
     """Return the sum over n tokens of the cross-entropy of `postprocess(head(hidden))`, in nats.
 
@@ -27,6 +32,7 @@ def summed_cross_entropy(
         hidden: (n, n_embd).
         labels: int64 (n,).
         postprocess: makes logits of the head's output.
+        over: returns the context in which the head trains on these of the n tokens.
 
     Returns:
         float32 scalar. Logits are turned to float32 before the softmax.
@@ -34,7 +40,7 @@ def summed_cross_entropy(
     parameters = [p for p in head.parameters() if p.requires_grad]
     with keep_dequantized(head, arithmetic(hidden.device, hidden.dtype)):
         if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
-            return _ChunkedLoss.apply(head, postprocess, labels, hidden, *parameters)
+            return _ChunkedLoss.apply(head, postprocess, over, labels, hidden, *parameters)
         chunks = _chunks(head, hidden, labels, trained=False)
         losses = [F.cross_entropy(postprocess(head(h)).float(), y, reduction="sum") for h, y in chunks]
     return torch.stack(losses).sum() if losses else hidden.new_zeros((), dtype=torch.float32)
@@ -85,12 +91,13 @@ class _ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, head, postprocess, labels, hidden, *parameters):
+    def forward(ctx, head, postprocess, over, labels, hidden, *parameters):
         total = hidden.new_zeros((), dtype=torch.float32)
         grads = [torch.zeros_like(p) for p in parameters]
-        hidden_grads = []
+        hidden_grads, start = [], 0
         for rows, row_labels in _chunks(head, hidden, labels, trained=sum(p.numel() for p in parameters) > MAX_LOGITS):
-            with torch.enable_grad():
+            start, here = start + len(rows), slice(start, start + len(rows))
+            with torch.enable_grad(), over(here):
                 rows = rows.detach().requires_grad_()
                 logits = postprocess(head(rows))
             loss, logits_grad = _loss_and_gradient(logits.detach(), row_labels)
@@ -104,4 +111,10 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, factor):
-        return None, None, None, *(grad * factor for grad in ctx.saved_tensors)  # by float32, in the gradients' dtype
+        return (
+            None,
+            None,
+            None,
+            None,
+            *(grad * factor for grad in ctx.saved_tensors),
+        )  # by float32, in the gradients' dtype

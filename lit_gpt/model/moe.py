@@ -23,17 +23,22 @@ class Routing:
     order: Tensor  # int64 (N * k,): which of the rows as they come, k for each token, is in each place
     places: Tensor  # int64 (N * k,): its inverse, the place of each of those rows
     counts: list[int]  # rows of each expert, 0 for one that no token goes to
+    k: int  # experts that each token goes to
 
     @classmethod
     def from_topk(cls, chosen: Tensor, n_expert: int) -> "Routing":
         """Route tokens to the experts `chosen`, int64 (N, k)."""
         experts, order = chosen.flatten().sort(stable=True)
-        return cls(order, order.argsort(), rows_per_expert(experts, n_expert))
+        return cls(order, order.argsort(), rows_per_expert(experts, n_expert), chosen.size(1))
+
+    @property
+    def tokens(self) -> Tensor:
+        """Return which token is in each place, int64 (N * k,)."""
+        return self.order // self.k
 
     def dispatch(self, x: Tensor) -> Tensor:
         """Return the rows of tokens (N, size) sorted by expert, (N * k, size)."""
-        k = len(self.order) // len(x)
-        return _Permute.apply(x.unsqueeze(1).expand(-1, k, -1).flatten(0, 1), self.order, self.places)
+        return _Permute.apply(x.unsqueeze(1).expand(-1, self.k, -1).flatten(0, 1), self.order, self.places)
 
     def combine(self, y: Tensor, weights: Tensor) -> Tensor:
         """Return each token's sum of its sorted rows (N * k, size), weighted by (N, k): (N, size)."""

@@ -1,5 +1,6 @@
 """The inputs of a batch besides token ids: where samples begin, and which positions are supervised."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +22,20 @@ class Segments:
     lengths: tuple[int, ...]
     offsets: Tensor  # int32 (n + 1,), from 0 to the row's length
     positions: Tensor  # int64 (T,), restarting with each sample
+    samples: Tensor  # int64 (T,), the number of the sample that a token is of, by which training draws what is random
 
     @classmethod
-    def of(cls, lengths: list[int], device: torch.device | str = "cpu") -> "Segments":
+    def of(
+        cls, lengths: Sequence[int], device: torch.device | str = "cpu", samples: Sequence[int] | None = None
+    ) -> "Segments":
+        """Return the segments of samples of these lengths.
+
+        Args:
+            samples: their numbers among all that are trained on; None: their places in the row.
+        """
+        samples = range(len(lengths)) if samples is None else samples
+        numbers = torch.cat([torch.full((n,), sample) for n, sample in zip(lengths, samples, strict=True)])
         counts = torch.tensor([0, *lengths])
         positions = torch.cat([torch.arange(n) for n in lengths])
         offsets = counts.cumsum(0).to(torch.int32)
-        return cls(tuple(lengths), offsets.to(device, non_blocking=True), positions.to(device, non_blocking=True))
+        return cls(tuple(lengths), *(x.to(device, non_blocking=True) for x in (offsets, positions, numbers)))

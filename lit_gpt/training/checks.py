@@ -27,8 +27,7 @@ LOGGERS = {  # the packages that each needs; Lightning has the loggers of the la
     "wandb": ("wandb", "lightning"),
     "mlflow": ("mlflow", "lightning"),
 }
-# Flags that a resumed run may change: they bear on the weights that come out by no more than rounding, or, through the
-# cut into rows, by which inputs dropout strikes.
+# Flags that a resumed run may change: they bear on the weights that come out by no more than rounding.
 FREE_TO_CHANGE = {
     "checkpoint_dir", "data_dir", "out_dir", "resume", "log_interval", "eval_interval", "eval_samples", "save_interval",
     "sample_tokens", "keep_states", "profile_steps", "activation_checkpointing", "compile", "micro_batch_size",

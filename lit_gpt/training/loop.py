@@ -103,13 +103,14 @@ class Trainer:
             it is known; and the tokens fed to all ranks.
         """
         worker, batch = self.worker, self.prefetched or self.batches.batch(self.step)
-        # a step's random numbers depend on its number alone: nothing between steps disturbs them, nor resuming
-        seed = (self.args.optimization.seed * 1_000_003 + self.step) * 1_009 + worker.fabric.global_rank
-        torch.manual_seed(seed % 2**63)
+        seed = (self.args.optimization.seed * 1_000_003 + self.step) % 2**63
         worker.set_learning_rate(self.schedule.learning_rate(self.step))
         worker.wrapped.train()
         total = torch.zeros((), device=worker.fabric.device)
         for n, row in enumerate(batch.rows, 1):
+            # all rows of a step start from the same random numbers, on all ranks: what is random about a sample follows
+            # from them and its number, and nothing between steps, nor resuming, disturbs it
+            torch.manual_seed(seed)
             total += worker.backward(row, batch.weight, more=n < len(batch.rows))
         norm = worker.step()
         self.prefetched = self.batches.batch(self.step + 1)  # while a GPU still computes: nothing has waited for it

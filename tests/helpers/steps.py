@@ -22,11 +22,16 @@ def train(model: GPT, steps: int = 2) -> None:
         optimizer.zero_grad()
 
 
-def random_row(lengths: tuple[int, ...] = (9, 31, 5)) -> packing.PackedRow:
-    """Return samples of these lengths, all tokens supervised, packed into one row."""
+def random_samples(lengths: tuple[int, ...] = (9, 31, 5)) -> list[dataset.Sample]:
+    """Return samples of these lengths, all tokens supervised."""
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(96, (n,), generator=generator, dtype=torch.int32) for n in lengths]
-    return packing.pack([dataset.Sample(t, torch.ones(len(t), dtype=torch.uint8)) for t in tokens])
+    return [dataset.Sample(t, torch.ones(len(t), dtype=torch.uint8), i) for i, t in enumerate(tokens)]
+
+
+def random_row(lengths: tuple[int, ...] = (9, 31, 5)) -> packing.PackedRow:
+    """Return such samples packed into one row."""
+    return packing.pack(random_samples(lengths))
 
 
 def step(gpt: GPT, row: packing.PackedRow, seed: int = 0) -> list[Tensor]:

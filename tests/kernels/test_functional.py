@@ -13,6 +13,7 @@ from helpers.tiny_models import Tiny
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.kernels import attention, functional, ops
 from lit_gpt.kernels.attention import ScoreParams
+from lit_gpt.kernels.dropout import draw, kept_share, random_bits
 from lit_gpt.kernels.policy import use_policy
 from lit_gpt.methods import lora
 from lit_gpt.model import packed_inputs as inputs_module
@@ -21,6 +22,7 @@ from lit_gpt.model.loss import summed_cross_entropy
 
 NARROW, WIDE = torch.bfloat16, torch.float64
 PARTS = [(0, 5), (9, 16)]
+KEYS = draw(torch.tensor(5), torch.arange(122))  # of rows, for dropout
 
 
 def results(f: Callable[..., Tensor], inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -51,13 +53,9 @@ def inputs(*shapes: tuple[int, ...], frozen: tuple[int, ...] = ()) -> list[Tenso
 
 
 def mask_of(x: Tensor, dropout: float) -> Tensor:
-    """Return what the update multiplies x with, float64, for this seed. It depends on the dtype's size."""
-    torch.manual_seed(5)
-    kept = 1024 - round(dropout * 1024)
-    bits = functional.random_bits(x.numel(), kept, x.device)
-    return (functional._dropped(torch.ones_like(x), bits).double() if dropout else torch.ones_like(x, dtype=WIDE)) * (
-        1024 / kept
-    )
+    """Return what the update multiplies x with, float64."""
+    kept = kept_share(dropout)
+    return (random_bits(KEYS[: len(x)], x.size(1)) < kept) * (torch.ones((), dtype=WIDE) * 2**16 / kept)
 
 
 def plain_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor) -> Tensor:
@@ -67,8 +65,7 @@ def plain_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, mask: Tensor) -> Te
 
 
 def our_update(y: Tensor, x: Tensor, A: Tensor, B: Tensor, dropout: float) -> Tensor:
-    torch.manual_seed(5)
-    return functional.low_rank_update(y.clone(), x, A, B, PARTS, 2.0, dropout)
+    return functional.low_rank_update(y.clone(), x, A, B, PARTS, 2.0, dropout, KEYS[: len(x)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, NARROW])
@@ -90,13 +87,6 @@ def test_low_rank_update(dtype, dropout, frozen):
         assert off(actual.double(), expected) <= (1e-5 if dtype != NARROW else 1.2 * off(rival.double(), expected))
 
 
-def kernel_mask(rows: int, size: int, threshold: int, seed: int = 5) -> Tensor:
-    """Return what the kernel keeps of x (rows, size), 1 or 0: the low-rank product of ones with the identity."""
-    torch.manual_seed(seed)
-    seed, ones, zeros = torch.randint(2**63 - 1, (1,)), torch.ones(rows, size), torch.zeros(rows, 8)
-    return ops.lora_(zeros, ones, torch.eye(size), torch.zeros(8, size), seed, threshold, [0], [8], 1.0)
-
-
 @pytest.mark.skipif(not ops.available(), reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, NARROW])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -108,8 +98,7 @@ def test_low_rank_update_kernel(dtype, dropout, rank, size, A_trains):
     y, x, A, B = inputs((122, 328), (122, size), (2 * rank, size), (312, rank))
     given = [y.detach().to(dtype).requires_grad_(), x.detach().to(dtype).requires_grad_()]
     given += [A.detach().float().requires_grad_(A_trains), B.detach().float().requires_grad_()]
-    kept = 1024 - round(dropout * 1024)
-    mask = kernel_mask(122, size, kept * 2**6).double() * 1024 / kept
+    mask = mask_of(x, dropout)
 
     def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         low = F.linear((x * mask).to(x.dtype), A.to(x.dtype)).split(rank, -1)
@@ -117,28 +106,13 @@ def test_low_rank_update_kernel(dtype, dropout, rank, size, A_trains):
         return y + torch.cat([first, y.new_zeros(122, 8), second, y.new_zeros(122, 8)], dim=-1)
 
     def ours(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        torch.manual_seed(5)
-        return functional.low_rank_update(y.clone(), x, A, B, parts, 2.0, dropout)
+        return functional.low_rank_update(y.clone(), x, A, B, parts, 2.0, dropout, KEYS)
 
     assert ops.supports_lora(*given[:2], parts)
     exact = results(plain, [t.detach().double().requires_grad_(t.requires_grad) for t in given], WIDE)
     for actual, rival, expected in zip(results(ours, given, dtype), results(plain, given, dtype), exact, strict=True):
         assert actual.dtype == rival.dtype
         assert off(actual.double(), expected) <= (1e-5 if dtype != NARROW else 1.2 * off(rival.double(), expected))
-
-
-@pytest.mark.skipif(not ops.available(), reason="no C++ compiler")
-@pytest.mark.parametrize("kept", [0, 1, 512, 973, 1024])
-def test_dropout_of_the_kernel_strikes_each_element_alike(kept):
-    rows, size, p = 2**13, 128, kept / 1024
-    mask = kernel_mask(rows, size, kept * 2**6).flatten().double()
-    n = len(mask)
-    assert set(mask.unique().tolist()) <= {0.0, 1.0} and abs(mask.mean() - p) <= 5 * (p * (1 - p) / n) ** 0.5
-    for lag in (1, 2, 3, 4, 8, 16, 64, size, size + 1, n // 2):
-        together = (mask[lag:] * mask[:-lag]).mean()
-        assert abs(together - p * p) <= 6 * p * (1 - p**2) ** 0.5 / (n - lag) ** 0.5
-    other = kernel_mask(rows, size, kept * 2**6, seed=6).flatten().double()
-    assert abs((mask * other).mean() - p * p) <= 6 * p * (1 - p**2) ** 0.5 / n**0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, NARROW])
@@ -159,49 +133,6 @@ def test_scaled(dtype):
 def test_low_rank_update_gradcheck():
     args = [x.detach().double().requires_grad_() for x in inputs((3, 17), (3, 24), (8, 24), (12, 4))]
     assert gradcheck(lambda *a: our_update(*a, 0.3), args)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_dropout_strikes_each_element_alike(dtype):
-    """The rate of a million elements is within five standard deviations, and no element is bound to another."""
-    torch.manual_seed(0)
-    n, kept = 2**20 + 7, 1024 - 51
-    ones = torch.ones(n, dtype=dtype)
-    mask = functional._dropped(ones, functional.random_bits(n, kept, ones.device))
-    assert set(mask.unique().tolist()) == {0.0, 1.0} and mask.shape == ones.shape
-    dropped, p = 1 - mask.double(), 51 / 1024
-    sigma = (p * (1 - p) / n) ** 0.5
-    assert abs(dropped.mean() - p) < 5 * sigma
-    for lag in (1, 2, 3, 4, 8, 16, 64, n // 64, n // 64 + 1, n // 16, n // 16 + 1):
-        together = (dropped[lag:] * dropped[:-lag]).mean()
-        assert abs(together - p * p) < 6 * p * (1 - p) / (n - lag) ** 0.5
-    again = functional._dropped(ones, functional.random_bits(n, kept, ones.device))
-    assert not torch.equal(mask, again)
-    torch.manual_seed(0)
-    assert torch.equal(mask, functional._dropped(ones, functional.random_bits(n, kept, ones.device)))
-
-
-@pytest.mark.parametrize("kept", [0, 1, 512, 625, 1023])
-def test_probability_of_random_bits(kept):
-    torch.manual_seed(0)
-    n, p = 2**21, kept / 1024
-    mask = functional._dropped(torch.ones(n), functional.random_bits(n, kept, torch.device("cpu"))).double()
-    assert abs(mask.mean() - p) <= 5 * (p * (1 - p) / n) ** 0.5
-
-
-def test_packed_bools_are_all_there():
-    """Each bool has a bit of its own, whatever the others are."""
-    one_each = torch.eye(64, dtype=torch.bool)
-    places = [functional._packed(row).item() for row in one_each]
-    assert len(set(places)) == 64 and sum(places) == -1
-    bools = torch.rand(64) < 0.5
-    assert functional._packed(bools).item() == sum(place for place, b in zip(places, bools, strict=True) if b)
-
-
-def test_dropout_drops_what_is_not_finite():
-    x = torch.full((64,), torch.nan)
-    kept = functional._dropped(x, torch.zeros(1, dtype=torch.int64))
-    assert torch.equal(kept, torch.zeros(64))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -101,11 +101,12 @@ def test_a_step_without_contents(kind, with_kernels):
     row = random_row()
     with mode:
         gpt = lora.attach(GPT(config_from_name("SmolLM2-135M", n_layer=2)), ALL)
-        idx, at, labels, offsets, positions = (
+        idx, at, labels, offsets, positions, numbers = (
             torch.empty(x.shape, dtype=x.dtype)
-            for x in (row.idx, row.targets.positions, row.targets.labels, row.segments.offsets, row.segments.positions)
-        )
-        segments = inputs_module.Segments(row.segments.lengths, offsets, positions)
+            for x in (row.idx, row.targets.positions, row.targets.labels, row.segments.offsets, row.segments.positions,
+                      row.segments.samples)
+        )  # fmt: skip
+        segments = inputs_module.Segments(row.segments.lengths, offsets, positions, numbers)
         gpt.train()(idx, segments=segments, targets=Targets(at, labels)).backward()
     assert all(p.grad.shape == p.shape for p in gpt.parameters() if p.requires_grad)
 

@@ -122,7 +122,7 @@ def test_each_expert_has_a_scale_of_its_own():
     x, counts = torch.randn(6, 12), [1, 0, 2, 0, 0, 3, 0]
     expert = torch.tensor([0, 2, 2, 5, 5, 5])
     plain = torch.stack([layer.proj.linear.weight[e] @ row for e, row in zip(expert, x, strict=True)])
-    routes = moe.Routing(expert, expert, counts)
+    routes = moe.Routing(expert, expert, counts, 1)
     assert off(layer.proj(x, routes), layer.proj.scale[expert] * (plain + layer.proj.shift[expert])) < 1e-6
     assert isinstance(layer.router, moe.Router)
 

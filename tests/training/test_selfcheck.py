@@ -70,9 +70,10 @@ def test_all_is_well_in_every_family(run_flags, llama, tmp_path, family, layout)
 def leak(patch):
     """Samples see those before them in the row."""
 
-    def of(lengths):
-        right = Segments.of(lengths)
-        return Segments((sum(lengths),), torch.tensor([0, sum(lengths)], dtype=torch.int32), right.positions)
+    def of(lengths, samples):
+        right = Segments.of(lengths, samples=samples)
+        offsets = torch.tensor([0, sum(lengths)], dtype=torch.int32)
+        return Segments((sum(lengths),), offsets, right.positions, right.samples)
 
     patch.setattr(packing, "Segments", type("Leaky", (), {"of": staticmethod(of)}))
 

@@ -11,22 +11,23 @@ namespace {
 const int TOKENS = 32;
 typedef std::vector<float> Buffer;
 
-// Which elements of x stay: those whose 16 random bits are below the threshold. They follow from the seed and the
-// place; of 32 neighbors the first 16 have the lower halves of 16 words, the others the upper ones.
+// Which elements of x stay: those whose 16 random bits are below `kept`, by the formula of lit_gpt/kernels/dropout.py.
+// Of 32 neighbors the first 16 have the lower halves of 16 words, the others the upper ones.
 struct Dropout {
-    uint64_t seed;
-    uint32_t threshold;  // out of 2^16
+    const uint64_t *keys;  // of the rows; null where all stay
+    uint32_t kept;         // out of 2^16
 
     // f(first of up to 16 elements, how many, which stay) for a row
     template <class F> void each(long row, int size, F f) const {
-        uint32_t word = row * ((size + 31) / 32) * 16;
+        uint64_t key = keys ? keys[row] : 0;
+        uint32_t word = 0;
         for (int j = 0; j < size; j += 32, word += 16) {
-            v16u h = v16u{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + word + (uint32_t)seed;
+            v16u h = v16u{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + word + (uint32_t)key;
             h = (h ^ h >> 16) * 0x7feb352d;  // the rounds of Wellons' lowbias32
-            h = (h ^ h >> 15 ^ (uint32_t)(seed >> 32)) * 0x846ca68b;
+            h = (h ^ h >> 15 ^ (uint32_t)(key >> 32)) * 0x846ca68b;
             h ^= h >> 16;
-            f(j, std::min(16, size - j), (h & 0xffff) < threshold);
-            if (j + 16 < size) f(j + 16, std::min(16, size - j - 16), h >> 16 < threshold);
+            f(j, std::min(16, size - j), (h & 0xffff) < kept);
+            if (j + 16 < size) f(j + 16, std::min(16, size - j - 16), h >> 16 < kept);
         }
     }
 };
@@ -144,15 +145,15 @@ void lora_backward(long rows, int in, const T *grad, const T *x, const float *A,
 
 #define BOTH(T, suffix)                                                                                                \
     void lora_##suffix(long rows, int in, const T *x, const float *A, const float *B, int B_rows, float factor,        \
-                       uint64_t seed, uint32_t threshold, int parts, int r, const int *starts, const int *stops,       \
+                       const uint64_t *keys, uint32_t kept, int parts, int r, const int *starts, const int *stops,       \
                        float *low, T *y, int out) {                                                                    \
-        lora(rows, in, x, A, B, B_rows, factor, {seed, threshold}, {parts, r, starts, stops}, low, y, out);            \
+        lora(rows, in, x, A, B, B_rows, factor, {keys, kept}, {parts, r, starts, stops}, low, y, out);            \
     }                                                                                                                  \
     void lora_backward_##suffix(long rows, int in, const T *grad, const T *x, const float *A, const float *B,          \
-                                int B_rows, float factor, uint64_t seed, uint32_t threshold, int parts, int r,         \
+                                int B_rows, float factor, const uint64_t *keys, uint32_t kept, int parts, int r,         \
                                 const int *starts, const int *stops, const float *low, int out, T *x_grad,             \
                                 float *A_grad, float *B_grad) {                                                        \
-        lora_backward(rows, in, grad, x, A, B, B_rows, factor, {seed, threshold}, {parts, r, starts, stops}, low, out, \
+        lora_backward(rows, in, grad, x, A, B, B_rows, factor, {keys, kept}, {parts, r, starts, stops}, low, out, \
                       x_grad, A_grad, B_grad);                                                                         \
     }
 

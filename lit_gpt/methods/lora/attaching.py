@@ -38,7 +38,7 @@ def attach(model: GPT, config: LoRAConfig) -> GPT:
         model.lora_shared = nn.ModuleDict(shared)
     for path, layer, parts in wanted:
         wrapper = LoRAExperts if experts_of(layer) else LoRALinear
-        model.set_submodule(path, wrapper(layer, parts, config, shared.get(kind_of(path, config))))
+        model.set_submodule(path, wrapper(layer, parts, config, shared.get(kind_of(path, config)), model.noise))
     mark_trainable(model)
     return model
 

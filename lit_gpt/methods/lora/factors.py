@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lit_gpt.kernels import linear
 from lit_gpt.methods.hyperparameters import LoRAConfig
 from lit_gpt.methods.method import LinearWrapper
+from lit_gpt.model.noise import Noise, row_keys
 from lit_gpt.quantization.modules import QuantizedLinear, weight_of
 from lit_gpt.quantization.packing import GROUP
 
@@ -65,6 +66,7 @@ class Factors(LinearWrapper):
         parts: (start, stop) of the rows of each projection within the layer that is adapted; each has its own A and B,
             while the product with all A's is one.
         shared: holds the A and B of several layers, where the update is made of such.
+        noise: the model's, which hands out the keys by which inputs are dropped in training.
     """
 
     lora_A: nn.Parameter  # absent where they are shared
@@ -78,9 +80,17 @@ class Factors(LinearWrapper):
     start_B: nn.Parameter | None
 
     def __init__(
-        self, linear: nn.Module, parts: Parts, config: LoRAConfig, shared: SharedFactors | None = None
+        self,
+        linear: nn.Module,
+        parts: Parts,
+        config: LoRAConfig,
+        shared: SharedFactors | None = None,
+        noise: Noise | None = None,
     ) -> None:
         super().__init__(linear)
+        self.keys: Tensor | None = None
+        if noise and config.dropout:
+            noise.layers.append(self)
         self.parts, self.r, self.dropout, self.scale = parts, config.r, config.dropout, config.scale
         self.config, self.sizes = config, [stop - start for start, stop in parts]
         self.shared: tuple[SharedFactors, ...] = (shared,) if shared else ()  # a tuple: it belongs to the model
@@ -166,6 +176,10 @@ class Factors(LinearWrapper):
     def by_part(self, of_all: Tensor) -> Tensor:
         """Return what there is for each row of the layer (..., out_features) for the adapted ones (..., sum(sizes))."""
         return torch.cat([of_all[..., start:stop] for start, stop in self.parts], dim=-1)
+
+    def dropout_keys(self, tokens: int, device: torch.device) -> Tensor | None:
+        """Return by what inputs are dropped, int64 (tokens,), or None where none are."""
+        return row_keys(self.keys, tokens, device) if self.training and self.dropout else None
 
     # DoRA: the lengths of rows
 

@@ -1,10 +1,10 @@
 """The layers that LoRA wraps: the base's product, and beside it the update's."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lit_gpt.kernels import functional
+from lit_gpt.kernels.dropout import dropout
 from lit_gpt.methods.decoding_tape import DecodingTape
 from lit_gpt.methods.lora.factors import Factors
 from lit_gpt.model.gpt import GPT
@@ -54,10 +54,11 @@ class LoRALinear(LoRALayer):
     """A linear layer with low-rank updates."""
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, dropout = x.reshape(-1, self.in_features), self.dropout if self.training else 0.0
+        rows = x.reshape(-1, self.in_features)
         A, B = self.factors()
+        keys = self.dropout_keys(len(rows), x.device)
         y = self.linear(rows)  # of rows it is no view even with a bias, and views are dear to change in place
-        y = functional.low_rank_update(y, rows, A, B, self.parts, self.scale, dropout)
+        y = functional.low_rank_update(y, rows, A, B, self.parts, self.scale, self.dropout, keys)
         scale = self.output_scale(A, B)
         if scale is not None:
             y = functional.scaled(y, scale, self.shift(scale))
@@ -86,7 +87,8 @@ class LoRAExperts(LoRALayer):
 
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
         """Return (rows, out_features) of x (rows, in_features), whose rows are sorted by expert."""
-        dropped = F.dropout(x, self.dropout, self.training)
+        keys = self.dropout_keys(len(x) // routes.k, x.device)
+        dropped = x if keys is None else dropout(x, keys[routes.tokens], self.dropout)
         A, B = self.factors()
         low = grouped_product(dropped, A, routes.counts).split(self.rank, dim=-1)
         parts = zip(low, B.split(self.sizes, dim=-2), strict=True)

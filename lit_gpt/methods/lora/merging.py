@@ -16,6 +16,7 @@ from lit_gpt.methods.method import with_weight
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.moe import Experts
+from lit_gpt.model.noise import Noise
 from lit_gpt.quantization.modules import Quantized, QuantizedLinear, weight_of
 
 
@@ -39,6 +40,7 @@ def merge(model: GPT) -> GPT:
             linear.get_parameter("zero").data = zeros
         model.set_submodule(path, linear)
     model._modules.pop("lora_shared", None)
+    model.noise = Noise()
     model.config = config
     return model
 

@@ -70,4 +70,7 @@ def run_stage(compiled: Callable[..., Any], block: Block, inputs: tuple[Any, ...
         for part in tensor if isinstance(tensor, tuple) else (tensor,):
             if part is not None:
                 torch._dynamo.maybe_mark_dynamic(part, part.ndim - 2)  # the tokens, so that no length is compiled for
+    for layer in block.modules():
+        if isinstance(keys := getattr(layer, "keys", None), Tensor):  # of what drops inputs, see lit_gpt.model.noise
+            torch._dynamo.maybe_mark_dynamic(keys, 0)
     return compiled(block, *inputs)
