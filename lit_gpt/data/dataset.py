@@ -120,7 +120,7 @@ def with_tokens_before(sample: Sample, ids: Sequence[int]) -> Sample:
     """Return a sample with tokens before it. What was its first one is not learned, as without them."""
     supervised = torch.cat((torch.zeros(len(ids), dtype=torch.uint8), sample.supervised))
     supervised[len(ids)] = 0
-    return Sample(torch.cat((torch.tensor(ids, dtype=torch.int32), sample.tokens)), supervised)
+    return Sample(torch.cat((torch.tensor(ids, dtype=torch.int32), sample.tokens)), supervised, sample.number)
 
 
 def read_meta(data_dir: Path, tokenizer: Tokenizer, flag: str = "--data_dir") -> dict[str, Any]:

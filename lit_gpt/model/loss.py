@@ -111,10 +111,5 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, factor):
-        return (
-            None,
-            None,
-            None,
-            None,
-            *(grad * factor for grad in ctx.saved_tensors),
-        )  # by float32, in the gradients' dtype
+        grads = (grad * factor for grad in ctx.saved_tensors)  # by float32, in the gradients' dtype
+        return None, None, None, None, *grads

@@ -145,15 +145,15 @@ void lora_backward(long rows, int in, const T *grad, const T *x, const float *A,
 
 #define BOTH(T, suffix)                                                                                                \
     void lora_##suffix(long rows, int in, const T *x, const float *A, const float *B, int B_rows, float factor,        \
-                       const uint64_t *keys, uint32_t kept, int parts, int r, const int *starts, const int *stops,       \
+                       const uint64_t *keys, uint32_t kept, int parts, int r, const int *starts, const int *stops,     \
                        float *low, T *y, int out) {                                                                    \
-        lora(rows, in, x, A, B, B_rows, factor, {keys, kept}, {parts, r, starts, stops}, low, y, out);            \
+        lora(rows, in, x, A, B, B_rows, factor, {keys, kept}, {parts, r, starts, stops}, low, y, out);                 \
     }                                                                                                                  \
     void lora_backward_##suffix(long rows, int in, const T *grad, const T *x, const float *A, const float *B,          \
-                                int B_rows, float factor, const uint64_t *keys, uint32_t kept, int parts, int r,         \
+                                int B_rows, float factor, const uint64_t *keys, uint32_t kept, int parts, int r,       \
                                 const int *starts, const int *stops, const float *low, int out, T *x_grad,             \
                                 float *A_grad, float *B_grad) {                                                        \
-        lora_backward(rows, in, grad, x, A, B, B_rows, factor, {keys, kept}, {parts, r, starts, stops}, low, out, \
+        lora_backward(rows, in, grad, x, A, B, B_rows, factor, {keys, kept}, {parts, r, starts, stops}, low, out,      \
                       x_grad, A_grad, B_grad);                                                                         \
     }
 

@@ -201,7 +201,7 @@ class MemoryPlanner:
             states = tracker.now - weights
             loss = partial(self.loss, model, packed)
             forward, begins, ends = tracker.during_passes(model.train(), method.first_trained_layer, loss)
-            gradients = tracker.now - weights - states
+            gradients = sum(p.grad.numel() * p.grad.element_size() for p in parameters if p.grad is not None)
             step = tracker.during(optimizer.step)
             optimizer.zero_grad()
             model.eval().requires_grad_(False)

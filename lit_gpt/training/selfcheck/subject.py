@@ -136,7 +136,7 @@ def cut(sample: Any) -> Any:
         return sample
     start = max(0, int(sample.supervised[1:].nonzero()[0]) - LONGEST // 2)
     span = slice(start, start + LONGEST)
-    return Sample(sample.tokens[span], sample.supervised[span])
+    return Sample(sample.tokens[span], sample.supervised[span], sample.number)
 
 
 @torch.no_grad()
