@@ -29,8 +29,6 @@ def test_two_processes_train_as_one(cli, flags, method, strategy):
     """With ragged lengths, and a last step with fewer samples than ranks would share evenly."""
     script, flags = f"finetune/{method}.py", of_method(flags, method)
     flags |= {"epochs": 3, "max_steps": "null", "batch_size": 10, "micro_batch_size": "null", "micro_batch_tokens": 150}
-    if method == "lora":
-        flags |= {"lora_dropout": 0.0}
     assert cli(script, **flags).code == 0
     two = flags | {"out_dir": flags["out_dir"].with_name("two"), "devices": 2, "strategy": strategy, "resume": "auto"}
     result = run_process(script, **two)
@@ -46,7 +44,7 @@ def test_two_processes_train_as_one(cli, flags, method, strategy):
 
 @pytest.mark.subprocess
 def test_two_processes_train_as_one_beside_quantized_weights(cli, flags):
-    flags = of_method(flags, "lora") | {"quantize": "nf4", "lora_dropout": 0.0, "max_steps": 4}
+    flags = of_method(flags, "lora") | {"quantize": "nf4", "max_steps": 4}
     assert cli("finetune/lora.py", **flags).code == 0
     two = flags | {"out_dir": flags["out_dir"].with_name("two"), "devices": 2, "strategy": "ddp"}
     result = run_process("finetune/lora.py", **two)
@@ -58,7 +56,7 @@ def test_two_processes_train_as_one_beside_quantized_weights(cli, flags):
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_one_goes_on_in_two(cli, flags, strategy):
     """From Adam's state of one process, and with frozen weights in bf16 under float32 updates."""
-    flags |= {"precision": "bf16", "lora_dropout": 0.0}
+    flags |= {"precision": "bf16"}
     assert cli("finetune/lora.py", **flags).code == 0
     expected = weights_of(flags["out_dir"], "lora")
     max((flags["out_dir"] / "state").iterdir()).unlink()
