@@ -20,7 +20,7 @@ from lit_gpt.errors import UsageError
 from lit_gpt.files import check_new
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Export this (or what merge_lora.py wrote).
-finetuned_path: Path | None = None  # Export this LoRA file as a PEFT adapter of checkpoint_dir, its base.
+finetuned_path: Path | None = None  # Export this LoRA, IA3 or prompt file as a PEFT adapter of its base.
 out_dir: Path | None = None  # Write to this folder, which must not hold anything yet.
 format: Literal["hf", "gguf"] = "hf"  # Write a folder for transformers, or a file for llama.cpp.
 dtype: Literal["bf16", "fp16", "fp32", "q8_0"] | None = None  # Store weights so (null: as the checkpoint's).

@@ -18,7 +18,9 @@ import torch
 from lit_gpt import files
 from lit_gpt.checkpoints import folder as checkpoint
 from lit_gpt.checkpoints.base_model import BaseCheckpoint, load_model
-from lit_gpt.conversion import hf, logits, model_card, parity, peft, readers, towers
+from lit_gpt.conversion import hf, logits, model_card, parity, readers, towers
+from lit_gpt.conversion.peft import lora as peft_lora
+from lit_gpt.conversion.peft import others as peft_others
 from lit_gpt.errors import UserError
 from lit_gpt.methods import finetuned_file, finetuned_model, lora
 from lit_gpt.model.gpt import GPT
@@ -38,8 +40,13 @@ class Source:
     reference: parity.Reference
 
     @classmethod
-    def open(cls, checkpoint_dir: Path, adapter: Path | None = None, quantized: bool = False) -> "Source":
+    def open(
+        cls, checkpoint_dir: Path, adapter: Path | None = None, quantized: bool = False, method: str | None = lora.NAME
+    ) -> "Source":
         """Open a checkpoint as it is stored, or with `quantized` as the finetuned file's base was.
+
+        Args:
+            method: name of the only method that the finetuned file may be of; None: any.
 
         Raises:
             UserError: it is quantized though it should not be, or the finetuned file does not fit it.
@@ -48,7 +55,7 @@ class Source:
             checkpoint.refuse_quantized(checkpoint_dir)
         base, record, style = BaseCheckpoint.open(checkpoint_dir), {}, None
         if adapter:
-            record = finetuned_file.read_file(adapter, lora.NAME, base.fingerprint)
+            record = finetuned_file.read_file(adapter, method, base.fingerprint)
             style = PromptStyle.from_dict(record["prompt_style"])
             base = base.quantized_as(record.get("quantize"), adapter) if quantized else base
         model = base.build()
@@ -172,8 +179,8 @@ def merge(checkpoint_dir: Path, lora_path: Path, out_dir: Path, dtype: torch.dty
     return figures["logits_difference"]
 
 
-def to_peft(checkpoint_dir: Path, lora_path: Path, out_dir: Path) -> dict[str, Any]:
-    """Export a LoRA file as an adapter that `PeftModel.from_pretrained` loads. Return the figures.
+def to_peft(checkpoint_dir: Path, path: Path, out_dir: Path) -> dict[str, Any]:
+    """Export a finetuned file as an adapter that `PeftModel.from_pretrained` loads. Return the figures.
 
     It goes onto the base as that is stored. Where it was trained on a quantized one, that moves its logits, by how much
     is among the figures.
@@ -184,12 +191,16 @@ def to_peft(checkpoint_dir: Path, lora_path: Path, out_dir: Path) -> dict[str, A
                 f"{checkpoint_dir}: has other towers than the language model, and such a model's adapter cannot be a "
                 "PEFT adapter yet; merge it by scripts/merge_lora.py and export the merged checkpoint"
             )
-        source = Source.open(checkpoint_dir, lora_path)
+        source = Source.open(checkpoint_dir, path, method=None)
+        method = source.record["method"]
         base = model_card.repository(checkpoint_dir) or str(checkpoint_dir)
-        peft.write(folder, source.model, lora.LoRAConfig(**source.record["hyperparameters"]), base)
+        if method == lora.NAME:
+            peft_lora.write(folder, source.model, lora.LoRAConfig(**source.record["hyperparameters"]), base)
+        else:
+            peft_others.write(folder, source.model, method, base, path)
         hf.copy_side_files(checkpoint_dir, folder, hf.TOKENIZER_FILES)
         source.write_prompt(folder, stops=False)  # an adapter goes by its base's generation_config.json
-        what = f"the export of {lora_path}"
+        what = f"the export of {path}"
         figures = source.reference.compare(read_adapter(what, source, folder), what) | moved_by_full_weights(source)
         use = (
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
@@ -205,7 +216,7 @@ def moved_by_full_weights(source: Source) -> dict[str, Any]:
     trained_on = source.record.get("quantize")
     if not trained_on:
         return {}
-    trained = Source.open(source.base.checkpoint_dir, source.adapter, quantized=True).reference.logits
+    trained = Source.open(source.base.checkpoint_dir, source.adapter, quantized=True, method=None).reference.logits
     moved = logits.difference(source.reference.logits, trained)
     print(
         f"{source.adapter}: trained on a base in {trained_on}; on the base as it is stored, which PEFT gives it, its "
@@ -220,13 +231,16 @@ def read_adapter(what: str, source: Source, folder: Path) -> readers.Reader:
         what,
         ("transformers", "peft"),
         lambda: readers.read_peft(source.base, folder),
-        lambda: own_adapter(source.base, folder),
+        lambda: own_adapter(source, folder),
     )
 
 
-def own_adapter(base: BaseCheckpoint, folder: Path) -> readers.LitReader:
-    """Read a PEFT adapter on a base by our own code."""
-    settings, state, _ = peft.read(folder, base.config, base.state)
+def own_adapter(source: Source, folder: Path) -> readers.LitReader:
+    """Read a PEFT adapter on a source's base by our own code. Raises UserError if it is not of LoRA."""
+    base = source.base
+    if source.record["method"] != lora.NAME:
+        raise UserError(f"{source.adapter}: its export is compared with what PEFT makes of it; `pip install peft`")
+    settings, state, _ = peft_lora.read(folder, base.config, base.state)
     model = base.build()
     finetuned_file.load_trained(lora.attach(model, settings), state, folder)
     return readers.LitReader.open(folder, model.eval())
@@ -242,7 +256,7 @@ def from_peft(peft_dir: Path, checkpoint_dir: Path, out_dir: Path) -> lora.LoRAC
     """
     checkpoint.refuse_quantized(checkpoint_dir)
     base = BaseCheckpoint.open(checkpoint_dir)
-    settings, state, remarks = peft.read(peft_dir, base.config, base.state)
+    settings, state, remarks = peft_lora.read(peft_dir, base.config, base.state)
     with files.new_folder(out_dir) as folder:
         for remark in remarks:
             print(remark)

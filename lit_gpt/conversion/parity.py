@@ -36,7 +36,7 @@ class Reference:
         ids, prompts = [source.ids(text) for text in TEXTS], [source.prompt(c) for c in CONVERSATIONS]
         assert isinstance(source.model, GPT), "models of transformers are read, but never the source"
         config = source.model.config
-        vocabulary, length = config.vocab_size, min(longest, config.block_size)
+        vocabulary, length = config.vocab_size, min(longest, config.block_size - len(source.model.virtual_tokens))
         generator = torch.Generator().manual_seed(0)
         rows = []
         for known in (*ids, *prompts):

@@ -68,7 +68,8 @@ class LitReader:
         return cls(model, tokenizer, style, name)
 
     def logits(self, idx: Tensor) -> Tensor:
-        return verify.float32_logits(self.model, idx)
+        before = torch.tensor(getattr(self.model, "virtual_tokens", ()), dtype=idx.dtype).expand(len(idx), -1)
+        return verify.float32_logits(self.model, torch.cat((before, idx), dim=1))[:, before.size(1) :]
 
     def ids(self, text: str) -> list[int] | None:
         return self.tokenizer.encode(text).tolist() if self.tokenizer else None
@@ -93,7 +94,8 @@ class HFReader:
     name: str = "transformers"
 
     def logits(self, idx: Tensor) -> Tensor:
-        return verify.float32_logits(self.model, idx)
+        with reading(f"the export, by {self.name},"):
+            return verify.float32_logits(self.model, idx)[:, -idx.size(1) :]  # without those of virtual tokens
 
     def ids(self, text: str) -> list[int] | None:
         if self.tokenizer is None:

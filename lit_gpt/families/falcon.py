@@ -12,6 +12,8 @@ MODEL_TYPES = ("falcon",)
 # The published files hold the head beside the embedding that it equals, and the published number of parameters counts
 # it, 7,217,189,760 for 7B: it stays apart, and trains apart.
 HEAD_APART = True
+# transformers puts grouped keys and values into its cache once for each head, not once for each group.
+CACHES_EVERY_HEAD = True
 
 _7B: dict[str, Any] = dict(
     model_type="falcon", vocab_size=65024, hidden_size=4544, num_hidden_layers=32, num_attention_heads=71,

@@ -26,9 +26,10 @@ from helpers.tiny_models import make_base
 from lit_gpt import GPT, Tokenizer
 from lit_gpt.checkpoints import folder as checkpoint
 from lit_gpt.checkpoints.base_model import load_model
-from lit_gpt.conversion import export, hf, hf_shards, parity, peft, readers
+from lit_gpt.conversion import export, hf, hf_shards, parity, readers
 from lit_gpt.conversion.gguf import layout as gguf_layout
 from lit_gpt.conversion.gguf import writer
+from lit_gpt.conversion.peft import lora as peft
 from lit_gpt.errors import UserError
 from lit_gpt.methods import finetuned_file, finetuned_model, lora
 from lit_gpt.text.prompt_style import PromptStyle

@@ -11,7 +11,8 @@ from helpers.methods import EVERYTHING, METHODS, PROMPTS, attach_fresh, make
 from helpers.methods import OTHERS as OTHER_METHODS
 from helpers.tiny_models import model_of
 from lit_gpt import GPT
-from lit_gpt.conversion import peft
+from lit_gpt.conversion.peft import lora as peft_lora
+from lit_gpt.conversion.peft import others as peft_others
 from lit_gpt.errors import UserError
 from lit_gpt.generation.native_step import NativeStep
 from lit_gpt.generation.tape import Unsupported
@@ -89,8 +90,12 @@ def several(model: GPT, name: str) -> None:
 
 
 def exported(model: GPT, name: str) -> None:
+    method = make(name).name
     with tempfile.TemporaryDirectory() as folder:
-        peft.write(Path(folder), model, settings_of(name), "base")
+        if method == lora.NAME:
+            peft_lora.write(Path(folder), model, settings_of(name), "base")
+        else:
+            peft_others.write(Path(folder), model, method, "base", Path("file"))
 
 
 def sharded(name: str) -> None:

@@ -19,7 +19,7 @@ from lit_gpt import GPT
 from lit_gpt.checkpoints import folder
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.conversion import hf, hf_shards
-from lit_gpt.conversion import peft as peft_files
+from lit_gpt.conversion.peft import lora as peft_files
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.families.registry import config_from_name
 from lit_gpt.generation.native_step import NativeStep

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_gpt.checkpoints import io
 from lit_gpt.conversion import weights
-from lit_gpt.conversion.peft_layout import (
+from lit_gpt.conversion.peft.layout import (
     Layer,
     Pairs,
     Part,
