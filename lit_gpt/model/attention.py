@@ -7,7 +7,7 @@ from lit_gpt.kernels import functional
 from lit_gpt.kernels.attention import ScoreParams
 from lit_gpt.model.alibi import with_alibi
 from lit_gpt.model.config import Config
-from lit_gpt.model.kv_cache import AnyCache, AttentionCache, DecodeCache, PackedPrefillCache
+from lit_gpt.model.kv_cache import AnyCache, AttentionCache, DecodeCache, PackedPrefillCache, zeros
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.norms import QKNorm
 from lit_gpt.model.packed_inputs import Segments
@@ -70,7 +70,7 @@ class CausalSelfAttention(nn.Module):
     def new_cache(self, rows: int, max_length: int, device: torch.device, dtype: torch.dtype) -> AttentionCache:
         """Make an empty cache for sequences of up to `max_length` tokens."""
         shape = rows, self.n_query_groups, max_length, self.head_size
-        return AttentionCache(*(torch.zeros(shape, device=device, dtype=dtype) for _ in "kv"))
+        return AttentionCache(*(zeros(shape, device, dtype) for _ in "kv"))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None, cache: AnyCache | None) -> Tensor:
         """Return the attention output (B, T, n_head * head_size) for q, k, v as `project_qkv` gives them."""

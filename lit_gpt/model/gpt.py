@@ -233,8 +233,11 @@ class Block(nn.Module):
 
     @property
     def token_mixer(self) -> CausalSelfAttention | Mixer | ParallelMixer:
-        first, *others = self.token_mixers.values()
-        return ParallelMixer(self.config, first, *others) if others else first
+        if self.attn is not None and self.mixer is not None:
+            return ParallelMixer(self.config, self.attn, self.mixer)
+        mixer = self.mixer if self.attn is None else self.attn
+        assert mixer is not None
+        return mixer
 
     # what comes before attention and what after it are functions of tensors alone, fit to be compiled
 

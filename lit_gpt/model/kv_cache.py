@@ -1,10 +1,14 @@
 """What the layers keep of the tokens seen so far, for one sequence, a batch that decodes, or packed prompts: attention
 keys and values, a recurrence its state."""
 
+import math
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from lit_gpt.kernels.policy import policy
 
 
 class LayerCache(ABC):
@@ -92,6 +96,13 @@ class AttentionCache(LayerCache):
     def decoding(self, rows: int, positions: Tensor, lengths: tuple[int, ...]) -> "DecodeCache":
         span = slice(rows), slice(None), slice(max(lengths))
         return DecodeCache(self.k[span], self.v[span], positions, lengths)
+
+
+def zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return zeros; on a CPU the system hands out their memory as it is written to, so that much room costs no time."""
+    if device.type != "cpu" or not policy().contents or 0 in shape:
+        return torch.zeros(shape, device=device, dtype=dtype)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 class StateCache(LayerCache):

@@ -8,7 +8,7 @@ from torch import Tensor
 from lit_gpt.kernels import functional
 from lit_gpt.kernels.attention import ScoreParams
 from lit_gpt.model.config import Config
-from lit_gpt.model.kv_cache import AnyCache, AttentionCache, DecodeCache, PackedPrefillCache
+from lit_gpt.model.kv_cache import AnyCache, AttentionCache, DecodeCache, PackedPrefillCache, zeros
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.mixers.mixer import Mixer
 from lit_gpt.model.norms import RMSNorm
@@ -100,4 +100,4 @@ class LatentAttention(Mixer):
 
     def new_cache(self, rows: int, max_length: int, device: torch.device, dtype: torch.dtype) -> AttentionCache:
         sizes = self.rotated_size, self.latent_size
-        return AttentionCache(*(torch.zeros(rows, 1, max_length, n, device=device, dtype=dtype) for n in sizes))
+        return AttentionCache(*(zeros((rows, 1, max_length, n), device, dtype) for n in sizes))
