@@ -102,10 +102,11 @@ def table(plan: Any) -> list[tuple[str, int]]:
 
 
 def print_fitting_settings(planner: Any, gigabytes: float) -> None:
-    """Print what larger and smaller rows would need, with each kind of activation checkpointing."""
-    print(f"\nsettings and whether their peak stays within {gigabytes:g} GB")
+    """Print what rows would need, with each kind of activation checkpointing, from large ones down to one that fits."""
+    print(f"\nsettings, down to rows whose peak stays within {gigabytes:g} GB, as that of smaller ones does")
+    largest = 16384 if planner.cuda else 2048  # beyond, a CPU gains nothing
     for kind in planner.kinds:
-        for tokens in (16384, 8192, 4096, 2048, 1024, 512):
+        for tokens in (n for n in (16384, 8192, 4096, 2048, 1024, 512) if n <= largest):
             batch = replace(planner.args.batch, micro_batch_tokens=tokens, micro_batch_size=None)
             row = replace(planner, args=replace(planner.args, batch=batch)).worst_row()
             if tokens < row[0][0]:
@@ -114,6 +115,8 @@ def print_fitting_settings(planner: Any, gigabytes: float) -> None:
             verdict = "fits" if plan.peak <= gigabytes * 1e9 else "does not fit"
             flags = f"--micro_batch_tokens {tokens} --activation_checkpointing {kind}"
             print(f"  {flags:<69}{plan.peak / 1e9:9.3f} GB  {verdict}")
+            if verdict == "fits":
+                break
 
 
 if __name__ == "__main__":
