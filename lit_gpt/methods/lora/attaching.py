@@ -33,12 +33,13 @@ def attach(model: GPT, config: LoRAConfig) -> GPT:
     """
     wanted = [(path, model.get_submodule(path), parts) for path, parts in targets(model, config)]
     check_layers(wanted, config, model.config)
-    shared = shared_factors(wanted, config)
+    kind_of = kinds(wanted, config)
+    shared = shared_factors(wanted, config, kind_of)
     if shared:
         model.lora_shared = nn.ModuleDict(shared)
     for path, layer, parts in wanted:
         wrapper = LoRAExperts if experts_of(layer) else LoRALinear
-        model.set_submodule(path, wrapper(layer, parts, config, shared.get(kind_of(path, config)), model.noise))
+        model.set_submodule(path, wrapper(layer, parts, config, shared.get(kind_of[path]), model.noise))
     mark_trainable(model)
     return model
 
@@ -63,12 +64,22 @@ def check_layers(wanted: list[Target], config: LoRAConfig, base: Config) -> None
         raise UsageError(f"--lora_r {config.r}: no adapted layer has a rank above {most}; expected at most that")
 
 
-def kind_of(path: str, config: LoRAConfig) -> str:
-    """Return the name of the matrices that a layer shares with others; what is no name of any if it shares none."""
-    return "all" if config.update == "vera" else re.sub(r"^h\.\d+\.", "", path).replace(".", "_")
+def kinds(wanted: list[Target], config: LoRAConfig) -> dict[str, str]:
+    """Return the name of the matrices that each layer shares with others, by the layers' paths.
+
+    Of vera's all layers share theirs; else those with the same path within a block and the same sizes do. Of several
+    sizes, such as those of an MLP before blocks of experts, the first has the plain name.
+    """
+    names: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for path, layer, parts in wanted:
+        name, inputs = re.sub(r"^h\.\d+\.", "", path).replace(".", "_"), cast(Experts, layer).in_features
+        sizes = "x".join(map(str, (*experts_of(layer), sum(stop - start for start, stop in parts), inputs)))
+        names[path] = name if first.setdefault(name, sizes) == sizes else f"{name}_{sizes}"
+    return dict.fromkeys(names, "all") if config.update == "vera" else names
 
 
-def shared_factors(wanted: list[Target], config: LoRAConfig) -> dict[str, SharedFactors]:
+def shared_factors(wanted: list[Target], config: LoRAConfig, kinds: dict[str, str]) -> dict[str, SharedFactors]:
     """Return the matrices that layers share, by their kind: vera's, of the largest sizes, are of all layers."""
     if config.update not in ("vera", "tied"):
         return {}
@@ -79,7 +90,7 @@ def shared_factors(wanted: list[Target], config: LoRAConfig) -> dict[str, Shared
         return {"all": SharedFactors((config.r, inputs), (rows, config.r), config, device)}
     shared = {}
     for path, layer, parts in wanted:
-        kind = kind_of(path, config)
+        kind = kinds[path]
         if kind not in shared and path.startswith("h."):  # the head is the only one of its kind
             A = (*experts_of(layer), len(parts) * config.r, cast(Experts, layer).in_features)
             B = (*experts_of(layer), sum(stop - start for start, stop in parts), config.r)
