@@ -400,8 +400,8 @@ def test_a_resumed_run_ends_with_the_same_bits(cli, flags, monkeypatch, change):
     assert identical(final(flags["out_dir"]), whole) and metrics(flags["out_dir"]) == rows
     start = {"finetuned_path": flags["out_dir"] / "lit_model_lora_finetuned.pth"}
     assert cli("finetune/lora.py", **flags | start | {"out_dir": flags["out_dir"] / "on"}).code == 0
-    start |= {"out_dir": flags["out_dir"] / "other", "lora_scaling": "sqrt_r"}
-    cli("finetune/lora.py", **flags | start).refused("--lora_scaling sqrt_r", "give that", code=2)
+    start |= {"out_dir": flags["out_dir"] / "other", "lora_alpha": 3}
+    cli("finetune/lora.py", **flags | start).refused("--lora_alpha 3", "give that", code=2)
 
 
 def test_what_vera_and_fa_keep_is_in_the_file(cli, flags):
