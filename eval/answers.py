@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lit_gpt.checkpoints.folder import check_inputs
-from lit_gpt.cli import PositiveInt, Quantizer, run
+from lit_gpt.cli import Device, PositiveInt, Quantizer, run
 from lit_gpt.data.args import ColumnArgs
 from lit_gpt.data.folder import read_record
 from lit_gpt.errors import UsageError
@@ -27,6 +27,7 @@ split: Literal["train", "validation"] = "validation"  # Take this split of it.
 data_path: str | None = None  # Or answer these rows, as scripts/prepare_json.py reads them.
 samples: PositiveInt | None = None  # Answer the first so many (null: all).
 max_new_tokens: PositiveInt | None = None  # Answer with at most so many tokens (null: twice the longest wanted answer).
+device: Device = "auto"  # Run on this (auto: a GPU if there is one, else the CPU); mps is that of Apple's chips.
 precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # Keep weights and compute in this.
 quantize: Quantizer | None = None  # Keep the weights in fewer bits (null: as trained, or as stored).
 out: Path = Path("out/misses.jsonl")  # Write the answers that miss to this file.
@@ -67,10 +68,10 @@ def check_flags() -> None:
 def open_models(base: Any) -> Any:
     """Yield the name of each model with what loads it, one after another: memory holds one at a time."""
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
-    from lit_gpt.hardware import DTYPES, default_device
+    from lit_gpt.hardware import DTYPES, choose_device
     from lit_gpt.methods.finetuned_model import build_finetuned
 
-    place = (DTYPES[precision], default_device())
+    place = (DTYPES[precision], choose_device(device))
     if compare and (base_dir or finetuned_path):
         other = BaseCheckpoint.open(base_dir, quantize) if base_dir else base
         yield "base", lambda: other.build(*place)

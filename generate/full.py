@@ -22,11 +22,11 @@ def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
     from lit_gpt.generation.answer import read_prompt
     from lit_gpt.generation.answerer import Answerer
-    from lit_gpt.hardware import DTYPES, default_device
+    from lit_gpt.hardware import DTYPES, choose_device
 
     prompts = read_prompt(prompt, sampling, model, checkpoint_dir=checkpoint_dir)
     base = BaseCheckpoint.open(checkpoint_dir, model.quantize)
-    gpt = base.build(DTYPES[model.precision], default_device())
+    gpt = base.build(DTYPES[model.precision], choose_device(model.device))
     prompts.answer(Answerer(gpt, base.tokenizer, base.prompt_style, sampling, model.compile))
 
 

@@ -27,7 +27,7 @@ def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
     from lit_gpt.errors import UsageError
     from lit_gpt.generation.answer import read_prompt
     from lit_gpt.generation.answerer import Answerer
-    from lit_gpt.hardware import DTYPES, default_device
+    from lit_gpt.hardware import DTYPES, choose_device
     from lit_gpt.methods import lora
     from lit_gpt.methods.multi_lora import LoRAPool
     from lit_gpt.quantization.modules import is_quantized
@@ -38,7 +38,7 @@ def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
         if merge:
             raise UsageError(f"--merge true: lines of {prompt.prompt_file} have a LoRA of their own; leave it out")
         base = BaseCheckpoint.open(checkpoint_dir, model.quantize)
-        style, device = base.prompt_style, {"dtype": DTYPES[model.precision], "device": default_device()}
+        style, device = base.prompt_style, {"dtype": DTYPES[model.precision], "device": choose_device(model.device)}
         loras = LoRAPool.beside(base, [path or finetuned_path for path in paths], style, **device)
         return prompts.answer(
             Answerer(loras.model, base.tokenizer, style, sampling, model.compile, loras, finetuned_path)

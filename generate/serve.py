@@ -26,7 +26,7 @@ def main(server: ServeArgs, model: ModelArgs) -> None:
     for package in ("starlette", "uvicorn"):
         require(package, "lit-gpt[serve]", "generate/serve.py")
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
-    from lit_gpt.hardware import DTYPES, default_device
+    from lit_gpt.hardware import DTYPES, choose_device
     from lit_gpt.serving.catalog import Catalog, named_files
     from lit_gpt.serving.server import read_key, serve
     from lit_gpt.text.prompt_style import PromptStyle
@@ -37,7 +37,7 @@ def main(server: ServeArgs, model: ModelArgs) -> None:
     files, key = named_files(loras), read_key(server)
     base = BaseCheckpoint.open(checkpoint_dir, model.quantize)
     style = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else None
-    place = {"dtype": DTYPES[model.precision], "device": default_device()}
+    place = {"dtype": DTYPES[model.precision], "device": choose_device(model.device)}
     if finetuned_path:
         catalog = Catalog.with_finetuned(base, finetuned_path, style, **place)
     else:

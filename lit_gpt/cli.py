@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     Fraction = float
 else:  # a fraction of which something must be left: dropout, validation splits
     Fraction = restricted_number_type("Fraction", float, [(">=", 0.0), ("<", 1.0)])
+# Kinds of devices, see lit_gpt.hardware.choose_device.
+Device = Literal["auto", "cpu", "cuda", "mps"]
 # The formats of lit_gpt/quantization/formats.py.
 Quantizer = Literal["int8", "int4", "nf4", "nf4-dq"]
 # What lit_gpt/training/memory/activation_checkpointing.py can keep for the backward pass.

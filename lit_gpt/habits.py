@@ -50,6 +50,7 @@ NAMES = {
     "dtype": "torch_dtype",
     "compile": "torch_compile",
     "devices": "num_gpus gpus nproc_per_node",
+    "device": "device_map use_cuda no_cuda",
     "num_nodes": "nnodes",
     "logger": "report_to logger_name",
     "log_interval": "logging_steps train.log_interval",
@@ -83,7 +84,7 @@ ADVICE = {
     "wandb": "use --logger wandb",
     "tensorboard": "use --logger tensorboard",
     "bf16": "use --precision bf16, which is the default",
-    "fp16": "use --precision; finetuning takes bf16 and fp32, generating fp16 too",
+    "fp16": "use --precision fp16",
     "fp32": "use --precision fp32",
     "load_in_4bit": "use --quantize nf4",
     "load_in_8bit": "use --quantize int8",
@@ -103,9 +104,6 @@ ADVICE = {
     "min_p": "is a flag of the scripts of generate/ and chat/",
     "do_sample": "--temperature 0 takes the likeliest token, anything above draws",
     "load_best_model_at_end": "use --result best",
-    "device_map": "a GPU is used if there is one",
-    "use_cuda": "a GPU is used if there is one",
-    "device": "a GPU is used if there is one",
 }
 
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lit_gpt.errors import UsageError
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MADV_PAGEOUT = 21  # of Linux 5.4 on
@@ -23,13 +25,13 @@ _peak_before_reset = 0  # the most memory held up to the last `reset_peak`, whic
 
 
 def peak_memory_bytes() -> int:
-    """Return the most memory held at once so far: allocated on the GPU if there is one, else resident."""
+    """Return the most memory held at once so far: allocated on the GPU if it is used, else resident."""
     return max(_peak_before_reset, peak_since_reset())
 
 
 def peak_since_reset() -> int:
     """Return the most memory, in bytes, held at once since the last `reset_peak`."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     if STATUS.exists():  # Linux
         return status_field("VmHWM")
@@ -51,7 +53,7 @@ def reset_peak(model: nn.Module) -> int:
             parameter.detach().sum()  # reads what is mapped from a file
     global _peak_before_reset
     _peak_before_reset = peak_memory_bytes()
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     if not STATUS.exists():
@@ -97,3 +99,27 @@ class _NoInit(TorchFunctionMode):
 def default_device() -> torch.device:
     """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_device(kind: str) -> torch.device:
+    """Return the device that `--device` asks for: auto, cpu, cuda or mps (that of Apple's chips).
+
+    Raises:
+        UsageError: this machine has none, or torch was built without it.
+    """
+    if kind == "auto":
+        return default_device()
+    there: dict[str, Callable[[], bool]] = {
+        "cpu": lambda: True,
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+    }
+    if not there[kind]():
+        found = ", ".join(name for name, is_there in there.items() if is_there())
+        raise UsageError(f"--device {kind}: torch finds no such device here; expected auto, or what it finds: {found}")
+    return torch.device(kind)
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the widest floating dtype that a device sums in: Apple's chips have none of 64 bits."""
+    return torch.float32 if device.type == "mps" else torch.float64

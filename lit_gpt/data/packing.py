@@ -41,7 +41,7 @@ class PackedRow:
             return self
         s, t = self.segments, self.targets
         idx, offsets, positions, numbers, at, labels = (
-            x.pin_memory().to(device, non_blocking=True)
+            (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
             for x in (self.idx, s.offsets, s.positions, s.samples, t.positions, t.labels)
         )
         return PackedRow(idx, Segments(s.lengths, offsets, positions, numbers), Targets(at, labels))

@@ -25,7 +25,7 @@ from lit_gpt.distributed.fabric import (
 )
 from lit_gpt.distributed.sharding import shard
 from lit_gpt.errors import UsageError, UserError
-from lit_gpt.hardware import default_device
+from lit_gpt.hardware import choose_device
 
 
 def launch(args: DeviceArgs, trained: torch.dtype, frozen: torch.dtype, max_grad_norm: float | None = None) -> Fabric:
@@ -40,7 +40,7 @@ def launch(args: DeviceArgs, trained: torch.dtype, frozen: torch.dtype, max_grad
             srun, if it has started this process, was not asked for.
     """
     check_launcher(args)
-    kind = default_device().type
+    kind = choose_device(args.device).type
     strategy: str | ModelParallelStrategy | DeepSpeedStrategy = args.strategy
     if strategy == "fsdp":
         sharding = partial(shard, trained=trained, frozen=frozen)
@@ -64,8 +64,11 @@ def started_by_fabric_run() -> bool:
 
 
 def resolve_devices(args: DeviceArgs) -> DeviceArgs:
-    """Return the arguments with the number of this machine's devices for `--devices auto`."""
-    return replace(args, devices=max(1, torch.cuda.device_count())) if args.devices == "auto" else args
+    """Return the arguments with the number of this machine's devices for `--devices auto`: one if these are no GPUs."""
+    if args.devices != "auto":
+        return args
+    on_cuda = choose_device(args.device).type == "cuda"
+    return replace(args, devices=torch.cuda.device_count() if on_cuda else 1)
 
 
 def told_by_fabric_run(args: DeviceArgs) -> DeviceArgs:

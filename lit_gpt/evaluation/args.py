@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lit_gpt.cli import NonNegativeInt, PositiveInt, Quantizer
+from lit_gpt.cli import Device, NonNegativeInt, PositiveInt, Quantizer
 from lit_gpt.errors import UsageError
 
 
@@ -23,6 +23,7 @@ class HarnessArgs:
     log_samples: bool = False  # Write each row with its answer, too.
     max_seq_length: PositiveInt | None = None  # Cut the beginning of what is longer (null: what the model takes).
     batch_tokens: PositiveInt = 4096  # Compute so many tokens together.
+    device: Device = "auto"  # Run on this (auto: a GPU if there is one, else the CPU); mps is that of Apple's chips.
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # Keep weights and compute in this.
     seed: NonNegativeInt = 1234  # Seed the choice of examples, and tasks that sample.
 
@@ -43,6 +44,7 @@ class PerplexityArgs:
     samples: PositiveInt | None = None  # Score the first of its samples (null: all).
     window: PositiveInt | None = None  # Read so many tokens of text at once (null: 2048, or what the model takes).
     context: PositiveInt | None = None  # Give each scored token so many before it (null: half a window).
+    device: Device = "auto"  # Run on this (auto: a GPU if there is one, else the CPU); mps is that of Apple's chips.
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # Keep weights and compute in this.
     quantize: Quantizer | None = None  # Keep the weights in fewer bits (null: as trained, or as stored).
     json: bool = False  # Print the figures as JSON.

@@ -30,7 +30,7 @@ from lit_gpt.generation.engine import decode, new_generator
 from lit_gpt.generation.sampling import Sampling
 from lit_gpt.generation.sequence import DecodingRow
 from lit_gpt.generation.steps import FastStep
-from lit_gpt.hardware import DTYPES, default_device
+from lit_gpt.hardware import DTYPES, choose_device
 from lit_gpt.methods.finetuned_model import build_finetuned
 from lit_gpt.model.gpt import GPT
 from lit_gpt.text.messages import Message
@@ -68,7 +68,7 @@ def evaluate(args: HarnessArgs) -> None:
 
 
 def load_harness(args: HarnessArgs) -> "Harness":
-    base, place = BaseCheckpoint.open(args.checkpoint_dir), (DTYPES[args.precision], default_device())
+    base, place = BaseCheckpoint.open(args.checkpoint_dir), (DTYPES[args.precision], choose_device(args.device))
     tokenizer = base.tokenizer  # before the model takes its time
     if args.finetuned_path:
         model, record = build_finetuned(base, args.finetuned_path, None, *place)

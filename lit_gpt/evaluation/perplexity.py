@@ -15,7 +15,7 @@ from lit_gpt.data.dataset import Dataset, prefixed, read_meta
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.evaluation.args import PerplexityArgs
 from lit_gpt.files import read_text
-from lit_gpt.hardware import DTYPES, default_device
+from lit_gpt.hardware import DTYPES, choose_device
 from lit_gpt.methods.finetuned_model import load_finetuned
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.packed_inputs import Targets
@@ -50,7 +50,7 @@ def evaluate(args: PerplexityArgs) -> Score:
         UserError: the model, the text or the data cannot be read, or the text is too short.
         UsageError: the window or the context is not one for this model.
     """
-    tokenizer, place = Tokenizer(args.checkpoint_dir), (DTYPES[args.precision], default_device())
+    tokenizer, place = Tokenizer(args.checkpoint_dir), (DTYPES[args.precision], choose_device(args.device))
     if args.data_dir:
         read_meta(args.data_dir, tokenizer)
         data = Dataset(args.data_dir, args.split or "validation")

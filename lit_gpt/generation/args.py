@@ -4,7 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lit_gpt.cli import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Quantizer
+from lit_gpt.cli import (
+    ClosedUnitInterval,
+    Device,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Quantizer,
+)
 from lit_gpt.errors import UsageError, UserError
 
 
@@ -65,6 +73,7 @@ class SamplingArgs:
 class ModelArgs:
     """Model"""
 
+    device: Device = "auto"  # Run on this (auto: a GPU if there is one, else the CPU); mps is that of Apple's chips.
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # Keep weights and compute in this.
     quantize: Quantizer | None = None  # Keep the weights in fewer bits (null: as trained, or as stored).
     compile: bool = False  # Compile the step of one token where no kernels serve it: takes seconds at first.

@@ -32,7 +32,7 @@ FREE_TO_CHANGE = {
     "checkpoint_dir", "data_dir", "out_dir", "resume", "log_interval", "eval_interval", "eval_samples", "save_interval",
     "sample_tokens", "keep_states", "profile_steps", "activation_checkpointing", "compile", "micro_batch_size",
     "micro_batch_tokens", "devices", "num_nodes", "strategy", "zero_stage", "zero_offload", "optimizer_in_backward",
-    "finetuned_path", "logger", "probe_path", "quantize", "patience", "result", "check",
+    "finetuned_path", "device", "logger", "probe_path", "quantize", "patience", "result", "check",
 }  # fmt: skip
 
 
@@ -58,6 +58,7 @@ def check_early(args: TrainArgs, method: str, config: Any) -> None:
     stored = quantization(paths.checkpoint_dir) or {"quantize": args.memory.quantize}
     if args.watch.metric is not None:
         validation_metric(args.watch.metric)
+    check_fp16(args, config)
     check_quantized(args, not registry.entry(method).attaches, stored["quantize"])
     if args.watch.probe_path and not args.watch.probe_path.is_file():
         raise UserError(f"--probe_path {args.watch.probe_path}: no such file")
@@ -158,6 +159,18 @@ def check_one_device(ranks: int) -> None:
     """Refuse to check a run of several devices."""
     if ranks > 1:
         raise UsageError("--check true: checks on one device; run scripts/check.py, then train without the flag")
+
+
+def check_fp16(args: TrainArgs, config: Any) -> None:
+    """Refuse what does not go with a loss that is scaled for fp16."""
+    obstacles = {
+        "--strategy deepspeed": args.devices.strategy == "deepspeed",
+        "--optimizer_in_backward true": args.optimization.optimizer_in_backward,
+        "--master_weights false": not getattr(config, "master_weights", True),
+    }
+    for flag, given in obstacles.items():
+        if given and args.memory.precision == "fp16":
+            raise UsageError(f"--precision fp16: {flag} does not go with it; leave that out, or take bf16 or fp32")
 
 
 def check_quantized(args: TrainArgs, trains_base: bool, quantize: str | None) -> None:

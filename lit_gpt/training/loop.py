@@ -103,18 +103,24 @@ class Trainer:
             it is known; and the tokens fed to all ranks.
         """
         worker, batch = self.worker, self.prefetched or self.batches.batch(self.step)
-        seed = (self.args.optimization.seed * 1_000_003 + self.step) % 2**63
         worker.set_learning_rate(self.schedule.learning_rate(self.step))
         worker.wrapped.train()
-        total = torch.zeros((), device=worker.fabric.device)
-        for n, row in enumerate(batch.rows, 1):
-            # all rows of a step start from the same random numbers, on all ranks: what is random about a sample follows
-            # from them and its number, and nothing between steps, nor resuming, disturbs it
-            torch.manual_seed(seed)
-            total += worker.backward(row, batch.weight, more=n < len(batch.rows))
+        total = self.add_gradients(batch)
+        while worker.overflowed():  # in fp16 alone
+            total = self.add_gradients(batch)
         norm = worker.step()
         self.prefetched = self.batches.batch(self.step + 1)  # while a GPU still computes: nothing has waited for it
         return total, norm, batch.tokens
+
+    def add_gradients(self, batch: Batch) -> Tensor:
+        """Compute the gradients of a step, and return this rank's share of the loss."""
+        total = torch.zeros((), device=self.worker.fabric.device)
+        for n, row in enumerate(batch.rows, 1):
+            # all rows of a step start from the same random numbers, on all ranks: what is random about a sample follows
+            # from them and its number, and nothing between steps, nor resuming, disturbs it
+            torch.manual_seed((self.args.optimization.seed * 1_000_003 + self.step) % 2**63)
+            total += self.worker.backward(row, batch.weight, more=n < len(batch.rows))
+        return total
 
     def log(self, evaluating: bool) -> None:
         """Write a row of metrics.csv, with the validation loss if `evaluating`."""

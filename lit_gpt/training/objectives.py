@@ -15,6 +15,7 @@ from lit_gpt.data.dataset import Dataset, Sample, Samples
 from lit_gpt.data.folder import SPLITS
 from lit_gpt.data.packing import PackedRow, pack, supervised_count
 from lit_gpt.errors import UsageError
+from lit_gpt.hardware import sum_dtype
 
 
 class Objective(ABC):
@@ -61,7 +62,7 @@ class Objective(ABC):
     @torch.no_grad()
     def score(self, model: nn.Module, rows: Iterable[Sequence[Any]], device: torch.device) -> tuple[float, int]:
         """Return the summed loss of rows, each given as its samples, and their weight: what validation reports."""
-        total, weight = torch.zeros((), dtype=torch.float64, device=device), 0
+        total, weight = torch.zeros((), dtype=sum_dtype(device), device=device), 0
         for samples in rows:
             total += self.loss(model, self.collate(samples).to(device))
             weight += self.weight(samples)

@@ -1,7 +1,8 @@
 """Runs one rank's model behind its strategy (one device, DDP, FSDP2, DeepSpeed), and its optimizer."""
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
@@ -20,6 +21,35 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine  # which takes seconds to import
 
 
+@dataclass
+class LossScale:
+    """Keeps gradients within the range of fp16: the loss is multiplied by a factor, which gradients are divided by.
+
+    The factor adapts, so that it is as large as may be (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2).
+
+    Attributes:
+        steps: how many were taken since the factor has changed.
+    """
+
+    factor: float = 2.0**16
+    steps: int = 0
+
+    GROWTH_INTERVAL: ClassVar[int] = 2000  # steps
+
+    def update(self, finite: bool) -> bool:
+        """Adapt the factor to whether all gradients are finite, and return whether they may be used.
+
+        They may if the loss was not scaled up at all: the next loss will say what is wrong.
+        """
+        self.steps += 1
+        if not finite and self.factor > 1:
+            self.factor, self.steps = self.factor / 2, 0
+            return False
+        if self.steps == self.GROWTH_INTERVAL:
+            self.factor, self.steps = self.factor * 2, 0
+        return True
+
+
 class Worker:
     """Runs forward, backward and optimizer steps of one rank.
 
@@ -27,6 +57,7 @@ class Worker:
         model: the GPT itself; `wrapped` is the same behind Fabric's strategy.
         engine: DeepSpeed's, if that is the strategy.
         parameters: those that train.
+        loss_scale: that of fp16.
     """
 
     def __init__(
@@ -34,6 +65,7 @@ class Worker:
     ) -> None:
         self.fabric, self.model, self.method, self.objective = fabric, model, method, objective
         self.precision, self.max_grad_norm = precision, args.max_grad_norm
+        self.loss_scale = LossScale() if precision == "fp16" else None
         self.engine: DeepSpeedEngine | None = None
         if isinstance(fabric.strategy, DeepSpeedStrategy):  # which wants both together
             self.wrapped, self.optimizer = fabric.setup(model, make_optimizer(trained(model), args))
@@ -59,7 +91,7 @@ class Worker:
             with self.autocast():
                 loss = self.objective.loss(self.wrapped, row) / weight
             # ranks' gradients are averaged, and their sum is wanted
-            self.fabric.backward(loss * self.fabric.world_size)
+            self.fabric.backward(loss * self.fabric.world_size * (self.loss_scale.factor if self.loss_scale else 1.0))
         return loss.detach()
 
     def maybe_no_sync(self, more: bool) -> AbstractContextManager[Any]:
@@ -73,6 +105,23 @@ class Worker:
         """Set the learning rate of the step to come, before its backward passes: an optimizer may step in these."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
+
+    def overflowed(self) -> bool:
+        """Divide fp16's loss scale out of the gradients; if some have overflowed, drop them all and lower the scale.
+
+        Return whether they were dropped: the backward passes are then to be taken again. All ranks decide alike.
+        """
+        if self.loss_scale is None:
+            return False
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        for gradient in gradients:
+            gradient.div_(self.loss_scale.factor)
+        finite = bool(gather(nn.utils.get_total_norm(gradients)).isfinite())
+        if dropped := not self.loss_scale.update(finite):
+            self.optimizer.zero_grad()
+            scale = self.loss_scale.factor
+            self.fabric.print(f"gradients overflowed in fp16; the step is taken again at a loss scale of {scale:g}")
+        return dropped
 
     def step(self) -> Tensor | None:
         """Take the optimizer's step, with gradients clipped if asked for.
@@ -115,12 +164,16 @@ class Worker:
         """Return the optimizer's state, whole, whatever the number of ranks. All ranks must ask together."""
         if self.engine:
             return deepspeed.optimizer_state(self.parameters, self.optimizer)
-        return tree_map(lambda leaf: gather(leaf) if isinstance(leaf, Tensor) else leaf, self.optimizer.state_dict())
+        state = tree_map(lambda leaf: gather(leaf) if isinstance(leaf, Tensor) else leaf, self.optimizer.state_dict())
+        return state | ({"loss_scale": asdict(self.loss_scale)} if self.loss_scale else {})
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
         """Continue from a state that `optimizer_state` has returned."""
         if self.engine:
             return deepspeed.load_optimizer_state(self.parameters, self.optimizer, state)
+        if self.loss_scale:
+            self.loss_scale = LossScale(**state["loss_scale"])
+        state = {name: part for name, part in state.items() if name != "loss_scale"}
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         for i, entries in state["state"].items():
             for name, entry in entries.items():

@@ -15,6 +15,7 @@ from lit_gpt.distributed.launch import all_reduce
 from lit_gpt.errors import UserError
 from lit_gpt.generation.engine import likeliest_answer
 from lit_gpt.generation.steps import FastStep
+from lit_gpt.hardware import sum_dtype
 from lit_gpt.model.gpt import GPT
 from lit_gpt.text.metrics import Metric
 from lit_gpt.text.prompt_style import PromptStyle
@@ -81,7 +82,7 @@ class Evaluator:
         model.eval()
         with self.worker.autocast():
             total, weight = objective.score(model, rank_rows(dataset, indices, size, objective, fabric), fabric.device)
-        sums = torch.tensor([total, weight], device=fabric.device, dtype=torch.float64)
+        sums = torch.tensor([total, weight], device=fabric.device, dtype=sum_dtype(fabric.device))
         total, weight = all_reduce(fabric, sums)
         return (total / weight).item()
 

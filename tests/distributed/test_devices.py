@@ -13,6 +13,7 @@ from torch import nn
 
 from helpers.cli import run_process, spawn
 from helpers.runs import of_method, same_run, wait_for_step, weights_of
+from lit_gpt import hardware
 from lit_gpt.distributed import heartbeat
 from lit_gpt.distributed.fabric import DeepSpeedStrategy
 from lit_gpt.training.args import OptimizationArgs
@@ -26,7 +27,7 @@ METHODS = ["lora", *SLOW, "full"]
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_train_as_one(cli, flags, method, strategy):
-    """With ragged lengths, and a last step with fewer samples than ranks would share evenly."""
+    """With dropout, ragged lengths, and a last step with fewer samples than ranks would share evenly."""
     script, flags = f"finetune/{method}.py", of_method(flags, method)
     flags |= {"epochs": 3, "max_steps": "null", "batch_size": 10, "micro_batch_size": "null", "micro_batch_tokens": 150}
     assert cli(script, **flags).code == 0
@@ -159,3 +160,33 @@ def test_deepspeed_itself_is_asked_for_the_gradient_norm():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refused where there is no CUDA device")
 def test_deepspeed_without_cuda_is_refused(cli, flags):
     cli("finetune/lora.py", **flags | {"strategy": "deepspeed"}).refused("--strategy deepspeed", "CUDA", "fsdp", code=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refused where there is no CUDA device")
+def test_a_device_that_is_not_there_is_refused(cli, flags, llama, data_dir):
+    """In one line, which says what there is."""
+    own, finetune = {"checkpoint_dir": llama}, "finetune/lora.py"
+    for device in ("cuda", "mps"):
+        cli(finetune, **flags | {"device": device}).refused(f"--device {device}", "auto", "cpu", code=2)
+    ways = {
+        "generate/base.py": {"prompt": "x"},
+        "chat/base.py": {},
+        "eval/perplexity.py": {"data_dir": data_dir},
+        "eval/answers.py": {"data_dir": data_dir},
+    }
+    for script, given in ways.items():
+        cli(script, **own | given | {"device": "cuda"}).refused("--device cuda", "cpu", code=2)
+    cli(finetune, **flags | {"device": "tpu"}).refused("--device", "mps", code=2)
+
+
+def test_a_device_that_is_there_is_taken(cli, flags, llama, monkeypatch):
+    assert (
+        cli("finetune/lora.py", **flags | {"device": "cpu", "devices": "auto", "max_steps": 1, "warmup_steps": 0}).code
+        == 0
+    )
+    assert cli("generate/base.py", checkpoint_dir=llama, prompt="x", max_new_tokens=2, device="cpu").code == 0
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert (
+        hardware.choose_device("mps") == torch.device("mps")
+        and hardware.sum_dtype(torch.device("mps")) is torch.float32
+    )

@@ -131,6 +131,10 @@ MISTAKES = {
         FINETUNE.replace("lora", "full") + f"--out_dir {BASE}",
         FINETUNE.replace("lora", "full") + "--out_dir out/x --optimizer_in_backward true",
     ],
+    "one_gpu.md": [
+        FINETUNE + "--out_dir out/x --device cuda",
+        FINETUNE + "--out_dir out/x --precision fp16 --strategy deepspeed",
+    ],
     "many_devices.md": [
         lost_rank,
         two_ranks(BatchArgs(batch_size=5), OptimizationArgs()),
