@@ -94,7 +94,7 @@ class _LowRankUpdate(torch.autograd.Function):
     def forward(ctx, y, x, A, B, keys, kept, parts, factor):
         ctx.kept, ctx.parts, ctx.factor = kept, parts, factor
         dtype = arithmetic(y.device, y.dtype)
-        low = dropped(x.to(y.dtype), keys, kept).to(dtype) @ A.to(dtype).t()  # (T, len(parts) * r)
+        low = _dropped(x.to(y.dtype), keys, kept).to(dtype) @ A.to(dtype).t()  # (T, len(parts) * r)
         for columns, rows, weight in _parts(ctx, y, low, B):
             if dtype == y.dtype:
                 columns.addmm_(rows, weight.t())
@@ -117,11 +117,18 @@ class _LowRankUpdate(torch.autograd.Function):
         low_grad = torch.cat(low_grads, dim=-1)
         x_grad = None
         if ctx.needs_input_grad[1]:
-            x_grad = dropped((low_grad @ A.to(low.dtype)).to(grad.dtype), keys, ctx.kept).to(ctx.dtype)
+            x_grad = _dropped((low_grad @ A.to(low.dtype)).to(grad.dtype), keys, ctx.kept).to(ctx.dtype)
         A_grad = None
         if x is not None:
-            A_grad = (low_grad.t() @ dropped(x.to(grad.dtype), keys, ctx.kept).to(low.dtype)).to(A.dtype)
+            A_grad = (low_grad.t() @ _dropped(x.to(grad.dtype), keys, ctx.kept).to(low.dtype)).to(A.dtype)
         return grad, x_grad, A_grad, torch.cat(B_grads).to(B.dtype).mul_(ctx.factor), None, None, None, None
+
+
+def _dropped(x: Tensor, keys: Tensor | None, kept: int) -> Tensor:
+    """Return what `dropped` does, in one pass where a kernel serves."""
+    if keys is None or not ops.supports_on(x.device, x.dtype):
+        return dropped(x, keys, kept)
+    return ops.drop(x.contiguous(), keys, kept)
 
 
 def trains(ctx: Any, i: int) -> bool:

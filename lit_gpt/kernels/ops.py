@@ -132,6 +132,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int, sign
     return y
 
 
+@_operator("drop(Tensor x, Tensor keys, int kept) -> Tensor", lambda x, keys, kept: _like(x))
+def drop(x: Tensor, keys: Tensor, kept: int) -> Tensor:
+    """Return x (T, size), contiguous, with zero where an element is dropped, see lit_gpt.kernels.dropout."""
+    y = _like(x)
+    _call("lora", "drop", x, len(x), x.size(1), x, keys, kept, y)
+    return y
+
+
 def supports_lora(y: Tensor, x: Tensor, parts: list[tuple[int, int]]) -> bool:
     whole = not any(n % 8 for part in parts for n in part) and x.size(-1) % 8 == 0
     return whole and supports(y, x) and y.is_contiguous() and x.is_contiguous()

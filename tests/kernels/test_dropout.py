@@ -52,6 +52,16 @@ def test_the_kernel_follows_the_formula(size):
         assert torch.equal(kernel_mask(LARGE[:50], size, kept), (random_bits(LARGE[:50], size) < kept).float())
 
 
+@pytest.mark.skipif(not ops.available(), reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [1, 16, 33, 72, 100])
+def test_the_kernel_drops_what_the_formula_drops(size, dtype):
+    x = torch.randn(50, size).to(dtype)
+    x[3] = torch.inf
+    for kept in (0, 1, 30000, 2**16):
+        assert torch.equal(ops.drop(x, LARGE[:50], kept), dropped(x, LARGE[:50], kept))
+
+
 @pytest.mark.parametrize("p", [0.0, 0.001, 0.05, 0.5, 1.0])
 def test_dropout_strikes_each_element_alike(p):
     """The rate is within five standard deviations, and no element is bound to another, nor to another layer's."""

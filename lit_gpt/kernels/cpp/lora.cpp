@@ -42,6 +42,14 @@ template <class T> void dropped(const Dropout &dropout, long first, int rows, in
     }
 }
 
+template <class T> void drop(long rows, int size, const T *x, const Dropout &dropout, T *to) {
+#pragma omp parallel for
+    for (long row = 0; row < rows; row++)
+        dropout.each(row, size, [&](int j, int n, auto stays) {
+            put(to + row * size + j, stays ? take(x + row * size + j, n) : v16{}, n);
+        });
+}
+
 struct Parts {
     int count, r;
     const int *starts, *stops;
@@ -143,18 +151,21 @@ void lora_backward(long rows, int in, const T *grad, const T *x, const float *A,
 
 }  // namespace
 
-#define BOTH(T, suffix)                                                                                                \
-    void lora_##suffix(long rows, int in, const T *x, const float *A, const float *B, int B_rows, float factor,        \
-                       const uint64_t *keys, uint32_t kept, int parts, int r, const int *starts, const int *stops,     \
-                       float *low, T *y, int out) {                                                                    \
-        lora(rows, in, x, A, B, B_rows, factor, {keys, kept}, {parts, r, starts, stops}, low, y, out);                 \
-    }                                                                                                                  \
-    void lora_backward_##suffix(long rows, int in, const T *grad, const T *x, const float *A, const float *B,          \
-                                int B_rows, float factor, const uint64_t *keys, uint32_t kept, int parts, int r,       \
-                                const int *starts, const int *stops, const float *low, int out, T *x_grad,             \
-                                float *A_grad, float *B_grad) {                                                        \
-        lora_backward(rows, in, grad, x, A, B, B_rows, factor, {keys, kept}, {parts, r, starts, stops}, low, out,      \
-                      x_grad, A_grad, B_grad);                                                                         \
+#define BOTH(T, suffix)                                                                                            \
+    void drop_##suffix(long rows, int size, const T *x, const uint64_t *keys, uint32_t kept, T *to) {              \
+        drop(rows, size, x, {keys, kept}, to);                                                                     \
+    }                                                                                                              \
+    void lora_##suffix(long rows, int in, const T *x, const float *A, const float *B, int B_rows, float factor,    \
+                       const uint64_t *keys, uint32_t kept, int parts, int r, const int *starts, const int *stops, \
+                       float *low, T *y, int out) {                                                                \
+        lora(rows, in, x, A, B, B_rows, factor, {keys, kept}, {parts, r, starts, stops}, low, y, out);             \
+    }                                                                                                              \
+    void lora_backward_##suffix(long rows, int in, const T *grad, const T *x, const float *A, const float *B,      \
+                                int B_rows, float factor, const uint64_t *keys, uint32_t kept, int parts, int r,   \
+                                const int *starts, const int *stops, const float *low, int out, T *x_grad,         \
+                                float *A_grad, float *B_grad) {                                                    \
+        lora_backward(rows, in, grad, x, A, B, B_rows, factor, {keys, kept}, {parts, r, starts, stops}, low, out,  \
+                      x_grad, A_grad, B_grad);                                                                     \
     }
 
 extern "C" {
