@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from compatibility.make_files import ASKED, FILES, MERGE, METHODS, SCORED, SHORT, STOPPED, TRAIN
+from compatibility.make_files import ASKED, EXACT, FILES, MERGE, METHODS, SCORED, SHORT, STOPPED, TRAIN
 
 ANSWERS = json.loads((FILES / "answers.json").read_text("utf-8"))
 
@@ -41,7 +41,7 @@ def test_what_was_scored_is_scored(name, cli):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_prepared_data_trains_as_it_did(method, cli):
-    result = cli(f"finetune/{method}.py", *TRAIN, *SHORT, *METHODS[method], "--out_dir", "out")
+    result = cli(f"finetune/{method}.py", *TRAIN, *SHORT, *METHODS[method], "--out_dir", "out", *EXACT.get(method, []))
     assert result.code == 0, result.err
     with open("out/metrics.csv", newline="") as file:
         seen = [float(row[column] or 0) for row in csv.DictReader(file) for column in ("loss", "val_loss")]
