@@ -104,7 +104,7 @@ def table(plan: Any) -> list[tuple[str, int]]:
 def print_fitting_settings(planner: Any, gigabytes: float) -> None:
     """Print what rows would need, with each kind of activation checkpointing, from large ones down to one that fits."""
     print(f"\nsettings, down to rows whose peak stays within {gigabytes:g} GB, as that of smaller ones does")
-    largest = 16384 if planner.cuda else 2048  # beyond, a CPU gains nothing
+    largest = 16384 if planner.cuda else planner.row_tokens()  # beyond, a CPU gains nothing
     for kind in planner.kinds:
         for tokens in (n for n in (16384, 8192, 4096, 2048, 1024, 512) if n <= largest):
             batch = replace(planner.args.batch, micro_batch_tokens=tokens, micro_batch_size=None)

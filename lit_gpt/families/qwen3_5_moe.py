@@ -3,8 +3,6 @@
 from typing import Any
 
 from lit_gpt.families import llama, qwen3_5, qwen3_next
-from lit_gpt.families.tables import Table
-from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("qwen3_5_moe_text",)
 WRAPPERS = ("qwen3_5_moe",)  # all that are published, which read images and videos
@@ -24,12 +22,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-def config(hf: dict[str, Any]) -> dict[str, Any]:
-    return qwen3_next.config(hf)
-
-
-def weights(config: Config) -> Table:
-    return qwen3_5.weights(config)
+config, weights = qwen3_next.config, qwen3_5.weights
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

@@ -42,8 +42,7 @@ class Decomposition:
         self.base, self.rounds, self.start = base, rounds, start
         assert base.quantize is not None, "a base that is to be quantized"
         self.format = base.quantize
-        every = {name: True for name in ("query", "key", "value", "projection", "mlp")}
-        self.config = LoRAConfig(r=r, alpha=r, **every)  # type: ignore[arg-type]  # all are switches
+        self.config = LoRAConfig(r=r, alpha=r, key=True, projection=True, mlp=True)
         model = skeleton(base.config, base.dtype, base.quantize)
         self.parts = dict(targets(model, self.config))
         for path, parts in self.parts.items():
@@ -87,16 +86,16 @@ class Decomposition:
         parts = self.parts[path]
         plain = self.encoded(weight)
         rounding = (weight - self.decoded(plain, weight)).norm().item()
-        best, kept, pair = math.inf, plain, self.low_rank(weight, parts)
-        found = pair
-        for turn in range(self.rounds):
-            first = turn == 0 and self.start == "quantize"  # B A is 0
-            encoded = plain if first else self.encoded(weight - self.update(found, parts, weight))
+        found = None if self.start == "quantize" else self.low_rank(weight, parts)  # None: B A is 0
+        best, kept, pair = math.inf, plain, found
+        for _ in range(self.rounds):
+            encoded = plain if found is None else self.encoded(weight - self.update(found, parts, weight))
             lost = weight - self.decoded(encoded, weight)
             found = self.low_rank(lost, parts)
             error = (lost - self.update(found, parts, weight)).norm().item()
-            if error < best:
+            if pair is None or error < best:
                 best, kept, pair = error, encoded, found
+        assert pair is not None, "there is a round"
         self.state |= {f"{path}.lora_A": pair[0], f"{path}.lora_B": pair[1]}
         self.errors[path] = best, rounding
         return kept
