@@ -79,7 +79,7 @@ def children(process: subprocess.Popen) -> list[int]:
     [
         ("other", signal.SIGKILL, "lost touch with another process"),
         ("first", signal.SIGKILL, "lost touch with"),
-        ("other", signal.SIGSTOP, "rank 1 has not been heard of"),
+        pytest.param("other", signal.SIGSTOP, "rank 1 has not been heard of", marks=pytest.mark.slow),
     ],
 )
 def test_a_lost_rank_ends_the_others_within_a_minute(flags, victim, number, words):

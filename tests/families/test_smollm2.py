@@ -20,6 +20,7 @@ from lit_gpt.text.prompt_style import PromptStyle
 
 TOOL, ROWS = SHARED / "tools" / "make_smollm2.py", SHARED / "data" / "gsm8k_train.jsonl"
 pytestmark = [
+    pytest.mark.slow,  # the batteries of tests/families hold tiny models to the same
     pytest.mark.subprocess,
     pytest.mark.skipif(not TOOL.exists(), reason=f"{TOOL} makes the model, and is absent"),
 ]

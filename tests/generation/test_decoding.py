@@ -14,8 +14,11 @@ from lit_gpt.generation.engine import generate
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
 @pytest.mark.parametrize(
     "family, layout, attach",
-    [("llama", "mistral", with_lora_and_adapter), ("gemma", "gemma2", lambda m: m), ("falcon", "7b", with_adapter_v2)],
-    ids=["mistral", "gemma2", "falcon"],
+    [
+        pytest.param("llama", "mistral", with_lora_and_adapter, id="mistral", marks=pytest.mark.slow),
+        pytest.param("gemma", "gemma2", lambda m: m, id="gemma2", marks=pytest.mark.slow),
+        pytest.param("falcon", "7b", with_adapter_v2, id="falcon"),
+    ],
 )
 def test_compiled_tokens_are_the_same(family, layout, attach, tmp_path):
     """Past the window of Mistral and of Gemma 2; with caches of several sizes, compiled once."""

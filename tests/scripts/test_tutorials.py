@@ -23,7 +23,16 @@ from lit_gpt.training import checks, objectives
 from lit_gpt.training.args import BatchArgs, OptimizationArgs, TrainArgs
 
 PAGES = sorted((ROOT / "tutorials").glob("*.md"))
+# Those whose likes take as long again.
+LONG = ("many_devices_fabric_run", "many_devices_torchrun", "many_devices_slurm", "out_of_memory")
 PLAN = ROOT / "scripts/plan.py"
+
+
+def each(pages: list[Path]) -> list:
+    """Return the pages as parameters, the long ones slow."""
+    return [pytest.param(p, id=p.stem, marks=pytest.mark.slow if p.stem in LONG else []) for p in pages]
+
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-ins are for the CPU")
 
 FINETUNE = f"python finetune/lora.py --checkpoint_dir {BASE} --data_dir data/alpaca --max_steps 2 --warmup_steps 0 "
@@ -235,7 +244,7 @@ MISTAKES = {
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", each(PAGES))
 def test_the_page_does_what_it_says(page, place, llama, capfd):
     """Its commands run, its mistakes are refused, and the lines that it shows were seen, numbers apart."""
     wanted = [command for block in blocks(page, "bash") for command in commands(block)]
@@ -253,9 +262,7 @@ def normal(text: str) -> str:
 
 
 @pytest.mark.skipif(not PLAN.exists(), reason="scripts/plan.py is not here")
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if is_plan(page.read_text("utf-8"))], ids=lambda page: page.stem
-)
+@pytest.mark.parametrize("page", each([page for page in PAGES if is_plan(page.read_text("utf-8"))]))
 def test_plans(page, place, llama, capfd):
     shutil.copytree(llama, BASE)
     for command in [c for block in blocks(page, "bash") for c in commands(block) if is_plan(c)]:

@@ -20,12 +20,16 @@ METHODS = {
     "adapter_v2": lambda gpt: adapter_v2.attach(gpt, AdapterConfig(start_layer=1)),
     "full": lambda gpt: gpt.requires_grad_(),
 }
-LAYOUTS = [("llama", "llama3"), ("falcon", "7b"), ("gemma", "gemma2")]
+LAYOUTS = {
+    "llama-llama3": pytest.param(("llama", "llama3"), marks=pytest.mark.slow),
+    "falcon-7b": ("falcon", "7b"),
+    "gemma-gemma2": pytest.param(("gemma", "gemma2"), marks=pytest.mark.slow),
+}
 ROWS = [(9, 31, 5), (40,), (7, 8, 9, 10, 11), (64, 3)]
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_compiled_blocks_are_the_plain_ones(layout, method, tmp_path):
     tiny_hf_model(*layout).save_pretrained(tmp_path)
     hf.convert(tmp_path, hf_shards.StoredWeights(tmp_path))

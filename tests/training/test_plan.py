@@ -78,7 +78,7 @@ def test_falcon_7b(cli, method, trainable):
     assert found["weights"] == pytest.approx(expected, rel=0.002) and found["train"] > found["weights"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS[1:])])
 def test_each_kind_of_checkpointing_holds_less_and_what_fits_is_chosen(method):
     row, planner = ([400] * 3, 50), planner_of(SMALL, method, cuda=True)
     # no layer that an adapter trains reads what norms and gates give, so there is nothing for `selective` to spare

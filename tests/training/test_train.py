@@ -116,7 +116,9 @@ def test_between_logs_nothing_is_read_from_the_device(cli, flags, script, monkey
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize("moment", [1, 4, 9])
+@pytest.mark.parametrize(
+    "moment", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(9, marks=pytest.mark.slow)]
+)
 def test_killed_and_resumed_ends_with_the_same_bits(whole_run, flags, moment):
     """SIGKILL after some steps, wherever it strikes; metrics go on without a seam."""
     killed = flags | {"resume": "auto"}
@@ -152,7 +154,7 @@ def test_a_truncated_state_is_never_taken_for_whole(cli, flags):
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_told_to_stop_it_saves_and_says_how_to_go_on(whole_run, flags, number):
     stopped = flags | {"resume": "auto", "save_interval": 1000}
     process = spawn(SCRIPT, **stopped)
@@ -310,7 +312,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize("method", ["lora", *SLOW, "full"])
+@pytest.mark.parametrize("method", ["lora", *SLOW, pytest.param("full", marks=pytest.mark.slow)])
 def test_killed_inside_a_save(flags, method):
     """What is half-written is never taken for a state, and the end is bit-identical."""
     from helpers.runs import method_flags, weights_of
