@@ -1,6 +1,7 @@
 // The step of one more token of a few rows on a CPU: a list of operations on fixed buffers, made once by
 // lit_gpt/generation/tape.py and then run for each token by one call. What it costs is reading each weight once;
-// so all threads stay within the call, and wait for each other between operations by watching a number.
+// so all threads stay within the call, and take the pieces of one stage after another from a number that they share.
+// A thread that the system has given to others holds up at most the piece it was at: the rest go to who is there.
 //
 // Whatever lies between the operations is float32, the rows of a buffer one after the other; weights and cache are as
 // they are stored. A row is computed as it would be alone but for the rounding of its products, wherever the others
@@ -10,8 +11,9 @@
 #endif
 
 #include <atomic>
+#include <condition_variable>
 #include <functional>
-#include <thread>
+#include <mutex>
 
 #include "activations.h"
 #include "products.h"
@@ -43,30 +45,91 @@ struct Run {
     long n;              // rows
     void *const *cache;  // keys and values of each layer in turn, (n, groups, places, size) each
     long places;
-    int thread, threads;
+    int threads;
+};
 
-    // This thread's share of n items, in multiples of `grain`.
-    Span share(long n, long grain) const {
-        long each = (n + threads * grain - 1) / (threads * grain) * grain;
-        return {std::min(n, thread * each), std::min(n, (thread + 1) * each)};
+// Pieces that no thread has to wait for another to begin: `calls` one after the other on the elements of a piece, each
+// of which reads only that piece of what those before it have made.
+struct Stage {
+    long elements;    // in multiples of `grain`
+    bool by_row;      // so many for each row of a run, else for all
+    long grain, work;  // multiplications for each element
+    std::vector<std::function<void(const Run &, Span)>> calls;
+
+    long count(const Run &run) const { return by_row ? elements * run.n : elements; }
+
+    // As many for each thread; more of them where each is still long against taking it.
+    long pieces(const Run &run) const {
+        if (by_row) return std::min(count(run), 4l * run.threads);
+        return run.threads * std::max(1l, std::min(16l, elements * work / (run.threads * ENOUGH)));
+    }
+
+    void run(const Run &run, long piece, long pieces) const {
+        long n = count(run), each = (n + pieces * grain - 1) / (pieces * grain) * grain;
+        Span span{std::min(n, piece * each), std::min(n, (piece + 1) * each)};
+        for (auto &call : calls) call(run, span);
+    }
+
+    static constexpr long ENOUGH = 1 << 19;
+};
+
+inline void pause() {
+#if defined __x86_64__ || defined __i386__
+    __builtin_ia32_pause();
+#elif defined __aarch64__
+    asm volatile("yield");
+#endif
+}
+
+// Counts the pieces of a run that were taken and those that are done, in the order of its stages. Who waits does not
+// watch for long: where more wants to run than there are cores, it would keep the core from what it waits for.
+class Progress {
+    alignas(64) std::atomic<long> taken{0};
+    alignas(64) std::atomic<long> done{0};
+    std::atomic<int> asleep{0};
+    std::mutex mutex;
+    std::condition_variable changed;
+    static constexpr int WATCHED = 2000;  // times, some ten microseconds: longer than what pieces differ by
+
+  public:
+    void restart() { taken = 0, done = 0; }
+
+    // Returns the next piece, if it comes before `end`, else -1.
+    long take(long end) {
+        long piece = taken.load(std::memory_order_relaxed);
+        while (piece < end)
+            if (taken.compare_exchange_weak(piece, piece + 1, std::memory_order_relaxed)) return piece;
+        return -1;
+    }
+
+    // Tells that `n` pieces are done, which may be the last ones before `end`.
+    void add(long n, long end) {
+        if (done.fetch_add(n) + n < end || !asleep) return;
+        { std::lock_guard<std::mutex> lock(mutex); }  // who is about to sleep does so first
+        changed.notify_all();
+    }
+
+    // Returns when all pieces before `end` are done.
+    void wait(long end) {
+        for (int i = 0; i < WATCHED; i++, pause())
+            if (done.load(std::memory_order_acquire) >= end) return;
+        std::unique_lock<std::mutex> lock(mutex);
+        asleep++;
+        changed.wait(lock, [&] { return done >= end; });
+        asleep--;
     }
 };
 
-struct Operation {
-    std::function<void(const Run &)> call;
-    bool waits;  // for what the other threads did before
-};
-
 struct Tape {
-    std::vector<Operation> operations;
-    long shared = 0;  // elements that the last operation shared out among the threads, if those were elements
-    std::atomic<int> arrived{0}, round{0};
+    std::vector<Stage> stages;
+    Progress progress;
 
-    // An operation on n elements of each row; `follows`: it reads only its own share of what other operations
-    // made.
-    template <class F> void elements(long n, bool follows, F f) {
-        operations.push_back({[=](const Run &run) { f(run, run.share(n, 16)); }, !(follows && n == shared)});
-        shared = n;
+    // An operation on n elements of each row, called as f(run, span) for so many of them; `follows`: it reads only the
+    // same elements of what other operations made; `work`: multiplications for an element.
+    template <class F> void elements(long n, bool follows, F f, long work = 1) {
+        if (!follows || stages.empty() || stages.back().by_row || stages.back().elements != n)
+            stages.push_back({n, false, 16, work, {}});
+        stages.back().calls.push_back(f);
     }
 
     // An operation on n elements of each row, called row by row: f(run, row, span).
@@ -78,22 +141,22 @@ struct Tape {
 
     // An operation on n larger things of each row: f(run, row, thing).
     template <class F> void items(long n, F f) {
-        operations.push_back({[=](const Run &run) {
-                                  Span span = run.share(n * run.n, 1);
-                                  for (long i = span.begin; i < span.end; i++) f(run, i / n, i % n);
-                              },
-                              true});
-        shared = 0;
+        auto call = [=](const Run &run, Span span) {
+            for (long i = span.begin; i < span.end; i++) f(run, i / n, i % n);
+        };
+        stages.push_back({n, true, 1, 0, {call}});
     }
 
-    void wait(int threads) {
-        int before = round.load(std::memory_order_acquire);
-        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
-            arrived.store(0, std::memory_order_relaxed);
-            round.store(before + 1, std::memory_order_release);
-        } else {
-            for (int i = 0; round.load(std::memory_order_acquire) == before; i++)
-                if (i > 10000) std::this_thread::yield();  // somebody else needs the core
+    // What each thread does of a run.
+    void take_part(const Run &run) {
+        long begin = 0, end;  // the pieces of a stage
+        for (auto &stage : stages) {
+            long pieces = stage.pieces(run), mine = 0;
+            end = begin + pieces;
+            progress.wait(begin);
+            for (long piece; (piece = progress.take(end)) >= 0; mine++) stage.run(run, piece - begin, pieces);
+            if (mine) progress.add(mine, end);
+            begin = end;
         }
     }
 };
@@ -196,17 +259,14 @@ Tape *tape_new() { return new Tape; }
 void tape_free(Tape *tape) { delete tape; }
 
 void tape_run(Tape *tape, const Row *rows, long n, void *const *cache, long places, int threads) {
+    tape->progress.restart();
 #pragma omp parallel num_threads(threads)
     {
 #ifdef _OPENMP
-        Run run{rows, n, cache, places, omp_get_thread_num(), omp_get_num_threads()};
+        tape->take_part({rows, n, cache, places, omp_get_num_threads()});
 #else
-        Run run{rows, n, cache, places, 0, 1};
+        tape->take_part({rows, n, cache, places, 1});
 #endif
-        for (auto &operation : tape->operations) {
-            if (operation.waits) tape->wait(run.threads);
-            operation.call(run);
-        }
     }
 }
 
@@ -229,11 +289,12 @@ void tape_embed(Tape *tape, float *y, const void *table, long type, const float 
 void tape_linear(Tape *tape, float *y, const float *x, long rows, long columns, long format, const void *w,
                  const void *scale, const void *zero, const float *pairs, const float *bias, long fast) {
     with_weight(format, w, scale, zero, pairs, fast, columns, [=](auto weight) {
-        tape->elements(rows, false, [=](const Run &run, Span span) {
+        auto multiply = [=](const Run &run, Span span) {
             weight.multiply(span.begin, span.end, columns, x, run.n, y, rows);
             for (long row = 0; bias && row < run.n; row++)
                 for (long r = span.begin; r < span.end; r++) y[row * rows + r] += bias[r];
-        });
+        };
+        tape->elements(rows, false, multiply, columns);
     });
 }
 
