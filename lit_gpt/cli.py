@@ -73,11 +73,12 @@ SIZES = ("batch_size", "batch_tokens", "calibration_tokens", "window", "context"
 def tune_torch() -> None:
     """Set what torch reads when it is imported."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages, measured 5 % faster in training
-    # Packed rows have ever new lengths, and each makes new matrix kernels of half a megabyte, about 60 in a row.
-    # By default a thousand are kept.
+    # packed rows of ever new lengths make new matrix kernels, 60 of half a megabyte each; by default 1000 are kept
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "160")
     # cuDNN's attention builds a plan for each new length, a good part of a second each; untried on a GPU so far
     os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+    # where a browser is open, a thread of OpenMP that spins while it waits keeps the core from what it waits for
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     # rows of ever new lengths near the limit would fragment CUDA's memory; untried on a GPU so far
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
