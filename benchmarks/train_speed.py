@@ -34,6 +34,7 @@ model_fields: str = "{}"  # with --model: fields of config.json that replace its
 contestants: str = "ours,peft,peft_tuned,litgpt"  # who takes part
 peers_dir: Path | None = None  # where LitGPT's environment lies, or is made (null: LitGPT is left out)
 out_dir: Path = Path("benchmarks/results")  # folder for the results
+isa: Literal["native", "avx2"] = "native"  # instructions that all may use: this processor's, or a laptop's
 steps: PositiveInt = 10  # rounds measured, one optimizer step of each contestant a round
 warmup: NonNegativeInt = 2  # rounds before them that are not
 starts: NonNegativeInt = 2  # times that each is started alone, to its first step; the quickest counts
@@ -68,6 +69,9 @@ def settings() -> dict[str, Any]:
 def main() -> None:
     global checkpoint_dir, data_dir  # random ones may take their place
     names = check()
+    from peers.isa import limit
+
+    limit(isa)
     from peers import report
     from peers.environment import random_model
 

@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from peers.isa import suffix as isa_suffix
 
 from lit_gpt.files import atomic
 
@@ -69,7 +70,8 @@ class Results:
                 raise AssertionError(f"{c.name} fed other tokens than it was given")
 
     def write(self, out_dir: Path) -> None:
-        stem = f"train_speed_{'cuda' if 'gpu' in self.contents['machine'] else 'cpu'}"
+        device = "cuda" if "gpu" in self.contents["machine"] else "cpu"
+        stem = f"train_speed_{device}{isa_suffix(self.contents['settings']['isa'])}"
         for suffix, write in (("json", self.json), ("md", self.markdown), ("png", self.plot)):
             with atomic(out_dir / f"{stem}.{suffix}") as temporary:
                 write(temporary, stem)
@@ -125,7 +127,8 @@ def machine(threads: int) -> dict[str, Any]:
         name, _, value = line.partition(":")
         info.setdefault(name.strip(), value.strip())
     flags, memory = info.get("flags", "").split(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    extensions = [name for name in ("avx512f", "avx512_bf16", "amx_bf16") if name in flags]
+    known = ("avx2",) if os.environ.get("LIT_GPT_MARCH") else ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    extensions = [name for name in known if name in flags]
     gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
         "cpu": info.get("model name") or platform.machine(),
@@ -200,7 +203,7 @@ def where(r: dict[str, Any]) -> str:
     m = r["machine"]
     device = f"{m['gpu']}; " if "gpu" in m else ""
     found = "; ".join(f"{name} {version}" for name, version in r["versions"].items())
-    cpu = f"{m['cores']} cores of {m['cpu']} ({', '.join(m['extensions']) or 'no AVX-512'})"
+    cpu = f"{m['cores']} cores of {m['cpu']} ({', '.join(m['extensions'])})"
     return f"{device}{cpu}, threads of each process {m['threads']}, {m['memory_gib']} GiB; {found}; {r['date']}."
 
 

@@ -17,10 +17,11 @@ from pathlib import Path
 
 from lit_gpt.kernels.declarations import SOURCES, declare
 
-# Sums may be reordered, as vectors need it; infinities and NaN stay what they are.
+# Sums may be reordered, as vectors need it; infinities and NaN stay what they are. LIT_GPT_MARCH compiles for a lesser
+# processor than this one, such as haswell.
 FLAGS = [
-    "-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
-    "-fno-signed-zeros", "-fassociative-math", "-Wno-psabi",
+    "-std=c++17", "-O3", f"-march={os.environ.get('LIT_GPT_MARCH', 'native')}", "-fopenmp", "-shared", "-fPIC",
+    "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-Wno-psabi",
 ]  # fmt: skip
 
 
