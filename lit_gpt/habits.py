@@ -37,6 +37,7 @@ NAMES = {
     "min_lr": "train.min_lr",
     "weight_decay": "wd optimizer.weight_decay",
     "warmup_steps": "train.lr_warmup_steps",
+    "attention_group": "group_size use_shifted_sparse_attention s2_attention shift_attn",
     "schedule": "lr_scheduler lr_scheduler_type",
     "optimizer": "optim",
     "max_grad_norm": "max_norm gradient_clip_val train.max_norm",

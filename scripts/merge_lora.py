@@ -1,4 +1,4 @@
-"""Fold LoRA weights into their base: a complete checkpoint folder, to generate from, finetune or export.
+"""Fold what LoRA, IA3 or BitFit trained into its base: a complete checkpoint folder, to use or export as any other.
 
     python scripts/merge_lora.py --checkpoint_dir checkpoints/tiiuae/falcon-7b \\
         --finetuned_path out/lora/alpaca/lit_model_lora_finetuned.pth --out_dir out/falcon-7b-alpaca
@@ -17,7 +17,7 @@ from lit_gpt.errors import UsageError
 from lit_gpt.files import check_new
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Read the base, or a quantized one.
-finetuned_path: Path = Path("out/lora/alpaca/lit_model_lora_finetuned.pth")  # Fold in what finetune/lora.py wrote.
+finetuned_path: Path = Path("out/lora/alpaca/lit_model_lora_finetuned.pth")  # Fold in this.
 out_dir: Path | None = None  # Write to this folder, which must not hold anything yet.
 dtype: Literal["bf16", "fp16", "fp32"] | None = None  # Store the weights so (null: as the base's; fp32 rounds nothing).
 

@@ -22,7 +22,7 @@ from lit_gpt.conversion import hf, logits, model_card, parity, readers, towers
 from lit_gpt.conversion.peft import lora as peft_lora
 from lit_gpt.conversion.peft import others as peft_others
 from lit_gpt.errors import UserError
-from lit_gpt.methods import finetuned_file, finetuned_model, lora
+from lit_gpt.methods import finetuned_file, finetuned_model, lora, registry
 from lit_gpt.model.gpt import GPT
 from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer, has_tokenizer
@@ -41,12 +41,12 @@ class Source:
 
     @classmethod
     def open(
-        cls, checkpoint_dir: Path, adapter: Path | None = None, quantized: bool = False, method: str | None = lora.NAME
+        cls, checkpoint_dir: Path, adapter: Path | None = None, quantized: bool = False, merges: bool = False
     ) -> "Source":
         """Open a checkpoint as it is stored, or with `quantized` as the finetuned file's base was.
 
         Args:
-            method: name of the only method that the finetuned file may be of; None: any.
+            merges: whether the finetuned file must be of a method that merges.
 
         Raises:
             UserError: it is quantized though it should not be, or the finetuned file does not fit it.
@@ -55,7 +55,9 @@ class Source:
             checkpoint.refuse_quantized(checkpoint_dir)
         base, record, style = BaseCheckpoint.open(checkpoint_dir), {}, None
         if adapter:
-            record = finetuned_file.read_file(adapter, method, base.fingerprint)
+            record = finetuned_file.read_file(adapter, None, base.fingerprint)
+            if merges:
+                check_merges(record, adapter)
             style = PromptStyle.from_dict(record["prompt_style"])
             base = base.quantized_as(record.get("quantize"), adapter) if quantized else base
         model = base.build()
@@ -149,15 +151,22 @@ def to_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None) -> dict[str,
     return figures
 
 
-def merge(checkpoint_dir: Path, lora_path: Path, out_dir: Path, dtype: torch.dtype | None = None) -> float:
-    """Fold a LoRA file into its base: a checkpoint folder. Return how far its logits are off, by their norm.
+def check_merges(record: dict[str, Any], path: Path) -> None:
+    """Refuse a finetuned file of a method that has no such form."""
+    if not finetuned_model.method_of(record, path).merges:
+        known = " or ".join(name for name, entry in registry.METHODS.items() if entry.attaches and entry.load().merges)
+        raise UserError(f"{path}: trained by the method {record['method']}, expected {known}; use it beside its base")
+
+
+def merge(checkpoint_dir: Path, path: Path, out_dir: Path, dtype: torch.dtype | None = None) -> float:
+    """Fold a finetuned file into its base: a checkpoint folder. Return how far its logits are off, by their norm.
 
     Args:
         dtype: in which to store the weights; None: as the base is. In 16 bits, rounding swallows updates that are small
             beside the weights. What shifts the zero points of int4 (qa) leaves them quantized, where it is None.
     """
     with files.new_folder(out_dir) as folder:
-        source = Source.open(checkpoint_dir, lora_path, quantized=True)
+        source = Source.open(checkpoint_dir, path, quantized=True, merges=True)
         shifts = dtype is None and lora.stays_quantized(source.model)
         if shifts:
             lora.write_shifted(folder, source.base, source.model)
@@ -166,8 +175,8 @@ def merge(checkpoint_dir: Path, lora_path: Path, out_dir: Path, dtype: torch.dty
         (folder / "lit_config.json").write_text(lora.merged_config(source.model).to_json())
         hf.copy_side_files(checkpoint_dir, folder)
         PromptStyle.from_dict(source.record["prompt_style"]).save(folder)
-        model_card.copy_run(lora_path.parent, folder)
-        what, own = f"the merge of {lora_path}", lambda: readers.LitReader.open(folder, load_model(folder))
+        model_card.copy_run(path.parent, folder)
+        what, own = f"the merge of {path}", lambda: readers.LitReader.open(folder, load_model(folder))
         whole: Callable[[], readers.Reader] = own if shifts else lambda: readers.read_lit(folder)
         reader = readers.read_back(what, () if shifts else ("transformers",), whole, own)
         without = logits.float32_logits(source.base.build(), source.reference.idx)
@@ -191,7 +200,7 @@ def to_peft(checkpoint_dir: Path, path: Path, out_dir: Path) -> dict[str, Any]:
                 f"{checkpoint_dir}: has other towers than the language model, and such a model's adapter cannot be a "
                 "PEFT adapter yet; merge it by scripts/merge_lora.py and export the merged checkpoint"
             )
-        source = Source.open(checkpoint_dir, path, method=None)
+        source = Source.open(checkpoint_dir, path)
         method = source.record["method"]
         base = model_card.repository(checkpoint_dir) or str(checkpoint_dir)
         if method == lora.NAME:
@@ -216,7 +225,7 @@ def moved_by_full_weights(source: Source) -> dict[str, Any]:
     trained_on = source.record.get("quantize")
     if not trained_on:
         return {}
-    trained = Source.open(source.base.checkpoint_dir, source.adapter, quantized=True, method=None).reference.logits
+    trained = Source.open(source.base.checkpoint_dir, source.adapter, quantized=True).reference.logits
     moved = logits.difference(source.reference.logits, trained)
     print(
         f"{source.adapter}: trained on a base in {trained_on}; on the base as it is stored, which PEFT gives it, its "

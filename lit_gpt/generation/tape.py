@@ -108,7 +108,7 @@ class Tape:
     ) -> None:
         """Set x to a row of the table, or with `by_position` add the position's row, which lies behind `skipped`."""
         if record := recorder(table):
-            return record(self, x, factor)
+            return record(self, x, factor, by_position, skipped)
         expect(table, nn.Embedding, QuantizedEmbedding)
         if isinstance(table, QuantizedEmbedding):
             kind, scale = quantized_format(table.weight, table.scale), table.scale.float()

@@ -7,13 +7,13 @@ logits.
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lit_gpt.kernels import functional
 from lit_gpt.methods import adapter
 from lit_gpt.methods.decoding_tape import DecodingTape
 from lit_gpt.methods.hyperparameters import AdapterConfig
 from lit_gpt.methods.method import LinearWrapper, Method, mark_trainable
+from lit_gpt.methods.parts import TrainedNorm
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.moe import Experts, Routing
 from lit_gpt.model.norms import RMSNorm
@@ -67,28 +67,12 @@ class ScaledExperts(ScaledLayer):
         return torch.cat([functional.scaled(*expert) for expert in zip(rows, self.scale, self.shift, strict=True)])
 
 
-class TrainedNorm(nn.Module):
-    """A norm whose weights train: kept in float32 and cast to the input's dtype, as the base's are stored."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm.float()
-        self.trained_parameters = tuple(f"norm.{name}" for name, _ in norm.named_parameters())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional_call(self.norm, {name: p.to(x.dtype) for name, p in self.norm.named_parameters()}, x)
-
-    def record(self, tape: DecodingTape, x: Tensor, name: str | None, parts: int) -> Tensor:
-        """Add the norm to a decoding tape."""
-        return tape.norm(self.norm, x, name, parts)
-
-
 def attach(model: GPT, config: AdapterConfig) -> GPT:
     """Attach Adapter, wrap every linear layer and every norm, in place, and let only what is attached train."""
     adapter.add_prompts(model, config)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.LayerNorm | RMSNorm):
-            model.set_submodule(name, TrainedNorm(module))
+            model.set_submodule(name, TrainedNorm(module, {"weight", "bias"}))
         elif isinstance(module, nn.Linear | QuantizedLinear):
             model.set_submodule(name, ScaledLinear(module))
         elif isinstance(module, Experts):

@@ -1,9 +1,9 @@
 """What an attached module may add to a decoding tape, so that the fast decoding step computes it.
 
 A module that a method attaches defines `record`: in place of a linear layer `record(tape, x, name)`, in place of a norm
-`record(tape, x, name, parts)`, of an MLP `record(tape, x)`, of the embedding `record(tape, x, factor)`. It calls these
-operations and returns the buffer with its output. A model with a module that has no `record` is decoded by PyTorch. The
-tape itself is lit_gpt.generation.tape.Tape.
+`record(tape, x, name, parts)`, of an MLP `record(tape, x)`, of an embedding `record(tape, x, factor, by_position,
+skipped)`. It calls these operations and returns the buffer with its output. A model with a module that has no `record`
+is decoded by PyTorch. The tape itself is lit_gpt.generation.tape.Tape.
 """
 
 from typing import Protocol
@@ -34,8 +34,9 @@ class DecodingTape(Protocol):
     dtype: torch.dtype
     choice: RowChoice | None
 
-    def embed(self, x: Tensor, table: nn.Module, factor: float, by_position: bool) -> None:
-        """Set x to the rows of an embedding of the tokens, or with `by_position` of their positions, times a factor."""
+    def embed(self, x: Tensor, table: nn.Module, factor: float, by_position: bool, skipped: int = 0) -> None:
+        """Set x to the rows of an embedding of the tokens, or with `by_position` add those of their positions, which
+        lie behind `skipped` others, times a factor."""
 
     def linear(self, layer: nn.Module, x: Tensor, name: str) -> Tensor:
         """Apply a linear layer, or what wraps one, to x, and return the buffer `name` that holds the output."""

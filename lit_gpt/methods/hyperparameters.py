@@ -7,6 +7,36 @@ from typing import Any, ClassVar, Literal
 from lit_gpt.cli import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from lit_gpt.errors import UsageError
 
+
+@dataclass(frozen=True)
+class PartsConfig:
+    """Parts of the base that train too"""
+
+    prefix: ClassVar[str] = "train_"
+
+    norms: bool = False  # Train the norms.
+    embeddings: Literal["none", "input", "both"] = "none"  # Train the embeddings, or the output head as well.
+
+    @property
+    def flags(self) -> list[str]:
+        """Return the flags that let something train."""
+        given = ["--train_norms true"] if self.norms else []
+        return given + ([f"--train_embeddings {self.embeddings}"] if self.embeddings != "none" else [])
+
+    @property
+    def unsharded(self) -> str | None:
+        """Return the flag for which weights cannot be shared out among ranks, if it is given."""
+        return f"--train_embeddings {self.embeddings}" if self.embeddings != "none" else None
+
+
+def as_parts(config: Any) -> None:
+    """Let a method's configuration that comes from a file, with a dictionary of its parts, have them as such."""
+    if isinstance(config.parts, dict):
+        object.__setattr__(config, "parts", PartsConfig(**config.parts))
+
+
+SWITCHES = ("query", "key", "value", "projection", "mlp", "head")  # of LoRAConfig, that choose what is adapted
+
 # What cannot be combined: values of LoRAConfig's fields, and why.
 CONTRADICTIONS: tuple[tuple[dict[str, tuple[Any, ...]], str], ...] = (
     (
@@ -40,9 +70,11 @@ class LoRAConfig:
     scaling: Literal["r", "sqrt_r"] = "r"  # Divide lora_alpha by the rank or by its root (rsLoRA).
     train: Literal["both", "B"] = "both"  # Train A and B, or B alone beside a random A that stays (LoRA-FA).
     lr_ratio: PositiveFloat = 1.0  # Train B at this many times the learning rate (LoRA+: 16).
+    parts: PartsConfig = PartsConfig()
 
     def __post_init__(self) -> None:
-        if not any((self.query, self.key, self.value, self.projection, self.mlp, self.head)):
+        as_parts(self)
+        if not any(getattr(self, name) for name in SWITCHES):
             raise UsageError("--lora_query and the other projections are all false: nothing would be trained")
         for values, why in CONTRADICTIONS:
             if all(getattr(self, name) in refused for name, refused in values.items()):
@@ -144,6 +176,16 @@ class BottleneckConfig:
                 f"--bottleneck_drop {self.drop} with --bottleneck_start_layer {self.start_layer}: the "
                 "layers that could be left out have none; give a higher drop, or leave one out"
             )
+
+
+@dataclass(frozen=True)
+class BitFitConfig:
+    """BitFit"""
+
+    parts: PartsConfig = PartsConfig()
+
+    def __post_init__(self) -> None:
+        as_parts(self)
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,14 @@ class FactorLayer(LinearWrapper):
         device = next(linear.parameters()).device
         self.factors = nn.Parameter(torch.ones(*self.experts, size, device=device, dtype=torch.float32))
 
-    def merged(self) -> Tensor:
-        """Return the weight with the factors in it, in the base's dtype, or float32 if that is quantized."""
+    def merged(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight with the factors in it, in `dtype` or the base's, which is float32 if that is quantized."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def merged_parameter(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight as `merged` does, or another parameter of the base."""
+        return self.merged(dtype) if name == "weight" else self.linear.get_parameter(name).detach()
 
     @torch.no_grad()
     def folded(self, dtype: torch.dtype) -> nn.Module:
@@ -81,9 +86,14 @@ class ScaledKeysValues(FactorLayer):
         return y
 
     @torch.no_grad()
-    def merged(self) -> Tensor:
+    def merged(self, dtype: torch.dtype | None = None) -> Tensor:
         base = weight_of(self.linear)
-        return (base.float() * self.all_factors().unsqueeze(1)).to(base.dtype)
+        return (base.float() * self.all_factors().unsqueeze(1)).to(dtype or base.dtype)
+
+    @torch.no_grad()
+    def merged_parameter(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        own = super().merged_parameter(name, dtype)
+        return own.float() * self.all_factors() if name == "bias" else own
 
     @torch.no_grad()
     def folded(self, dtype: torch.dtype) -> nn.Module:
@@ -101,9 +111,9 @@ class InputFactors(FactorLayer):
         super().__init__(linear, cast(Experts, linear).in_features)
 
     @torch.no_grad()
-    def merged(self) -> Tensor:
+    def merged(self, dtype: torch.dtype | None = None) -> Tensor:
         base = weight_of(self.linear)
-        return (base.float() * self.factors.unsqueeze(-2)).to(base.dtype)
+        return (base.float() * self.factors.unsqueeze(-2)).to(dtype or base.dtype)
 
 
 class ScaledInput(InputFactors):

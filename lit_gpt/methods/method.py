@@ -14,6 +14,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from lit_gpt.cli import flag_values
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.hardware import DTYPES
 from lit_gpt.kernels.linear import arithmetic
@@ -145,11 +146,15 @@ class Method(ABC):
                 f"{path}: goes with the {name} weights of fingerprint {codes}, not with those of --checkpoint_dir; "
                 "give the folder that scripts/quantize.py wrote"
             )
-        before = asdict(type(self.config)()) | record["hyperparameters"]  # a file of before lacks what was added
-        for name, value in before.items():
-            if name not in self.free_settings and self.settings.get(name) != value:
-                given = str(value).lower() if isinstance(value, bool) else value
-                raise UsageError(f"--{prefix}{name} {self.settings.get(name)}: {path} has {given}; give that")
+        try:
+            config = type(self.config)(**record["hyperparameters"])  # of what a file of before lacks, the defaults
+        except TypeError as error:
+            raise UserError(f"{path}: not the hyperparameters of a {self.name} file ({error})") from None
+        before, now = flag_values(config), flag_values(self.config)
+        for flag, value in before.items():
+            if flag.removeprefix(prefix) not in self.free_settings and now[flag] != value:
+                given, own = (str(v).lower() if isinstance(v, bool) else v for v in (value, now[flag]))
+                raise UsageError(f"--{flag} {own}: {path} has {given}; give that")
         self.load_state(model, record["state"], path)
 
     def merge(self, model: GPT) -> GPT:

@@ -176,9 +176,9 @@ class VirtualEmbedding(nn.Module):
             return x
         return torch.where(virtual.unsqueeze(-1), F.embedding(made.which, made.vectors).to(x.dtype), x)
 
-    def record(self, tape: DecodingTape, x: Tensor, factor: float) -> None:
+    def record(self, tape: DecodingTape, x: Tensor, factor: float, by_position: bool, skipped: int) -> None:
         """Add the embedding to a decoding tape: a prompt is read before, so that no virtual token is decoded."""
-        tape.embed(x, self.embedding, factor, by_position=False)
+        tape.embed(x, self.embedding, factor, by_position, skipped)
 
 
 class VirtualKeysValues(nn.Module):

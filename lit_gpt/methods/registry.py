@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lit_gpt.errors import UserError
 from lit_gpt.methods.hyperparameters import (
     AdapterConfig,
+    BitFitConfig,
     BottleneckConfig,
     FullConfig,
     IA3Config,
@@ -100,6 +101,12 @@ def _bottleneck() -> "type[Method]":
     return Bottlenecks
 
 
+def _bitfit() -> "type[Method]":
+    from lit_gpt.methods.parts import BitFit
+
+    return BitFit
+
+
 def _full() -> "type[Method]":
     from lit_gpt.methods.full import Full
 
@@ -112,4 +119,5 @@ register("adapter_v2", AdapterConfig, _adapter_v2)
 register("ia3", IA3Config, _ia3)
 register("prompt", PromptConfig, _prompt)
 register("bottleneck", BottleneckConfig, _bottleneck)
+register("bitfit", BitFitConfig, _bitfit)
 register("full", FullConfig, _full, attaches=False)

@@ -12,7 +12,7 @@ from lit_gpt.model.linear import Linear
 from lit_gpt.model.norms import QKNorm
 from lit_gpt.model.packed_inputs import Segments
 from lit_gpt.model.rope import Rotation
-from lit_gpt.model.sdpa import attend_within
+from lit_gpt.model.sdpa import attend_in_groups, attend_within
 
 
 class CausalSelfAttention(nn.Module):
@@ -34,6 +34,7 @@ class CausalSelfAttention(nn.Module):
         self.qkv = Linear(config.n_embd, sum(self.sizes) + gate, bias=config.qkv_bias)
         self.qk_norm, self.norms_rotated = QKNorm(config) if config.qk_norm else None, config.qk_norm_rotated
         self.proj = Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
+        self.group: int | None = None  # in training tokens attend within groups of this many, see attend_in_groups
         self.register_module("prefix", None)
         self.register_module("virtual", None)
 
@@ -84,7 +85,11 @@ class CausalSelfAttention(nn.Module):
             places = segments.positions if segments else torch.arange(k.size(2), device=k.device)
             heads = with_alibi(*heads, self.scores.scale, places, self.alibi_rounded)
         positions = cache.positions if isinstance(cache, DecodeCache) else None
-        y = attend_within(*heads, self.scores, segments, positions, self.sinks)
+        if self.group and self.training:
+            cut = segments or Segments.of((k.size(2),), k.device)
+            y = attend_in_groups(*heads, self.scores, cut, self.group, self.sinks)
+        else:
+            y = attend_within(*heads, self.scores, segments, positions, self.sinks)
         if self.alibi:
             y = y[..., : self.head_size]
         if self.prefix is not None:

@@ -177,9 +177,24 @@ class GPT(nn.Module):
         where = torch.device(device or self.wte.weight.device), self.dtype
         return [block.token_mixer.new_cache(batch_size, max_length, *where) for block in cast(Iterable[Block], self.h)]
 
+    def attend_in_groups(self, size: int | None) -> None:
+        """Let tokens attend within groups of so many in training, half the heads in shifted ones; None: to all before.
+
+        Raises:
+            UsageError: a layer has no attention, or the groups cannot be halved.
+        """
+        for block in cast(Iterable[Block], self.h) if size else ():
+            if block.attn is None or block.mixer is not None:
+                raise UsageError(f"--attention_group {size}: {self.config.name} has layers without attention")
+            if size == 1:
+                raise UsageError("--attention_group 1: expected at least 2, of which half the heads see the other half")
+            block.attn.group = size
+
     @property
     def dtype(self) -> torch.dtype:
         """Return the dtype of the hidden states: the embedding's, or if it is quantized its scales'."""
+        if isinstance(told := getattr(self.wte, "dtype", None), torch.dtype):  # by what a method has attached
+            return told
         return next(p.dtype for p in self.wte.parameters() if p.is_floating_point())
 
 

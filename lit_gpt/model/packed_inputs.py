@@ -1,7 +1,7 @@
 """The inputs of a batch besides token ids: where samples begin, and which positions are supervised."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ class Segments:
     offsets: Tensor  # int32 (n + 1,), from 0 to the row's length
     positions: Tensor  # int64 (T,), restarting with each sample
     samples: Tensor  # int64 (T,), the number of the sample that a token is of, by which training draws what is random
+    cuts: "dict[tuple[int, int], Segments]" = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -39,3 +40,20 @@ class Segments:
         positions = torch.cat([torch.arange(n) for n in lengths])
         offsets = counts.cumsum(0).to(torch.int32)
         return cls(tuple(lengths), *(x.to(device, non_blocking=True) for x in (offsets, positions, numbers)))
+
+    def in_groups(self, size: int, first: int) -> "Segments":
+        """Return the segments with each sample cut into groups of so many tokens, of which the first has `first`.
+
+        Only where they begin and end changes; positions go on within a sample.
+        """
+        if (size, first) not in self.cuts:  # all layers ask for the same
+            lengths = [n for sample in self.lengths for n in group_lengths(sample, size, first)]
+            offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(self.offsets.device, non_blocking=True)
+            self.cuts[size, first] = replace(self, lengths=tuple(lengths), offsets=offsets)
+        return self.cuts[size, first]
+
+
+def group_lengths(length: int, size: int, first: int) -> list[int]:
+    """Return how long groups of `size` tokens are in a sample of a length, where the first has `first`."""
+    ends = [*range(first, length, size), length]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]

@@ -128,6 +128,35 @@ def attend_packed(
     return torch.cat([attend(*part, scores) for part in parts], dim=2)
 
 
+def attend_in_groups(
+    q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, segments: Segments, size: int, sinks: Tensor | None = None
+) -> Tensor:
+    """Compute shifted sparse attention within each sample (Chen et al. 2023, LongLoRA, arXiv 2309.12307, section 3.2).
+
+    The first half of the heads attends within groups of `size` tokens. The groups of the other half lie half a group
+    further on, so that they overlap two of those. Unlike in the paper's program, whose groups wrap around the end of a
+    sample, none sees what comes later. Heads that share keys and values stay together, unless all do.
+
+    Args:
+        size: of a group, at least 2. The other arguments are those of `attend_packed`.
+    """
+    heads, groups = q.size(1), k.size(1)
+    half = -(-groups // 2)
+    keys = (half, groups - half) if groups > 1 else None
+    queries = [n * (heads // groups) for n in keys] if keys else [-(-heads // 2), heads // 2]
+    ks, vs = (x.split(keys, 1) if keys else (x, x) for x in (k, v))
+    own = (None, None) if sinks is None else sinks.split(queries)
+    halves = zip(q.split(queries, 1), ks, vs, own, (size, size // 2), strict=True)
+    return torch.cat(
+        [
+            attend_packed(*part, scores, segments.in_groups(size, first), sink)
+            for *part, sink, first in halves
+            if part[0].size(1)
+        ],
+        dim=1,
+    )
+
+
 def use_blockwise(q: Tensor, scores: ScoreParams) -> bool:
     """Return whether to attend by whole matrix products.
 

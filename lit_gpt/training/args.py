@@ -47,6 +47,7 @@ class OptimizationArgs:
     optimizer_in_backward: bool = False  # Step as gradients come, holding one at a time; one packed row makes a step.
     max_grad_norm: PositiveFloat | None = None  # Clip the gradient of all that trains to this norm (null: never).
     neftune_alpha: NonNegativeFloat = 0.0  # Add noise of this size to the embeddings in training (NEFTune: 5 to 15).
+    attention_group: PositiveInt | None = None  # Let tokens see so many in training, half the heads shifted (LongLoRA).
     epochs: PositiveFloat = 1  # Go through the data this many times; 0.5 is half of it.
     max_steps: PositiveInt | None = None  # Stop after this many optimizer steps instead of epochs.
     seed: NonNegativeInt = 1337  # Seed initialization, data order and dropout.

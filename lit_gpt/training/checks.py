@@ -60,6 +60,11 @@ def check_early(args: TrainArgs, method: str, config: Any) -> None:
         validation_metric(args.watch.metric)
     check_fp16(args, config)
     check_quantized(args, not registry.entry(method).attaches, stored["quantize"])
+    if args.optimization.attention_group and getattr(config, "virtual_tokens", 0):
+        raise UsageError(
+            f"--attention_group {args.optimization.attention_group}: groups after the first would not see the learned "
+            "prompt; leave it out"
+        )
     if args.watch.probe_path and not args.watch.probe_path.is_file():
         raise UserError(f"--probe_path {args.watch.probe_path}: no such file")
     check_out_dir(args, flag_values(config) | flag_values(args))

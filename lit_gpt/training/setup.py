@@ -161,6 +161,7 @@ def build(args: TrainArgs, method: Method, fabric: Fabric, base: BaseCheckpoint)
     dtype = None if args.devices.strategy == "fsdp" else method.weight_dtype(args.memory.precision)
     model = method.attach(base.build(dtype, build_device(args.devices.strategy, fabric)))
     model.noise_alpha = args.optimization.neftune_alpha
+    model.attend_in_groups(args.optimization.attention_group)
     return model
 
 

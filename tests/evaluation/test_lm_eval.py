@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -190,7 +191,7 @@ def test_a_finetuned_file_gives_the_figures_of_its_export(cli, llama, tmp_path):
     trained = {name: torch.randn_like(tensor) / 4 for name, tensor in finetuned_file.trained_state(model).items()}
     path = tmp_path / "lora.pth"
     style = PromptStyle.from_name("plain", Tokenizer(llama)).to_dict()
-    record = {"hyperparameters": vars(config), "prompt_style": style}
+    record = {"hyperparameters": asdict(config), "prompt_style": style}
     finetuned_file.save_file(path, "lora", checkpoint.fingerprint(state), trained, **record)
     merged, exported = tmp_path / "merged", tmp_path / "exported"
     assert cli("scripts/merge_lora.py", checkpoint_dir=llama, lora_path=path, out_dir=merged).code == 0

@@ -1,6 +1,6 @@
 """Attach finetuning methods to models as if they had been trained."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -8,14 +8,13 @@ import torch
 from lit_gpt import GPT
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.methods import adapter, adapter_v2, finetuned_file, lora
-from lit_gpt.methods.hyperparameters import AdapterConfig
+from lit_gpt.methods.hyperparameters import SWITCHES, AdapterConfig, PartsConfig
 from lit_gpt.methods.method import Method
 from lit_gpt.methods.registry import config_class, make_method
 
 EVERYTHING = lora.LoRAConfig(
     r=4, alpha=8, dropout=0.0, query=True, key=True, value=True, projection=True, mlp=True, head=True
 )
-SWITCHES = ("query", "key", "value", "projection", "mlp", "head")
 ONE_EACH = [replace(EVERYTHING, **{name: name == only for name in SWITCHES}) for only in SWITCHES]
 STYLE = {"name": "plain", "template": "", "own_bos": False, "stop_ids": []}
 LORAS = [  # of different ranks, scales and projections
@@ -44,8 +43,13 @@ OTHERS = {  # by name: the registered method, and its settings
     "Houlsby": ("bottleneck", {"size": 8, "activation": "gelu"}),
     "Pfeiffer": ("bottleneck", {"size": 8, "place": "mlp", "norm": True}),
     "parallel": ("bottleneck", {"size": 8, "place": "parallel", "scale": 2.0, "activation": "silu"}),
+    "BitFit and norms": ("bitfit", {"parts": PartsConfig(norms=True)}),
 }
-METHODS = LORA_METHODS | {"DoRA from PiSSA": {"update": "dora", "init": "pissa"}} | OTHERS
+WITH_PARTS = {  # of the base, that train themselves
+    "LoRA and norms": {"parts": PartsConfig(norms=True)},
+    "LoRA and embeddings": {"parts": PartsConfig(embeddings="both"), "head": False},
+}
+METHODS = LORA_METHODS | {"DoRA from PiSSA": {"update": "dora", "init": "pissa"}} | WITH_PARTS | OTHERS
 PROMPTS = {
     "prompt tuning": {},
     "P-tuning": {"encoder": "mlp", "hidden": 12},
@@ -85,7 +89,7 @@ def lora_files(
         state = finetuned_file.trained_state(lora.attach(base.build(), config))
         state = {name: 0.3 * torch.randn_like(tensor) for name, tensor in state.items()}
         paths.append(folder / f"{i}.pth")
-        record = {"hyperparameters": vars(config), "prompt_style": style, "quantize": quantize}
+        record = {"hyperparameters": asdict(config), "prompt_style": style, "quantize": quantize}
         finetuned_file.save_file(paths[-1], lora.NAME, base.fingerprint, state, **record)
     return paths
 

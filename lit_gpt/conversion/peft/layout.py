@@ -7,7 +7,7 @@ side, each in its own rows: a pair of r times as many ranks as projections, and 
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lit_gpt.conversion import weights
 from lit_gpt.errors import UserError
 from lit_gpt.families.registry import family_of_config
 from lit_gpt.methods import lora
+from lit_gpt.methods.hyperparameters import SWITCHES
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT
 from lit_gpt.quantization.modules import weight_of
@@ -86,11 +87,10 @@ def lora_switches(config: Config) -> dict[Part, str]:
     """Return {what LoRA can adapt: the switch of LoRAConfig for it}."""
     with torch.device("meta"):
         model = GPT(config)
-    switches = [name for name, value in asdict(lora.LoRAConfig()).items() if isinstance(value, bool)]
-    off: dict[str, Any] = dict.fromkeys(switches, False)
+    off: dict[str, Any] = dict.fromkeys(SWITCHES, False)
     return {
         (path, span): name
-        for name in switches
+        for name in SWITCHES
         for path, spans in lora.targets(model, lora.LoRAConfig(**off | {name: True}))
         for span in spans
     }

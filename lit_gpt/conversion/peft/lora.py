@@ -46,7 +46,12 @@ def write(folder: Path, model: GPT, config: lora.LoRAConfig, base_model: str) ->
     Args:
         config: the hyperparameters with which LoRA is attached to `model`.
         base_model: the base's path, or its name on the hub.
+
+    Raises:
+        UserError: an adapter has no place for what was trained.
     """
+    for flag in config.parts.flags:
+        raise UserError(f"{flag}: a PEFT adapter of LoRA has no place for that; merge it by scripts/merge_lora.py")
     pairs = to_peft(model)
     tensors = {f"{PREFIX}{name}.lora_{x}.weight": t for name, pair in pairs.items() for x, t in zip("AB", pair)}  # noqa: B905
     magnitudes = {name: tensor for name, tensor in to_magnitudes(model).items() if name in pairs}

@@ -16,6 +16,7 @@ from lit_gpt.methods.hyperparameters import LoRAConfig
 from lit_gpt.methods.lora.factors import Parts, SharedFactors
 from lit_gpt.methods.lora.layers import LoRAExperts, LoRALayer, LoRALinear, lora_layers
 from lit_gpt.methods.method import experts_of, mark_trainable
+from lit_gpt.methods.parts import train_parts
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT, Block
 from lit_gpt.model.moe import Experts
@@ -31,6 +32,13 @@ def attach(model: GPT, config: LoRAConfig) -> GPT:
     Raises:
         UsageError: the form of the updates does not go with some layer.
     """
+    if config.head and model.config.tie_embeddings + (config.parts.embeddings == "both") > 0:
+        if config.parts.embeddings != "none":
+            raise UsageError(
+                f"--train_embeddings {config.parts.embeddings} with --lora_head true: the head's weight trains itself; "
+                "leave one of them out"
+            )
+    train_parts(model, config.parts)
     wanted = [(path, model.get_submodule(path), parts) for path, parts in targets(model, config)]
     check_layers(wanted, config, model.config)
     kind_of = kinds(wanted, config)
@@ -137,9 +145,12 @@ def load_layers(model: GPT, state: Mapping[str, Tensor], source: Path | str) -> 
     """Return the layers of a skeleton by their paths, with the tensors of a finetuned file in them.
 
     Raises:
-        UserError: the tensors contradict the configuration, or the update is not a product of two matrices.
+        UserError: the tensors contradict the configuration, the update is not a product of two matrices, or the file
+            holds parts of the base that were trained, too.
     """
     layers = lora_layers(model)
+    for flag in next(iter(layers.values())).config.parts.flags:
+        raise UserError(f"{source}: trained with {flag}, which changes the base itself; merge it instead")
     if any(layer.config.update == "dora" for layer in layers.values()):
         raise UserError(
             f"{source}: trained with lora_update dora, which scales whole rows of the base; merge it instead"

@@ -19,13 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_gpt.methods.hyperparameters import LoRAConfig
+from lit_gpt.methods.hyperparameters import SWITCHES, LoRAConfig
 from lit_gpt.methods.lora.attaching import load_layers, skeleton
 from lit_gpt.methods.lora.layers import lora_layers
 from lit_gpt.methods.lora.starts import pissa
 from lit_gpt.model.config import Config
 
-SWITCHES = ("query", "key", "value", "projection", "mlp", "head")
 Rows = tuple[int, int]  # start and stop of a projection in its layer
 Pair = tuple[Tensor, Tensor]  # A (rank, in_features) and B (rows, rank) of a projection, the weight and scale in B
 

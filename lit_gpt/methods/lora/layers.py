@@ -33,6 +33,10 @@ class LoRALayer(Factors):
                 rows *= (lengths / rows.norm(dim=1)).unsqueeze(1)
         return weight.to(dtype or base.dtype)
 
+    def merged_parameter(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the layer's weight as `merged` does, or another parameter of the base."""
+        return self.merged(dtype) if name == "weight" else self.linear.get_parameter(name).detach()
+
     @torch.no_grad()
     def shifted_zeros(self) -> Tensor | None:
         """Return the zero points of int4 (out_features, groups) with the update in them, in their dtype.

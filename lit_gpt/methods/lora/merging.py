@@ -11,8 +11,9 @@ from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.checkpoints.folder import fingerprint
 from lit_gpt.errors import UserError
 from lit_gpt.hardware import on_meta
-from lit_gpt.methods.lora.layers import LoRALayer, lora_layers
-from lit_gpt.methods.method import with_weight
+from lit_gpt.methods.lora.layers import lora_layers
+from lit_gpt.methods.method import LinearWrapper, with_weight
+from lit_gpt.methods.parts import TrainedPart, settle, trained_parameters
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.moe import Experts
@@ -42,7 +43,7 @@ def merge(model: GPT) -> GPT:
     model._modules.pop("lora_shared", None)
     model.noise = Noise()
     model.config = config
-    return model
+    return settle(model)
 
 
 def merged_config(model: GPT) -> Config:
@@ -52,24 +53,27 @@ def merged_config(model: GPT) -> Config:
 
 def stays_quantized(model: GPT) -> bool:
     """Return whether all updates are ones of zero points that the base has."""
-    return all(layer.shifted_zeros() is not None for layer in lora_layers(model).values())
+    layers = lora_layers(model).values()
+    return len(layers) > 0 and all(layer.shifted_zeros() is not None for layer in layers)
 
 
 def write_shifted(folder: Path, base: BaseCheckpoint, model: GPT) -> None:
     """Write the weights of a merged model that `stays_quantized` into a checkpoint folder that has all but them.
 
-    They are those of its base, but for the zero points: the checkpoint is one of its own, to which no file of the base
-    fits any more.
+    They are those of its base, but for the zero points and parts that trained themselves: the checkpoint is one of its
+    own, to which no file of the base fits any more.
     """
     found = {f"{path}.zero": layer.shifted_zeros() for path, layer in lora_layers(model).items()}
-    zeros = {name: zero for name, zero in found.items() if zero is not None}
+    own = {name: zero for name, zero in found.items() if zero is not None} | trained_parameters(model)
     tensors = base.state.items() if base.is_quantized else base.quantized(base.dtype)
-    shifted = ((name, zeros.get(name, tensor)) for name, tensor in tensors)
-    replace(base, fingerprint=fingerprint(zeros)).write_quantized(folder, shifted, own_codes=True)
+    shifted = ((name, own.get(name, tensor)) for name, tensor in tensors)
+    replace(base, fingerprint=fingerprint(own)).write_quantized(folder, shifted, own_codes=True)
 
 
 def write_merged(path: Path, model: GPT, dtype: torch.dtype | None = None) -> None:
-    """Write the state dict of the merged model, dequantized if it is quantized, holding one tensor at a time.
+    """Write the state dict of the model with what was trained merged into it, holding one tensor at a time.
+
+    What is quantized is dequantized.
 
     Args:
         dtype: in which to store it; None: as the base is.
@@ -86,12 +90,16 @@ def write_merged(path: Path, model: GPT, dtype: torch.dtype | None = None) -> No
 
 def stored_dtype(name: str, layer: nn.Module, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that a layer's tensor has once merged: `dtype` if the layer is quantized now, else its own."""
-    layer = layer.linear if isinstance(layer, LoRALayer) else layer
+    while isinstance(layer, LinearWrapper):
+        layer = layer.linear
+    if isinstance(layer, TrainedPart):
+        return layer.dtype
     return dtype if isinstance(layer, Quantized) else getattr(layer, name.rpartition(".")[2]).dtype
 
 
 def merged_tensor(name: str, layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the tensor `name` of a layer, its weight with the layer's update added if it has one."""
-    if not name.endswith(".weight"):
-        return getattr(layer.linear if isinstance(layer, LoRALayer) else layer, name.rpartition(".")[2])
-    return layer.merged(dtype) if isinstance(layer, LoRALayer) else weight_of(layer)
+    """Return the tensor `name` of a layer, with what was trained of it in it."""
+    kind = name.rpartition(".")[2]
+    if merged := getattr(layer, "merged_parameter", None):
+        return merged(kind, dtype)
+    return weight_of(layer) if kind == "weight" else getattr(layer, kind)

@@ -31,6 +31,8 @@ class LoRA(Method):
     @property
     def unsharded(self) -> str | None:
         plain = LoRAConfig()
+        if unsharded := self.config.parts.unsharded:
+            return unsharded
         for name in ("update", "init", "train", "lr_ratio"):
             value = getattr(self.config, name)
             if value not in (getattr(plain, name), "multi", "gaussian"):

@@ -190,6 +190,7 @@ class MemoryPlanner:
             base = GPT(config).to(method.weight_dtype(precision))
             model = method.attach(quantize(base, self.quantize) if self.quantize else base)
         model.noise_alpha = self.args.optimization.neftune_alpha
+        model.attend_in_groups(self.args.optimization.attention_group)
         apply_activation_checkpointing(model, checkpointing)
         counts = count_parameters(model), sum(p.numel() for p in model.parameters() if p.requires_grad)
         with FakeTensorMode(), MemoryTracker() as tracker, use_policy(contents=False, **self.simulated_device()):
