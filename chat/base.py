@@ -15,7 +15,7 @@ from lit_gpt.cli import NonNegativeFloat, PositiveInt, run
 from lit_gpt.generation.args import ModelArgs, SamplingArgs
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Read a converted folder, or what finetune/full.py wrote.
-finetuned_path: Path | None = None  # Attach what finetune/lora.py, ia3.py, adapter.py or adapter_v2.py wrote.
+finetuned_path: Path | None = None  # Attach what a script of finetune/ wrote.
 prompt_style: str | None = None  # Render in this style, or a Jinja file (null: the finetune's or the checkpoint's).
 system: str = ""  # Open the conversation with this, for styles that have a place for it.
 context: PositiveInt = 4096  # Keep this many tokens of history and answer together, at most what the model takes.

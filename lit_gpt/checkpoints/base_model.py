@@ -85,7 +85,8 @@ class BaseCheckpoint:
         record = checkpoint.quantization(checkpoint_dir)
         state, config = checkpoint.read_state(checkpoint_dir), Config.from_checkpoint(checkpoint_dir)
         if not record:
-            base = cls(Path(checkpoint_dir), config, state, checkpoint.fingerprint(state), quantize)
+            own = checkpoint.stretched(checkpoint_dir, checkpoint.fingerprint(state))
+            base = cls(Path(checkpoint_dir), config, state, own, quantize)
             for tensor in state.values() if quantize else ():
                 page_out(tensor)
             return base

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 QUANTIZED_VERSION = 1
+STRETCH = "lit_stretch.json"  # says that the context was stretched: the weights alone would not tell
 FORMATS = get_args(Quantizer)
 
 
@@ -79,6 +80,28 @@ def fingerprint(state: "Mapping[str, Tensor]") -> str:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(spread.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def record_stretch(checkpoint_dir: Path, factor: float) -> None:
+    """Let a checkpoint folder say that its context is `factor` times as long as before."""
+    path = Path(checkpoint_dir) / STRETCH
+    before = json.loads(path.read_text(encoding="utf-8"))["context_factor"] if path.exists() else 1.0
+    path.write_text(json.dumps({"context_factor": before * factor}, indent=2) + "\n", encoding="utf-8")
+
+
+def stretched(checkpoint_dir: Path, fingerprint: str) -> str:
+    """Return the fingerprint of a folder's weights with its context in it, if that was stretched.
+
+    Raises:
+        UserError: the file that says so is not readable.
+    """
+    path = Path(checkpoint_dir) / STRETCH
+    if not path.exists():
+        return fingerprint
+    try:
+        return f"{fingerprint}x{json.loads(path.read_text(encoding='utf-8'))['context_factor']:g}"
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not readable as what scripts/extend.py writes; extend the base again") from None
 
 
 def quantization(checkpoint_dir: Path) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt.checkpoints import io
+from lit_gpt.checkpoints.folder import STRETCH
 from lit_gpt.conversion import towers, weights
 from lit_gpt.conversion.hf_shards import SHARD_BYTES, Dequantized, LazyTensors, write_shards
 from lit_gpt.errors import UserError
@@ -28,7 +29,7 @@ WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIDE_FILES = (
     *TOKENIZER_FILES, "generation_config.json", "config.json", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
-CHECKPOINT_FILES = (*SIDE_FILES, towers.FILE)  # what one of our folders besides carries along
+CHECKPOINT_FILES = (*SIDE_FILES, towers.FILE, STRETCH)  # what one of our folders besides carries along
 
 
 def convert(checkpoint_dir: Path, hf: LazyTensors, dtype: torch.dtype | None = None) -> Config:

@@ -13,7 +13,7 @@ class HarnessArgs:
     """Evaluation"""
 
     checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Read a converted folder.
-    finetuned_path: Path | None = None  # Attach what finetune/lora.py, ia3.py, adapter.py or adapter_v2.py wrote.
+    finetuned_path: Path | None = None  # Attach what a script of finetune/ wrote.
     tasks: str = ""  # Run these tasks or groups of lm-eval, with commas between.
     include_path: Path | None = None  # Read tasks of your own, as YAML, from this folder.
     out: Path = Path("out/lm_eval.json")  # Write the figures to this file.

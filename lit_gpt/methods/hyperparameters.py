@@ -1,7 +1,8 @@
 """The hyperparameters of each method, as groups of flags. Nothing here imports torch."""
 
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from lit_gpt.cli import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
@@ -43,6 +44,11 @@ CONTRADICTIONS: tuple[tuple[dict[str, tuple[Any, ...]], str], ...] = (
         {"update": ("vera", "tied", "multi", "qa"), "init": ("pissa", "olora", "eva")},
         "each layer would need matrices of its own that all train; expected --lora_init kaiming",
     ),
+    (
+        {"update": ("glora",), "init": ("pissa", "olora", "eva")},
+        "what it begins with would have to be taken from the weight that it scales; expected --lora_init kaiming",
+    ),
+    ({"update": ("glora",), "train": ("B",)}, "the matrices that scale the weight all train; leave it out"),
     ({"update": ("vera",), "init": ("gaussian",)}, "its frozen matrices are drawn kaiming; leave it out"),
     ({"update": ("vera",), "train": ("B",)}, "its B is frozen as its A is; leave it out"),
     ({"update": ("vera",), "scaling": ("sqrt_r",)}, "its learned vectors are the only scale; leave it out"),
@@ -64,12 +70,13 @@ class LoRAConfig:
     projection: bool = False  # Adapt the attention's output projection.
     mlp: bool = False  # Adapt the MLP's linear layers.
     head: bool = False  # Adapt the output head.
-    update: Literal["plain", "dora", "vera", "tied", "multi", "qa"] = "plain"  # Make the updates in this form.
+    update: Literal["plain", "dora", "vera", "tied", "multi", "qa", "glora"] = "plain"  # Make the updates in this form.
     copies: PositiveInt = 3  # Sum this many updates of each projection, where lora_update is multi.
     init: Literal["kaiming", "gaussian", "pissa", "olora", "eva"] = "kaiming"  # Start A, or A and B, from this.
     scaling: Literal["r", "sqrt_r"] = "r"  # Divide lora_alpha by the rank or by its root (rsLoRA).
     train: Literal["both", "B"] = "both"  # Train A and B, or B alone beside a random A that stays (LoRA-FA).
     lr_ratio: PositiveFloat = 1.0  # Train B at this many times the learning rate (LoRA+: 16).
+    ranks: dict[str, Any] = field(default_factory=dict, hash=False)  # Give layers other ranks: '{"mlp": 4}'.
     parts: PartsConfig = PartsConfig()
 
     def __post_init__(self) -> None:
@@ -80,8 +87,33 @@ class LoRAConfig:
             if all(getattr(self, name) in refused for name, refused in values.items()):
                 given = " with ".join(f"--lora_{name} {getattr(self, name)}" for name in values)
                 raise UsageError(f"{given}: {why}")
+        self.check_ranks()
+        if self.update == "glora" and self.dropout:
+            raise UsageError(
+                f"--lora_update glora with --lora_dropout {self.dropout:g}: a weight that is changed has no inputs of "
+                "its own; give --lora_dropout 0"
+            )
         if self.update == "vera" and self.lr_ratio != 1:
             raise UsageError(f"--lora_update vera with --lora_lr_ratio {self.lr_ratio}: its B does not train")
+
+    def check_ranks(self) -> None:
+        """Refuse ranks of single layers that are none, or that have no meaning."""
+        if self.ranks and self.update in ("vera", "tied"):
+            raise UsageError(
+                f"--lora_ranks with --lora_update {self.update}: layers share their matrices; leave it out"
+            )
+        for pattern, rank in self.ranks.items():
+            if type(rank) is not int or rank < 0:
+                raise UsageError(f"--lora_ranks: '{pattern}': {rank!r}, expected a whole number, 0 or more")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(f"--lora_ranks: '{pattern}': no regular expression ({error})") from None
+
+    def of_layer(self, path: str) -> "LoRAConfig":
+        """Return the hyperparameters of the layer at a path: the first pattern found in it decides on its rank."""
+        rank = next((rank for pattern, rank in self.ranks.items() if re.search(pattern, path)), self.r)
+        return self if rank == self.r else replace(self, r=rank)
 
     @property
     def scale(self) -> float:

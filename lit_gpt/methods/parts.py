@@ -66,7 +66,7 @@ class TrainedPart(nn.Module):
 
     Args:
         names: of the parameters that train.
-        tied: a parameter that trains already, and is this part's weight too.
+        tied: what is this part's weight, and is another's too, which trains it.
 
     Attributes:
         inner: the name under which the part itself is found here.
@@ -124,7 +124,7 @@ class TrainedEmbedding(TrainedPart):
 
     @property
     def weight(self) -> nn.Parameter:
-        return self.embedding.weight
+        return self.embedding.get_parameter("weight")
 
     def forward(self, idx: Tensor) -> Tensor:
         """Return embeddings (..., n_embd) of int64 ids."""
@@ -142,12 +142,12 @@ class TrainedHead(TrainedPart):
     linear: Linear
 
     def __init__(self, head: Linear, tied: nn.Parameter | None) -> None:
-        super().__init__(head, {"weight"}, tied)
+        super().__init__(head, {"weight"} if tied is None else set(), tied)
         self.in_features, self.out_features = head.in_features, head.out_features
 
     @property
     def weight(self) -> nn.Parameter:
-        return self.linear.weight
+        return self.linear.get_parameter("weight")
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -160,7 +160,8 @@ class TrainedHead(TrainedPart):
     def record(self, tape: DecodingTape, x: Tensor, name: str) -> Tensor:
         """Add the head to a decoding tape, in the base's dtype, in which it is read faster."""
         head = Linear(self.in_features, self.out_features, bias=False, device="meta")
-        head.weight, head.bias = nn.Parameter(self.weight.to(self.dtype), requires_grad=False), self.bias
+        head.weight = nn.Parameter(self.weight.to(self.dtype), requires_grad=False)
+        head.register_parameter("bias", self.bias)
         return tape.linear(head, x, name)
 
 
@@ -171,8 +172,8 @@ class Bias(LinearWrapper):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__(layer)
-        place = {"device": next(layer.parameters()).device, "dtype": torch.float32}
-        self.bias = nn.Parameter(torch.zeros(*self.experts, self.out_features, **place))
+        shape, device = (*self.experts, self.out_features), next(layer.parameters()).device
+        self.bias = nn.Parameter(torch.zeros(shape, device=device, dtype=torch.float32))
 
     def merged_parameter(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return the layer's weight as it is, or its bias with the change in it, float32."""
@@ -237,9 +238,9 @@ def train_embeddings(model: GPT, head: bool) -> None:
             model.set_submodule(name, TrainedEmbedding(embedding, {"weight"}))
         elif embedding is not None:
             raise UsageError("--train_embeddings: those of a quantized base cannot train; leave one of both out")
-    tied = model.config.tie_embeddings
-    if head or tied:
-        model.set_submodule("lm_head", TrainedHead(model.lm_head, model.wte.weight if tied else None))
+    tied = model.wte.get_parameter("weight") if model.config.tie_embeddings else None
+    if head or tied is not None:
+        model.set_submodule("lm_head", TrainedHead(model.lm_head, tied))
 
 
 def train_biases(model: GPT) -> None:

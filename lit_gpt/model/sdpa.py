@@ -147,14 +147,12 @@ def attend_in_groups(
     ks, vs = (x.split(keys, 1) if keys else (x, x) for x in (k, v))
     own = (None, None) if sinks is None else sinks.split(queries)
     halves = zip(q.split(queries, 1), ks, vs, own, (size, size // 2), strict=True)
-    return torch.cat(
-        [
-            attend_packed(*part, scores, segments.in_groups(size, first), sink)
-            for *part, sink, first in halves
-            if part[0].size(1)
-        ],
-        dim=1,
-    )
+    parts = [
+        attend_packed(q, k, v, scores, segments.in_groups(size, first), sinks)
+        for q, k, v, sinks, first in halves
+        if q.size(1)
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def use_blockwise(q: Tensor, scores: ScoreParams) -> bool:

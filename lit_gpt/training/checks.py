@@ -59,6 +59,7 @@ def check_early(args: TrainArgs, method: str, config: Any) -> None:
     if args.watch.metric is not None:
         validation_metric(args.watch.metric)
     check_fp16(args, config)
+    check_galore(args)
     check_quantized(args, not registry.entry(method).attaches, stored["quantize"])
     if args.optimization.attention_group and getattr(config, "virtual_tokens", 0):
         raise UsageError(
@@ -192,6 +193,14 @@ def check_sharding(args: TrainArgs, method: "Method") -> None:
     """Refuse to share out among ranks what a method wants whole."""
     if method.unsharded and args.devices.strategy in ("fsdp", "deepspeed"):
         raise UsageError(f"{method.unsharded}: --strategy {args.devices.strategy} does not share that out; use ddp")
+
+
+def check_galore(args: TrainArgs) -> None:
+    """Refuse to share out what GaLore decomposes."""
+    if args.optimization.optimizer == "galore" and args.devices.strategy in ("fsdp", "deepspeed"):
+        raise UsageError(
+            f"--optimizer galore: --strategy {args.devices.strategy} holds no whole gradient to decompose; use ddp"
+        )
 
 
 def check_offload(args: TrainArgs, on_cuda: bool) -> None:

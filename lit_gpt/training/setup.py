@@ -122,7 +122,7 @@ def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
         args = replace(args, batch=replace(args.batch, micro_batch_tokens=planner.row_tokens()))
     model = build(args, method, fabric, base)
     if begins_anew(args, fabric):
-        method.initialize(model, start_of(base, train, objective, fabric))
+        method.initialize(model, start_of(base, train, objective, fabric.device))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fabric.print(f"{method.name}: training {trainable:,} of {count_parameters(model):,} parameters")
     if probe:
@@ -165,13 +165,13 @@ def build(args: TrainArgs, method: Method, fabric: Fabric, base: BaseCheckpoint)
     return model
 
 
-def start_of(base: BaseCheckpoint, train: Samples, objective: Objective, fabric: Fabric) -> Start:
+def start_of(base: BaseCheckpoint, train: Samples, objective: Objective, device: torch.device) -> Start:
     """Return what a method may start from besides the base."""
 
     def encode(text: str) -> list[int]:
         return base.tokenizer.encode(text, bos=False).tolist()
 
-    return Start(encode, lambda samples: objective.collate([train[i] for i in samples]).to(fabric.device), len(train))
+    return Start(encode, lambda samples: objective.collate([train[i] for i in samples]).to(device), len(train))
 
 
 def begins_anew(args: TrainArgs, fabric: Fabric) -> bool:

@@ -15,7 +15,7 @@ from lit_gpt.model.gpt import GPT
 from lit_gpt.training import optimizers
 from lit_gpt.training.args import OptimizationArgs
 from lit_gpt.training.objectives import Objective
-from lit_gpt.training.optimizers import InBackward, Parameters, make_optimizer, optimizer_for
+from lit_gpt.training.optimizers import InBackward, groups, make_optimizer, optimizer_for, trained
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine  # which takes seconds to import
@@ -72,7 +72,7 @@ class Worker:
             self.engine = fabric.strategy.model
         else:
             self.wrapped = fabric.setup_module(model)
-            optimizer = optimizer_for(groups(model, method, args.learning_rate), args)
+            optimizer = optimizer_for(groups(model, method, args), args)
             self.optimizer = optimizer if isinstance(optimizer, InBackward) else fabric.setup_optimizers(optimizer)
         self.parameters = trained(model)
 
@@ -180,19 +180,3 @@ class Worker:
                 if isinstance(entry, Tensor) and entry.shape == parameters[i].shape:
                     entries[name] = shard_like(parameters[i], entry)
         return self.optimizer.load_state_dict(state)
-
-
-def groups(model: nn.Module, method: Method, learning_rate: float) -> Parameters:
-    """Return the parameters that train, in groups by the ratio of their learning rates if these differ."""
-    ratios: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            ratios.setdefault(method.learning_rate_ratio(name), []).append(parameter)
-    if ratios.keys() == {1.0}:
-        return trained(model)
-    return [{"params": part, "lr": ratio * learning_rate, "lr_ratio": ratio} for ratio, part in ratios.items()]
-
-
-def trained(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that train."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]

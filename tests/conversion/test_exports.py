@@ -289,7 +289,7 @@ def spoil(patch: pytest.MonkeyPatch, how: str, base: Path) -> None:
         )
         pairs = {O_PROJ[0]: lambda A, B: (B.T, A.T)}
         same = lambda A, B: (A, B)  # noqa: E731
-        patch.setattr(peft, "to_peft", lambda m: {k: pairs.get(k, same)(*v) for k, v in to_peft(m).items()})
+        patch.setattr(peft, "to_peft", lambda *a: {k: pairs.get(k, same)(*v) for k, v in to_peft(*a).items()})
     elif how == "scaling forgotten":
 
         def unscaled(layer, dtype):

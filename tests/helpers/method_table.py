@@ -20,7 +20,10 @@ from lit_gpt.methods import finetuned_file, lora
 from lit_gpt.model.gpt import quantize
 from lit_gpt.model.packed_inputs import Targets
 
-UPDATES, INITS = ("plain", "dora", "vera", "tied", "multi", "qa"), ("kaiming", "gaussian", "pissa", "olora", "eva")
+UPDATES, INITS = (
+    ("plain", "dora", "vera", "tied", "multi", "qa", "glora"),
+    ("kaiming", "gaussian", "pissa", "olora", "eva"),
+)
 OTHERS = {"scaling": "sqrt_r", "train": "B", "lr_ratio": 16}
 
 

@@ -45,11 +45,12 @@ OTHERS = {  # by name: the registered method, and its settings
     "parallel": ("bottleneck", {"size": 8, "place": "parallel", "scale": 2.0, "activation": "silu"}),
     "BitFit and norms": ("bitfit", {"parts": PartsConfig(norms=True)}),
 }
-WITH_PARTS = {  # of the base, that train themselves
+BESIDES = {  # what cannot become a product of two matrices
+    "GLoRA": {"update": "glora"},
     "LoRA and norms": {"parts": PartsConfig(norms=True)},
     "LoRA and embeddings": {"parts": PartsConfig(embeddings="both"), "head": False},
 }
-METHODS = LORA_METHODS | {"DoRA from PiSSA": {"update": "dora", "init": "pissa"}} | WITH_PARTS | OTHERS
+METHODS = LORA_METHODS | {"DoRA from PiSSA": {"update": "dora", "init": "pissa"}} | BESIDES | OTHERS
 PROMPTS = {
     "prompt tuning": {},
     "P-tuning": {"encoder": "mlp", "hidden": 12},
@@ -72,7 +73,7 @@ def make(name: str, **settings) -> Method:
 def attach_fresh(model: GPT, name: str, **settings) -> GPT:
     """Attach a method of METHODS to all that it can adapt, as at the beginning of a run."""
     made = make(name, **settings)
-    if getattr(made.config, "update", None) == "dora" and model.config.n_expert:
+    if getattr(made.config, "update", None) in ("dora", "glora") and model.config.n_expert:
         made = make(name, **settings | {"mlp": False})
     made.attach(model)
     made.initialize(model)

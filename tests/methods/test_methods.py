@@ -31,8 +31,7 @@ from lit_gpt.model.gpt import quantize
 from lit_gpt.model.packed_inputs import Targets
 from lit_gpt.quantization.modules import QuantizedLinear
 from lit_gpt.training.args import OptimizationArgs
-from lit_gpt.training.optimizers import InBackward, make_optimizer
-from lit_gpt.training.strategy import groups
+from lit_gpt.training.optimizers import InBackward, groups, make_optimizer
 
 # Grouped queries; shared norm and fused qkv; learned positions and biases; experts. The others are slow.
 FEW = [("llama", "llama3"), ("falcon", "7b"), ("gpt2", "gpt2"), ("mixtral", "mixtral")]
@@ -232,7 +231,7 @@ def test_learning_rates_of_lora_plus_equal_pefts(llama_like: Tiny, tmp_path, in_
     peft_files.write(tmp_path, model, config, str(llama_like.folder))
     theirs = peft.PeftModel.from_pretrained(tiny_hf_model(*FEW[0]), tmp_path, is_trainable=True).eval()
     args = OptimizationArgs(optimizer="sgd", learning_rate=0.05, weight_decay=0.0)
-    parameters = groups(model, method, args.learning_rate)
+    parameters = groups(model, method, args)
     ours = InBackward(parameters, args) if in_backward else make_optimizer(parameters, args)
     peers = create_loraplus_optimizer(theirs, torch.optim.SGD, lr=0.05, loraplus_lr_ratio=16)
     for _ in range(2):
@@ -242,7 +241,7 @@ def test_learning_rates_of_lora_plus_equal_pefts(llama_like: Tiny, tmp_path, in_
             optimizer.zero_grad()
     losses(model, theirs, tokens(theirs, rows=1))
     assert [group["lr"] for group in ours.state_dict()["param_groups"]] == [0.05, 0.8] or in_backward
-    dora = groups(fresh(llama_like, "DoRA", head=False, lr_ratio=16.0), method, 1.0)
+    dora = groups(fresh(llama_like, "DoRA", head=False, lr_ratio=16.0), method, args)
     assert [(group["lr_ratio"], {p.ndim for p in group["params"]}) for group in dora] == [(1.0, {1, 2}), (16.0, {2})]
 
 

@@ -96,7 +96,7 @@ def test_what_does_not_go_together_is_refused_by_name(tmp_path):
         LoRAPool.beside(checkpoint, [path], PromptStyle.from_dict(STYLE))
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_from_training_to_a_merged_checkpoint(cli, tmp_path, data_dir, flags, tied):
     """Resumed to the bit; answered with; merged with the logits that they had apart."""
     place = flags["checkpoint_dir"]
@@ -126,7 +126,7 @@ def test_from_training_to_a_merged_checkpoint(cli, tmp_path, data_dir, flags, ti
 
 
 def test_bitfit_from_training_to_a_merged_checkpoint(cli, tmp_path, data_dir, flags):
-    place = make_base(tmp_path / "base", "gpt_neox", "pythia")
+    place = make_base(tmp_path / "base", "llama", "biased")
     flags = {k: v for k, v in flags.items() if not k.startswith("lora")} | {"checkpoint_dir": place}
     assert (result := cli("finetune/bitfit.py", **flags)).code == 0, result.err
     rows = [float(row["val_loss"]) for row in metrics(flags["out_dir"]) if row["val_loss"]]

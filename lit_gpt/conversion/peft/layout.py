@@ -48,8 +48,12 @@ def layers(config: Config) -> Iterator[Layer]:
                 yield Layer(modules.get(stored, stored), stored, row.lit.removesuffix(".weight"), rows)
 
 
-def to_peft(model: GPT) -> Pairs:
-    """Return the pairs of a model with LoRA attached, under the names of transformers."""
+def to_peft(model: GPT, scale: float) -> Pairs:
+    """Return the pairs of a model with LoRA attached, under the names of transformers.
+
+    Args:
+        scale: of the products B A; what a layer has besides goes into its B.
+    """
     attached, pairs = lora.lora_layers(model), {}
     known = list(layers(model.config))
     if apart := attached.keys() - {layer.lit for layer in known}:
@@ -63,7 +67,7 @@ def to_peft(model: GPT) -> Pairs:
             if own.any():
                 As.append(A.detach())
                 Bs.append(B.new_zeros(len(layer.rows), ours.rank))
-                Bs[-1][own] = B.detach()[layer.rows[own] - start]
+                Bs[-1][own] = B.detach()[layer.rows[own] - start] * (ours.scale / scale)
         if As:
             pairs[layer.name] = torch.cat(As), torch.cat(Bs, dim=1)
     return pairs

@@ -52,7 +52,11 @@ def write(folder: Path, model: GPT, config: lora.LoRAConfig, base_model: str) ->
     """
     for flag in config.parts.flags:
         raise UserError(f"{flag}: a PEFT adapter of LoRA has no place for that; merge it by scripts/merge_lora.py")
-    pairs = to_peft(model)
+    if config.update == "glora":
+        raise UserError(
+            "--lora_update glora: scales the base's weights, for which LoRA's adapter has no place; merge it"
+        )
+    pairs = to_peft(model, config.scale)
     tensors = {f"{PREFIX}{name}.lora_{x}.weight": t for name, pair in pairs.items() for x, t in zip("AB", pair)}  # noqa: B905
     magnitudes = {name: tensor for name, tensor in to_magnitudes(model).items() if name in pairs}
     tensors |= {f"{PREFIX}{name}.{MAGNITUDE}": tensor for name, tensor in magnitudes.items()}

@@ -17,8 +17,10 @@ from lit_gpt.methods.lora.merging import (
     write_shifted,
 )
 from lit_gpt.methods.lora.method import NAME, LoRA
+from lit_gpt.methods.lora.starts import explained_ranks
 
 __all__ = [
-    "NAME", "LoRA", "LoRAConfig", "LoRAExperts", "LoRALinear", "attach", "lora_layers", "merge", "merged_config",
-    "merged_tensor", "skeleton", "stays_quantized", "targets", "updates", "write_merged", "write_shifted",
+    "NAME", "LoRA", "LoRAConfig", "LoRAExperts", "LoRALinear", "attach", "explained_ranks", "lora_layers", "merge",
+    "merged_config", "merged_tensor", "skeleton", "stays_quantized", "targets", "updates", "write_merged",
+    "write_shifted",
 ]  # fmt: skip

@@ -14,6 +14,7 @@ from lit_gpt.hardware import on_meta
 from lit_gpt.methods import finetuned_file
 from lit_gpt.methods.hyperparameters import LoRAConfig
 from lit_gpt.methods.lora.factors import Parts, SharedFactors
+from lit_gpt.methods.lora.glora import GLoRALinear
 from lit_gpt.methods.lora.layers import LoRAExperts, LoRALayer, LoRALinear, lora_layers
 from lit_gpt.methods.method import experts_of, mark_trainable
 from lit_gpt.methods.parts import train_parts
@@ -32,44 +33,71 @@ def attach(model: GPT, config: LoRAConfig) -> GPT:
     Raises:
         UsageError: the form of the updates does not go with some layer.
     """
-    if config.head and model.config.tie_embeddings + (config.parts.embeddings == "both") > 0:
-        if config.parts.embeddings != "none":
-            raise UsageError(
-                f"--train_embeddings {config.parts.embeddings} with --lora_head true: the head's weight trains itself; "
-                "leave one of them out"
-            )
+    check_head(config, model.config)
     train_parts(model, config.parts)
-    wanted = [(path, model.get_submodule(path), parts) for path, parts in targets(model, config)]
+    wanted = with_ranks([(path, model.get_submodule(path), parts) for path, parts in targets(model, config)], config)
     check_layers(wanted, config, model.config)
     kind_of = kinds(wanted, config)
     shared = shared_factors(wanted, config, kind_of)
     if shared:
         model.lora_shared = nn.ModuleDict(shared)
     for path, layer, parts in wanted:
-        wrapper = LoRAExperts if experts_of(layer) else LoRALinear
-        model.set_submodule(path, wrapper(layer, parts, config, shared.get(kind_of[path]), model.noise))
+        plain = GLoRALinear if config.update == "glora" else LoRALinear
+        wrapper = LoRAExperts if experts_of(layer) else plain
+        own = config.of_layer(path)
+        model.set_submodule(path, wrapper(layer, parts, own, shared.get(kind_of[path]), model.noise))
     mark_trainable(model)
     return model
+
+
+def check_head(config: LoRAConfig, base: Config) -> None:
+    """Refuse to adapt a head whose weight trains itself."""
+    parts = config.parts
+    if config.head and (parts.embeddings == "both" or parts.embeddings == "input" and base.tie_embeddings):
+        raise UsageError(
+            f"--train_embeddings {parts.embeddings} with --lora_head true: the head's weight trains itself; leave one "
+            "of them out"
+        )
+
+
+def with_ranks(wanted: list[Target], config: LoRAConfig) -> list[Target]:
+    """Return those layers that `--lora_ranks` gives a rank above 0.
+
+    Raises:
+        UsageError: a pattern matches no layer, or there are none left.
+    """
+    for pattern in config.ranks:
+        if not any(re.search(pattern, path) for path, _, _ in wanted):
+            raise UsageError(f"--lora_ranks: '{pattern}' matches no adapted layer; they are named as {wanted[0][0]}")
+    left = [target for target in wanted if config.of_layer(target[0]).r]
+    if wanted and not left:
+        raise UsageError("--lora_ranks: no layer keeps a rank above 0: nothing would be trained")
+    return left
 
 
 def check_layers(wanted: list[Target], config: LoRAConfig, base: Config) -> None:
     """Refuse layers for which the form or the start of the updates does not exist, and ranks beyond those of all."""
     most = 0
     for path, layer, parts in wanted:
-        if config.update == "dora" and experts_of(layer):
-            raise UsageError(f"--lora_update dora: {base.name} has experts in {path}; leave out --lora_mlp true")
+        r = config.of_layer(path).r
+        if config.update in ("dora", "glora") and experts_of(layer):
+            raise UsageError(
+                f"--lora_update {config.update}: {base.name} has experts in {path}; leave out --lora_mlp true"
+            )
         sizes = cast(Experts, layer)  # for mypy
-        if config.init == "eva" and (experts_of(layer) or config.r > sizes.in_features):
+        if config.init == "eva" and (experts_of(layer) or r > sizes.in_features):
             what = "has experts" if experts_of(layer) else f"has only {sizes.in_features} inputs"
             raise UsageError(f"--lora_init eva: {path} of {base.name} {what}; leave it out, or give another start")
         limit = min(sizes.in_features, *(stop - start for start, stop in parts))
         most = max(most, limit)
-        if config.changes_start and config.r > limit:
+        if config.changes_start and r > limit:
             raise UsageError(
                 f"--lora_init {config.init}: {path} has only rank {limit}; expected --lora_r of at most that"
             )
-    if config.update != "vera" and config.r > most > 0:  # VeRA's matrices are random, and larger ones are of use
-        raise UsageError(f"--lora_r {config.r}: no adapted layer has a rank above {most}; expected at most that")
+    largest = max((config.of_layer(path).r for path, _, _ in wanted), default=0)
+    if config.update != "vera" and largest > most:  # VeRA's matrices are random, and larger ones are of use
+        flag = f"--lora_r {config.r}" if largest == config.r else f"--lora_ranks: {largest}"
+        raise UsageError(f"{flag}: no adapted layer has a rank above {most}; expected at most that")
 
 
 def kinds(wanted: list[Target], config: LoRAConfig) -> dict[str, str]:
@@ -151,10 +179,10 @@ def load_layers(model: GPT, state: Mapping[str, Tensor], source: Path | str) -> 
     layers = lora_layers(model)
     for flag in next(iter(layers.values())).config.parts.flags:
         raise UserError(f"{source}: trained with {flag}, which changes the base itself; merge it instead")
-    if any(layer.config.update == "dora" for layer in layers.values()):
-        raise UserError(
-            f"{source}: trained with lora_update dora, which scales whole rows of the base; merge it instead"
-        )
+    update = next(iter(layers.values())).config.update
+    if update in ("dora", "glora"):
+        what = "whole rows of the base" if update == "dora" else "the base's weights"
+        raise UserError(f"{source}: trained with lora_update {update}, which scales {what}; merge it instead")
     io.check_state(finetuned_file.file_parameters(model), state, source)
     model.load_state_dict(state, strict=False, assign=True)
     return layers

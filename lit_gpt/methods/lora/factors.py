@@ -8,9 +8,11 @@ tied    s diag(v) B diag(u) A, with one A and B for the layers of a kind; all tr
 qa      s B A P, where P sums the inputs of each group of 64 that int4 has a zero point for (Xu et al. 2023, arXiv
         2309.14717): the update is a shift of these zero points
 multi   s (diag(g_1) B_1 A_1 + ... + diag(g_n) B_n A_n), g zero at first (Wang et al. 2023, arXiv 2311.11501)
+glora   W + s W * (D C) + s B A, and of a bias b + b * d + e + W c (Chavan et al. 2023, arXiv 2306.07967); D, d, e and c
+        are zero at first, see lit_gpt.methods.lora.glora
 
-Whatever the form, an update is a product of two matrices: `factors` gives them, and products, merging, export and
-decoding go by these alone.
+Whatever the form, but for the last, an update is a product of two matrices: `factors` gives them, and products,
+merging, export and decoding go by these alone.
 """
 
 import math
@@ -27,6 +29,10 @@ from lit_gpt.quantization.modules import QuantizedLinear, weight_of
 from lit_gpt.quantization.packing import GROUP
 
 Parts = list[tuple[int, int]]
+OWN = (  # the parameters that some update or start has besides A and B
+    "gate", "rank_scale", "row_scale", "magnitude", "start_A", "start_B", "scale_A", "scale_B", "bias_scale",
+    "bias_shift", "bias_mix",
+)  # fmt: skip
 VERA_START = 0.1  # of d (section 4 of the paper)
 
 
@@ -78,6 +84,11 @@ class Factors(LinearWrapper):
     magnitude: nn.Parameter | None  # dora: the rows' lengths
     start_A: nn.Parameter | None  # what A and B were at first, to be subtracted; see lit_gpt.methods.lora.starts
     start_B: nn.Parameter | None
+    scale_A: nn.Parameter | None  # glora: C and D, and of the bias d, e and c
+    scale_B: nn.Parameter | None
+    bias_scale: nn.Parameter | None
+    bias_shift: nn.Parameter | None
+    bias_mix: nn.Parameter | None
 
     def __init__(
         self,
@@ -104,7 +115,7 @@ class Factors(LinearWrapper):
             self.lora_A, self.lora_B = (self.new(shape) for shape in shapes)
             draw(self.lora_A, config)
         own = self.own_parameters()
-        for name in ("gate", "rank_scale", "row_scale", "magnitude", "start_A", "start_B"):
+        for name in OWN:
             self.register_parameter(name, own.get(name))
         frozen = tuple(name for name in own if name.startswith("start"))
         self.trained_parameters = (*trained, *(name for name in own if name not in frozen))
@@ -132,6 +143,12 @@ class Factors(LinearWrapper):
             own["row_scale"] = self.new((*self.experts, rows), 0.0 if update == "vera" else 1.0)
         elif update == "dora":
             own["magnitude"] = self.new((rows,))
+        elif update == "glora":
+            own["scale_A"], own["scale_B"] = (self.new(shape) for shape in shapes)
+            draw(own["scale_A"], self.config)
+            if getattr(self.linear, "bias", None) is not None:
+                own["bias_scale"], own["bias_shift"] = self.new((rows,)), self.new((rows,))
+                own["bias_mix"] = self.new((len(self.parts), self.in_features))
         if self.config.changes_start:
             own["start_A"], own["start_B"] = (self.new(shape) for shape in shapes)
         return own

@@ -36,7 +36,10 @@ def merge(model: GPT) -> GPT:
             raise UserError(f"LoRA cannot be merged into {path}, which another method has changed; leave it apart")
         zeros = layer.shifted_zeros()
         if zeros is None:
+            bias = layer.merged_parameter("bias") if layer.bias_shift is not None else None
             linear = with_weight(linear, layer.merged(), model.dtype)
+            if bias is not None:
+                linear.bias = nn.Parameter(bias.to(model.dtype), requires_grad=False)
         else:
             linear.get_parameter("zero").data = zeros
         model.set_submodule(path, linear)

@@ -26,7 +26,12 @@ class LoRA(Method):
         starts.initialize(model, self.config, start)
 
     def learning_rate_ratio(self, name: str) -> float:
-        return self.config.lr_ratio if name.endswith("lora_B") else 1.0
+        return self.config.lr_ratio if name.endswith(("lora_B", "scale_B")) else 1.0
+
+    @property
+    def first_uniform_layer(self) -> int:
+        """Return no layer of any model, where layers have ranks of their own."""
+        return 10**9 if self.config.ranks else 0
 
     @property
     def unsharded(self) -> str | None:

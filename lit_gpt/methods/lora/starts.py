@@ -5,6 +5,9 @@ kept, as `start_A` and `start_B`, and subtracted. The function and its gradients
 up to rounding, and the file goes with the base that everything else goes with.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -29,16 +32,16 @@ def initialize(model: GPT, config: LoRAConfig, start: Start | None) -> None:
         start_from_inputs(model, config, start)
     for layer in lora_layers(model).values():
         if config.changes_start:
-            start_from_weights(layer, config)
+            start_from_weights(layer)
         if layer.magnitude is not None:
             layer.magnitude.copy_(layer.lengths(*layer.factors()))
 
 
-def start_from_weights(layer: Factors, config: LoRAConfig) -> None:
+def start_from_weights(layer: Factors) -> None:
     """Fill A and B of each projection from a decomposition of its weight, and keep them as what is subtracted."""
-    weight, decompose = weight_of(layer.linear), {"pissa": pissa, "olora": olora}[config.init]
+    weight, decompose = weight_of(layer.linear), {"pissa": pissa, "olora": olora}[layer.config.init]
     As, Bs = zip(
-        *(decompose(weight[..., start:stop, :].float(), config.r, config.scale) for start, stop in layer.parts),
+        *(decompose(weight[..., start:stop, :].float(), layer.r, layer.scale) for start, stop in layer.parts),
         strict=True,
     )
     for name, parts in {"A": As, "B": Bs}.items():
@@ -49,26 +52,69 @@ def start_from_weights(layer: Factors, config: LoRAConfig) -> None:
 def start_from_inputs(model: GPT, config: LoRAConfig, start: Start) -> None:
     """Fill A with the directions in which the layer's inputs vary most (Paischer et al. 2024, EVA, arXiv 2410.07170).
 
-    They are the right singular vectors of the inputs that a row of the first samples gives. All layers have the same
-    rank: the paper's redistribution of ranks is left out (its rho is 1).
+    They are the right singular vectors of the inputs that a row of the first samples gives. `explained_ranks` gives
+    layers the ranks that the paper does.
 
     Raises:
         UsageError: the row has fewer tokens than there are ranks.
+    """
+
+    def fill(path: str, layer: Factors, S: Tensor, Vh: Tensor) -> None:
+        if len(S) < layer.r:
+            raise UsageError(f"--lora_init eva: the data has {len(S)} tokens; expected as many as --lora_r {layer.r}")
+        layer.lora_A.copy_(Vh[: layer.r].repeat(len(layer.parts), 1))
+
+    decompose_inputs(model, config, start, fill)
+
+
+def explained_ranks(model: GPT, config: LoRAConfig, start: Start, rho: float) -> dict[str, int]:
+    """Return ranks of the layers by how much of the variance of their inputs they explain (EVA, section 3.3).
+
+    All projections have `config.r` ranks on average. Each goes to the layer whose next singular value explains the
+    largest share of its inputs' variance, up to rho times `config.r` in one layer.
+
+    Args:
+        model: with LoRA attached.
+
+    Returns:
+        {path: rank}, 0 for a layer that is left out.
+    """
+    shares: list[tuple[float, str]] = []
+    most = int(rho * config.r)
+
+    def explain(path: str, layer: Factors, S: Tensor, Vh: Tensor) -> None:
+        squares = S.double().square()
+        shares.extend((float(share), path) for share in squares[:most] / squares.sum())
+
+    decompose_inputs(model, config, start, explain)
+    layers = lora_layers(model)
+    ranks, left = dict.fromkeys(layers, 0), config.r * sum(len(layer.parts) for layer in layers.values())
+    for _, path in sorted(shares, reverse=True):
+        if (taken := len(layers[path].parts)) <= left:
+            ranks[path], left = ranks[path] + 1, left - taken
+    return ranks
+
+
+def decompose_inputs(
+    model: GPT, config: LoRAConfig, start: Start, use: Callable[[str, Factors, Tensor, Tensor], None]
+) -> None:
+    """Call a function with the singular values (n,) and right vectors (n, in_features) of each adapted layer's inputs.
+
+    Args:
+        use: takes the path, the layer, and both in float32.
     """
     rows: list[int] = []
     tokens = 0
     while tokens < EVA_TOKENS and len(rows) < start.samples:
         rows.append(len(rows))
         tokens += start.row(rows[-1:]).tokens
-    if tokens < config.r:
-        raise UsageError(f"--lora_init eva: the data has {tokens} tokens; expected as many as --lora_r {config.r}")
 
-    def fill(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def decompose(path: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, Factors)
-        directions = torch.linalg.svd(inputs[0].flatten(0, -2).float(), full_matrices=False).Vh[: config.r]
-        layer.lora_A.copy_(directions.repeat(len(layer.parts), 1))
+        _, S, Vh = torch.linalg.svd(inputs[0].flatten(0, -2).float(), full_matrices=False)
+        use(path, layer, S, Vh)
 
-    hooks = [layer.register_forward_pre_hook(fill) for layer in lora_layers(model).values()]
+    hooks = [layer.register_forward_pre_hook(partial(decompose, path)) for path, layer in lora_layers(model).items()]
     training, row = model.training, start.row(rows)
     try:
         x = model.eval().hidden(row.idx, row.segments)

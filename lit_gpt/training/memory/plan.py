@@ -26,7 +26,7 @@ from lit_gpt.training.checks import length_limit
 from lit_gpt.training.memory.activation_checkpointing import KINDS, apply_activation_checkpointing
 from lit_gpt.training.memory.tracker import MemoryTracker
 from lit_gpt.training.objectives import Objective
-from lit_gpt.training.optimizers import EIGHT_BIT, optimizer_for
+from lit_gpt.training.optimizers import EIGHT_BIT, groups, optimizer_for
 
 CPU_ROW = 2048  # tokens of a packed row on a CPU: its products gain little beyond, and activations grow
 
@@ -197,7 +197,8 @@ class MemoryPlanner:
             parameters = materialize(model)
             packed = self.objective.plan_row(*row)
             weights = tracker.now
-            optimizer = optimizer_for(parameters, stand_in(self.args.optimization))
+            stand_in_args = stand_in(self.args.optimization)
+            optimizer = optimizer_for(groups(model, method, stand_in_args), stand_in_args)
             optimizers.allocate(optimizer)
             states = tracker.now - weights
             loss = partial(self.loss, model, packed)
@@ -279,4 +280,5 @@ def unseen_state(parameters: list[nn.Parameter], name: str, cuda: bool) -> int:
 
 
 def is_torchs(optimizer: str) -> bool:
-    return OPTIMIZERS.get(optimizer, optimizer).startswith("torch.")
+    """Return whether an optimizer can step on tensors without contents: torch's and ours."""
+    return OPTIMIZERS.get(optimizer, optimizer).startswith(("torch.", "lit_gpt."))
