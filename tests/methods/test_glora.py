@@ -86,6 +86,7 @@ def test_what_it_does_not_go_with_is_refused_by_name(tmp_path):
         peft_files.write(tmp_path, model, replace(EVERYTHING, update="glora"), "base")
 
 
+@pytest.mark.slow  # the battery has each of its parts
 def test_a_run_that_is_merged(cli, flags, tmp_path):
     flags |= {"lora_update": "glora", "lora_dropout": 0, "max_steps": 3}
     assert (result := cli("finetune/lora.py", **flags)).code == 0, result.err

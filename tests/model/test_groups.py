@@ -7,7 +7,7 @@ import torch
 
 from helpers.compare import off
 from helpers.methods import as_if_trained, attach_fresh
-from helpers.runs import metrics, planner_of
+from helpers.runs import planner_of
 from helpers.steps import random_row
 from helpers.tiny_models import model_of
 from lit_gpt.errors import UsageError
@@ -101,11 +101,8 @@ def test_the_plan_counts_groups():
     assert plans[1].trainable == plans[0].trainable and plans[1].peak <= 1.05 * plans[0].peak
 
 
-def test_a_run_in_groups_and_its_refusals(cli, flags):
-    result = cli("finetune/lora.py", **flags | {"attention_group": 16, "max_steps": 4, "train_norms": "true"})
-    assert result.code == 0, result.err
-    rows = [float(row["val_loss"]) for row in metrics(flags["out_dir"]) if row["val_loss"]]
-    assert rows[-1] < rows[0]
-    flags = {k: v for k, v in flags.items() if not k.startswith("lora")} | {"out_dir": flags["out_dir"] / "x"}
+def test_what_groups_do_not_go_with_is_refused(cli, flags):
+    """A run in groups is that of tests/conversion/test_extension.py."""
+    flags = {k: v for k, v in flags.items() if not k.startswith("lora")}
     cli("finetune/prompt.py", **flags, attention_group=16).refused("--attention_group 16", "learned prompt", code=2)
     cli("finetune/full.py", **flags, attention_group=0).refused("--attention_group", "above 0", code=2)

@@ -67,6 +67,7 @@ def start_from_inputs(model: GPT, config: LoRAConfig, start: Start) -> None:
     decompose_inputs(model, config, start, fill)
 
 
+@torch.no_grad()
 def explained_ranks(model: GPT, config: LoRAConfig, start: Start, rho: float) -> dict[str, int]:
     """Return ranks of the layers by how much of the variance of their inputs they explain (EVA, section 3.3).
 
