@@ -1,6 +1,6 @@
 """LoRA over every family and layout, and against PEFT."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -88,7 +88,7 @@ def test_save_and_load(tiny: Tiny, tmp_path):
     state = folder.load_state(tiny.folder)
     path, base = tmp_path / "f.pth", folder.fingerprint(state)
     trained = finetuned_file.trained_state(model)
-    finetuned_file.save_file(path, "lora", base, trained, hyperparameters=vars(EVERYTHING), prompt_style=STYLE)
+    finetuned_file.save_file(path, "lora", base, trained, hyperparameters=asdict(EVERYTHING), prompt_style=STYLE)
     again = load_model(tiny.folder)
     finetuned_model.attach_record(again, path, finetuned_file.read_file(path, "lora", base))
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_save_and_load(tiny: Tiny, tmp_path):
 
 def test_a_file_whose_tensors_are_of_another_rank(tiny: Tiny, tmp_path):
     trained = finetuned_file.trained_state(attached(tiny))
-    record = {"hyperparameters": vars(replace(EVERYTHING, r=8)), "prompt_style": STYLE}
+    record = {"hyperparameters": asdict(replace(EVERYTHING, r=8)), "prompt_style": STYLE}
     path = tmp_path / "f.pth"
     finetuned_file.save_file(path, "lora", "b", trained, **record)
     with pytest.raises(UserError, match="does not fit the model"):

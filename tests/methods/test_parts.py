@@ -127,7 +127,7 @@ def test_from_training_to_a_merged_checkpoint(cli, tmp_path, data_dir, flags, ti
 
 def test_bitfit_from_training_to_a_merged_checkpoint(cli, tmp_path, data_dir, flags):
     place = make_base(tmp_path / "base", "llama", "biased")
-    flags = {k: v for k, v in flags.items() if not k.startswith("lora")} | {"checkpoint_dir": place}
+    flags = {k: v for k, v in flags.items() if not k.startswith("lora")} | {"checkpoint_dir": place, "max_steps": 4}
     assert (result := cli("finetune/bitfit.py", **flags)).code == 0, result.err
     rows = [float(row["val_loss"]) for row in metrics(flags["out_dir"]) if row["val_loss"]]
     assert rows[-1] < rows[0]

@@ -93,6 +93,7 @@ def test_layers_without_attention_are_refused(tmp_path):
         model_of("llama", "llama3", tmp_path / "b").attend_in_groups(1)
 
 
+@pytest.mark.slow
 def test_the_plan_counts_groups():
     config = replace(config_from_name("pythia-70m"), n_layer=2)
     plans = [

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -190,7 +190,7 @@ def test_a_finetuned_file_moves_the_logits(cli, run_flags, llama, tmp_path, zero
     state = finetuned_file.trained_state(model)
     for tensor in () if zeros else state.values():
         tensor.add_(torch.randn_like(tensor), alpha=0.1)
-    record = {"hyperparameters": vars(EVERYTHING), "prompt_style": STYLE}
+    record = {"hyperparameters": asdict(EVERYTHING), "prompt_style": STYLE}
     finetuned_file.save_file(tmp_path / "f.pth", "lora", base.fingerprint, state, **record)
     flags = {"checkpoint_dir": llama, "data_dir": run_flags["data_dir"], "finetuned_path": tmp_path / "f.pth"}
     result = cli("scripts/check.py", **flags, json="true")
