@@ -35,7 +35,7 @@ def main(sampling: SamplingArgs, model: ModelArgs) -> None:
     from lit_gpt.text.prompt_style import PromptStyle
 
     device = {"dtype": DTYPES[model.precision], "device": choose_device(model.device)}
-    base = BaseCheckpoint.open(checkpoint_dir, model.quantize)
+    base = BaseCheckpoint.open(checkpoint_dir, model.quantize, resident=True)
     own = style = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else base.prompt_style
     method = None
     if finetuned_path:

@@ -28,7 +28,7 @@ def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
     from lit_gpt.text.prompt_style import PromptStyle
 
     prompts = read_prompt(prompt, sampling, model, checkpoint_dir=checkpoint_dir, prompt_style=prompt_style)
-    base = BaseCheckpoint.open(checkpoint_dir, model.quantize)
+    base = BaseCheckpoint.open(checkpoint_dir, model.quantize, resident=True)
     style = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else base.prompt_style
     device = {"dtype": DTYPES[model.precision], "device": choose_device(model.device)}
     loras = LoRAPool.beside(base, prompts.lora_paths, style, fixed=bool(prompt_style), **device)

@@ -25,7 +25,7 @@ def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
     from lit_gpt.hardware import DTYPES, choose_device
 
     prompts = read_prompt(prompt, sampling, model, checkpoint_dir=checkpoint_dir)
-    base = BaseCheckpoint.open(checkpoint_dir, model.quantize)
+    base = BaseCheckpoint.open(checkpoint_dir, model.quantize, resident=True)
     gpt = base.build(DTYPES[model.precision], choose_device(model.device))
     prompts.answer(Answerer(gpt, base.tokenizer, base.prompt_style, sampling, model.compile))
 

@@ -37,7 +37,7 @@ def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
     if any(paths := prompts.lora_paths):
         if merge:
             raise UsageError(f"--merge true: lines of {prompt.prompt_file} have a LoRA of their own; leave it out")
-        base = BaseCheckpoint.open(checkpoint_dir, model.quantize)
+        base = BaseCheckpoint.open(checkpoint_dir, model.quantize, resident=True)
         style, device = base.prompt_style, {"dtype": DTYPES[model.precision], "device": choose_device(model.device)}
         loras = LoRAPool.beside(base, [path or finetuned_path for path in paths], style, **device)
         return prompts.answer(

@@ -35,7 +35,7 @@ def main(server: ServeArgs, model: ModelArgs) -> None:
         flag = "--loras" if loras else "--loras_dir"
         raise UsageError(f"{flag}: goes with the base, not with --finetuned_path; give one of them")
     files, key = named_files(loras), read_key(server)
-    base = BaseCheckpoint.open(checkpoint_dir, model.quantize)
+    base = BaseCheckpoint.open(checkpoint_dir, model.quantize, resident=True)
     style = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else None
     place = {"dtype": DTYPES[model.precision], "device": choose_device(model.device)}
     if finetuned_path:

@@ -60,7 +60,7 @@ class LitGPT:
         """
         if precision not in DTYPES:
             raise UsageError(f"precision {precision!r}: expected one of {', '.join(DTYPES)}")
-        base = BaseCheckpoint.open(Path(checkpoint_dir), quantize)
+        base = BaseCheckpoint.open(Path(checkpoint_dir), quantize, resident=True)
         place = DTYPES[precision], torch.device(device) if device else default_device()
         style = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else None
         if finetuned_path is None:

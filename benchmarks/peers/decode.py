@@ -24,7 +24,7 @@ about: dict[str, int] = {}
 
 
 def ours() -> Answer:
-    from lit_gpt.checkpoints.base_model import load_model
+    from lit_gpt.checkpoints.base_model import BaseCheckpoint
     from lit_gpt.generation.engine import decode
     from lit_gpt.generation.sampling import GREEDY
     from lit_gpt.generation.sequence import DecodingRow
@@ -35,7 +35,7 @@ def ours() -> Answer:
     options = NAME.split("_")[1:]
     torch.manual_seed(0)
     folder = next((JOB["quantized"][option] for option in options if option in JOB["quantized"]), JOB["checkpoint_dir"])
-    model = load_model(Path(folder), DTYPE, worker.device)
+    model = BaseCheckpoint.open(Path(folder), resident=True).build(DTYPE, worker.device)  # as generate/base.py does
     if "lora" in options:
         lora.attach(model, lora.LoRAConfig(key=True, projection=True, mlp=True))
         for layer in lora.lora_layers(model).values():

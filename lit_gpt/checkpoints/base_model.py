@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_gpt.checkpoints import folder as checkpoint
 from lit_gpt.checkpoints import io
 from lit_gpt.errors import UsageError, UserError
-from lit_gpt.hardware import on_meta, page_out
+from lit_gpt.hardware import gathered, on_meta, page_out
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT, quantize
 from lit_gpt.quantization import formats
@@ -72,10 +72,14 @@ class BaseCheckpoint:
     quantize: str | None = None  # a format of lit_gpt.quantization.formats
     is_quantized: bool = False  # the file is quantized already
     codes_fingerprint: str | None = None  # identifies a calibrated file, whose codes are not just the nearest
+    resident: bool = False  # whether a CPU holds the weights gathered in memory; else they stay mapped from the file
 
     @classmethod
-    def open(cls, checkpoint_dir: Path, quantize: str | None = None) -> "BaseCheckpoint":
+    def open(cls, checkpoint_dir: Path, quantize: str | None = None, resident: bool = False) -> "BaseCheckpoint":
         """Open the checkpoint in a folder, to be quantized to a format if one is given.
+
+        Args:
+            resident: for answers, which a CPU then decodes faster; see lit_gpt.hardware.gathered.
 
         Raises:
             UsageError: the folder is quantized already.
@@ -86,7 +90,7 @@ class BaseCheckpoint:
         state, config = checkpoint.read_state(checkpoint_dir), Config.from_checkpoint(checkpoint_dir)
         if not record:
             own = checkpoint.stretched(checkpoint_dir, checkpoint.fingerprint(state))
-            base = cls(Path(checkpoint_dir), config, state, own, quantize)
+            base = cls(Path(checkpoint_dir), config, state, own, quantize, resident=resident)
             for tensor in state.values() if quantize else ():
                 page_out(tensor)
             return base
@@ -101,7 +105,8 @@ class BaseCheckpoint:
                 f"{Path(checkpoint_dir) / 'lit_model.pth'}: not the weights that lit_quantize.json tells of; "
                 "quantize again"
             )
-        return cls(Path(checkpoint_dir), config, state, record["source"], record["quantize"], True, calibrated)
+        source, format = record["source"], record["quantize"]
+        return cls(Path(checkpoint_dir), config, state, source, format, True, calibrated, resident)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -147,11 +152,22 @@ class BaseCheckpoint:
 
     def build(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> GPT:
         """Return the model, in evaluation mode; see load_model."""
-        state = self.state
+        on_cpu = torch.device(device or "cpu").type == "cpu"
         if self.quantize:
             dtype = dtype or self.dtype
-            state = state if self.is_quantized else dict(self.quantized(dtype, device))
+        state: Mapping[str, Tensor] = self.state
+        if self.quantize and dtype and not self.is_quantized:
+            tensors = self.quantized(dtype, device)
+            layout = skeleton(self.config, dtype, self.quantize).state_dict()
+            state = gathered(tensors, layout) if self.resident and on_cpu else dict(tensors)
+        elif self.resident and on_cpu and dtype in (None, self.dtype):  # else each model casts them
+            state = self._gathered
         return build_model(self.config, state, dtype, device, self.checkpoint_dir / "lit_model.pth", self.quantize)
+
+    @cached_property
+    def _gathered(self) -> Mapping[str, Tensor]:
+        """Copy the stored weights, once for all models."""
+        return gathered(self.state.items(), self.state)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -51,7 +51,7 @@ class Answerer:
         Raises:
             UserError: the folder is no converted checkpoint, or the file does not fit it.
         """
-        base = BaseCheckpoint.open(checkpoint_dir, args.quantize)
+        base = BaseCheckpoint.open(checkpoint_dir, args.quantize, resident=True)
         model, record = build_finetuned(base, path, method, DTYPES[args.precision], choose_device(args.device))
         return cls(model, base.tokenizer, PromptStyle.from_dict(record["prompt_style"]), sampling, args.compile)
 

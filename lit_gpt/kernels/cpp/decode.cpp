@@ -64,8 +64,8 @@ template <class T> struct Attention {
         }
         float factor = gate / sum(total);
         long d = 0;
-        for (; d + 16 <= size; d += 16)
-            store<16>(y + d, weighted_sum(scores, v + from + d, n) * factor + (adds ? load<16>(y + d) : v16{}));
+        for (; d + LANES <= size; d += LANES)
+            store<LANES>(y + d, weighted_sum(scores, v + from + d, n) * factor + (adds ? load<LANES>(y + d) : lanes{}));
         for (; d < size; d++) {
             float total = adds ? y[d] : 0;
             for (long j = 0; j < n; j++) total += factor * scores[j] * to_float(v[from + j * size + d]);
@@ -74,23 +74,23 @@ template <class T> struct Attention {
     }
 
     float score(const float *q, const T *key) const {
-        v16 total{};
+        lanes total{};
         long d = 0;
-        for (; d + 16 <= size; d += 16) total += load<16>(q + d) * load<16>(key + d);
-        float product = sum(total);
+        for (; d + LANES <= size; d += LANES) total += load<LANES>(q + d) * load<LANES>(key + d);
+        float product = sum<LANES>(total);
         for (; d < size; d++) product += q[d] * to_float(key[d]);
         return product;
     }
 
-    // 16 elements of the values' sum, weighted by the scores
-    v16 weighted_sum(const float *scores, const T *values, long n) const {
-        v16 even{}, odd{};
+    // LANES elements of the values' sum, weighted by the scores
+    lanes weighted_sum(const float *scores, const T *values, long n) const {
+        lanes even{}, odd{};
         long j = 0;
         for (; j + 2 <= n; j += 2) {
-            even += scores[j] * load<16>(values + j * size);
-            odd += scores[j + 1] * load<16>(values + (j + 1) * size);
+            even += scores[j] * load<LANES>(values + j * size);
+            odd += scores[j + 1] * load<LANES>(values + (j + 1) * size);
         }
-        return j < n ? even + odd + scores[j] * load<16>(values + j * size) : even + odd;
+        return j < n ? even + odd + scores[j] * load<LANES>(values + j * size) : even + odd;
     }
 };
 

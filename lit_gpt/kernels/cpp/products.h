@@ -5,12 +5,6 @@
 
 #include "dots.h"
 
-#ifdef __AVX512VNNI__
-constexpr bool VNNI = true;
-#else
-constexpr bool VNNI = false;
-#endif
-
 enum Format { FLOAT32, BFLOAT16, INT8, NIBBLES_FLOAT32, NIBBLES_BFLOAT16 };
 
 // The weights: `multiply` gives y[b * y_row + r] for their rows r from `begin` to `end` and n rows of x, and `expand`
@@ -63,7 +57,9 @@ struct QuantizedRows {
         float totals[B] = {};
         for (long block = 0; block < blocks; block++) {
             int sums[B] = {};
-            for (long k = block * BLOCK, end = std::min(columns, k + BLOCK); k < end; k++)
+            long end = std::min(columns, (block + 1) * BLOCK);
+            for (long k = block * BLOCK; k < end; k += 64) prefetch(w, k + AHEAD);
+            for (long k = block * BLOCK; k < end; k++)
                 for (int i = 0; i < B; i++) sums[i] += (int16_t)w[k] * numbers[(b + i) * columns + k];
             for (int i = 0; i < B; i++)
                 totals[i] = std::fma(steps[(b + i) * blocks + block], (float)sums[i], totals[i]);
@@ -109,8 +105,6 @@ struct Bytes {
 // LANES values of a table of 16 are looked up at once, by the lowest four bits of each code; and the scales of such
 // codes are `a` for the first 8 and `b` for others.
 #if defined __AVX2__ && !defined __AVX512F__  // a compiler would look up one after the other
-constexpr int LANES = 8;
-
 inline Vectors<8>::floats look_up(const float *table, Vectors<8>::words codes) {
     __m256i lanes = (__m256i)codes;
     __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), lanes),
@@ -120,8 +114,6 @@ inline Vectors<8>::floats look_up(const float *table, Vectors<8>::words codes) {
 
 inline Vectors<8>::floats scales_of_lanes(float a, float) { return Vectors<8>::floats{} + a; }
 #else
-constexpr int LANES = 16;
-
 inline v16 look_up(const float *table, v16u codes) {
 #ifdef __clang__
     v16 values;
@@ -135,8 +127,78 @@ inline v16 look_up(const float *table, v16u codes) {
 inline v16 scales_of_lanes(float a, float b) { return v16{a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b}; }
 #endif
 
+// The values of a group's 64 codes as whole numbers, and their products with numbers of 16 bits in the order of
+// `place`, whose sums fit 32 bits while no value is above UNIT.
+#if defined __AVX512VNNI__
+#define WHOLE_CODES
+struct WholeCodes {
+    typedef __m512 floats;
+    static constexpr float UNIT = 16383;  // four products
+    __m512i table, first, second;
+
+    explicit WholeCodes(const int16_t *values) {
+        int16_t twice[32];  // for the lowest five bits of a byte look them up
+        for (int i = 0; i < 32; i++) twice[i] = values[i % 16];
+        table = _mm512_loadu_si512(twice);
+    }
+
+    static int place(int k) { return k < 32 ? 2 * k : 2 * k - 63; }
+
+    void look_up(const uint8_t *at) {
+        __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)at));
+        first = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
+        second = _mm512_permutexvar_epi16(bytes, table);
+    }
+
+    __m512 add_product(__m512 total, const int16_t *x, float by) const {
+        __m512i sum = _mm512_dpwssd_epi32(_mm512_setzero_si512(), first, _mm512_loadu_si512(x));
+        sum = _mm512_dpwssd_epi32(sum, second, _mm512_loadu_si512(x + 32));
+        return _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(by), total);
+    }
+};
+#elif defined __AVX2__
+#define WHOLE_CODES
+struct WholeCodes {
+    typedef __m256 floats;
+    static constexpr float UNIT = 8191;  // eight products
+    __m256i low, high, values[4];        // the table's bytes; the values of 16 codes each
+
+    explicit WholeCodes(const int16_t *table) {
+        int8_t bytes[2][16];
+        for (int i = 0; i < 16; i++) bytes[0][i] = (int8_t)table[i], bytes[1][i] = (int8_t)(table[i] >> 8);
+        low = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)bytes[0]));
+        high = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)bytes[1]));
+    }
+
+    // `look_up` spreads bytes within each half of a vector: the lower eight of both, then the upper eight.
+    static int place(int k) { return 2 * (k % 16 / 8 * 16 + k / 16 % 2 * 8 + k % 8) + k / 32; }
+
+    void look_up(const uint8_t *at) {
+        __m256i bytes = _mm256_loadu_si256((const __m256i *)at), mask = _mm256_set1_epi8(15);
+        __m256i codes[2] = {_mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask), _mm256_and_si256(bytes, mask)};
+        for (int i = 0; i < 2; i++) {
+            __m256i l = _mm256_shuffle_epi8(low, codes[i]), h = _mm256_shuffle_epi8(high, codes[i]);
+            values[2 * i] = _mm256_unpacklo_epi8(l, h), values[2 * i + 1] = _mm256_unpackhi_epi8(l, h);
+        }
+    }
+
+    __m256 add_product(__m256 total, const int16_t *x, float by) const {
+        __m256i sum = _mm256_setzero_si256();
+        for (int i = 0; i < 4; i++)
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(values[i], _mm256_loadu_si256((const __m256i *)x + i)));
+        return _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(by), total);
+    }
+};
+#endif
+
+#ifdef WHOLE_CODES
+constexpr bool WHOLE = true;
+#else
+constexpr bool WHOLE = false;
+#endif
+
 // Weights of 4 bits: w = scale * values[code] (+ zero), with a scale for each 64 of a row; two codes a byte, the first
-// in the upper half. `fast`: x is rounded to 16 bits, and values that are not whole to 15.
+// in the upper half. `fast`: x is rounded to 16 bits, and values that are not whole to WholeCodes::UNIT.
 template <class S> struct Nibbles {
     const uint8_t *w;
     const S *scale, *zero;
@@ -145,7 +207,7 @@ template <class S> struct Nibbles {
     long groups;
 
     Nibbles(const void *codes, const void *scale, const void *zero, const float *pairs, long columns, bool fast)
-        : w((const uint8_t *)codes), scale((const S *)scale), zero((const S *)zero), pairs(pairs), fast(fast && VNNI),
+        : w((const uint8_t *)codes), scale((const S *)scale), zero((const S *)zero), pairs(pairs), fast(fast && WHOLE),
           groups((columns + 63) / 64) {}
 
     void expand(long r, long columns, float *to) const {
@@ -213,16 +275,16 @@ template <class S> struct Nibbles {
     template <int B> void row(long r, const float *table, const float *x, long x_row, float *y, long y_row) const {
         const uint8_t *at = w + r * groups * 32;
         const S *by = scale + r * groups;
-        typename Vectors<LANES>::floats totals[B] = {};
+        lanes totals[B] = {};
         for (long g = 0; g < groups; g += LANES / 8, at += 4 * LANES, x += 8 * LANES) {
             bool both = g + 1 < groups;
             typename Vectors<LANES>::words c{};
             LANES == 8 || both ? memcpy(&c, at, 4 * LANES) : memcpy(&c, at, 32);
             auto scales = scales_of_lanes(to_float(by[g]), both ? to_float(by[g + 1]) : 0);
-            typename Vectors<LANES>::floats values[8];
+            lanes values[8];
             for (int s = 0; s < 8; s++) values[s] = look_up(table, c >> (4 * s));
             for (int i = 0; i < B; i++) {
-                typename Vectors<LANES>::floats even{}, odd{};
+                lanes even{}, odd{};
                 for (int s = 0; s < 8; s += 2) {
                     even += values[s] * load<LANES>(x + i * x_row + LANES * s);
                     odd += values[s + 1] * load<LANES>(x + i * x_row + LANES * (s + 1));
@@ -233,47 +295,48 @@ template <class S> struct Nibbles {
         for (int i = 0; i < B; i++) y[i * y_row] = sum<LANES>(totals[i]);
     }
 
-    // In whole numbers, a group's places of even number before the others.
+    // In whole numbers.
     template <class ByRows>
     void multiply_quantized(long columns, const float *x, long n, long y_row, ByRows by_rows) const {
-#ifdef __AVX512VNNI__
-        const float unit = zero ? 1 : 16383;  // four products fit 32 bits
+#ifdef WHOLE_CODES
+        const float unit = zero ? 1 : WholeCodes::UNIT;
         std::vector<int16_t> numbers(64 * n * groups);
         std::vector<float> steps(n * groups);
         for (long i = 0; i < n * groups; i++) {
             long size = std::min(64l, columns - i % groups * 64);
             const float *from = x + i / groups * columns + i % groups * 64;
-            int16_t quantized[64] = {}, *to = &numbers[64 * i];
+            int16_t quantized[64] = {};
             steps[i] = quantize_to_int16(from, size, quantized) / unit;
-            for (int k = 0; k < 32; k++) to[k] = quantized[2 * k], to[k + 32] = quantized[2 * k + 1];
+            for (int k = 0; k < 64; k++) numbers[64 * i + k] = quantized[WholeCodes::place(k)];
         }
-        int16_t values[32];  // twice, for the lowest five bits of a byte look them up
-        for (int i = 0; i < 32; i++) values[i] = (int16_t)std::nearbyint(pairs[2 * (i % 16) + 1] * unit);
-        __m512i table = _mm512_loadu_si512(values);
+        int16_t values[16];
+        for (int i = 0; i < 16; i++) values[i] = (int16_t)std::nearbyint(pairs[2 * i + 1] * unit);
+        WholeCodes codes(values);
         by_rows([&](auto B, long b, long r, float *to) {
-            quantized_row<B>(r, table, &numbers[64 * b * groups], &steps[b * groups], to, y_row);
+            quantized_row<B>(r, codes, &numbers[64 * b * groups], &steps[b * groups], to, y_row);
         });
 #endif
     }
 
-#ifdef __AVX512VNNI__
-    template <int B> void quantized_row(long r, __m512i table, const int16_t *numbers, const float *steps, float *y,
+#ifdef WHOLE_CODES
+    template <int B> void quantized_row(long r, WholeCodes codes, const int16_t *numbers, const float *steps, float *y,
                                         long y_row) const {
-        __m512 totals[B] = {};
+        WholeCodes::floats totals[B] = {};
         for (long g = 0; g < groups; g++) {
-            __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(w + (r * groups + g) * 32)));
-            __m512i first = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table),
-                    second = _mm512_permutexvar_epi16(bytes, table);
+            if (g % 2 == 0) prefetch(w, (r * groups + g) * 32 + AHEAD);
+            codes.look_up(w + (r * groups + g) * 32);
             float by = to_float(scale[r * groups + g]);
             for (int i = 0; i < B; i++) {
-                const int16_t *x = numbers + 64 * (i * groups + g);
-                __m512i sum = _mm512_dpwssd_epi32(_mm512_setzero_si512(), first, _mm512_loadu_si512(x));
-                sum = _mm512_dpwssd_epi32(sum, second, _mm512_loadu_si512(x + 32));
-                totals[i] =
-                    _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(by * steps[i * groups + g]), totals[i]);
+                long at = i * groups + g;
+                totals[i] = codes.add_product(totals[i], numbers + 64 * at, by * steps[at]);
             }
         }
-        for (int i = 0; i < B; i++) y[i * y_row] = _mm512_reduce_add_ps(totals[i]);
+        for (int i = 0; i < B; i++) {
+            float lanes[sizeof totals[i] / 4], total = 0;
+            memcpy(lanes, &totals[i], sizeof totals[i]);
+            for (float lane : lanes) total += lane;
+            y[i * y_row] = total;
+        }
     }
 #endif
 };

@@ -17,6 +17,14 @@ template <int N> struct Vectors {
 typedef Vectors<16>::floats v16;
 typedef Vectors<16>::words v16u;  // 16 words of 32 bits
 
+// As many numbers as are computed with at once. GCC takes vectors apart that are wider, conversions one by one.
+#if defined __AVX2__ && !defined __AVX512F__
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 16;
+#endif
+typedef Vectors<LANES>::floats lanes;
+
 template <int N> inline typename Vectors<N>::floats load(const float *p) {
     typename Vectors<N>::floats x;
     memcpy(&x, p, sizeof x);
@@ -73,9 +81,13 @@ template <class T> inline void put(T *p, v16 x, int count) {
 }
 
 template <int N> inline float sum(typename Vectors<N>::floats x) {
-    float total = 0;
-    for (int i = 0; i < N; i++) total += x[i];
-    return total;
+    if constexpr (N == 4)
+        return (x[0] + x[2]) + (x[1] + x[3]);
+    else {
+        typename Vectors<N / 2>::floats halves[2];
+        memcpy(halves, &x, sizeof x);
+        return sum<N / 2>(halves[0] + halves[1]);
+    }
 }
 
 inline float sum(v16 x) { return sum<16>(x); }
