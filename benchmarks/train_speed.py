@@ -47,6 +47,7 @@ batch_size: PositiveInt = 8  # samples per optimizer step
 learning_rate: PositiveFloat = 3e-4  # constant
 weight_decay: NonNegativeFloat = 0.01  # of AdamW
 precision: Literal["bf16", "fp32"] = "bf16"  # of the frozen weights and the arithmetic
+peers_precision: Literal["bf16", "fp32"] | None = None  # of the others, if theirs is faster in another (null: the same)
 seed: NonNegativeInt = 1337  # of data order, adapters and random weights
 # the cut of a batch
 row_tokens: PositiveInt | None = None  # tokens per packed row of ours (null: its default on a CPU, 4096 on a GPU)
@@ -180,7 +181,8 @@ class Work:
     def job_of(self, name: str) -> dict[str, Any]:
         """The job with a folder to write to that nobody has used."""
         self.started += 1
-        return self.job | {"out_dir": str(self.folder / f"{name}_{self.started}")}
+        own = {"precision": peers_precision} if peers_precision and name.startswith("peft") else {}
+        return self.job | own | {"out_dir": str(self.folder / f"{name}_{self.started}")}
 
     def start(self, name: str, python: Path | str):
         from peers.process import Contestant

@@ -214,8 +214,9 @@ def how(r: dict[str, Any], s: dict[str, Any]) -> list[str]:
     apart = ", ".join(
         f"{c['title']} {c['first_losses_from_ours']:.4f}" for name, c in r["contestants"].items() if name != "ours"
     )
+    precision = s["precision"] + (f" (PEFT: {s['peers_precision']})" if s["peers_precision"] else "")
     return [
-        f"{s['precision']}, r {s['lora_r']} on {layers} of the blocks, dropout {s['lora_dropout']}, AdamW, batch "
+        f"{precision}, r {s['lora_r']} on {layers} of the blocks, dropout {s['lora_dropout']}, AdamW, batch "
         f"{s['batch_size']}. {s['steps']} rounds after {s['warmup']} that do not count; in each, every contestant "
         f"takes a step of the same samples, one after the other. A step has {r['tokens_per_step']:.0f} tokens, "
         f"{r['supervised_per_step']:.0f} of them supervised (medians). Tokens are those that predict another, never "
