@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,6 +132,6 @@ def make_loras(checkpoint_dir: Path, folder: Path, n: int) -> list[str]:
     names = [f"lora{i:04d}" for i in range(n)]
     for name in names:
         state = {key: tensor + 0.01 * torch.randn_like(tensor) for key, tensor in trained.items()}
-        record = {"hyperparameters": vars(config), "prompt_style": base.prompt_style.to_dict(), "quantize": None}
+        record = {"hyperparameters": asdict(config), "prompt_style": base.prompt_style.to_dict(), "quantize": None}
         finetuned_file.save_file(folder / f"{name}.pth", lora.NAME, base.fingerprint, state, **record)
     return names

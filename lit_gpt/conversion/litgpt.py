@@ -7,7 +7,7 @@ before 0.5.4 had them group by group. Gate and up are apart there and one here.
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +173,7 @@ def convert_lora(litgpt_dir: Path, checkpoint_dir: Path, out_dir: Path) -> lora.
     expected = finetuned_file.trained_state(model)
     check(path, expected, stored)
     with new_folder(out_dir) as folder:
-        record = {"hyperparameters": vars(settings), "prompt_style": prompt_style(litgpt_dir, base).to_dict()}
+        record = {"hyperparameters": asdict(settings), "prompt_style": prompt_style(litgpt_dir, base).to_dict()}
         state = dict(joined(expected, stored))
         target = folder / f"lit_model_{lora.NAME}_finetuned.pth"
         finetuned_file.save_file(target, lora.NAME, base.fingerprint, state, **record)
