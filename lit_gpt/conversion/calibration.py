@@ -76,10 +76,15 @@ def given_text(path: Path | None, tokens: int, base: BaseCheckpoint) -> Tensor |
     """Read the text to calibrate on from --calibration_path, int64 (n, T); return None if the model is to write it.
 
     Raises:
-        UsageError: --calibration_tokens are fewer than a sequence.
+        UsageError: --calibration_tokens are fewer than a sequence, or the blocks are more than one after another.
         UserError: the path cannot be read or holds too little.
     """
     length = sequence_length(base)
+    if base.config.kv_layers or base.config.layer_input_size:
+        raise UsageError(
+            f"--rounding calibrated: layers of {base.config.name} share keys and values, or have inputs of their own, "
+            "and are not calibrated one by one; take --rounding nearest"
+        )
     if tokens < length:
         raise UsageError(f"--calibration_tokens {tokens}: expected {length} or more")
     if path is None:

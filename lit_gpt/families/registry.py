@@ -14,16 +14,10 @@ from lit_gpt.model.config import Config
 
 SHARED = {"registry", "fields", "tables"}  # modules of this package that are not families
 # Architectures that people ask for, and what the model here would have to learn for them.
-_CHUNKS = "it attends within chunks, and weighs the inputs of experts"
-_LAYERS_DIFFER = "its layers differ in the size of heads, share keys and values, and have embeddings of their own"
+_INDEXER = "its tokens attend to those that an indexer chooses (DeepSeek sparse attention)"
 REFUSED = {
-    "llama4": _CHUNKS,
-    "llama4_text": _CHUNKS,
-    "gemma3n": _LAYERS_DIFFER,
-    "gemma3n_text": _LAYERS_DIFFER,
-    "gemma4": _LAYERS_DIFFER,
-    "gemma4_text": _LAYERS_DIFFER,
-    "phimoe": "its router weighs each expert by the scores of those near it (SparseMixer-v2)",
+    "deepseek_v32": _INDEXER,
+    "glm_moe_dsa": _INDEXER,
 }
 
 

@@ -296,5 +296,12 @@ class Said(Protocol):
     def need(self, key: str, kind: type) -> Any:
         """Return a value of the metadata; raise UserError where it is absent or not above 0."""
 
+    def each(self, key: str, kind: type) -> list[Any]:
+        """Return a value of the metadata for each layer, also where the file has one for all."""
+
     def holds(self, tensor: str) -> bool:
         """Return whether the file holds a tensor."""
+
+    @property
+    def rope_scaling(self) -> dict[str, Any] | None:
+        """Return what config.json has by this name."""

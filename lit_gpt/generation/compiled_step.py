@@ -37,6 +37,8 @@ class CompiledStep:
         if others := model.config.other_mixers:
             mixer = model.config.mixer(others[0])
             raise UsageError(f"--compile true: the mixer {mixer} cannot be compiled; leave it out")
+        if model.config.kv_layers or model.layer_inputs:
+            raise UsageError("--compile true: shared keys and inputs of layers cannot be compiled; leave it out")
         kind = model.wte.weight.device.type
         if kind == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
             raise UsageError("--compile true: needs a C++ compiler on a CPU; install g++, or leave it out")

@@ -135,6 +135,8 @@ class Tape:
         assert isinstance(block, Block)
         if block.attn is None or block.mixer is not None or block.attn.gated or block.mlp is None:
             raise Unsupported("a token mixer")
+        if block.layer_input is not None or block.layer_scale is not None:
+            raise Unsupported("an input of a layer's own, or a factor of what it gives")
         n_1 = self.norm(block.norm_1, x, "n_1")
         h = self.norm(block.post_norm_1, self.attention(block.attn, n_1, layer, rotation), "h")
         if not block.parallel:
@@ -152,8 +154,10 @@ class Tape:
         heads, groups, size, scores = attn.n_head, attn.n_query_groups, attn.head_size, attn.scores
         qkv = self.linear(attn.qkv, x, "qkv")
         growth = self.model.config.query_growth
-        if attn.clip is not None or growth is not None or attn.alibi_rounded or attn.sinks is not None:
-            raise Unsupported("clamped or scaled queries, rounded slopes, or sinks")
+        if attn.clip is not None or growth is not None or attn.alibi_rounded or attn.sinks is not None or scores.chunk:
+            raise Unsupported("clamped or scaled queries, rounded slopes, sinks, or chunks")
+        if attn.v_norm is not None or 0 in attn.sizes:
+            raise Unsupported("normed values, or keys and values that are another layer's")
         if attn.qk_norm is not None and not attn.norms_rotated:
             self.qk_norm(attn.qk_norm, qkv, attn.sizes)
         if rotation is not None and rotation[0].numel():

@@ -32,11 +32,14 @@ class ScoreParams:
         scale: multiplies the product of query and key.
         window: how many positions a query sees, its own included; None: all before it.
         softcap: c, by which a score s becomes c * tanh(s / c) (Gemma Team 2024, Gemma 2); None: it does not.
+        chunk: positions from one multiple of it to the next see each other alone (Meta 2025, Llama 4); None: they do
+            not. lit_gpt.model.sdpa cuts samples by it, before a kernel has them.
     """
 
     scale: float
     window: int | None = None
     softcap: float | None = None
+    chunk: int | None = None
 
 
 def attention(

@@ -79,11 +79,16 @@ def attach(model: GPT, config: AdapterConfig) -> GPT:
 
 
 def add_prompts(model: GPT, config: AdapterConfig) -> int:
-    """Give the layers from `start_layer` on that have attention their prompts, in place; return how many these are."""
+    """Give the layers from `start_layer` on that attend to keys of their own their prompts, in place.
+
+    Returns:
+        how many these are.
+    """
     layers, start = model.config.n_layer, config.start_layer
     if start >= layers:
         raise UsageError(f"--adapter_start_layer {start}: the model has only {layers} layers")
-    attentions = [block.attn for block in list(cast(Iterable[Block], model.h))[start:] if block.attn is not None]
+    above = list(cast(Iterable[Block], model.h))[start:]
+    attentions = [block.attn for block in above if block.attn is not None and block.attn.n_query_groups]
     for attention in attentions:
         attention.prefix = AdapterPrompt(attention, config)
     return len(attentions)

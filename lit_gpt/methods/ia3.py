@@ -139,9 +139,9 @@ class ScaledExpertsInput(InputFactors):
 
 def attach(model: GPT, config: IA3Config) -> GPT:
     """Give the model's layers their factors, in place, and let only these train."""
-    q, k, v = model.config.qkv_sizes
-    start, stop = (q if config.key else q + k), (q + k + v if config.value else q + k)
     for block in cast(Iterable[Block], model.h):
+        q, k, v = block.attn.sizes if block.attn is not None else (0, 0, 0)
+        start, stop = (q if config.key else q + k), (q + k + v if config.value else q + k)
         if start < stop and block.attn is not None:
             block.attn.set_submodule("qkv", ScaledKeysValues(block.attn.qkv, start, stop))
         if config.mlp and block.mlp is not None:

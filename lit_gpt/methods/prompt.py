@@ -47,8 +47,11 @@ class Prompt(Method):
             UsageError: a layer has no keys and values.
         """
         blocks, wanted = cast(Iterable[Block], model.h), self.config.kind == "keys_values"
-        if wanted and any(block.attn is None for block in blocks):
-            raise UsageError(f"--prompt_kind keys_values: {model.config.name} has layers without; expected embeddings")
+        if wanted and (model.config.layers_differ or any(block.attn is None for block in blocks)):
+            raise UsageError(
+                f"--prompt_kind keys_values: {model.config.name} has layers without, or of other sizes than the rest; "
+                "expected embeddings"
+            )
         made = Made()
         for layer, block in enumerate(blocks):
             if wanted and block.attn is not None:

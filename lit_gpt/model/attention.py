@@ -3,13 +3,19 @@
 import torch
 from torch import Tensor, nn
 
-from lit_gpt.kernels import functional
 from lit_gpt.kernels.attention import ScoreParams
 from lit_gpt.model.alibi import with_alibi
 from lit_gpt.model.config import Config
-from lit_gpt.model.kv_cache import AnyCache, AttentionCache, DecodeCache, PackedPrefillCache, zeros
+from lit_gpt.model.kv_cache import (
+    AnyCache,
+    AttentionCache,
+    DecodeCache,
+    PackedPrefillCache,
+    SharedKeysValues,
+    zeros,
+)
 from lit_gpt.model.linear import Linear
-from lit_gpt.model.norms import QKNorm
+from lit_gpt.model.norms import PlainRMSNorm, QKNorm
 from lit_gpt.model.packed_inputs import Segments
 from lit_gpt.model.rope import Rotation
 from lit_gpt.model.sdpa import attend_in_groups, attend_within
@@ -23,16 +29,22 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
-        self.n_head, self.n_query_groups, self.head_size = config.n_head, config.n_query_groups, config.head_size
-        self.sizes, self.gated = config.qkv_sizes, config.attention_gate
+        self.sizes, self.gated = config.qkv_rows(layer), config.attention_gate
+        config = config.at(layer)
+        self.n_head, self.head_size = config.n_head, config.head_size
+        self.n_query_groups = self.sizes[1] // self.head_size  # its own; 0 if it attends to another layer's
+        self.values_from_keys = self.sizes[1] > self.sizes[2]
         scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
-        self.scores = ScoreParams(scale, config.window(layer), config.attention_softcap)
+        self.scores = ScoreParams(scale, config.window(layer), config.attention_softcap, config.chunk(layer))
         self.alibi, self.alibi_rounded, self.clip = config.alibi, config.alibi_rounded, config.clip_qkv
         self.sinks = nn.Parameter(torch.zeros(config.n_head)) if config.attention_sinks else None
         # one product for all: rows of the queries, then of the keys, the values, and what gates the output
         gate = self.sizes[0] if self.gated else 0
         self.qkv = Linear(config.n_embd, sum(self.sizes) + gate, bias=config.qkv_bias)
-        self.qk_norm, self.norms_rotated = QKNorm(config) if config.qk_norm else None, config.qk_norm_rotated
+        self.norms_rotated = config.qk_norm_rotated
+        normed = config.qk_norm and not (self.norms_rotated and layer in config.unrotated_layers)
+        self.qk_norm = QKNorm(config, self.sizes[:2]) if normed else None
+        self.v_norm = PlainRMSNorm(self.head_size, config.norm_eps) if config.value_norm else None
         self.proj = Linear(config.n_head * config.head_size, config.n_embd, bias=config.proj_bias)
         self.group: int | None = None  # in training tokens attend within groups of this many, see attend_in_groups
         self.register_module("prefix", None)
@@ -43,24 +55,30 @@ class CausalSelfAttention(nn.Module):
         """Return the rows (start, stop) of `qkv` by the names under which methods adapt them: a gate is the query's."""
         q, k, v = self.sizes
         gate = [(q + k + v, 2 * q + k + v)] if self.gated else []
-        return {"query": [(0, q), *gate], "key": [(q, q + k)], "value": [(q + k, q + k + v)]}
+        own = {"query": [(0, q), *gate], "key": [(q, q + k)], "value": [(q + k, q + k + v)]}
+        return {name: spans for name, spans in own.items() if spans[0][0] < spans[0][1]}
 
     def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
         """Project x (B, T, n_embd) to what `mix` takes: queries, keys and values, and the output's gate if any."""
         qkv = self.qkv(x)
+        q, k, _ = sizes = (*self.sizes[:2], self.sizes[1])
+        if self.values_from_keys:
+            qkv = torch.cat((qkv, qkv[..., q : q + k]), dim=-1)
         if not self.norms_rotated:
             qkv = self.normed(qkv)
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
         if rotation is not None:
-            qkv = functional.rotate(qkv, rotation.cos, rotation.sin, self.n_head + self.n_query_groups, self.head_size)
+            qkv = rotation.turn(qkv, self.n_head + self.n_query_groups, self.head_size)
         if self.norms_rotated:
             qkv = self.normed(qkv)
-        gate = (qkv[..., sum(self.sizes) :],) if self.gated else ()
-        q, k, v = qkv[..., : sum(self.sizes)].split(self.sizes, dim=-1)
+        gate = (qkv[..., sum(sizes) :],) if self.gated else ()
+        parts = [*qkv[..., : sum(sizes)].split(sizes, dim=-1)]
         if rotation is not None and rotation.query_scale is not None:
-            q = q * rotation.query_scale.to(q.dtype)
-        return *(y.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for y in (q, k, v)), *gate
+            parts[0] = parts[0] * rotation.query_scale.to(qkv.dtype)
+        q, k, v = (y.unflatten(-1, (y.size(-1) // self.head_size, self.head_size)) for y in parts)
+        v = v if self.v_norm is None else self.v_norm(v)
+        return *(y.transpose(1, 2) for y in (q, k, v)), *gate
 
     def mix(self, parts: tuple[Tensor, ...], segments: Segments | None, cache: AnyCache | None) -> Tensor:
         """Return the attention output (B, T, n_head * head_size) for what `project` gives."""
@@ -78,13 +96,13 @@ class CausalSelfAttention(nn.Module):
         if self.virtual is not None:
             k, v = self.virtual(k, v)
         if cache is not None:
-            assert isinstance(cache, AttentionCache | DecodeCache | PackedPrefillCache)
+            assert isinstance(cache, AttentionCache | DecodeCache | PackedPrefillCache | SharedKeysValues)
             k, v = cache.append(k, v)
         heads = q, k, v
         if self.alibi:
             places = segments.positions if segments else torch.arange(k.size(2), device=k.device)
             heads = with_alibi(*heads, self.scores.scale, places, self.alibi_rounded)
-        positions = cache.positions if isinstance(cache, DecodeCache) else None
+        positions = cache.positions if isinstance(cache, DecodeCache | SharedKeysValues) else None
         if self.group and self.training:
             cut = segments or Segments.of((k.size(2),), k.device)
             y = attend_in_groups(*heads, self.scores, cut, self.group, self.sinks)

@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +41,29 @@ class Config:
     # queries are scaled by 1 + query_growth * ln(1 + floor(position / query_growth_length)), and keep their entropy
     query_growth: float | None = None
     query_growth_length: int = 0
+    query_growth_start: int = 0  # the first position's number
+    query_growth_unrotated: bool = False  # those of the unrotated layers are scaled, and no others
     # attention
     sliding_window: int | None = None  # a token sees this many, itself included
     global_layers: list[int] = field(
         default_factory=list
-    )  # these see all tokens in spite of the window; families.fields.windows chooses them
+    )  # these see all tokens in spite of window or chunks; families.fields.windows chooses them
+    attention_chunk: int | None = None  # but for global_layers, a token sees none before its chunk of so many
     attention_scale: float | None = None  # multiplies the scores; None: head_size ** -0.5
     attention_softcap: float | None = None  # see lit_gpt.kernels.attention.ScoreParams
     qk_norm: str | None = None  # over the "projection"s of queries and keys, each "head", or "heads": own weights each
-    qk_norm_rotated: bool = False  # they are normed after they are rotated, not before
+    qk_norm_class: str = ""  # a key of lit_gpt.model.norms.NORMS; "": norm_class
+    qk_norm_rotated: bool = False  # they are normed after they are rotated, not before, and only if they are
     clip_qkv: float | None = None  # queries, keys and values are clamped to this from 0 on either side
     attention_sinks: bool = False  # a score of each head's own, of a key without a value (Xiao et al. 2024)
     attention_gate: bool = False  # a sigmoid of another projection multiplies what attention gives, element by element
+    value_norm: bool = False  # each head's values are normed, without weights
+    # layers without the window may have heads of another size, and another number of key and value heads
+    global_head_size: int = 0  # 0: head_size
+    global_query_groups: int = 0  # 0: n_query_groups
+    values_from_keys: list[int] = field(default_factory=list)  # these layers' values are the keys before norm, rotation
+    # each layer attends to the keys and values of this one, itself or one before it; []: all to their own
+    kv_layers: list[int] = field(default_factory=list)
     # latent attention: queries, and all heads' keys and values, are made of fewer numbers
     query_latent: int = 0  # so many, normed, make the queries; 0: the input does
     latent_size: int = 0  # make keys and values, and are what a cache holds
@@ -83,29 +94,39 @@ class Config:
     pre_norm: bool = True  # attention and MLP read norms of the stream
     post_norm: bool = False  # norms of what attention and MLP give are added to it
     residual_scale: float = 1.0  # multiplies what attention and MLP add, with sequential residuals
-    mlp_class: str = "GptNeoxMLP"  # or XIELUMLP, SwiGLU, ScaledSwiGLU, MoE; "": a block is a token mixer alone
+    mlp_class: str = "GptNeoxMLP"  # or XIELUMLP, another key of mlp.MLPS; "": a block is a token mixer alone
     mlp_scales: list[float] = field(default_factory=list)  # of ScaledSwiGLU: multiply the gate, and the output
+    sparse_layers: list[int] = field(default_factory=list)  # these have a SparseSwiGLU, which sets to 0
+    sparsity: float = 0.0  # this part of its activations
     mixer_layers: list[int] = field(default_factory=list)  # these are a token mixer alone
+    layer_input_size: int = 0  # of each layer's own input, see lit_gpt.model.stream.layer_inputs; 0: none
+    layer_vocab_size: int = 0  # ids that have such an input of their own; 0: padded_vocab_size
+    n_stream: int = 1  # residual streams, of which a layer computes one, see lit_gpt.model.stream.altup
+    laurel_rank: int = 0  # of a product beside attention, see there; 0: there is none
+    layer_scale: bool = False  # a number that does not train multiplies what a layer gives
     activation: str = "gelu"  # a key of lit_gpt.kernels.functional.ACTIVATIONS
     intermediate_size: int = 0  # 0: 4 * n_embd; of MoE: each expert's
     n_expert: int = 0  # how many experts an MoE has
     n_expert_per_token: int = 0
-    router_score: str = "softmax"  # or sigmoid, which scores each expert by itself
+    router_score: str = "softmax"  # or sigmoid, which scores each expert by itself, or sparsemixer
+    router_margin: float = 0.0  # of sparsemixer, see lit_gpt.model.moe.sparse_mixer
     router_bias: bool = False
+    router_norm: bool = False  # it reads a norm of its own of the stream, and has a factor for each expert's weights
     router_correction: bool = False  # is added to the scores that choose, not to the weights (DeepSeek-AI 2024, V3)
     n_expert_group: int = 1  # experts are chosen in the `n_group_per_token` best of so many groups
     n_group_per_token: int = 1
     n_best_of_group: int = 2  # a group is as good as so many of its best experts together
     norm_expert_weights: bool = True  # the weights of a token's experts sum to 1
     expert_scale: float = 1.0  # multiplies those weights
+    weigh_expert_inputs: bool = False  # they multiply what experts are given, not what they give
     expert_gate: bool = True  # experts are SwiGLUs, else GptNeoxMLPs, as the shared one and dense layers are
     expert_bias: bool = False  # the experts' linear layers have one
     gate_limit: float | None = None  # see lit_gpt.model.mlp.clamped_gate, as for the slope
     gate_slope: float = 1.0
     shared_intermediate_size: int = 0  # of an expert that all tokens go to; 0: there is none
     shared_expert_gate: bool = False  # which each token scales by itself
-    dense_layers: list[int] = field(default_factory=list)  # these have one MLP in the place of experts
-    dense_intermediate_size: int = 0
+    dense_layers: list[int] = field(default_factory=list)  # these have one MLP in the place of experts, of this size;
+    dense_intermediate_size: int = 0  # or without experts, of another size than the other layers'
     bias: bool = False  # the MLP's linear layers have one
     qkv_bias: bool = False
     proj_bias: bool = False  # the attention's output projection has one
@@ -149,15 +170,48 @@ class Config:
             return "", 0
         if layer in self.dense_layers:
             return "SwiGLU" if self.expert_gate else "GptNeoxMLP", self.dense_intermediate_size
-        return self.mlp_class, self.intermediate_size
+        return "SparseSwiGLU" if layer in self.sparse_layers else self.mlp_class, self.intermediate_size
 
     def window(self, layer: int) -> int | None:
         """Return how many tokens one sees in this layer, itself included; None for all before it."""
         return None if layer in self.global_layers else self.sliding_window
 
+    def chunk(self, layer: int) -> int | None:
+        """Return how many tokens a chunk has beyond which none sees in this layer; None where there are no chunks."""
+        return None if layer in self.global_layers else self.attention_chunk
+
     def mixer(self, layer: int) -> str:
         """Return by what this layer mixes tokens, "attention" unless `mixers` names another."""
         return self.mixers[layer] if self.mixers else "attention"
+
+    def kv_layer(self, layer: int) -> int:
+        """Return the layer to whose keys and values this one attends: itself, or one before it."""
+        return self.kv_layers[layer] if self.kv_layers else layer
+
+    @property
+    def without_window(self) -> "Config":
+        """Return the Config with the sizes that attention has in layers without the window."""
+        if not (self.global_head_size or self.global_query_groups):
+            return self
+        head_size, groups = self.global_head_size or self.head_size, self.global_query_groups or self.n_query_groups
+        return replace(self, head_size=head_size, n_query_groups=groups)
+
+    def at(self, layer: int) -> "Config":
+        """Return the Config with the sizes that attention has in this layer."""
+        return self.without_window if self.window(layer) is None else self
+
+    def qkv_rows(self, layer: int) -> tuple[int, int, int]:
+        """Return the rows of query, key and value in this layer's fused projection, 0 of what it does not project."""
+        q, k, v = self.at(layer).qkv_sizes
+        if self.kv_layer(layer) != layer:
+            return q, 0, 0
+        return q, k, 0 if layer in self.values_from_keys else v
+
+    @property
+    def layers_differ(self) -> bool:
+        """Return whether layers differ in more than their windows and MLPs."""
+        kinds = len({*self.mixers}) > 1
+        return bool(kinds or self.kv_layers or self.global_head_size or self.global_query_groups)
 
     @property
     def other_mixers(self) -> list[int]:

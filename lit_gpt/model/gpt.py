@@ -4,7 +4,7 @@ Finetuning methods attach from outside: by wrapping linear layers, norms and the
 to its output (`prefix`) and puts for keys and values (`virtual`).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -15,17 +15,19 @@ from torch import Tensor, nn
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.model.attention import CausalSelfAttention
 from lit_gpt.model.config import Config
-from lit_gpt.model.kv_cache import AnyCache, AnyDecodeCache, KVCache, LayerCache, PackedPrefillCache
+from lit_gpt.model.kv_cache import AnyCache, AnyDecodeCache, KVCache, LayerCache, PackedPrefillCache, sharing
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.loss import log_probabilities, summed_cross_entropy
 from lit_gpt.model.mixers.mixer import Mixer
 from lit_gpt.model.mixers.parallel import ParallelMixer
 from lit_gpt.model.mixers.registry import MIXERS
-from lit_gpt.model.mlp import make_mlp
+from lit_gpt.model.mlp import activation, make_mlp
 from lit_gpt.model.noise import Noise, with_noise
 from lit_gpt.model.norms import norm
 from lit_gpt.model.packed_inputs import Segments, Targets
 from lit_gpt.model.rope import RotaryEmbedding, Rotation
+from lit_gpt.model.stream.altup import AltUp, Laurel, Streams
+from lit_gpt.model.stream.layer_inputs import LayerInput, LayerInputs
 from lit_gpt.quantization.modules import QuantizedEmbedding, QuantizedLinear
 
 
@@ -40,7 +42,9 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.ln_f = norm(config)
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size, bias=config.head_bias)
-        self.rope = RotaryEmbedding(config)
+        self.layer_inputs = LayerInputs(config) if config.layer_input_size else None
+        self.streams = Streams(config) if config.n_stream > 1 else None
+        self.rope = RotaryEmbedding(config.without_window)
         self.local_rope = self.rope
         if config.local_rope_base is not None:
             self.local_rope = RotaryEmbedding(replace(config, rope_base=config.local_rope_base, rope_scaling=None))
@@ -128,10 +132,17 @@ class GPT(nn.Module):
         if self.training and (self.noise.layers or self.noise_alpha):
             self.noise.begin(*tokens_of(idx, segments, positions))
         x = self.embed(idx, positions, lengths)  # (B, T, n_embd)
-        rotations = self.rotations(positions, lengths, x.dtype)
-        for layer, (block, rotation) in enumerate(zip(self.h, rotations, strict=True)):
-            x = block(x, rotation, segments, cache[layer] if cache else None)
-        return x
+        inputs: Sequence[Tensor | None] = [None] * len(self.h)
+        if self.layer_inputs is not None:
+            inputs = self.layer_inputs(idx, x).unbind(2)
+        caches: list[Any] = list(cache) if cache else [None] * len(self.h)
+        if self.config.kv_layers:
+            caches = sharing(caches, self.config.kv_layers)
+        each = zip(self.h, self.rotations(positions, lengths, x.dtype), caches, inputs, strict=True)
+        x = x if self.streams is None else self.streams.split(x)
+        for block, rotation, kept, given in each:
+            x = block(x, rotation, segments, kept, given)
+        return x if self.streams is None else self.streams.join(x)
 
     def embed(self, idx: Tensor, positions: Tensor, lengths: tuple[int, ...]) -> Tensor:
         """Return the hidden states before the first block, (B, T, n_embd)."""
@@ -157,9 +168,13 @@ class GPT(nn.Module):
         everywhere = within = self.rope(positions, lengths, dtype)
         if self.local_rope is not self.rope:
             within = self.local_rope(positions, lengths, dtype)
-        layers, unrotated = range(len(self.h)), self.config.unrotated_layers
+        unrotated: Rotation | None = None
+        if self.config.query_growth_unrotated:
+            unrotated, everywhere = Rotation(None, None, everywhere.query_scale), everywhere._replace(query_scale=None)
+            within = within._replace(query_scale=None)
+        layers = range(len(self.h))
         kinds = [everywhere if self.config.window(layer) is None else within for layer in layers]
-        return [None if layer in unrotated else kinds[layer] for layer in layers]
+        return [unrotated if layer in self.config.unrotated_layers else kinds[layer] for layer in layers]
 
     def needs_reread(self, cache: LayerCache, length: int) -> bool:
         """Return whether a sequence that grows to `length` tokens must be read again.
@@ -212,6 +227,8 @@ class Block(nn.Module):
     How it runs is `execution`'s to say, the seam for activation checkpointing and compilation.
     """
 
+    layer_scale: Tensor | None
+
     def __init__(self, config: Config, layer: int) -> None:
         super().__init__()
         self.parallel, self.scale = config.parallel_residual, config.residual_scale
@@ -224,22 +241,59 @@ class Block(nn.Module):
         mlp_class, intermediate_size = config.mlp(layer)
         self.norm_2 = pre() if mlp_class and not config.shared_attention_norm else None
         self.mlp = make_mlp(mlp_class, config, intermediate_size) if mlp_class else None
+        if getattr(self.mlp, "reads_stream", False):
+            self.norm_2 = nn.Identity()
         self.post_norm_2 = post()
+        self.layer_input = LayerInput(config, activation(config)) if config.layer_input_size else None
+        self.altup = AltUp(config) if config.n_stream > 1 else None
+        self.laurel = Laurel(config) if config.laurel_rank else None
+        self.register_buffer("layer_scale", torch.ones(1) if config.layer_scale else None)
         self.execution = BlockExecution()
 
     def forward(
-        self, x: Tensor, rotation: Rotation | None, segments: Segments | None, cache: AnyCache | None
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        segments: Segments | None,
+        cache: AnyCache | None,
+        given: Tensor | None = None,
     ) -> Tensor:
-        return self.execution.run(self, x, rotation, segments, cache)
+        """Return the block's output, (B, T, n_embd) like x; of several streams both are (n_stream, B, T, n_embd).
+
+        Args:
+            given: the layer's own input (B, T, layer_input_size), if it has one.
+        """
+        return self.execution.run(self, x, rotation, segments, cache, given)
 
     def compute(
-        self, x: Tensor, rotation: Rotation | None, segments: Segments | None, cache: AnyCache | None
+        self,
+        x: Tensor,
+        rotation: Rotation | None,
+        segments: Segments | None,
+        cache: AnyCache | None,
+        given: Tensor | None = None,
     ) -> Tensor:
         """Return the block's output for the arguments of `forward`, as a plain block computes it."""
+        streams = None if self.altup is None else self.altup.predict(x)
+        x = x if streams is None else streams[0]
         n_1, *parts = self.execution.pre_attention(self, x, rotation)
         y = self.token_mixer.mix(tuple(parts), segments, cache)
         del parts  # not to be held where no backward pass follows
-        return self.execution.post_attention(self, x, n_1, y)
+        return self.with_input(self.execution.post_attention(self, x, n_1, y), given, streams)
+
+    def with_input(self, x: Tensor, given: Tensor | None, streams: Tensor | None) -> Tensor:
+        """Return x, or all streams corrected by it, with what the layer makes of its own input; see `forward`."""
+        if self.altup is not None and streams is not None:
+            streams = self.altup.correct(streams, x)
+            x = streams[0] * self.altup.output_scale.to(x.dtype)
+        if self.layer_input is not None and given is not None:
+            made = self.layer_input(x, given)
+            if streams is None:
+                x = x + made
+            else:  # the first stream, which the layer computes, goes without
+                streams = torch.cat((streams[:1], streams[1:] + made))
+        x = x if streams is None else streams
+        return x if self.layer_scale is None else x * self.layer_scale.to(x.dtype)
 
     @property
     def token_mixers(self) -> dict[str, CausalSelfAttention | Mixer]:
@@ -267,6 +321,8 @@ class Block(nn.Module):
         h = self.post_norm_1(self.token_mixer.proj(y))
         if not self.parallel:
             x = torch.add(x, h, alpha=scale)
+        if self.laurel is not None:
+            x = (x + self.laurel(n_1)) * 2**-0.5
         if self.mlp is None:
             return x
         h_2 = self.post_norm_2(self.mlp(n_1 if self.norm_2 is None else apply(self.norm_2, x), apply))
@@ -305,6 +361,7 @@ def quantize(model: GPT, format: str) -> GPT:
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):
             model.set_submodule(path, QuantizedLinear(module, "int8" if path == "lm_head" else format))
-    model.set_submodule("wte", QuantizedEmbedding(model.wte))
+    for path in ("wte", *(["layer_inputs.wte"] if model.layer_inputs else [])):
+        model.set_submodule(path, QuantizedEmbedding(cast(nn.Embedding, model.get_submodule(path))))
     model.tie_weights()
     return model

@@ -3,6 +3,8 @@ keys and values, a recurrence its state."""
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -255,9 +257,40 @@ class PackedPrefillCache:
         return k, v
 
 
+class SharedKeysValues:
+    """Hands the keys and values of one layer, for one pass of the model, to others that attend to them.
+
+    Args:
+        cache: the layer's own, which may be none; that of a layer without keys counts tokens alone.
+        source: the layer to whose keys and values this one attends; None: they are its own.
+    """
+
+    keys_values: tuple[Tensor, Tensor]
+
+    def __init__(self, cache: "AttentionCache | DecodeCache | PackedPrefillCache | None", source: Self | None) -> None:
+        self.cache, self.source = cache, source
+        self.positions = cache.positions if isinstance(cache, DecodeCache) else None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of new tokens, return those of all that this layer attends to."""
+        self.keys_values = (k, v) if self.cache is None else self.cache.append(k, v)
+        return self.keys_values if self.source is None else self.source.keys_values
+
+
 KVCache = list[LayerCache]
 AnyDecodeCache = DecodeCache | StateDecodeCache | ParallelDecodeCache
-AnyCache = LayerCache | AnyDecodeCache | PackedPrefillCache
+AnyCache = LayerCache | AnyDecodeCache | PackedPrefillCache | SharedKeysValues
+
+
+def sharing(caches: Sequence[Any], kv_layers: Sequence[int]) -> list[Any]:
+    """Return the caches, or Nones, of all layers, with those in SharedKeysValues that share; see Config.kv_layers."""
+    shared: list[Any] = []
+    sources = {source for layer, source in enumerate(kv_layers) if source != layer}
+    for layer, (cache, source) in enumerate(zip(caches, kv_layers, strict=True)):
+        shares = layer in sources or source != layer
+        own = shared[source] if source != layer else None
+        shared.append(SharedKeysValues(cache, own) if shares else cache)
+    return shared
 
 
 def row_view(cache: KVCache, row: int) -> KVCache:

@@ -1,6 +1,7 @@
 """The feed-forward part of a block: plain, gated, or routed over experts."""
 
 from collections.abc import Callable
+from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ from lit_gpt.kernels import functional
 from lit_gpt.kernels.functional import ACTIVATIONS, Activation
 from lit_gpt.model.config import Config
 from lit_gpt.model.linear import Linear
-from lit_gpt.model.moe import Experts, Router, SharedGate
+from lit_gpt.model.moe import Experts, Router, Routing, SharedGate
+from lit_gpt.model.norms import norm
 
 Apply = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]  # applies a function whose output is cheap to recompute
 
@@ -106,6 +108,23 @@ class ScaledSwiGLU(SwiGLU):
         return self.activation(gate * self.gate_scale) * up
 
 
+class SparseSwiGLU(SwiGLU):
+    """A SwiGLU of whose gates only the largest are above 0, about so many as in a normal distribution.
+
+    Source: Gemma Team 2025, Gemma 3n; the estimate of the k-th largest is that of Zhang et al. 2025, Spark Transformer
+    (arXiv 2506.06644).
+    """
+
+    def __init__(self, config: Config, size: int) -> None:
+        super().__init__(config, size)
+        self.deviations = NormalDist().inv_cdf(config.sparsity)
+
+    def inner(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        std, mean = torch.std_mean(gate, dim=-1, correction=0, keepdim=True)
+        return self.activation(F.relu(gate - (mean + self.deviations * std))) * up
+
+
 class MoE(nn.Module):
     """Many MLPs, the experts; each token goes through a few of them (Jiang et al. 2024, Mixtral of Experts).
 
@@ -126,16 +145,23 @@ class MoE(nn.Module):
         self.shared = (SwiGLU if config.expert_gate else GptNeoxMLP)(config, shared) if shared else None
         self.shared_gate = SharedGate(config.n_embd) if config.shared_expert_gate else None
         self.activation, self.limit, self.slope = activation(config), config.gate_limit, config.gate_slope
+        self.weighs_inputs = config.weigh_expert_inputs
 
     def forward(self, x: Tensor, apply: Apply = plainly) -> Tensor:
-        tokens = x.flatten(0, 1)
-        weights, routes = self.router(tokens)
-        made = self.get_submodule(self.first)(routes.dispatch(tokens), routes)
-        y = routes.combine(self.proj(apply(self.inner, made), routes), weights).view_as(x)
+        y = self.routed(x, *self.router(x.flatten(0, 1)), apply)
         if self.shared is None:
             return y
         shared = self.shared(x, apply)
         return y + (shared if self.shared_gate is None else self.shared_gate(x) * shared)
+
+    def routed(self, x: Tensor, weights: Tensor, routes: Routing, apply: Apply) -> Tensor:
+        """Return what the experts make of x (B, T, n_embd)."""
+        rows = routes.dispatch(x.flatten(0, 1))
+        if self.weighs_inputs:
+            rows = rows * weights.flatten()[routes.order].unsqueeze(1).to(rows.dtype)
+            weights = torch.ones_like(weights)
+        made = self.get_submodule(self.first)(rows, routes)
+        return routes.combine(self.proj(apply(self.inner, made), routes), weights).view_as(x)
 
     def inner(self, made: Tensor) -> Tensor:
         if self.first == "fc":
@@ -155,12 +181,33 @@ def clamped_gate(gate_up: Tensor, limit: float, slope: float) -> Tensor:
     return gate * torch.sigmoid(slope * gate) * (up + 1)
 
 
+class NormedMoE(MoE):
+    """Experts, and beside them one that all tokens go to, each between norms of its own (Gemma Team 2026, Gemma 4).
+
+    It reads the stream itself, of which its router too makes a norm of its own.
+    """
+
+    reads_stream = True
+
+    def __init__(self, config: Config, size: int) -> None:
+        super().__init__(config, size)
+        self.norm, self.post_norm = norm(config), norm(config)
+        self.shared_norm, self.shared_post_norm = norm(config), norm(config)
+
+    def forward(self, x: Tensor, apply: Apply = plainly) -> Tensor:
+        assert self.shared is not None
+        routed = self.routed(apply(self.norm, x), *self.router(x.flatten(0, 1)), apply)
+        return self.post_norm(routed) + self.shared_post_norm(self.shared(apply(self.shared_norm, x), apply))
+
+
 MLPS: dict[str, Callable[[Config, int], nn.Module]] = {
     "GptNeoxMLP": GptNeoxMLP,
     "XIELUMLP": XIELUMLP,
     "SwiGLU": SwiGLU,
     "ScaledSwiGLU": ScaledSwiGLU,
+    "SparseSwiGLU": SparseSwiGLU,
     "MoE": MoE,
+    "NormedMoE": NormedMoE,
 }
 
 

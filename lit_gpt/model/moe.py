@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from lit_gpt.kernels.linear import arithmetic
 from lit_gpt.kernels.policy import policy
 from lit_gpt.model.config import Config
+from lit_gpt.model.norms import PlainRMSNorm
 
 BLOCK = 8  # rows; kernels take 4 at a time, or 8
 
@@ -172,12 +173,16 @@ class Router(nn.Module):
         super().__init__()
         self.n_expert, self.n_expert_per_token = config.n_expert, config.n_expert_per_token
         self.sigmoid, self.norm_weights = config.router_score == "sigmoid", config.norm_expert_weights
+        self.margin = config.router_margin if config.router_score == "sparsemixer" else None
         self.scale = config.expert_scale
         self.groups, self.groups_per_token = config.n_expert_group, config.n_group_per_token
         self.best_of_group = config.n_best_of_group
         self.weight = nn.Parameter(torch.empty(config.n_expert, config.n_embd))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         self.bias = nn.Parameter(torch.zeros(config.n_expert)) if config.router_bias else None
+        self.norm = PlainRMSNorm(config.n_embd, config.norm_eps) if config.router_norm else None
+        self.input_scale = nn.Parameter(torch.ones(config.n_embd)) if config.router_norm else None
+        self.expert_scales = nn.Parameter(torch.ones(config.n_expert)) if config.router_norm else None
         # it balances the load, by another rule than gradients
         correction = torch.zeros(config.n_expert) if config.router_correction else None
         self.e_score_correction_bias: Tensor | None
@@ -185,12 +190,21 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """Return the weights of each token's experts, float32 (N, k), and the routing of tokens (N, n_embd) to them."""
+        if self.norm is not None and self.input_scale is not None:
+            x = self.norm(x) * self.input_scale * x.size(-1) ** -0.5
         logits = F.linear(x, self.weight, self.bias)
+        if self.margin is not None:
+            weights, chosen = sparse_mixer(logits.float(), self.n_expert_per_token, self.margin)
+            return weights * self.scale, Routing.from_topk(chosen, self.n_expert)
         scores = logits.float().sigmoid() if self.sigmoid else logits.softmax(-1, dtype=torch.float32)
-        chosen = self.choice(scores).topk(self.n_expert_per_token).indices
+        # sigmoids of large numbers are 1 alike, and would not tell which is the largest
+        alone = self.sigmoid and self.groups == 1 and self.e_score_correction_bias is None
+        chosen = (logits if alone else self.choice(scores)).topk(self.n_expert_per_token).indices
         weights = scores.gather(-1, chosen)
         if self.norm_weights:
             weights = weights / weights.sum(-1, keepdim=True)
+        if self.expert_scales is not None:
+            weights = weights * self.expert_scales[chosen]
         return weights * self.scale, Routing.from_topk(chosen, self.n_expert)
 
     def choice(self, scores: Tensor) -> Tensor:
@@ -203,6 +217,28 @@ class Router(nn.Module):
         best = grouped.topk(self.best_of_group).values.sum(-1).topk(self.groups_per_token).indices
         outside = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, False)
         return grouped.masked_fill(outside.unsqueeze(-1), -torch.inf).flatten(-2)
+
+
+def sparse_mixer(logits: Tensor, k: int, margin: float) -> tuple[Tensor, Tensor]:
+    """Choose the k likeliest experts, each weighed by a softmax over those near it, without those chosen before.
+
+    Near is an expert whose logit is lower by no more than the margin, as a part of its own size or of the largest's
+    (Liu et al. 2024, GRIN, arXiv 2409.12136, SparseMixer-v2).
+
+    Args:
+        logits: float32 (N, n_expert).
+
+    Returns:
+        Weights float32 (N, k), and the experts int64 (N, k).
+    """
+    weights, experts, left = [], [], logits
+    for _ in range(k):
+        most, best = left.detach().max(-1, keepdim=True)
+        far = (most - logits) / logits.abs().clamp(min=most) > margin
+        weights.append(left.masked_fill(far, -torch.inf).softmax(-1).gather(-1, best))
+        experts.append(best)
+        left = left.scatter(-1, best, -torch.inf)
+    return torch.cat(weights, -1), torch.cat(experts, -1)
 
 
 class SharedGate(nn.Module):

@@ -68,30 +68,40 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def norm(config: Config, size: int | None = None) -> nn.Module:
-    """Return a new norm of the class that the config names, over n_embd or `size` elements."""
-    if config.norm_class not in NORMS:
-        raise UserError(f"{config.name}: norm_class is {config.norm_class!r}, expected one of {', '.join(NORMS)}")
-    return NORMS[config.norm_class](size or config.n_embd, eps=config.norm_eps)
+def norm(config: Config, size: int | None = None, name: str = "") -> nn.Module:
+    """Return a new norm of the class that the config names, or of another, over n_embd or `size` elements."""
+    name = name or config.norm_class
+    if name not in NORMS:
+        raise UserError(f"{config.name}: norm_class is {name!r}, expected one of {', '.join(NORMS)}")
+    return NORMS[name](size or config.n_embd, eps=config.norm_eps)
 
 
 class QKNorm(nn.Module):
-    """Norms queries and keys (Dehghani et al. 2023), over the whole projections or over each head."""
+    """Norms queries and keys (Dehghani et al. 2023), over the whole projections or over each head.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: with the sizes of the layer.
+        rows: of queries and of keys; 0 where a layer has none of its own.
+    """
+
+    def __init__(self, config: Config, rows: tuple[int, ...]) -> None:
         super().__init__()
-        sizes, head_size = config.qkv_sizes[:2], config.head_size
-        self.widths = sizes if config.qk_norm == "projection" else (head_size, head_size)
+        head_size = config.head_size
+        self.widths = rows if config.qk_norm == "projection" else (head_size, head_size)
         self.q, self.k = (
-            LayerNorms(n // head_size, head_size, config.norm_eps) if config.qk_norm == "heads" else norm(config, width)
-            for n, width in zip(sizes, self.widths, strict=True)
-        )
+            None if n == 0 else LayerNorms(n // head_size, head_size, config.norm_eps) if config.qk_norm == "heads"
+            else norm(config, width, config.qk_norm_class)
+            for n, width in zip(rows, self.widths, strict=True)
+        )  # fmt: skip
 
     def forward(self, *qk: Tensor) -> tuple[Tensor, Tensor]:
         """Return normed queries and keys, of the shapes that they had: (B, T, heads * head_size)."""
         parts = zip((self.q, self.k), qk, self.widths, strict=True)
         # under autocast norms give float32, in which attention would be slow
-        return tuple(norm(x.unflatten(-1, (-1, width))).flatten(-2).to(x.dtype) for norm, x, width in parts)
+        return tuple(
+            x if norm is None else norm(x.unflatten(-1, (-1, width))).flatten(-2).to(x.dtype)
+            for norm, x, width in parts
+        )  # fmt: skip
 
 
 class LayerNorms(nn.LayerNorm):

@@ -7,15 +7,22 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt.errors import UserError
+from lit_gpt.kernels import functional
 from lit_gpt.model.config import Config
 
 
 class Rotation(NamedTuple):
-    """The rotation of queries and keys at some positions; see RotaryEmbedding."""
+    """The rotation of queries and keys at some positions; see RotaryEmbedding. An unrotated layer's has no angles."""
 
-    cos: Tensor
-    sin: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
     query_scale: Tensor | None = None  # multiplies the queries; (T, 1) or (B, 1, 1)
+
+    def turn(self, x: Tensor, heads: int, head_size: int) -> Tensor:
+        """Rotate the first `heads` heads of x (B, T, any number of heads * head_size)."""
+        if self.cos is None or self.sin is None:
+            return x
+        return functional.rotate(x, self.cos, self.sin, heads, head_size)
 
 
 class RotaryEmbedding(nn.Module):
@@ -26,6 +33,7 @@ class RotaryEmbedding(nn.Module):
         # float32 (rope_n_elem / 2,); with LongRoPE two rows, the second for sequences beyond the original context
         self.frequencies, self.attention_factor = rope_frequencies(config)
         self.growth, self.growth_length = config.query_growth, config.query_growth_length
+        self.growth_start = config.query_growth_start
         scaling = config.rope_scaling
         self.original = scaling["original_max_position_embeddings"] if scaling and self.frequencies.ndim == 2 else None
 
@@ -57,7 +65,8 @@ class RotaryEmbedding(nn.Module):
         """Return what scales the queries at these positions, (..., 1), as attention spreads over ever more keys."""
         if self.growth is None:
             return None
-        return (1 + self.growth * torch.log1p(positions.float().div(self.growth_length).floor()))[..., None].to(dtype)
+        times = (positions + self.growth_start).float().div(self.growth_length).floor()
+        return (1 + self.growth * torch.log1p(times))[..., None].to(dtype)
 
 
 def rope_frequencies(config: Config) -> tuple[Tensor, float]:
@@ -140,4 +149,17 @@ def rope_longrope(frequencies: Tensor, scaling: dict, config: Config) -> tuple[T
     return frequencies / torch.stack(divisors), scaling.get("attention_factor") or factor
 
 
-ROPE_SCALING = {"linear": rope_linear, "llama3": rope_llama3, "yarn": rope_yarn, "longrope": rope_longrope}
+def rope_proportional(frequencies: Tensor, scaling: dict, config: Config) -> tuple[Tensor, float]:
+    """Turn only the first pairs, those of the shortest waves (Gemma Team 2026, Gemma 4)."""
+    turning = int(scaling.get("partial_rotary_factor", 1.0) * config.rope_n_elem // 2)
+    still = torch.arange(len(frequencies)) >= turning
+    return frequencies.masked_fill(still, 0) / scaling.get("factor", 1.0), 1.0
+
+
+ROPE_SCALING = {
+    "linear": rope_linear,
+    "llama3": rope_llama3,
+    "yarn": rope_yarn,
+    "longrope": rope_longrope,
+    "proportional": rope_proportional,
+}

@@ -23,10 +23,22 @@ def attend_within(
     """Compute attention within the samples of a packed row, of one query of each row to the places up to its position,
     or in rows that each are one sequence; see `attend_packed`, `decode_attention`, `attend`."""
     if segments is not None:
-        return attend_packed(q, k, v, scores, segments, sinks)
+        chunk = scores.chunk
+        return attend_packed(q, k, v, scores, segments.in_groups(chunk, chunk) if chunk else segments, sinks)
     if positions is not None:
         return decode_attention(q, k, v, scores, positions, sinks)
-    return attend(q, k, v, scores, sinks)
+    return attend_in_chunks(q, k, v, scores, sinks) if scores.chunk else attend(q, k, v, scores, sinks)
+
+
+def attend_in_chunks(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, sinks: Tensor | None = None) -> Tensor:
+    """Compute attention within chunks of `scores.chunk` positions; the arguments are those of `attend`."""
+    S, size = k.size(2), scores.chunk or k.size(2)
+    begin, pieces = S - q.size(2), []
+    for start in range(begin // size * size, S, size):
+        stop = min(start + size, S)
+        queries = q[:, :, max(start - begin, 0) : stop - begin]
+        pieces.append(attend(queries, k[:, :, start:stop], v[:, :, start:stop], scores, sinks))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, sinks: Tensor | None = None) -> Tensor:
@@ -101,7 +113,8 @@ def decode_attention(
         positions: int64 (B,).
     """
     behind = positions[:, None] - torch.arange(k.size(2), device=k.device)  # (B, S)
-    seen = behind >= 0 if scores.window is None else (behind >= 0) & (behind < scores.window)
+    reach = scores.window if scores.chunk is None else positions[:, None] % scores.chunk + 1
+    seen = behind >= 0 if reach is None else (behind >= 0) & (behind < reach)
     if sinks is not None or not torch.compiler.is_compiling():
         return sdpa_one_query(q, k, v, scores, seen[:, None, None], sinks)
     # written for the compiler to make one loop of it

@@ -151,7 +151,7 @@ def test_rope_scaling(tmp_path: Path, fields: dict, tensors: dict, scaling: str)
 def test_scaling_of_published_models_is_found(tmp_path: Path, fields: dict, tensors: dict) -> None:
     divisors = llama3_divisors(128, 5e5, 32.0, 8192), Kind.F32
     file = importer.GGUFFile(write_gguf(tmp_path / "a.gguf", fields, tensors | {"rope_freqs.weight": divisors}))
-    found = metadata.llama3_scaling(file, 5e5, 128)
+    found = metadata.divided_scaling(file, 5e5, 128)
     assert (found["factor"], found["original_max_position_embeddings"]) == (32.0, 8192)
 
 

@@ -17,9 +17,11 @@ from transformers import (
     Exaone4Config,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     Glm4MoeConfig,
     GlmConfig,
     GptOssConfig,
+    Llama4TextConfig,
     Olmo3Config,
     OlmoeConfig,
     Qwen3MoeConfig,
@@ -73,6 +75,11 @@ THREE_IN_FOUR = dict(
     SIZE, num_hidden_layers=4, sliding_window=5, layer_types=["sliding_attention"] * 3 + ["full_attention"]
 )
 EXPERTS = dict(TWO, moe_intermediate_size=24, num_experts_per_tok=2, head_dim=24)
+GEMMA_4 = dict(
+    SIZE, num_hidden_layers=4, sliding_window=5, head_dim=16, global_head_dim=32, final_logit_softcapping=30.0,
+    layer_types=2 * ["sliding_attention", "full_attention"], hidden_size_per_layer_input=0,
+)  # fmt: skip
+GEMMA_4_LARGE = dict(attention_k_eq_v=True, num_global_key_value_heads=1)
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16,
         "beta_fast": 32.0, "beta_slow": 1.0}  # fmt: skip
@@ -98,6 +105,18 @@ AS_LLAMA_CPP_HAS_THEM = {  # where it takes something for granted
         **EXPERTS, n_routed_experts=6, n_group=1, topk_group=1, routed_scaling_factor=1.5, attention_bias=True,
         use_qk_norm=True, num_nextn_predict_layers=0,
     ),
+    "large": lambda: Gemma4TextConfig(**GEMMA_4 | GEMMA_4_LARGE),
+    "experts": lambda: Gemma4TextConfig(
+        **GEMMA_4 | GEMMA_4_LARGE, enable_moe_block=True, num_experts=5, top_k_experts=2, moe_intermediate_size=24
+    ),
+    "small": lambda: Gemma4TextConfig(
+        **GEMMA_4 | dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=320), num_kv_shared_layers=2,
+        use_double_wide_mlp=True,
+    ),
+    "llama4": lambda: Llama4TextConfig(
+        **TWO | dict(num_hidden_layers=4, intermediate_size=24), intermediate_size_mlp=40, num_local_experts=5,
+        head_dim=16, interleave_moe_layer_step=2,
+    ),
     "gpt_oss": lambda: GptOssConfig(
         **TWO | dict(intermediate_size=32), head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=5,
         rope_parameters=YARN | {"truncate": False},
@@ -105,6 +124,7 @@ AS_LLAMA_CPP_HAS_THEM = {  # where it takes something for granted
 }  # fmt: skip
 FURTHER = [  # of the newer families, through what is quick
     ("arcee", "arcee"), ("bloom", "bloom"), ("cohere", "cohere"), ("cohere", "cohere2"), ("ernie", "ernie4_5"),
+    ("gemma4", "large"), ("gemma4", "experts"), ("gemma4", "small"), ("llama4", "llama4"),
     ("exaone4", "exaone4"), ("glm4", "glm"), ("glm4", "glm4"), ("glm4_moe", "glm4_moe"), ("gpt2", "gpt2"),
     ("gpt_bigcode", "multi-head"), ("gpt_bigcode", "multi-query"), ("gpt_oss", "gpt_oss"),
     ("granite_moe", "granitemoe"),
@@ -127,6 +147,9 @@ def make(folder: Path, family: str, layout: str) -> Path:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.15)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
     bpe_tokenizer(folder)
     hf.convert(folder, hf_shards.StoredWeights(folder))
@@ -136,7 +159,7 @@ def make(folder: Path, family: str, layout: str) -> Path:
 def tokens(folder: Path) -> torch.Tensor:
     """Ids to compare logits on, within the window if there is one."""
     config = load_model(folder).config
-    length = 40 if config.family == "gemma" else config.sliding_window or 40
+    length = 40 if config.family in ("gemma", "gemma4") else config.sliding_window or 40
     return torch.randint(320, (2, length), generator=torch.Generator().manual_seed(3))
 
 

@@ -6,7 +6,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, Gemma3Config, Mistral3Config, Qwen3_5Config, Qwen3_5MoeConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Gemma4Config,
+    Llama4Config,
+    Mistral3Config,
+    Qwen3_5Config,
+    Qwen3_5MoeConfig,
+)
 
 from helpers.compare import TOLERANCE, off
 from helpers.tiny_models import tiny_hf_model
@@ -14,16 +22,26 @@ from lit_gpt import Config
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.checkpoints.folder import load_state
 from lit_gpt.conversion import hf, hf_shards, readers, towers
-from lit_gpt.families import gemma, llama, qwen3_5, qwen3_5_moe
+from lit_gpt.families import gemma, gemma4, llama, llama4, qwen3_5, qwen3_5_moe
 
 VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28,
               patch_size=14)  # fmt: skip
 QWEN_VISION = dict(depth=1, hidden_size=16, intermediate_size=24, num_heads=2, out_hidden_size=64,
                    num_position_embeddings=16)  # fmt: skip
+GEMMA_VISION = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                    num_key_value_heads=2, head_dim=8, patch_size=4, position_embedding_size=16)  # fmt: skip
+LLAMA_VISION = VISION | dict(projector_input_dim=16, projector_output_dim=16, vision_output_dim=16)
 WRAPPED = {
     "gemma3": lambda: Gemma3Config(
         text_config=gemma.tiny_hf()["gemma3"], vision_config=VISION | {"model_type": "siglip_vision_model"},
         mm_tokens_per_image=4, image_token_index=95,
+    ),
+    "gemma4": lambda: Gemma4Config(
+        text_config=gemma4.tiny_hf()["small"].to_dict(), vision_config=GEMMA_VISION, audio_config=None,
+        image_token_id=95, video_token_id=94, audio_token_id=93,
+    ),
+    "llama4": lambda: Llama4Config(
+        text_config=llama4.tiny_hf()["llama4"].to_dict(), vision_config=LLAMA_VISION, image_token_index=95
     ),
     "mistral3": lambda: Mistral3Config(
         text_config=llama.tiny_hf()["mistral"], vision_config=VISION | {"model_type": "pixtral"}, image_token_index=95

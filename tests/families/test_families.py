@@ -204,6 +204,9 @@ PUBLISHED = {
     "Qwen3-30B-A3B": 30_532_122_624,
     "Qwen3-235B-A22B": 235_093_634_560,
     "MiniMax-M2": 228_689_748_992,
+    # of 108_641_793_536 and 401_583_781_376 with the tower that reads images
+    "Llama-4-Scout-17B-16E": 107_769_861_120,
+    "Llama-4-Maverick-17B-128E": 400_711_848_960,
     "DeepSeek-V2-Lite": 15_706_484_224,
     "DeepSeek-V3": 671_026_404_352,
     "Moonlight-16B-A3B": 15_960_108_544,
@@ -246,8 +249,8 @@ def test_unknown_names():
         config_from_name("falcon7b")
     with pytest.raises(UserError, match="model_type 'mamba' is not supported"):
         config_from_hf({"model_type": "mamba"})
-    with pytest.raises(UserError, match="model_type 'llama4' is not supported: it attends within chunks"):
-        config_from_hf({"model_type": "llama4"})
+    with pytest.raises(UserError, match="model_type 'deepseek_v32' is not supported: its tokens attend"):
+        config_from_hf({"model_type": "deepseek_v32"})
     assert not REFUSED.keys() & {kind for family in families() for kind in family.MODEL_TYPES}
     with pytest.raises(UserError, match="needs the field 'hidden_size'"):
         config_from_hf({"model_type": "llama", "num_hidden_layers": 1, "num_attention_heads": 1})

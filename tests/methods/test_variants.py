@@ -93,7 +93,7 @@ def test_save_and_load(tiny: Tiny, tmp_path, method):
 def test_adapter_follows_the_papers_equation(tiny: Tiny):
     """Compute S^g = [softmax(S_prompt) g ; softmax(S_tokens)] (equation 6) and S^g V head by head."""
     model = attached(tiny, ATTACH["adapter"]).eval()
-    attention, config = model.h[1].attn, model.config
+    attention, config = model.h[1].attn, model.config.at(1)
     attention.prefix.gate.normal_()
     x, T, size = torch.randn(1, 9, config.n_embd), 9, config.head_size
     rotation = model.rotations(torch.arange(T), (T,), x.dtype)[1]

@@ -18,6 +18,8 @@ from lit_gpt.model.config import Config
 from lit_gpt.model.rope import rope_frequencies
 
 ROPE_FACTORS = "rope_freqs.weight"
+DIVIDED = ("llama3", "proportional")  # rotary scaling that is a tensor of divisors
+NEVER = 1e30  # by which a frequency is divided that is 0
 # Modules whose tensors lie there as they are here.
 NAMES = {
     "wte": "token_embd", "wpe": "position_embd", "ln_e": "token_embd_norm", "ln_f": "output_norm", "lm_head": "output",
@@ -55,7 +57,7 @@ def rows(config: Config, layout: Layout) -> Iterator[weights.TensorRow]:
     common = places(config, layout)
     for row in weights.rows(config):
         place = weights.entry(layout.places, row.lit) or mlp_place(row) or weights.entry(common, row.lit)
-        if place is None or not known.issuperset(re.sub(r"\.(weight|bias)$", "", name) for name in place.modules):
+        if place is None or not known.issuperset(re.sub(r"\.(weight|bias|scale)$", "", name) for name in place.modules):
             raise UserError(f"--format gguf: llama.cpp's {layout.architecture} has no place for the tensor {row.lit}")
         yield weights.row_of(row.lit, row.shape, place)
 
@@ -91,4 +93,6 @@ def mlp_place(row: weights.TensorRow) -> Place | None:
 
 def rope_divisors(config: Config) -> Tensor:
     """Return what rotary scaling divides each frequency by, float32 (rope_n_elem / 2,)."""
-    return rope_frequencies(replace(config, rope_scaling=None))[0] / rope_frequencies(config)[0]
+    config = config.without_window
+    divisors = rope_frequencies(replace(config, rope_scaling=None))[0] / rope_frequencies(config)[0]
+    return divisors.clamp(max=NEVER)

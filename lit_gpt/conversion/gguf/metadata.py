@@ -4,6 +4,7 @@ What all architectures have alike is here; a family adds its own in `gguf(config
 taken in if its metadata is what would be written for the model that it gives, so that no setting is passed over.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lit_gpt.conversion.gguf.layout import ROPE_FACTORS, rope_divisors
+from lit_gpt.conversion.gguf.layout import DIVIDED, NEVER, ROPE_FACTORS, rope_divisors
 from lit_gpt.conversion.gguf.reader import GGUFFile
 from lit_gpt.conversion.gguf.tokenizer import Vocabulary
 from lit_gpt.errors import UserError
@@ -65,9 +66,9 @@ def experts(config: Config) -> dict[str, Any]:
 
 
 def rope_scaling(config: Config, rounds_yarn: bool) -> dict[str, Any]:
-    """Return the metadata for rotary scaling; there is none for Llama 3's, which is a tensor of divisors."""
+    """Return the metadata for rotary scaling; there is none for what is a tensor of divisors."""
     scaling = config.rope_scaling
-    if not scaling or scaling["rope_type"] == "llama3":
+    if not scaling or scaling["rope_type"] in DIVIDED:
         return {}
     key = "rope.scaling."
     if scaling["rope_type"] == "linear":
@@ -101,8 +102,21 @@ class Said:
     def need(self, key: str, kind: type) -> Any:
         return self.file.need(f"{self.architecture}.{key}", kind)
 
+    def each(self, key: str, kind: type) -> list[Any]:
+        if isinstance(self.file.fields.get(f"{self.architecture}.{key}"), list):
+            return self.file.need_list(f"{self.architecture}.{key}", kind)
+        return [self.get(key, kind)] * self.need("block_count", int)
+
     def holds(self, tensor: str) -> bool:
         return tensor in self.file.tensors
+
+    @property
+    def rope_scaling(self) -> dict[str, Any] | None:
+        head_size = self.get("attention.key_length", int) or (
+            self.need("embedding_length", int) // self.need("attention.head_count", int)
+        )
+        base, rotated = self.get("rope.freq_base", float, 10000.0), self.get("rope.dimension_count", int, head_size)
+        return hf_rope_scaling(self, base, rotated)
 
 
 def family_of(file: GGUFFile) -> ModuleType:
@@ -173,22 +187,20 @@ def hf_config(file: GGUFFile, tokens: Vocabulary, dtype: torch.dtype) -> dict[st
     head_size = said.get("attention.key_length", int) or n_embd // heads
     if not said.holds("token_embd.weight"):
         raise UserError(f"{file.path}: lacks the tensor token_embd.weight; a vocabulary without a model?")
-    rope_base = said.get("rope.freq_base", float, 10000.0)
-    rotated = said.get("rope.dimension_count", int, head_size)
     return {
         "attention_bias": said.holds("blk.0.attn_q.bias"),
         "mlp_bias": said.holds("blk.0.ffn_up.bias"),
         "hidden_act": "silu",
         "hidden_size": n_embd,
         "head_dim": head_size,
-        "intermediate_size": said.get("feed_forward_length", int) or 0,
+        "intermediate_size": said.each("feed_forward_length", int)[0] or 0,
         "num_hidden_layers": said.need("block_count", int),
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": said.need("context_length", int),
         "rms_norm_eps": said.get("attention.layer_norm_rms_epsilon", float),
-        "rope_theta": rope_base,
-        "rope_scaling": hf_rope_scaling(said, rope_base, rotated),
+        "rope_theta": said.get("rope.freq_base", float, 10000.0),
+        "rope_scaling": said.rope_scaling,
         "tie_word_embeddings": not said.holds("output.weight"),
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "bos_token_id": tokens.named["bos_token"],
@@ -206,7 +218,7 @@ def hf_rope_scaling(said: Said, base: float, rotated: int) -> dict[str, Any] | N
     factor = said.get(key + "factor", float) or said.get("rope.scale_linear", float) or 1.0
     kind = said.get(key + "type", str) or "linear"  # as llama.cpp takes a lone factor
     if kind == "none" or factor == 1.0:
-        return llama3_scaling(said.file, base, rotated) if factors else None
+        return divided_scaling(said.file, base, rotated) if factors else None
     if kind not in ("linear", "yarn") or factors:
         extra = f" together with the tensor {ROPE_FACTORS}" if factors else ""
         raise UserError(f"{said.file.path}: {said.architecture}.{key}type '{kind}'{extra} is not supported")
@@ -221,24 +233,29 @@ def hf_rope_scaling(said: Said, base: float, rotated: int) -> dict[str, Any] | N
     }
 
 
-def llama3_scaling(file: GGUFFile, base: float, rotated: int) -> dict[str, Any] | None:
-    """Return the scaling of Llama 3.1 and later, of which the file holds only the divisor of each frequency.
+def divided_scaling(file: GGUFFile, base: float, rotated: int) -> dict[str, Any] | None:
+    """Return a scaling of which the file holds only the divisor of each frequency: Llama 3.1's and later, or Gemma 4's.
 
-    All published models blend between 1 and 4 turns within the original context, so only that context is searched for.
+    All published models but Llama 4's, which do not blend, blend between 1 and 4 turns within the original context, so
+    only that context is searched for.
     """
     divisors = file.read(ROPE_FACTORS)
     if torch.all(divisors == 1):
         return None
+    turning = int((divisors == 1).sum())
+    if torch.all(divisors[turning:] == NEVER):
+        return {"rope_type": "proportional", "partial_rotary_factor": turning / len(divisors)}
     head = Config("", "llama", n_layer=1, n_head=1, n_embd=rotated, vocab_size=1, block_size=1, rope_base=base)
-    for original in (8192, *(2**n for n in range(4, 21))):
+    originals = 8192, *(2**n for n in range(4, 21))
+    for high, original in itertools.product((4.0, 1.0), originals):
         scaling = {
             "rope_type": "llama3",
             "factor": divisors.max().item(),
             "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
+            "high_freq_factor": high,
             "original_max_position_embeddings": original,
         }
         expected = rope_divisors(replace(head, rope_scaling=scaling))
         if divisors.shape == expected.shape and torch.allclose(divisors, expected, rtol=1e-5, atol=0):
             return scaling
-    raise UserError(f"{file.path}: the tensor {ROPE_FACTORS} is no scaling that config.json can express (llama3)")
+    raise UserError(f"{file.path}: the tensor {ROPE_FACTORS} is no scaling that config.json can express")

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from lit_gpt.conversion import weights
-from lit_gpt.conversion.gguf.layout import ROPE_FACTORS, layout_of, rope_divisors, rows
+from lit_gpt.conversion.gguf.layout import DIVIDED, ROPE_FACTORS, layout_of, rope_divisors, rows
 from lit_gpt.conversion.gguf.metadata import metadata
 from lit_gpt.conversion.gguf.tokenizer import vocabulary_fields
 from lit_gpt.errors import UserError
@@ -56,8 +56,8 @@ def write(
     with torch.device("meta"):
         empty = {row.lit: torch.empty(row.shape) for row in table}
     kinds = {name: kind_of(tensor.shape, dtype) for name, tensor in weights.to_hf(table, empty)}
-    llama3 = config.rope_scaling and config.rope_scaling["rope_type"] == "llama3"
-    factors = rope_divisors(config) if llama3 else None
+    divided = config.rope_scaling and config.rope_scaling["rope_type"] in DIVIDED
+    factors = rope_divisors(config) if divided else None
     writer = gguf.GGUFWriter(path, layout.architecture)
     for key, value in fields.items():
         add_field(writer, key, value)

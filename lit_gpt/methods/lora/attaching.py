@@ -103,15 +103,16 @@ def check_layers(wanted: list[Target], config: LoRAConfig, base: Config) -> None
 def kinds(wanted: list[Target], config: LoRAConfig) -> dict[str, str]:
     """Return the name of the matrices that each layer shares with others, by the layers' paths.
 
-    Of vera's all layers share theirs; else those with the same path within a block and the same sizes do. Of several
-    sizes, such as those of an MLP before blocks of experts, the first has the plain name.
+    Of vera's all layers share theirs; else those with the same path within a block, the same sizes and as many parts
+    do. Of several sizes, such as those of an MLP before blocks of experts, the first has the plain name.
     """
     names: dict[str, str] = {}
-    first: dict[str, str] = {}
+    first: dict[str, tuple[str, int]] = {}
     for path, layer, parts in wanted:
         name, inputs = re.sub(r"^h\.\d+\.", "", path).replace(".", "_"), cast(Experts, layer).in_features
         sizes = "x".join(map(str, (*experts_of(layer), sum(stop - start for start, stop in parts), inputs)))
-        names[path] = name if first.setdefault(name, sizes) == sizes else f"{name}_{sizes}"
+        own, plain = (sizes, len(parts)), first.setdefault(name, (sizes, len(parts)))
+        names[path] = name if own == plain else f"{name}_{sizes}" + (f"_{len(parts)}" if own[1] != plain[1] else "")
     return dict.fromkeys(names, "all") if config.update == "vera" else names
 
 

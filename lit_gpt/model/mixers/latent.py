@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_gpt.kernels import functional
 from lit_gpt.kernels.attention import ScoreParams
 from lit_gpt.model.config import Config
 from lit_gpt.model.kv_cache import AnyCache, AttentionCache, DecodeCache, PackedPrefillCache, zeros
@@ -57,8 +56,7 @@ class LatentAttention(Mixer):
             q = self.q_up(self.q_norm(q).to(q.dtype))
         latent = self.kv_norm(latent).to(latent.dtype)
         if rotation is not None:
-            q = functional.rotate(q, rotation.cos, rotation.sin, self.n_head, self.head_size)
-            k = functional.rotate(k, rotation.cos, rotation.sin, 1, self.rotated_size)
+            q, k = rotation.turn(q, self.n_head, self.head_size), rotation.turn(k, 1, self.rotated_size)
         return q.unflatten(-1, (self.n_head, -1)).transpose(1, 2), k.unsqueeze(1), latent.unsqueeze(1)
 
     def mix(self, parts: tuple[Tensor, ...], segments: Segments | None, cache: AnyCache | None) -> Tensor:

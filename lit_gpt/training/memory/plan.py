@@ -138,7 +138,7 @@ class MemoryPlanner:
     def extrapolated(self, row: Row, checkpointing: str) -> Plan:
         """Return the plan for all layers, from what the first few need; of a hybrid, whose layers differ, from all."""
         few = self.method.first_uniform_layer + 2  # layers, that all kinds are among them
-        if self.config.n_layer <= few + 1 or len({*self.config.mixers}) > 1:
+        if self.config.n_layer <= few + 1 or self.config.layers_differ:
             plan = self.simulate(self.config, row, checkpointing)
         else:
             one, two = (self.simulate(replace(self.config, n_layer=n), row, checkpointing) for n in (few, few + 1))
@@ -253,7 +253,8 @@ def answer_once(model: GPT, length: int, tokens: int) -> None:
 def merge_once(model: GPT, method: Method) -> None:
     """Hold what scripts/merge_lora.py holds in turn: merged weights, then, to compare, a float32 module and logits."""
     method.hold_merge(model)
-    largest = max((model.wte, model.h[0], model.lm_head), key=lambda part: sum(p.numel() for p in part.parameters()))
+    parts = [model.wte, model.h[0], model.lm_head, *([model.layer_inputs] if model.layer_inputs is not None else [])]
+    largest = max(parts, key=lambda part: sum(p.numel() for p in part.parameters()))
     widened = [p.float() for p in largest.parameters()]  # noqa: F841 (held together)
     torch.empty(3 * POSITIONS, model.config.padded_vocab_size)
 

@@ -1,0 +1,1 @@
+"""What a layer adds to the residual stream besides its token mixer and MLP."""
