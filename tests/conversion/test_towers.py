@@ -37,7 +37,7 @@ WRAPPED = {
         mm_tokens_per_image=4, image_token_index=95,
     ),
     "gemma4": lambda: Gemma4Config(
-        text_config=gemma4.tiny_hf()["small"].to_dict(), vision_config=GEMMA_VISION, audio_config=None,
+        text_config=gemma4.tiny_hf(pad_token_id=0)["small"].to_dict(), vision_config=GEMMA_VISION, audio_config=None,
         image_token_id=95, video_token_id=94, audio_token_id=93,
     ),
     "llama4": lambda: Llama4Config(

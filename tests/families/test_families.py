@@ -300,6 +300,17 @@ def test_which_layers_have_a_window_or_positions():
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}}, "of sliding_attention"),
         ("gemma2", {"hidden_activation": "gelu_10"}, "activation 'gelu_10'"),
+        ("gemma4_text", {"num_kv_shared_layers": 3, "hidden_size_per_layer_input": 0}, "no layer before has full_att"),
+        (
+            "gemma4_text",
+            {"per_layer_config": {"3": {"head_dim": 8, "sliding_window": 2}}, "hidden_size_per_layer_input": 0},
+            "per_layer_config",
+        ),
+        ("gemma4_text", {}, "vocab_size_per_layer_input"),
+        ("gemma3n_text", {"intermediate_size": [8, 8, 8, 9]}, "intermediate_size"),
+        ("gemma3n_text", {"activation_sparsity_pattern": [0.5, 0.9, 0.0, 0.0]}, "activation_sparsity_pattern"),
+        ("llama4_text", {"layer_types": ["sliding_attention"] * 4}, "layer_types .'sliding_attention'."),
+        ("phimoe", {"rope_scaling": {"type": "longrope", "short_mscale": 1.1, "long_mscale": 1.2}}, "'short_mscale'"),
     ],
 )
 def test_what_the_model_does_not_do_is_refused(kind, fields, words):
