@@ -201,6 +201,8 @@ class GPT(nn.Module):
         for block in cast(Iterable[Block], self.h) if size else ():
             if block.attn is None or block.mixer is not None:
                 raise UsageError(f"--attention_group {size}: {self.config.name} has layers without attention")
+            if block.attn.scores.chunk:
+                raise UsageError(f"--attention_group {size}: {self.config.name} attends within chunks already")
             if size == 1:
                 raise UsageError("--attention_group 1: expected at least 2, of which half the heads see the other half")
             block.attn.group = size
