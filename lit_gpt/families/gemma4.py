@@ -307,8 +307,8 @@ def tiny_hf(**fields: Any) -> dict[str, Any]:
     size = tiny_size(**common | fields)
     large = dict(size, attention_k_eq_v=True, num_global_key_value_heads=1)
     without: dict[str, Any] = dict(hidden_size_per_layer_input=0)
-    inputs = dict(hidden_size_per_layer_input=8, vocab_size_per_layer_input=size["vocab_size"])
-    sharing = dict(head_dim=4, global_head_dim=8, num_hidden_layers=4, num_kv_shared_layers=2, use_double_wide_mlp=True,
+    inputs = dict(hidden_size_per_layer_input=16, vocab_size_per_layer_input=size["vocab_size"])
+    sharing = dict(num_hidden_layers=4, num_kv_shared_layers=2, use_double_wide_mlp=True,
                    layer_types=2 * size["layer_types"])  # fmt: skip
     experts = dict(enable_moe_block=True, num_experts=5, top_k_experts=2, moe_intermediate_size=24)
     return {

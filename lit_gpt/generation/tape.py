@@ -182,7 +182,8 @@ class Tape:
     def qk_norm(self, norms: QKNorm, qkv: Tensor, sizes: tuple[int, ...]) -> None:
         expect(norms, QKNorm)
         for norm, part, width in zip((norms.q, norms.k), qkv.split(sizes, 1), norms.widths, strict=False):
-            self.norm(norm, part, None, part.size(1) // width)
+            if norm is not None:
+                self.norm(norm, part, None, part.size(1) // width)
 
     def mlp(self, mlp: nn.Module, x: Tensor) -> Tensor:
         """Compute an MLP, or what wraps one, in a buffer."""

@@ -148,14 +148,15 @@ class MoE(nn.Module):
         self.weighs_inputs = config.weigh_expert_inputs
 
     def forward(self, x: Tensor, apply: Apply = plainly) -> Tensor:
-        y = self.routed(x, *self.router(x.flatten(0, 1)), apply)
+        y = self.routed(x, self.router(x.flatten(0, 1)), apply)
         if self.shared is None:
             return y
         shared = self.shared(x, apply)
         return y + (shared if self.shared_gate is None else self.shared_gate(x) * shared)
 
-    def routed(self, x: Tensor, weights: Tensor, routes: Routing, apply: Apply) -> Tensor:
-        """Return what the experts make of x (B, T, n_embd)."""
+    def routed(self, x: Tensor, chosen: tuple[Tensor, Routing], apply: Apply) -> Tensor:
+        """Return what the experts that a router has chosen make of x (B, T, n_embd)."""
+        weights, routes = chosen
         rows = routes.dispatch(x.flatten(0, 1))
         if self.weighs_inputs:
             rows = rows * weights.flatten()[routes.order].unsqueeze(1).to(rows.dtype)
@@ -196,7 +197,7 @@ class NormedMoE(MoE):
 
     def forward(self, x: Tensor, apply: Apply = plainly) -> Tensor:
         assert self.shared is not None
-        routed = self.routed(apply(self.norm, x), *self.router(x.flatten(0, 1)), apply)
+        routed = self.routed(apply(self.norm, x), self.router(x.flatten(0, 1)), apply)
         return self.post_norm(routed) + self.shared_post_norm(self.shared(apply(self.shared_norm, x), apply))
 
 

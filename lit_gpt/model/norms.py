@@ -98,10 +98,11 @@ class QKNorm(nn.Module):
         """Return normed queries and keys, of the shapes that they had: (B, T, heads * head_size)."""
         parts = zip((self.q, self.k), qk, self.widths, strict=True)
         # under autocast norms give float32, in which attention would be slow
-        return tuple(
+        q, k = (
             x if norm is None else norm(x.unflatten(-1, (-1, width))).flatten(-2).to(x.dtype)
             for norm, x, width in parts
-        )  # fmt: skip
+        )
+        return q, k
 
 
 class LayerNorms(nn.LayerNorm):

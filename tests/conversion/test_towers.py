@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     Gemma3Config,
@@ -111,3 +111,20 @@ def test_a_gemma_alone_is_not_taken_for_more(tmp_path):
     tiny_hf_model("gemma", "gemma3").save_pretrained(tmp_path)
     hf.convert(tmp_path, hf_shards.StoredWeights(tmp_path))
     assert not (tmp_path / towers.FILE).exists()
+
+
+@torch.no_grad()
+def test_a_language_model_beside_towers_that_need_further_packages(tmp_path):
+    """Gemma 3n, whose tower that reads images is timm's: the names are those of its published files."""
+    alone, idx = tiny_hf_model("gemma3n", "gemma3n"), torch.randint(90, (2, 40))
+    stored = {name.replace("model.", "model.language_model.", 1): x.clone() for name, x in alone.state_dict().items()}
+    del stored["lm_head.weight"]  # tied
+    stored["model.vision_tower.timm_model.weight"] = torch.randn(3, 4)
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    fields = {"model_type": "gemma3n", "text_config": alone.config.to_dict(), "tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    hf.convert(tmp_path, hf_shards.StoredWeights(tmp_path))
+    assert off(load_model(tmp_path)(idx), alone(idx).logits) < TOLERANCE
+    hf.export(tmp_path, tmp_path / "hf", load_state(tmp_path))
+    after = load_file(tmp_path / "hf" / "model.safetensors")
+    assert after.keys() == stored.keys() and all(torch.equal(x, stored[name]) for name, x in after.items())

@@ -308,7 +308,11 @@ def test_which_layers_have_a_window_or_positions():
         ),
         ("gemma4_text", {}, "vocab_size_per_layer_input"),
         ("gemma3n_text", {"intermediate_size": [8, 8, 8, 9]}, "intermediate_size"),
-        ("gemma3n_text", {"activation_sparsity_pattern": [0.5, 0.9, 0.0, 0.0]}, "activation_sparsity_pattern"),
+        (
+            "gemma3n_text",
+            {"activation_sparsity_pattern": [0.5, 0.9, 0, 0], "num_kv_shared_layers": 0},
+            "activation_sparsity_pattern",
+        ),
         ("llama4_text", {"layer_types": ["sliding_attention"] * 4}, "layer_types .'sliding_attention'."),
         ("phimoe", {"rope_scaling": {"type": "longrope", "short_mscale": 1.1, "long_mscale": 1.2}}, "'short_mscale'"),
     ],
