@@ -305,12 +305,12 @@ def tiny_hf(**fields: Any) -> dict[str, Any]:
         layer_types=["sliding_attention", "full_attention"], rope_parameters=ROPES,
     )  # fmt: skip
     size = tiny_size(**common | fields)
-    large = dict(size, attention_k_eq_v=True, num_global_key_value_heads=1)
+    large: dict[str, Any] = dict(size, attention_k_eq_v=True, num_global_key_value_heads=1)
     without: dict[str, Any] = dict(hidden_size_per_layer_input=0)
-    inputs = dict(hidden_size_per_layer_input=16, vocab_size_per_layer_input=size["vocab_size"])
-    sharing = dict(num_hidden_layers=4, num_kv_shared_layers=2, use_double_wide_mlp=True,
+    inputs: dict[str, Any] = dict(hidden_size_per_layer_input=16, vocab_size_per_layer_input=size["vocab_size"])
+    sharing: dict[str, Any] = dict(num_hidden_layers=4, num_kv_shared_layers=2, use_double_wide_mlp=True,
                    layer_types=2 * size["layer_types"])  # fmt: skip
-    experts = dict(enable_moe_block=True, num_experts=5, top_k_experts=2, moe_intermediate_size=24)
+    experts: dict[str, Any] = dict(enable_moe_block=True, num_experts=5, top_k_experts=2, moe_intermediate_size=24)
     return {
         "large": Gemma4TextConfig(**large | without, final_logit_softcapping=3.0),
         "unified": Gemma4UnifiedTextConfig(**large),

@@ -7,7 +7,7 @@ from typing import Any
 from lit_gpt.errors import UserError
 from lit_gpt.families import llama
 from lit_gpt.families.fields import rope, tiny_size
-from lit_gpt.families.tables import AllExperts, Layout, Said, Stacked, Table
+from lit_gpt.families.tables import AllExperts, Layout, Place, Said, Stacked, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("llama4_text",)
@@ -92,11 +92,13 @@ def global_layers(hf: dict[str, Any], unrotated: list[int]) -> list[int]:
 
 def weights(config: Config) -> Table:
     mlp = "model.layers.{}.feed_forward."
-    table = llama.weights(config) | llama.turned_qkv(config) | {
+    table: dict[str, str | Place] = {
+        **llama.weights(config),
+        **llama.turned_qkv(config),
         "h.{}.mlp.router": mlp + "router",
         "h.{}.mlp.gate_up": AllExperts((mlp + "experts.gate_up_proj",)),
         "h.{}.mlp.proj": AllExperts((mlp + "experts.down_proj",)),
-    }  # fmt: skip
+    }
     sizes = [("h.{}.mlp.shared.", mlp + "shared_expert.", config.shared_intermediate_size)]
     sizes += [(f"h.{i}.mlp.", mlp.format(i), config.dense_intermediate_size) for i in config.dense_layers]
     for ours, theirs, size in sizes:
@@ -146,5 +148,7 @@ def tiny_hf(**fields: Any) -> dict[str, Any]:
                num_local_experts=5, num_hidden_layers=4, no_rope_layer_interval=2, attention_chunk_size=5,
                floor_scale=7, attn_scale=0.5) | fields
     )  # fmt: skip
-    dense = dict(interleave_moe_layer_step=2, use_qk_norm=False, num_experts_per_tok=2, attn_temperature_tuning=False)
+    dense: dict[str, Any] = dict(
+        interleave_moe_layer_step=2, use_qk_norm=False, num_experts_per_tok=2, attn_temperature_tuning=False
+    )
     return {"dense layers": Llama4TextConfig(**size | dense), "llama4": Llama4TextConfig(**size)}

@@ -75,5 +75,5 @@ def tiny_hf(**fields: Any) -> dict[str, Any]:
     size = tiny_size(
         **dict(intermediate_size=24, num_key_value_heads=2, num_local_experts=5, sliding_window=5) | fields
     )
-    large_margin = dict(router_jitter_noise=0.2, attention_bias=True, lm_head_bias=True)
+    large_margin: dict[str, Any] = dict(router_jitter_noise=0.2, attention_bias=True, lm_head_bias=True)
     return {"phimoe": PhimoeConfig(**size, **large_margin, rope_parameters=scaling)}
