@@ -171,11 +171,11 @@ class BaseCheckpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Return the stored dtype of the weights that are not quantized."""
+        """Return the stored dtype of the weights that are not quantized; a damaged file may lack them."""
         if "ln_f.weight" in self.state:
             return self.state["ln_f.weight"].dtype
         embedding = (tensor for name, tensor in self.state.items() if name.startswith("wte."))  # norms have no weights
-        return next(tensor.dtype for tensor in embedding if tensor.is_floating_point())
+        return next((tensor.dtype for tensor in embedding if tensor.is_floating_point()), torch.get_default_dtype())
 
     def quantized(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield the state dict of the quantized model, tensor by tensor; what is not quantized comes as it is stored.

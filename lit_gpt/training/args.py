@@ -43,9 +43,7 @@ class OptimizationArgs:
     weight_decay: NonNegativeFloat = 0.01  # Decay what trains, decoupled from the gradient.
     warmup_steps: NonNegativeInt | None = None  # Raise the learning rate over these steps (null: 100, at most a third).
     schedule: Literal["cosine", "constant"] = "cosine"  # Choose how the learning rate goes on after the warmup.
-    optimizer: str = (
-        "adamw"  # Use adamw, sgd, galore, adamw8bit, paged_adamw8bit, or another by its name, package.Class.
-    )
+    optimizer: str = "adamw"  # Use adamw, sgd, galore, adamw8bit, paged_adamw8bit, or another one's package.Class.
     optimizer_args: dict[str, Any] = field(default_factory=dict)  # Pass it more arguments: '{"betas": [0.9, 0.95]}'.
     optimizer_in_backward: bool = False  # Step as gradients come, holding one at a time; one packed row makes a step.
     max_grad_norm: PositiveFloat | None = None  # Clip the gradient of all that trains to this norm (null: never).

@@ -52,11 +52,13 @@ def test_saved_loaded_merged_in_a_batch_and_by_peft(tmp_path, change):
     theirs = peft.PeftModel.from_pretrained(
         tiny_hf_model("llama", "llama3", vocab_size=320, max_position_embeddings=256), tmp_path
     )
-    assert off(theirs.eval()(idx).logits, logits) < 1e-5
+    model = model.double()  # PiSSA's update is a difference of large factors
+    logits = model(idx)
+    assert off(theirs.eval().double()(idx).logits, logits) < 1e-5
     settings, state, _ = peft_files.read(tmp_path, checkpoint.config, dict(load_model(base).state_dict()))
     again = lora.attach(load_model(base), settings)
     finetuned_file.load_trained(again, state, tmp_path)
-    assert off(again.eval()(idx), logits) < 1e-5
+    assert off(again.eval().double()(idx), logits) < 1e-5
     assert off(lora.merge(model)(idx), logits) < 1e-5
 
 
