@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # read when triton is imported
+
 from helpers.cli import Result
 from helpers.pages import enter_place
 from helpers.paths import ROOT

@@ -17,7 +17,7 @@ from lit_gpt.model.gpt import GPT, Block
 from lit_gpt.model.kv_cache import AttentionCache, KVCache
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.mlp import GptNeoxMLP, SwiGLU
-from lit_gpt.model.norms import LayerNorms, PlainRMSNorm, QKNorm, RMSNorm, UnitOffsetRMSNorm
+from lit_gpt.model.norms import LayerNorm, LayerNorms, PlainRMSNorm, QKNorm, RMSNorm, UnitOffsetRMSNorm
 from lit_gpt.quantization.formats import FORMATS
 from lit_gpt.quantization.modules import QuantizedEmbedding, QuantizedLinear, unpacked
 
@@ -206,7 +206,7 @@ class Tape:
             return x
         if record := recorder(norm):
             return record(self, x, name, parts)
-        expect(norm, nn.LayerNorm, LayerNorms, RMSNorm, UnitOffsetRMSNorm, PlainRMSNorm)
+        expect(norm, LayerNorm, nn.LayerNorm, LayerNorms, RMSNorm, UnitOffsetRMSNorm, PlainRMSNorm)
         assert isinstance(norm, nn.LayerNorm | RMSNorm | PlainRMSNorm)
         y, size = x if name is None else self.buffer(name, x.size(1)), x.size(1) // parts
         weight, bias = (

@@ -2,7 +2,8 @@
 over memory less often. Their results are those of the plain formulas: tests/kernels/test_functional.py holds them
 against those.
 
-Where lit_gpt.kernels.ops has a kernel for the tensors at hand, it is taken; torch's operations serve everywhere.
+Where lit_gpt.kernels.ops has a kernel for the tensors at hand, on a CPU, or lit_gpt.kernels.cuda.ops, on a GPU, it is
+taken; torch's operations serve everywhere.
 
 None reads a tensor's contents on the way, so that all run on the meta device and under FakeTensorMode as well.
 """
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lit_gpt.kernels import ops
+from lit_gpt.kernels.cuda import launch
 from lit_gpt.kernels.declarations import ACTIVATION_NUMBERS
 from lit_gpt.kernels.dropout import ALL_KEPT, dropped, kept_share
 from lit_gpt.kernels.linear import arithmetic
@@ -38,6 +40,15 @@ def apply_or_forward(function: type[torch.autograd.Function], *arguments: Any) -
     torch.compile takes that more readily.
     """
     return function.apply(*arguments) if torch.is_grad_enabled() else function.forward(_NoContext(), *arguments)
+
+
+def triton_kernels(*tensors: Tensor) -> Any:
+    """Return lit_gpt.kernels.cuda.ops if its kernels serve tensors like these, else None."""
+    if not launch.serves(*tensors):
+        return None
+    from lit_gpt.kernels.cuda import ops  # Triton is not imported where it does not serve
+
+    return ops
 
 
 def low_rank_update(
@@ -164,49 +175,6 @@ class _Scaled(torch.autograd.Function):
         total = grad.flatten(0, -2).sum(0, dtype=scale.dtype)
         scale_grad = (grad * y).flatten(0, -2).sum(0, dtype=scale.dtype).addcmul_(shift, total)
         return grad * scale.to(grad.dtype), scale_grad, total * scale
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
-    """Return (offset + weight) * x / rms(x) (Zhang & Sennrich 2019); x: (..., size), weight: (size,).
-
-    The mean square is taken in float32, and with an offset, to which narrow weights would be lost, so is all.
-    """
-    return apply_or_forward(_RMSNorm, x, weight, eps, offset)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """Keeps x and the inverse of the rms."""
-
-    @staticmethod
-    def forward(ctx, x, weight, eps, offset):
-        if ops.supports(x, weight):
-            y, inverse = ops.rms_norm(x.contiguous(), weight, eps, offset)
-            ctx.save_for_backward(x, inverse, weight)
-            ctx.offset = offset
-            return y
-        wide = x.float()
-        inverse = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, inverse, weight)
-        ctx.offset = offset
-        if offset:
-            return (wide * inverse).mul_(offset + weight.float()).to(x.dtype)
-        return weight * (wide * inverse).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        x, inverse, weight = ctx.saved_tensors
-        if not ctx.needs_input_grad[1] and ops.supports(x, weight, grad):
-            return ops.rms_norm_backward(*(t.contiguous() for t in (grad, x)), weight, inverse, ctx.offset), *[None] * 3
-        normed = x.to(torch.float32, copy=True).mul_(inverse)
-        x_grad = weight_grad = None
-        if ctx.needs_input_grad[1]:
-            weight_grad = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            wide = grad.to(torch.float32, copy=True).mul_(ctx.offset + weight.float() if ctx.offset else weight)
-            along = (wide * normed).mean(-1, keepdim=True)
-            x_grad = wide.addcmul_(normed, along, value=-1).mul_(inverse).to(x.dtype)
-        return x_grad, weight_grad, None, None
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class KernelPolicy:
         cpp: whether the C++ kernels may serve; else torch's formulas do.
         fused: whether C++ kernels may take the place of torch's operators in training. They are laid out for vectors of
             512 bits; by default they serve where the CPU has these, for elsewhere torch's operators are faster.
+        triton: whether Triton kernels may take the place of torch's operators on CUDA.
         simulate_cuda: choose as on a CUDA device, for a plan on fake CPU tensors.
         contents: whether tensors have contents. Without, what depends on contents takes its most even case, and copies
             to host memory are left out.
@@ -30,6 +31,7 @@ class KernelPolicy:
 
     cpp: bool = True
     fused: bool = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    triton: bool = True
     simulate_cuda: bool = False
     contents: bool = True
     widen: bool = not multiplies_bf16()

@@ -8,8 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_gpt.errors import UserError
-from lit_gpt.kernels import functional
+from lit_gpt.kernels import norms
 from lit_gpt.model.config import Config
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm (Ba et al. 2016) over the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return norms.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -23,7 +30,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.rms_norm(x, self.weight, self.eps, self.offset)
+        return norms.rms_norm(x, self.weight, self.eps, self.offset)
 
 
 class UnitOffsetRMSNorm(RMSNorm):
@@ -59,9 +66,9 @@ class PlainRMSNorm(nn.Module):
 
 
 NORMS: dict[str, Callable[..., nn.Module]] = {
-    "LayerNorm": nn.LayerNorm,
-    "BiaslessLayerNorm": partial(nn.LayerNorm, bias=False),
-    "PlainLayerNorm": partial(nn.LayerNorm, elementwise_affine=False),
+    "LayerNorm": LayerNorm,
+    "BiaslessLayerNorm": partial(LayerNorm, bias=False),
+    "PlainLayerNorm": partial(LayerNorm, elementwise_affine=False),
     "RMSNorm": RMSNorm,
     "PlainRMSNorm": PlainRMSNorm,
     "UnitOffsetRMSNorm": UnitOffsetRMSNorm,

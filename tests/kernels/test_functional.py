@@ -11,7 +11,7 @@ from torch.autograd import gradcheck
 from helpers.compare import off
 from helpers.tiny_models import Tiny
 from lit_gpt.checkpoints.base_model import load_model
-from lit_gpt.kernels import attention, functional, ops
+from lit_gpt.kernels import attention, functional, norms, ops
 from lit_gpt.kernels.attention import ScoreParams
 from lit_gpt.kernels.dropout import draw, kept_share, random_bits
 from lit_gpt.kernels.policy import use_policy
@@ -248,9 +248,9 @@ def test_rms_norm(frozen, offset, with_kernels):
         return (wide * (offset + weight.to(wide.dtype))).to(x.dtype) if offset else weight * wide.to(x.dtype)
 
     given = inputs((2, 33, 48), (48,), frozen=frozen)
-    holds(lambda *a: functional.rms_norm(*a, 1e-5, offset), plain, given)
+    holds(lambda *a: norms.rms_norm(*a, 1e-5, offset), plain, given)
     for x, weight in (given, [x.float() for x in given], [given[0], given[1].float()]) if not with_kernels else ():
-        assert torch.equal(functional.rms_norm(x, weight, 1e-5, offset), plain(x, weight))
+        assert torch.equal(norms.rms_norm(x, weight, 1e-5, offset), plain(x, weight))
 
 
 @pytest.mark.parametrize("f", functional.ACTIVATIONS.values(), ids=functional.ACTIVATIONS)
