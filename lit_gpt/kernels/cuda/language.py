@@ -7,11 +7,12 @@ from typing import Any
 from lit_gpt.kernels.cuda import interpreter
 
 tl: Any
+jit: Any
 try:
     import triton
-    import triton.language as tl
+    import triton.language
 
-    jit: Any = triton.jit
+    tl, jit = triton.language, triton.jit
     if os.environ.get("TRITON_INTERPRET") == "1":
         interpreter.mend()
 except ImportError:
