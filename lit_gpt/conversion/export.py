@@ -143,7 +143,7 @@ def to_gguf(checkpoint_dir: Path, out_dir: Path, dtype: str | None) -> dict[str,
         limit = parity.SAME_SUMS
         if dtype == "q8_0":
             limit = writer.Q8_0_TOLERANCE, "that rounding to q8_0 explains"
-        elif dtype != "fp32" and stored != {read_as}:
+        elif dtype != "fp32" and (stored != {read_as} or layout.folded):
             limit = logits.rounding(read_as)
         figures = source.reference.compare(reader, what, *limit)
         use = f'from llama_cpp import Llama\n\nmodel = Llama("{out_dir.name}/{path.name}")'

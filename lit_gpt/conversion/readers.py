@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from lit_gpt.checkpoints.base_model import BaseCheckpoint, build_model
 from lit_gpt.conversion import hf_shards, towers, weights
 from lit_gpt.conversion import logits as verify
 from lit_gpt.conversion.gguf import importer, metadata
+from lit_gpt.conversion.gguf.layout import layout_of
 from lit_gpt.conversion.gguf.reader import GGUFFile
 from lit_gpt.conversion.gguf.tokenizer import Vocabulary
 from lit_gpt.errors import UserError
@@ -200,6 +201,7 @@ def own_gguf(path: Path, config: Config, dtype: torch.dtype, model: nn.Module | 
     """
     file = GGUFFile(path)
     tokens = Vocabulary(file)
+    config = replace(config, **layout_of(config).folded)
     check_same(config_from_hf(metadata.hf_config(file, tokens, dtype)), config, path)
     if model is None:
         table = importer.table_of(file, config)
@@ -217,6 +219,8 @@ def check_same(actual: Config, expected: Config, path: Path) -> None:
     apart = {"name", "family", "block_size", "sliding_window", "vocab_size", "rope_scaling"}
     if actual.sliding_window is None:
         apart.add("global_layers")  # the context ends where the window would
+    if not expected.dense_layers:
+        apart.add("dense_intermediate_size")
     for name, value in asdict(actual).items():
         wanted = getattr(expected, name)
         same = math.isclose(value, wanted, rel_tol=1e-6) if isinstance(value, float) else value == wanted

@@ -3,9 +3,10 @@ factors on nearly every product."""
 
 from typing import Any
 
+from lit_gpt.errors import UserError
 from lit_gpt.families import granite_hybrid, llama
 from lit_gpt.families.fields import refuse, tiny_size
-from lit_gpt.families.tables import Stacked, Table
+from lit_gpt.families.tables import Layout, Named, Place, Said, Scaled, Stacked, Table, chained
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("falcon_h1",)
@@ -67,6 +68,80 @@ def weights(config: Config) -> Table:
         "h.{}.mlp.gate_up": Stacked(gate_up, (config.intermediate_size,) * 2),
         "h.{}.mlp.proj": layer + "feed_forward.down_proj",
         "ln_f": "model.final_layernorm",
+    }
+
+
+ARCHITECTURES = ("falcon-h1",)
+
+
+def gguf(config: Config) -> Layout:
+    if not config.conv_bias or config.tie_embeddings:
+        raise UserError("--format gguf: llama.cpp's falcon-h1 has convolutions with biases, and a head of its own")
+    return Layout(
+        "falcon-h1",
+        ("silu",),
+        metadata={"attention.head_count_kv": config.n_query_groups, **granite_hybrid.mamba2_metadata(config)},
+        places=folded_places(config),
+        folded={
+            "attention_scale": config.head_size**-0.5,
+            "mixer_input_scales": [1.0, 1.0],
+            "mixer_output_scales": [1.0, 1.0],
+            "state_scales": [1.0] * 5,
+            "mlp_scales": [1.0, 1.0],
+            "embedding_scale": 1.0,
+            "logit_divisor": 1.0,
+        },
+    )
+
+
+def folded_places(config: Config) -> Table:
+    """Return where tensors lie in a GGUF file, each multiplied by the factor of what it computes."""
+    (attention_in, state_in), (attention_out, state_out) = config.mixer_input_scales, config.mixer_output_scales
+    of_gate, of_down = config.mlp_scales
+    of_keys = (config.attention_scale or 1.0) * config.head_size**0.5
+    places, block = granite_hybrid.mamba2_places(config), "blk.{}."
+    values, keys = config.state_heads * config.state_head_size, config.state_groups * config.state_size
+    rows = (values, values, keys, keys, config.state_heads)
+    halves = (config.intermediate_size,) * 2
+
+    def by(factor: float, size: int, name: str) -> Place:
+        return chained(Scaled((), (factor,), (size,)), Place((name,)))
+
+    return {
+        **places,
+        "wte": by(config.embedding_scale, config.padded_vocab_size, "token_embd"),
+        "h.{}.norm_2": Named((block + "ffn_norm",)),  # without the kind that all other names end with
+        "lm_head": by(1 / config.logit_divisor, config.padded_vocab_size, "output"),
+        "h.{}.attn.qkv": chained(
+            Scaled((), (attention_in, attention_in * of_keys, attention_in), config.qkv_sizes),
+            Stacked(tuple(f"{block}attn_{x}" for x in "qkv"), config.qkv_sizes),
+        ),
+        "h.{}.attn.proj": by(attention_out, config.n_embd, block + "attn_output"),
+        "h.{}.mixer.qkv": chained(
+            Scaled((), tuple(state_in * scale for scale in config.state_scales), rows), Place((block + "ssm_in",))
+        ),
+        "h.{}.mixer.proj": by(state_out, config.n_embd, block + "ssm_out"),
+        "h.{}.mlp.gate_up": chained(
+            Scaled((), (of_gate, 1.0), halves), Stacked(tuple(f"{block}ffn_{x}" for x in ("gate", "up")), halves)
+        ),
+        "h.{}.mlp.proj": by(of_down, config.n_embd, block + "ffn_down"),
+    }
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    heads, values = said.need("ssm.time_step_rank", int), said.need("ssm.inner_size", int)
+    return {
+        "architectures": ["FalconH1ForCausalLM"],
+        "model_type": "falcon_h1",
+        "mamba_d_ssm": values,
+        "mamba_n_heads": heads,
+        "mamba_d_head": values // heads,
+        "mamba_d_state": said.need("ssm.state_size", int),
+        "mamba_d_conv": said.need("ssm.conv_kernel", int),
+        "mamba_n_groups": said.need("ssm.group_count", int),
+        "mamba_conv_bias": True,
+        "mamba_rms_norm": said.holds("blk.0.ssm_norm.weight"),
+        "mamba_norm_before_gate": False,
     }
 
 

@@ -3,8 +3,9 @@
 import math
 from typing import Any
 
+from lit_gpt.errors import UserError
 from lit_gpt.families.fields import refuse
-from lit_gpt.families.tables import Table
+from lit_gpt.families.tables import Decay, Layout, Named, Place, Said, Squeezed, Table, chained
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("falcon_mamba",)
@@ -53,6 +54,57 @@ def weights(config: Config) -> Table:
         "h.{}.mixer.proj": mixer + ".out_proj",
         "ln_f": "backbone.norm_f",
         "lm_head": "lm_head",
+    }
+
+
+ARCHITECTURES = ("mamba",)
+
+
+def gguf(config: Config) -> Layout:
+    if config.state_heads != 2 * config.n_embd or not config.conv_bias:
+        raise UserError("--format gguf: llama.cpp's mamba has twice as many channels, and convolutions with biases")
+    if config.state_norm_eps != 1e-6:  # llama.cpp has norm_eps there, in Falcon-Mamba 7B too, and does not say it
+        raise UserError("--format gguf: llama.cpp's mamba takes the epsilon of its inner norms for granted")
+    mixer = "blk.{}.ssm_"
+    places: dict[str, str | Place] = {
+        "h.{}.mixer.qkv": mixer + "in",
+        "h.{}.mixer.conv.weight": Squeezed((mixer + "conv1d",), 1),
+        "h.{}.mixer.conv.bias": mixer + "conv1d",
+        "h.{}.mixer.x_proj": mixer + "x",
+        "h.{}.mixer.dt_proj": mixer + "dt",
+        "h.{}.mixer.A_log": chained(Decay(()), Named((mixer + "a",))),
+        "h.{}.mixer.D": Named((mixer + "d",)),
+        "h.{}.mixer.proj": mixer + "out",
+    }
+    attention = ("head_count_kv", "key_length", "value_length")
+    return Layout(
+        "mamba",
+        metadata={
+            **dict.fromkeys([*(f"attention.{key}" for key in attention), "rope.dimension_count", "rope.freq_base"]),
+            "attention.head_count": 0,
+            "feed_forward_length": 0,
+            "ssm.conv_kernel": config.conv_size,
+            "ssm.inner_size": config.state_heads,
+            "ssm.state_size": config.state_size,
+            "ssm.time_step_rank": config.step_rank,
+            "ssm.dt_b_c_rms": True,
+        },
+        places=places,
+        unread="takes it for Mamba, which lacks the inner norms",
+    )
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    return {
+        "architectures": ["FalconMambaForCausalLM"],
+        "model_type": "falcon_mamba",
+        "state_size": said.need("ssm.state_size", int),
+        "conv_kernel": said.need("ssm.conv_kernel", int),
+        "expand": 2,
+        "time_step_rank": said.need("ssm.time_step_rank", int),
+        "layer_norm_epsilon": said.need("attention.layer_norm_rms_epsilon", float),
+        "use_bias": False,
+        "use_conv_bias": True,
     }
 
 

@@ -1,12 +1,24 @@
 """Granite 4 hybrid (Granite Team 2025): Granite with Mamba-2 in most layers, without positions; its larger sizes have
 experts beside the MLP, which all tokens go through."""
 
+from dataclasses import replace
 from typing import Any
 
 from lit_gpt.errors import UserError
 from lit_gpt.families import granite, granite_moe, llama
 from lit_gpt.families.fields import refuse, tiny_size
-from lit_gpt.families.tables import Table
+from lit_gpt.families.tables import (
+    Decay,
+    Layout,
+    Named,
+    PerHead,
+    Place,
+    Said,
+    Squeezed,
+    Table,
+    Unsqueezed,
+    chained,
+)  # fmt: skip
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("granitemoehybrid",)
@@ -76,6 +88,73 @@ def weights(config: Config) -> Table:
         "h.{}.mixer.proj": mixer + ".out_proj",
         shared + "gate_up": "model.layers.{}.shared_mlp.input_linear",
         shared + "proj": "model.layers.{}.shared_mlp.output_linear",
+    }
+
+
+ARCHITECTURES = ("granitehybrid",)
+
+
+def gguf(config: Config) -> Layout:
+    if not config.conv_bias or config.unrotated_layers not in ([], list(range(config.n_layer))):
+        raise UserError(
+            "--format gguf: llama.cpp's granitehybrid has convolutions with biases, and rotates all or none"
+        )
+    own = {
+        "rope.scaling.finetuned": not config.unrotated_layers,
+        "expert_shared_feed_forward_length": config.shared_intermediate_size or config.intermediate_size,
+        **mamba2_metadata(config),
+    }
+    common = granite.gguf(config)
+    return replace(common, architecture="granitehybrid", metadata=common.metadata | own, places=mamba2_places(config))
+
+
+def mamba2_metadata(config: Config) -> dict[str, Any]:
+    """Return what the metadata of a GGUF file says about Mamba-2."""
+    return {
+        "ssm.conv_kernel": config.conv_size,
+        "ssm.inner_size": config.state_heads * config.state_head_size,
+        "ssm.state_size": config.state_size,
+        "ssm.time_step_rank": config.state_heads,
+        "ssm.group_count": config.state_groups,
+    }
+
+
+def mamba2_places(config: Config, ours: str = "h.{}.", block: str = "blk.{}.") -> dict[str, str | Place]:
+    """Return where the tensors of Mamba-2 lie in a GGUF file."""
+    mixer, ssm, values = ours + "mixer", block + "ssm_", config.state_heads * config.state_head_size
+    return {
+        mixer + ".qkv": ssm + "in",
+        mixer + ".conv.weight": Squeezed((ssm + "conv1d",), 1),
+        mixer + ".conv.bias": ssm + "conv1d",
+        mixer + ".A_log": chained(Decay(()), Unsqueezed((ssm + "a",), 1)),
+        mixer + ".D": Unsqueezed((ssm + "d",), 1),
+        mixer + ".dt_bias": Named((ssm + "dt.bias",)),
+        mixer + ".norm": PerHead((ssm + "norm",), values // config.state_groups),
+        mixer + ".proj": ssm + "out",
+    }
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    kinds = ["attention" if heads else "mamba" for heads in said.each("attention.head_count_kv", int)]
+    heads, values = said.need("ssm.time_step_rank", int), said.need("ssm.inner_size", int)
+    size = said.need("feed_forward_length", int)
+    return {
+        "architectures": ["GraniteMoeHybridForCausalLM"],
+        "model_type": "granitemoehybrid",
+        "layer_types": kinds,
+        "position_embedding_type": "rope" if said.get("rope.scaling.finetuned", bool, True) else "nope",
+        "num_local_experts": said.get("expert_count", int, 0),
+        "num_experts_per_tok": said.get("expert_used_count", int, 0),
+        "shared_intermediate_size": said.get("expert_shared_feed_forward_length", int) or size,
+        "mamba_n_heads": heads,
+        "mamba_d_head": values // heads,
+        "mamba_expand": values // said.need("embedding_length", int),
+        "mamba_d_state": said.need("ssm.state_size", int),
+        "mamba_d_conv": said.need("ssm.conv_kernel", int),
+        "mamba_n_groups": said.need("ssm.group_count", int),
+        "mamba_conv_bias": True,
+        "mamba_proj_bias": False,
+        **granite.multipliers(said),
     }
 
 

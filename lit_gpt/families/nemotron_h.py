@@ -5,9 +5,9 @@ it, if there is one."""
 from typing import Any
 
 from lit_gpt.errors import UserError
-from lit_gpt.families import llama
+from lit_gpt.families import granite_hybrid, llama
 from lit_gpt.families.fields import activation, refuse, sigmoid_router, tiny_size
-from lit_gpt.families.tables import PerExpert, Place, Stacked, Table
+from lit_gpt.families.tables import Layout, Named, PerExpert, Place, Said, Stacked, Table
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("nemotron_h",)
@@ -136,6 +136,108 @@ def mlp_weights(config: Config, block: int, mlp: str) -> dict[str, str | Place]:
         "mlp.proj": PerExpert(tuple(expert + "down_proj" for expert in each), (config.n_embd,)),
         "mlp.shared.fc": mlp + "shared_experts.up_proj",
         "mlp.shared.proj": mlp + "shared_experts.down_proj",
+    }
+
+
+ARCHITECTURES = ("nemotron_h", "nemotron_h_moe")
+
+
+def gguf(config: Config) -> Layout:
+    if not config.conv_bias or config.min_step != 0.001:  # which llama.cpp passes over, as softplus is hardly less
+        raise UserError("--format gguf: llama.cpp's nemotron_h has convolutions with biases, and steps of any length")
+    if config.n_expert and (config.dense_layers or config.n_expert_group > 1):
+        raise UserError("--format gguf: llama.cpp's nemotron_h_moe has no other MLPs, and no groups of experts")
+    layers = stored_layers(config)
+    widths = [config.mlp(block)[1] if kind == "mlp" else 0 for block, kind in layers]
+    heads = [config.n_query_groups if kind == "attention" else 0 for _, kind in layers]
+    own = {
+        "block_count": len(layers),
+        "feed_forward_length": widths,
+        "attention.head_count_kv": heads,
+        "attention.layer_norm_epsilon": config.norm_eps,  # read, though norms take the other
+        **granite_hybrid.mamba2_metadata(config),
+    }
+    routing = {
+        "expert_shared_count": 1,
+        "expert_weights_norm": config.norm_expert_weights,
+        "expert_weights_scale": config.expert_scale,
+        "expert_group_count": 1,
+    }
+    return Layout(
+        "nemotron_h_moe" if config.n_expert else "nemotron_h",
+        ("relu2",),
+        metadata=own | (routing if config.n_expert else {}),
+        places=gguf_places(config),
+    )
+
+
+def stored_layers(config: Config) -> list[tuple[int, str]]:
+    """Return the block of each layer of a file, and what the layer is of it: a token mixer, by its name, or "mlp"."""
+    mixers = [(block, config.mixer(block)) for block in range(config.n_layer)]
+    mlps = [(block, "mlp") for block in range(config.n_layer) if block not in config.mixer_layers]
+    return sorted(mixers + mlps, key=lambda layer: (layer[0], layer[1] == "mlp"))
+
+
+def gguf_places(config: Config) -> Table:
+    table: dict[str, str | Place] = {}
+    for stored, (block, kind) in enumerate(stored_layers(config)):
+        ours, theirs = f"h.{block}.", f"blk.{stored}."
+        table[ours + ("norm_2" if kind == "mlp" else "norm_1")] = theirs + "attn_norm"
+        if kind == "mlp":
+            experts = "_exps" if config.n_expert else ""
+            table |= {
+                ours + "mlp.fc": f"{theirs}ffn_up{experts}",
+                ours + "mlp.proj": f"{theirs}ffn_down{experts}",
+                ours + "mlp.router": theirs + "ffn_gate_inp",
+                ours + "mlp.router.e_score_correction_bias": Named((theirs + "exp_probs_b.bias",)),
+                ours + "mlp.shared.fc": theirs + "ffn_up_shexp",
+                ours + "mlp.shared.proj": theirs + "ffn_down_shexp",
+            }
+        elif kind == "attention":
+            projections = tuple(f"{theirs}attn_{x}" for x in "qkv")
+            table[ours + "attn.qkv"] = Stacked(projections, config.qkv_sizes)
+            table[ours + "attn.proj"] = theirs + "attn_output"
+        else:
+            table |= granite_hybrid.mamba2_places(config, ours, theirs)
+    return table
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    widths, groups = said.each("feed_forward_length", int), said.each("attention.head_count_kv", int)
+    mlp = "moe" if said.get("expert_count", int, 0) else "mlp"
+    kinds = [
+        mlp if width else "full_attention" if heads else "linear_attention"
+        for width, heads in zip(widths, groups, strict=True)
+    ]
+    heads = said.need("ssm.time_step_rank", int)
+    own = {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        "layers_block_type": kinds,
+        "intermediate_size": max(widths),
+        "mlp_hidden_act": "relu2",
+        "layer_norm_epsilon": said.need("attention.layer_norm_rms_epsilon", float),
+        "mamba_num_heads": heads,
+        "mamba_head_dim": said.need("ssm.inner_size", int) // heads,
+        "n_groups": said.need("ssm.group_count", int),
+        "ssm_state_size": said.need("ssm.state_size", int),
+        "conv_kernel": said.need("ssm.conv_kernel", int),
+        "use_conv_bias": True,
+    }
+    return own | (routing_of(said) if mlp == "moe" else {})
+
+
+def routing_of(said: Said) -> dict[str, Any]:
+    """Return the fields of config.json for experts."""
+    return {
+        "n_routed_experts": said.need("expert_count", int),
+        "num_experts_per_tok": said.need("expert_used_count", int),
+        "moe_intermediate_size": said.need("expert_feed_forward_length", int),
+        "moe_shared_expert_intermediate_size": said.need("expert_shared_feed_forward_length", int),
+        "norm_topk_prob": said.get("expert_weights_norm", bool, True),
+        "routed_scaling_factor": said.get("expert_weights_scale", float, 1.0),
+        "n_group": 1,
+        "topk_group": 1,
     }
 
 

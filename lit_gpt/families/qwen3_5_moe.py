@@ -3,6 +3,8 @@
 from typing import Any
 
 from lit_gpt.families import llama, qwen3_5, qwen3_next
+from lit_gpt.families.tables import Layout, Said
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("qwen3_5_moe_text",)
 WRAPPERS = ("qwen3_5_moe",)  # all that are published, which read images and videos
@@ -23,6 +25,18 @@ PRESETS = {
 
 
 config, weights = qwen3_next.config, qwen3_5.weights
+
+
+ARCHITECTURES = ("qwen35moe",)
+
+
+def gguf(config: Config) -> Layout:
+    return qwen3_5.apart_gguf("qwen35moe", config)
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    own = {"architectures": ["Qwen3_5MoeForCausalLM"], "model_type": "qwen3_5_moe_text"}
+    return own | qwen3_next.hybrid_from_gguf(said) | qwen3_next.experts_from_gguf(said)
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

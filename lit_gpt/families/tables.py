@@ -253,6 +253,85 @@ class Interleaved(Place):
         return self.order or tuple(range(sum(map(len, self.parts))))
 
 
+@dataclass(frozen=True)
+class Chained(Place):
+    """Tensors that go through several layouts, the first nearest to the GPT; the last has the names in the file."""
+
+    steps: tuple[Place, ...]
+
+    def name(self, module: str, kind: str) -> str:
+        return self.steps[-1].name(module, kind)
+
+    def to_lit(self, tensors: list[Tensor]) -> Tensor:
+        for step in reversed(self.steps):
+            tensors = [step.to_lit(tensors)]
+        return tensors[0]
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        *steps, last = self.steps
+        for step in steps:
+            (tensor,) = step.to_hf(tensor)
+        return last.to_hf(tensor)
+
+
+def chained(*steps: Place) -> Chained:
+    return Chained(steps[-1].modules, steps)
+
+
+@dataclass(frozen=True)
+class Unsqueezed(Named):
+    """One tensor, stored with another dimension of size 1."""
+
+    dim: int
+
+    def to_lit(self, tensors: list[Tensor]) -> Tensor:
+        return tensors[0].squeeze(self.dim)
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor.unsqueeze(self.dim)]
+
+
+@dataclass(frozen=True)
+class Decay(Place):
+    """The logarithms of a recurrence's decay, A = -exp(A_log), of which A is stored in float32.
+
+    Computed in float64, so that what comes back differs by no more than the rounding of A.
+    """
+
+    def to_lit(self, tensors: list[Tensor]) -> Tensor:
+        return (-tensors[0].double()).log().float()
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        return [-tensor.double().exp().float()]
+
+
+@dataclass(frozen=True)
+class Scaled(Place):
+    """A tensor whose rows are stored multiplied; `sizes[i]` rows by `factors[i]`."""
+
+    factors: tuple[float, ...]
+    sizes: tuple[int, ...]
+
+    def to_lit(self, tensors: list[Tensor]) -> Tensor:
+        return torch.cat([x / f for x, f in zip(tensors[0].split(self.sizes), self.factors, strict=True)])
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        return [torch.cat([x * f for x, f in zip(tensor.split(self.sizes), self.factors, strict=True)])]
+
+
+@dataclass(frozen=True)
+class ReorderedColumns(Place):
+    """A weight whose columns are stored in another order; `order`: which stored column is in each place here."""
+
+    order: tuple[int, ...]
+
+    def to_lit(self, tensors: list[Tensor]) -> Tensor:
+        return tensors[0][:, self.order]
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor[:, inverse(self.order)]]
+
+
 Table = Mapping[str, str | Place]
 
 
@@ -271,6 +350,7 @@ class Layout:
             as it is.
         metadata: keys, without the architecture, and values that this architecture has besides what all have.
         places: where tensors lie in such a file, if not where `lit_gpt.conversion.gguf.layout.places` has them.
+        folded: fields of the Config whose factors the stored weights contain, and what they are in a model of these.
         unread: why transformers cannot read such a file back; "": it can.
     """
 
@@ -282,6 +362,7 @@ class Layout:
     rounds_yarn: bool = False
     metadata: dict[str, Any] = field(default_factory=dict)
     places: Table = field(default_factory=dict)
+    folded: dict[str, Any] = field(default_factory=dict)
     unread: str = "does not know the architecture"
 
 

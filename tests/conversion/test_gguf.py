@@ -166,10 +166,11 @@ def test_byte_level_tokens_are_those_of_the_source(tmp_path: Path, fields: dict,
     if pre == "llama-bpe":
         del given["tokenizer.ggml.add_bos_token"]
     folder = converted(tmp_path, given, tensors)
-    if pre != "smollm":  # Llama 3's has a BOS without being asked
+    adds_bos = pre in ("gpt-2", "llama-bpe")
+    if adds_bos:  # Llama 3's has a BOS without being asked
         tok.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tok.token_to_id("<s>"))])
     assert_same_tokens(folder, tok)
-    assert Tokenizer(folder).encode("Hi")[0].item() == tok.token_to_id("<s>" if pre != "smollm" else "H")
+    assert Tokenizer(folder).encode("Hi")[0].item() == tok.token_to_id("<s>" if adds_bos else "H")
 
 
 def test_default_splits_as_llama_cpp_does(tmp_path: Path, fields: dict, tensors: dict) -> None:
@@ -289,7 +290,7 @@ def refused(tmp_path: Path, path: Path, dtype: torch.dtype = torch.bfloat16) -> 
         ({"llama.attention.sliding_window": 8}, r"llama.attention.sliding_window \(8\) is a feature"),
         ({"llama.attention.head_count_kv": ["a", "b"]}, "head_count_kv is not a list of int"),
         ({"split.count": 2}, "one of 2 files"),
-        ({"tokenizer.ggml.pre": "tekken"}, "pre-tokenizer 'tekken'.*expected one of default"),
+        ({"tokenizer.ggml.pre": "tekken"}, "pre-tokenizer 'tekken'.*expected one of dbrx, default"),
         ({"tokenizer.ggml.pre": None}, "lacks the metadata tokenizer.ggml.pre"),
         ({"tokenizer.ggml.model": "t5"}, "tokenizer.ggml.model 't5'"),
         ({"tokenizer.ggml.tokens": None}, "lacks the metadata tokenizer.ggml.tokens"),

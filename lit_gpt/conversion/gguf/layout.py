@@ -38,7 +38,7 @@ def layout_of(config: Config) -> Layout:
     if not hasattr(family, "gguf"):
         raise UserError(f"--format gguf: the {config.family} family has no layout of llama.cpp here; export it as hf")
     layout = family.gguf(config)
-    if config.activation not in layout.activations:
+    if config.mlp_class and config.activation not in layout.activations:
         known = " or ".join(layout.activations)
         raise UserError(
             f"--format gguf: llama.cpp computes {layout.architecture} with {known}, not {config.activation}"
@@ -57,9 +57,14 @@ def rows(config: Config, layout: Layout) -> Iterator[weights.TensorRow]:
     common = places(config, layout)
     for row in weights.rows(config):
         place = weights.entry(layout.places, row.lit) or mlp_place(row) or weights.entry(common, row.lit)
-        if place is None or not known.issuperset(re.sub(r"\.(weight|bias|scale)$", "", name) for name in place.modules):
+        if place is None or not known.issuperset(map(in_general, place.modules)):
             raise UserError(f"--format gguf: llama.cpp's {layout.architecture} has no place for the tensor {row.lit}")
         yield weights.row_of(row.lit, row.shape, place)
+
+
+def in_general(name: str) -> str:
+    """Return a tensor's name without its layer and its kind, as the package gguf lists it."""
+    return re.sub(r"^blk\.\d+\.", "blk.{}.", re.sub(r"\.(weight|bias|scale)$", "", name))
 
 
 def places(config: Config, layout: Layout) -> Table:

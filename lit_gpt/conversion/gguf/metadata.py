@@ -113,7 +113,7 @@ class Said:
     @property
     def rope_scaling(self) -> dict[str, Any] | None:
         head_size = self.get("attention.key_length", int) or (
-            self.need("embedding_length", int) // self.need("attention.head_count", int)
+            self.need("embedding_length", int) // head_counts(self)[0]
         )
         base, rotated = self.get("rope.freq_base", float, 10000.0), self.get("rope.dimension_count", int, head_size)
         return hf_rope_scaling(self, base, rotated)
@@ -164,6 +164,8 @@ def check_metadata(file: GGUFFile, config: Config, layout: Layout) -> None:
 def head_counts(said: Said) -> tuple[int, int]:
     """Return the number of query heads, and that of key and value heads in the layers that have them."""
     key = f"{said.architecture}.attention.head_count_kv"
+    if said.holds("blk.0.ssm_x.weight"):  # Mamba, whose layers are no attention
+        return 1, 1
     heads = said.need("attention.head_count", int)
     if isinstance(said.file.fields.get(key), list):  # of each layer, 0 in those that mix tokens by something else
         kv_heads = max(said.file.need_list(key, int), default=0)

@@ -23,7 +23,8 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "lfm2", "pixtral")  # a whole token is not split
 
 
 class Vocabulary:
@@ -135,8 +136,9 @@ ONE_DIGIT = Sequence([Digits(individual_digits=True), PLAIN])
 PRE_TOKENIZERS = {  # of names for the same, the first is written
     "gpt-2": PLAIN,
     **dict.fromkeys(("smollm", "starcoder", "refact"), ONE_DIGIT),
-    **dict.fromkeys(LLAMA3, splitting(LLAMA3_SPLIT)),
-    "qwen2": splitting(LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")),
+    **dict.fromkeys((*LLAMA3, "dbrx"), splitting(LLAMA3_SPLIT)),
+    "qwen2": splitting(QWEN2_SPLIT),
+    "qwen35": splitting(QWEN2_SPLIT.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")),
     "falcon": Sequence(
         [Punctuation("contiguous"), PLAIN, Digits(individual_digits=False), Split(Regex("[0-9][0-9][0-9]"), "isolated")]
     ),
@@ -224,9 +226,10 @@ def vocabulary_fields(folder: Path, rows: int, stop_ids: tuple[int, ...] = ()) -
 
 def byte_level_fields(path: Path, stored: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata for a byte-level tokenizer.json, `stored`."""
-    splits = comparable(stored["pre_tokenizer"])
-    name = next((k for k, v in PRE_TOKENIZERS.items() if comparable(json.loads(v.__getstate__())) == splits), None)
-    if name is None or bool(stored["model"].get("ignore_merges")) != (name in LLAMA3):
+    splits, whole = comparable(stored["pre_tokenizer"]), bool(stored["model"].get("ignore_merges"))
+    alike = [k for k, v in PRE_TOKENIZERS.items() if comparable(json.loads(v.__getstate__())) == splits]
+    name = next((name for name in alike if (name in LLAMA3) == whole), None)
+    if name is None:
         raise UserError(
             f"{path}: splits text in a way for which no name in llama.cpp is known here; those of "
             f"{', '.join(sorted(PRE_TOKENIZERS))} are"

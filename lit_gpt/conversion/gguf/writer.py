@@ -1,6 +1,7 @@
 """Write a model as a GGUF file, tensor by tensor; tokenizer, chat template and configuration are its metadata."""
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
 
 KINDS = {"fp32": Kind.F32, "fp16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
+WIDE = re.compile(r"(_norm|conv1d|shortconv\.conv|ffn_gate_inp|position_embd)\.weight$")  # stored in float32
 READ_AS = DTYPES | {"q8_0": torch.float16}  # read back, 16 bits hold what 8 and their scale do
 # How far rounding may move logits, relative to their norm. Measured for SmolLM2-135M, with weights that no bfloat16
 # holds: 2.2e-2; in float16 and bfloat16 (see logits.TOLERANCE): 6.6e-4 and 4.8e-3. Small random models, whose weights
@@ -55,7 +57,7 @@ def write(
     table = list(rows(config, layout))
     with torch.device("meta"):
         empty = {row.lit: torch.empty(row.shape) for row in table}
-    kinds = {name: kind_of(tensor.shape, dtype) for name, tensor in weights.to_hf(table, empty)}
+    kinds = {name: kind_of(name, tensor.shape, dtype) for name, tensor in weights.to_hf(table, empty)}
     divided = config.rope_scaling and config.rope_scaling["rope_type"] in DIVIDED
     factors = rope_divisors(config) if divided else None
     writer = gguf.GGUFWriter(path, layout.architecture)
@@ -83,12 +85,13 @@ def announce(writer: gguf.GGUFWriter, name: str, shape: torch.Size, kind: Kind) 
     writer.add_tensor_info(name, stored, dtype, math.prod(stored) * dtype.itemsize, kind)
 
 
-def kind_of(shape: torch.Size, dtype: str) -> Kind:
-    """Return how a tensor is stored: vectors in float32, rows that do not divide into blocks in float16.
+def kind_of(name: str, shape: torch.Size, dtype: str) -> Kind:
+    """Return how a tensor is stored: what is no matrix to multiply by, and routers, in float32, and rows that do not
+    divide into blocks in float16.
 
-    So does llama.cpp.
+    So does llama.cpp, whose convolutions and recurrences take nothing else.
     """
-    if len(shape) == 1:
+    if len(shape) == 1 or not name.endswith(".weight") or WIDE.search(name):
         return Kind.F32
     return KINDS[dtype] if shape[-1] % gguf.GGML_QUANT_SIZES[KINDS[dtype]][0] == 0 else Kind.F16
 
