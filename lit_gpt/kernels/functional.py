@@ -8,7 +8,7 @@ taken; torch's operations serve everywhere.
 None reads a tensor's contents on the way, so that all run on the meta device and under FakeTensorMode as well.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,7 +34,7 @@ class _NoContext:
     mark_dirty = save_for_backward
 
 
-def apply_or_forward(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+def apply_or_forward(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """Return a function's result, by its forward pass alone where no gradients are wanted.
 
     torch.compile takes that more readily.
@@ -74,17 +74,22 @@ def low_rank_update(
     """
     kept = ALL_KEPT if keys is None else kept_share(dropout)
     factor = scale * ALL_KEPT / kept if kept else 0.0
-    function = _LowRankKernel if ops.supports_lora(y, x, parts) else _LowRankUpdate
-    return apply_or_forward(function, y, x, A, B, keys, kept, parts, factor)
+    triton = triton_kernels(y, x)
+    if triton is not None and triton.supports_lora(y, x, A):
+        return apply_or_forward(_LowRankKernel, y, x, A, B, keys, kept, parts, factor, triton)
+    if ops.supports_lora(y, x, parts):
+        return apply_or_forward(_LowRankKernel, y, x, A, B, keys, kept, parts, factor, ops)
+    return apply_or_forward(_LowRankUpdate, y, x, A, B, keys, kept, parts, factor)
 
 
 class _LowRankKernel(torch.autograd.Function):
     """Keeps the low-rank product, and x if A trains; what is dropped follows from the keys."""
 
     @staticmethod
-    def forward(ctx, y, x, A, B, keys, kept, parts, factor):
+    def forward(ctx, y, x, A, B, keys, kept, parts, factor, kernels):
         ctx.rest = kept, *map(list, zip(*parts, strict=True)), factor
-        low = ops.lora_(y, x, A, B, keys, *ctx.rest)
+        ctx.kernels = kernels
+        low = kernels.lora_(y, x, A, B, keys, *ctx.rest)
         ctx.mark_dirty(y)
         ctx.save_for_backward(x if trains(ctx, 2) else None, A, B, keys, low)
         return y
@@ -93,9 +98,9 @@ class _LowRankKernel(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, A, B, keys, low = ctx.saved_tensors
-        x_grad, A_grad, B_grad = ops.lora_backward(grad.contiguous(), x, A, B, keys, *ctx.rest, low)
+        x_grad, A_grad, B_grad = ctx.kernels.lora_backward(grad.contiguous(), x, A, B, keys, *ctx.rest, low)
         x_grad, A_grad = (x_grad if ctx.needs_input_grad[1] else None), (None if x is None else A_grad)
-        return grad, x_grad, A_grad, B_grad, None, None, None, None
+        return grad, x_grad, A_grad, B_grad, None, None, None, None, None
 
 
 class _LowRankUpdate(torch.autograd.Function):
@@ -218,6 +223,8 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, gate_up, activation):
         ctx.save_for_backward(gate_up)
         ctx.activation = activation
+        if (triton := triton_kernels(gate_up)) is not None:
+            return triton.gated(gate_up.contiguous(), activation.name)
         if ops.supports_gated(gate_up, activation.name):
             return ops.gated(gate_up.contiguous(), ACTIVATION_NUMBERS[activation.name])
         gate, up = gate_up.chunk(2, dim=-1)
@@ -227,6 +234,8 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (gate_up,), activation = ctx.saved_tensors, ctx.activation
+        if (triton := triton_kernels(gate_up, grad)) is not None:
+            return triton.gated_backward(grad.contiguous(), gate_up.contiguous(), activation.name), None
         if ops.supports_gated(gate_up, activation.name, grad):
             kind = ACTIVATION_NUMBERS[activation.name]
             return ops.gated_backward(grad.contiguous(), gate_up.contiguous(), kind), None
@@ -242,6 +251,35 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int) ->
         cos, sin: (T, rope_n_elem) or (B, T, rope_n_elem); the second half repeats the first.
     """
     return apply_or_forward(_Rotate, qkv, cos, sin, heads, head_size)
+
+
+def rotate_split(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int, widths: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """Rotate heads as `rotate` does, perhaps in place, and split the last dimension into parts of these widths.
+
+    What made qkv must not have kept it, and nobody else may use it.
+    """
+    triton = triton_kernels(qkv, cos)
+    if triton is None or not triton.supports_rotation(qkv, cos, head_size) or not qkv.is_contiguous():
+        return rotate(qkv, cos, sin, heads, head_size).split(list(widths), dim=-1)
+    return apply_or_forward(_RotateInPlace, qkv, cos, sin, heads, head_size, widths, triton)
+
+
+class _RotateInPlace(torch.autograd.Function):
+    """Keeps the angles, which all layers share. The gradients of the parts are put together as they are rotated."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, heads, head_size, widths, triton):
+        ctx.save_for_backward(cos, sin)
+        ctx.heads, ctx.triton = (heads, head_size), triton
+        # for autograd a tensor of its own: nothing that is kept lies here, and views are dear to change in place
+        return triton.rotate_(qkv.detach(), cos, sin, heads, head_size).split(list(widths), dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        return ctx.triton.rotated(grads, *ctx.saved_tensors, *ctx.heads, -1.0), *[None] * 6
 
 
 class _Rotate(torch.autograd.Function):
@@ -261,7 +299,9 @@ class _Rotate(torch.autograd.Function):
 
 
 def _apply_rotary(qkv: Tensor, cos: Tensor, sin: Tensor, sign: float, heads: int, head_size: int) -> Tensor:
-    n = cos.size(-1)
+    n, triton = cos.size(-1), triton_kernels(qkv, cos)
+    if triton is not None and triton.supports_rotation(qkv, cos, head_size):
+        return triton.rotated([qkv], cos, sin, heads, head_size, sign)
     if ops.supports(qkv, cos):
         angles = (x.expand(*qkv.shape[:2], n).contiguous() for x in (cos, sin))
         return ops.rotate(qkv.contiguous(), *angles, heads, head_size, sign)

@@ -61,22 +61,25 @@ class CausalSelfAttention(nn.Module):
     def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
         """Project x (B, T, n_embd) to what `mix` takes: queries, keys and values, and the output's gate if any."""
         qkv = self.qkv(x)
-        q, k, _ = sizes = (*self.sizes[:2], self.sizes[1])
+        q, k, _ = self.sizes
+        heads, widths = self.n_head + self.n_query_groups, [q, k, k, *([q] if self.gated else [])]
         if self.values_from_keys:
             qkv = torch.cat((qkv, qkv[..., q : q + k]), dim=-1)
         if not self.norms_rotated:
             qkv = self.normed(qkv)
         if self.clip is not None:
             qkv = qkv.clamp(-self.clip, self.clip)
-        if rotation is not None:
-            qkv = rotation.turn(qkv, self.n_head + self.n_query_groups, self.head_size)
-        if self.norms_rotated:
-            qkv = self.normed(qkv)
-        gate = (qkv[..., sum(sizes) :],) if self.gated else ()
-        parts = [*qkv[..., : sum(sizes)].split(sizes, dim=-1)]
+        if rotation is None:
+            parts = qkv.split(widths, dim=-1)
+        elif self.norms_rotated:
+            parts = self.normed(rotation.turn(qkv, heads, self.head_size)).split(widths, dim=-1)
+        else:
+            parts = rotation.turn_split(qkv, heads, self.head_size, widths)
+        queries, keys, values, *gate = parts
         if rotation is not None and rotation.query_scale is not None:
-            parts[0] = parts[0] * rotation.query_scale.to(qkv.dtype)
-        q, k, v = (y.unflatten(-1, (y.size(-1) // self.head_size, self.head_size)) for y in parts)
+            queries = queries * rotation.query_scale.to(qkv.dtype)
+        each = queries, keys, values
+        q, k, v = (y.unflatten(-1, (y.size(-1) // self.head_size, self.head_size)) for y in each)
         v = v if self.v_norm is None else self.v_norm(v)
         return *(y.transpose(1, 2) for y in (q, k, v)), *gate
 

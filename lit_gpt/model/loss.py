@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_gpt.kernels.functional import triton_kernels
 from lit_gpt.kernels.linear import arithmetic
 from lit_gpt.kernels.policy import policy
 from lit_gpt.quantization.modules import keep_dequantized
@@ -65,7 +66,12 @@ def log_probabilities(
 
 
 def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy, float32, and its gradient in the logits' dtype; both computed in float32."""
+    """Return the summed cross-entropy, float32, and its gradient in the logits' dtype; both computed in float32.
+
+    The gradient may take the memory of the logits.
+    """
+    if (triton := triton_kernels(logits)) is not None and logits.is_contiguous():
+        return triton.cross_entropy_(logits, labels).sum(), logits
     p = logits.float().softmax(-1)
     log_sum = logits.amax(-1).float() - p.amax(-1).log()  # the likeliest token's probability is never too small
     at = labels.unsqueeze(1)

@@ -24,6 +24,12 @@ class Rotation(NamedTuple):
             return x
         return functional.rotate(x, self.cos, self.sin, heads, head_size)
 
+    def turn_split(self, x: Tensor, heads: int, head_size: int, widths: list[int]) -> tuple[Tensor, ...]:
+        """Rotate as `turn` does, and split into parts of these widths; x, which may be changed, is needed no more."""
+        if self.cos is None or self.sin is None:
+            return x.split(widths, dim=-1)
+        return functional.rotate_split(x, self.cos, self.sin, heads, head_size, widths)
+
 
 class RotaryEmbedding(nn.Module):
     """Computes the angles that rotate the two halves of the rotated elements against each other."""

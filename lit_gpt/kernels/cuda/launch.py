@@ -48,7 +48,7 @@ def interpreted() -> bool:
 def launch(
     kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 4, stages: int = 3, **constants: Any
 ) -> None:
-    """Run a kernel on the device of its first argument; on fake tensors, which have no contents, nothing runs.
+    """Run a kernel on the device of its first tensor; on fake tensors, which have no contents, nothing runs.
 
     Args:
         grid: how many programs, in up to three dimensions; with 0 in one of them nothing runs.
@@ -57,7 +57,8 @@ def launch(
         stages: loads that a loop with products has under way.
         constants: that the kernel is compiled for, by name.
     """
-    if isinstance(arguments[0], FakeTensor) or 0 in grid:
+    first = next(x for x in arguments if isinstance(x, Tensor))
+    if isinstance(first, FakeTensor) or 0 in grid:
         return
-    with torch.cuda.device_of(arguments[0]):
+    with torch.cuda.device_of(first):
         kernel[grid](*arguments, num_warps=warps, num_stages=stages, **constants)
