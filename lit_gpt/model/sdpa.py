@@ -1,6 +1,11 @@
 """Attention of queries to keys and values: in rows, in rows of packed samples, of one more token; by whichever kernel
 serves best."""
 
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -179,7 +184,7 @@ def use_blockwise(q: Tensor, scores: ScoreParams) -> bool:
 def flash_supports(q: Tensor) -> bool:
     """Return whether flash attention computes in this dtype, head size and on this device."""
     if policy().simulate_cuda:
-        return q.size(-1) <= 256
+        return not policy().contents and q.size(-1) <= 256
     if not q.is_cuda or q.dtype not in (torch.bfloat16, torch.float16) or q.size(-1) % 8 or q.size(-1) > 256:
         return False
     return torch.cuda.get_device_capability(q.device) >= (8, 0)
@@ -189,12 +194,22 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, segments
     """Compute `attend_packed` by flash attention for samples of varying length."""
     from torch.nn.attention.varlen import varlen_attn
 
-    heads = q.size(1)
-    # every release that has varlen_attn takes equal head counts; grouped ones came later
-    k, v = (x.repeat_interleave(heads // x.size(1), dim=1) for x in (k, v))
-    q, k, v = (x.squeeze(0).transpose(0, 1).contiguous() for x in (q, k, v))  # (T, n_head, head_size)
+    # flash attention reads views, of which each head's elements lie side by side, and keys that heads share
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))  # (T, heads, head_size)
+    grouped, heads = {}, q.size(1)
+    if heads != k.size(1) and takes_grouped_keys(varlen_attn):
+        grouped["enable_gqa"] = True
+    elif heads != k.size(1):
+        k, v = (x.repeat_interleave(heads // x.size(1), dim=1) for x in (k, v))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     ends, longest = segments.offsets, max(segments.lengths)
     span = -1 if scores.window is None else scores.window - 1, 0
-    y = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scores.scale, window_size=span)
+    y = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scores.scale, window_size=span, **grouped)
     assert isinstance(y, Tensor)  # a pair only where the sums of exponentials are asked for
     return y.transpose(0, 1).unsqueeze(0)
+
+
+@cache
+def takes_grouped_keys(varlen_attn: Callable[..., Any]) -> bool:
+    """Return whether this release's varlen_attn takes fewer heads of keys than of queries; torch 2.11's does not."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
