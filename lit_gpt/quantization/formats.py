@@ -5,19 +5,18 @@ head are kept in int8 whatever the format, for few bits hurt them most; tied one
 stay as they are. A quantized layer is frozen, and methods wrap it as they wrap any other.
 """
 
-import importlib.util
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cache
 from statistics import NormalDist
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lit_gpt.kernels import ops
+from lit_gpt.kernels.cuda.dequantize import QuantizedWeight, dequantize
+from lit_gpt.kernels.cuda.launch import serves_on
 from lit_gpt.kernels.policy import policy
 from lit_gpt.quantization.packing import (
     GROUP,
@@ -54,6 +53,10 @@ class Format(ABC):
     @abstractmethod
     def for_kernels(self, tensors: Tensors) -> KernelArguments:
         """Return unpacked tensors as `ops.dequantize` takes them."""
+
+    @abstractmethod
+    def for_cuda(self, tensors: Tensors, columns: int) -> QuantizedWeight:
+        """Return tensors as they are stored as the kernels of lit_gpt.kernels.cuda read them."""
 
     def pack(self, tensors: Tensors) -> Tensors:
         """Finish what can be done only when all rows are encoded."""
@@ -94,6 +97,9 @@ class Int8(Format):
 
     def for_kernels(self, tensors: Tensors) -> KernelArguments:
         return tensors["weight"], tensors["scale"].float(), None, None
+
+    def for_cuda(self, tensors: Tensors, columns: int) -> QuantizedWeight:
+        return QuantizedWeight(tensors["weight"], tensors["scale"], None, None, None, None, columns)
 
 
 class FourBit(Format):
@@ -175,6 +181,9 @@ class Int4(FourBit):
     def for_kernels(self, tensors: Tensors) -> KernelArguments:
         return tensors["weight"], tensors["scale"], tensors["zero"], nibble_table(torch.arange(16, dtype=torch.float32))
 
+    def for_cuda(self, tensors: Tensors, columns: int) -> QuantizedWeight:
+        return QuantizedWeight(tensors["weight"], tensors["scale"], tensors["zero"], None, None, None, columns)
+
     def init_params(self, groups: Tensor, clip: float) -> tuple[Tensor, ...]:
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         span = (high - low) * clip
@@ -226,6 +235,8 @@ class NF4(FourBit):
 
     def table(self, device: torch.device | None = None) -> Tensor:
         """Return the values of the 16 codes, float32 (16,)."""
+        if device is not None and device.type == "cuda":  # where the copy would wait for all that is under way
+            return _values_on(device)
         return torch.tensor(self.VALUES, dtype=torch.float32, device=device)
 
     def encode(self, w: Tensor) -> Tensors:
@@ -242,15 +253,10 @@ class NF4(FourBit):
     def for_kernels(self, tensors: Tensors) -> KernelArguments:
         return tensors["weight"], tensors["absmax"], None, nibble_table(self.table())
 
-    def decode_by_kernel(self, tensors: Tensors, columns: int, dtype: torch.dtype) -> Tensor | None:
-        weight = super().decode_by_kernel(tensors, columns, dtype)
-        library = bitsandbytes() if weight is None else None
-        if library is None or torch.compiler.is_compiling() or dtype not in (torch.float32, torch.bfloat16):
-            return weight
-        codes, absmax = tensors["weight"], tensors["absmax"]
-        shape, values = (len(codes), 2 * codes.size(1)), self.table(codes.device)
-        state = library.QuantState(absmax.flatten(), shape, values, GROUP, "nf4", dtype)
-        return library.dequantize_4bit(codes.view(-1, 1), state)[:, :columns].contiguous()
+    def for_cuda(self, tensors: Tensors, columns: int) -> QuantizedWeight:
+        codes, absmax, values = tensors["weight"], tensors["absmax"], self.table(tensors["weight"].device)
+        double = tensors.get("absmax_scale"), tensors.get("absmax_mean")
+        return QuantizedWeight(codes, absmax, None, values, *double, columns)
 
     def init_params(self, groups: Tensor, clip: float) -> tuple[Tensor, ...]:
         return (groups.abs().amax(-1, keepdim=True) * clip,)
@@ -295,20 +301,12 @@ class NF4Double(NF4):
         return {"weight": tensors["weight"], "absmax": absmax.clamp_(min=0)}
 
 
-FORMATS: dict[str, Format] = {"int8": Int8(), "int4": Int4(), "nf4": NF4(), "nf4-dq": NF4Double()}
-
-
 @cache
-def bitsandbytes() -> ModuleType | None:
-    """Return the functions of bitsandbytes, which read NF4 as it is kept here; None where it cannot be used."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return None
-    try:
-        from bitsandbytes import functional
-    except Exception as error:  # however its libraries fail to load, all can be done without it
-        print(f"NF4 goes without the faster kernels of bitsandbytes, which fails to load: {error}", file=sys.stderr)
-        return None
-    return functional
+def _values_on(device: torch.device) -> Tensor:
+    return torch.tensor(NF4.VALUES, dtype=torch.float32, device=device)
+
+
+FORMATS: dict[str, Format] = {"int8": Int8(), "int4": Int4(), "nf4": NF4(), "nf4-dq": NF4Double()}
 
 
 def row_chunks(rows: int, columns: int, device: torch.device, cut: int = 1) -> Iterator[slice]:
@@ -349,6 +347,8 @@ def encode(
 def decode(tensors: Tensors, name: str, columns: int, dtype: torch.dtype) -> Tensor:
     """Return the weight (rows, columns) of `encode`'s tensors, computed in float32 and rounded once to `dtype`."""
     quantizer = FORMATS[name]
+    if serves_on(tensors["weight"]):
+        return dequantize(quantizer.for_cuda(tensors, columns), dtype)
     tensors = quantizer.unpack(tensors)
     codes, weight = tensors["weight"], quantizer.decode_by_kernel(tensors, columns, dtype)
     if weight is None:

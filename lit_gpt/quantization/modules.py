@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lit_gpt.kernels.cuda.dequantize import QuantizedWeight
+from lit_gpt.kernels.cuda.gemv import FEW_ROWS, Epilogue, gemv
+from lit_gpt.kernels.cuda.launch import serves
 from lit_gpt.kernels.linear import arithmetic
 from lit_gpt.quantization.formats import FORMATS, Tensors, decode, dequantized_chunks, encode
 
@@ -41,6 +44,11 @@ class Quantized(nn.Module):
         if cached is not None and cached.dtype == dtype:
             return cached
         return decode({key: self.get_parameter(key) for key in self.keys}, self.format, self.columns, dtype)
+
+    def for_cuda(self) -> QuantizedWeight:
+        """Return the weight as the kernels of lit_gpt.kernels.cuda read it."""
+        tensors = {key: self.get_parameter(key).detach() for key in self.keys}
+        return FORMATS[self.format].for_cuda(tensors, self.columns)
 
     def extra_repr(self) -> str:
         return f"{self.rows}, {self.columns}, {self.format}"
@@ -77,7 +85,8 @@ def quantized_linear(x: Tensor, layer: QuantizedLinear) -> Tensor:
     """Return x W^T + bias for x (..., in_features), in x's dtype.
 
     Many rows, as in training and of a prompt, are worth a dequantization. A single one, as in decoding, is bound by
-    reading the weight, which the native decoding step, and in int8 the compiled one, do without dequantizing it first.
+    reading the weight, which the native decoding step, kernels on CUDA, and in int8 the compiled step do without
+    dequantizing it first.
     """
     if (dtype := arithmetic(x.device, x.dtype)) != x.dtype:
         return quantized_linear(x.to(dtype), layer).to(x.dtype)
@@ -89,6 +98,11 @@ def quantized_linear(x: Tensor, layer: QuantizedLinear) -> Tensor:
         return (y if layer.bias is None else y + layer.bias).to(x.dtype)
     if layer.dequantized_cache is not None:
         return F.linear(x, layer.dequantize(x.dtype), bias)
+    if serves(x):
+        if x.numel() > FEW_ROWS * x.size(-1):
+            return F.linear(x, layer.dequantize(x.dtype), bias)
+        rows = x.reshape(-1, x.size(-1)).contiguous()
+        return gemv(rows, layer.for_cuda(), Epilogue(bias)).view(*x.shape[:-1], -1)
     chunks = dequantized_chunks(unpacked(layer), FORMATS[layer.format], layer.columns, x.dtype)
     outputs = [F.linear(x, weight, None if bias is None else bias[span]) for span, weight in chunks]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)

@@ -1,7 +1,5 @@
 """Each format of quantization against its definition, and the layers against plain ones."""
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,17 +95,6 @@ def test_double_quantization_of_the_absmax():
     assert ((actual - absmax).abs() <= steps * 0.501).all() and not torch.equal(actual, absmax)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", ["nf4", "nf4-dq"])
-def test_the_kernels_of_bitsandbytes_give_the_same(name, dtype, monkeypatch):
-    pytest.importorskip("bitsandbytes", reason="an extra")
-    assert formats.bitsandbytes()
-    with use_policy(cpp=False):
-        actual = there_and_back(weight(), name, dtype)
-        monkeypatch.setattr(formats, "bitsandbytes", lambda: None)
-        assert torch.equal(actual, there_and_back(weight(), name, dtype))
-
-
 @pytest.mark.skipif(not ops.available(), reason="needs a C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [64, 100, 200])
@@ -126,22 +113,6 @@ def test_scales_in_float16(name):
     actual = formats.decode(tensors, name, 200, torch.float32)
     with use_policy(cpp=False):
         assert torch.equal(actual, formats.decode(tensors, name, 200, torch.float32))
-
-
-def test_bitsandbytes_that_fails_to_load_is_named(monkeypatch, tmp_path, capsys):
-    (tmp_path / "bitsandbytes").mkdir()
-    (tmp_path / "bitsandbytes" / "__init__.py").write_text("raise OSError('libcuda is too old')")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "bitsandbytes", raising=False)
-    formats.bitsandbytes.cache_clear()
-    try:
-        with use_policy(cpp=False):
-            there_and_back(weight(), "nf4")
-            there_and_back(weight(), "nf4")
-    finally:
-        formats.bitsandbytes.cache_clear()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "bitsandbytes" in line and "libcuda is too old" in line
 
 
 @pytest.mark.parametrize(("name", "bits"), [("int8", 8), ("int4", 4.5), ("nf4", 4.5), ("nf4-dq", 4.127)])
