@@ -24,6 +24,7 @@ from lit_gpt.model.sdpa import attend_in_groups, attend_within
 class CausalSelfAttention(nn.Module):
     """Attention with one query head per head and `n_query_groups` key and value heads (Ainslie et al. 2023, GQA)."""
 
+    further: dict[str, tuple[str, ...]] = {}  # see lit_gpt.model.mixers.mixer.Mixer
     prefix: nn.Module | None  # adds to the attention output; see lit_gpt.methods.adapter
     virtual: nn.Module | None  # puts keys and values for those of virtual tokens; see lit_gpt.methods.prompt
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from peft import LoraConfig as PeftConfig
-from peft import get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 
 from helpers.compare import off, tokens
 from helpers.methods import EVERYTHING, ONE_EACH, STYLE, SWITCHES
@@ -14,7 +14,10 @@ from helpers.tiny_models import Tiny, tiny_hf_model
 from lit_gpt import GPT
 from lit_gpt.checkpoints import folder
 from lit_gpt.checkpoints.base_model import load_model
+from lit_gpt.conversion import hf, hf_shards
 from lit_gpt.conversion import logits as verify
+from lit_gpt.conversion.peft import layout as peft_layout
+from lit_gpt.conversion.peft import lora as peft_files
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.families.registry import config_from_name
 from lit_gpt.methods import finetuned_file, finetuned_model, lora
@@ -65,8 +68,6 @@ def test_each_projection_gets_its_own_update(llama_like: Tiny, config: lora.LoRA
 @pytest.fixture
 def llama_like(tmp_path) -> Tiny:
     """Return a model with grouped queries, so that query, key and value differ in size."""
-    from lit_gpt.conversion import hf, hf_shards
-
     model = tiny_hf_model("llama", "llama3")
     model.save_pretrained(tmp_path / "c")
     hf.convert(tmp_path / "c", hf_shards.StoredWeights(tmp_path / "c"))
@@ -177,3 +178,37 @@ def test_gradients_equal_peft(llama_like: Tiny):
             prefix = f"base_model.model.model.layers.{i}.{name}"
             assert off(A, theirs[f"{prefix}.lora_A.default.weight"].grad) < 1e-5
             assert off(B, theirs[f"{prefix}.lora_B.default.weight"].grad) < 1e-5
+
+
+def test_latents_and_what_is_made_of_them_equal_peft(tmp_path):
+    """DeepSeek V3's low-rank projections: logits, and the gradients of A and B, under PEFT on transformers' model."""
+    source = tiny_hf_model("deepseek", "deepseek_v3")
+    source.save_pretrained(tmp_path / "c")
+    hf.convert(tmp_path / "c", hf_shards.StoredWeights(tmp_path / "c"))
+    config = replace(EVERYTHING, mlp=False, head=False)
+    model = attached(Tiny(tmp_path / "c", source), config).eval()
+    (tmp_path / "peft").mkdir()
+    peft_files.write(tmp_path / "peft", model, config, "base")
+    settings, state, _ = peft_files.read(tmp_path / "peft", model.config, folder.load_state(tmp_path / "c"))
+    trained = finetuned_file.trained_state(model)
+    assert settings == config and state.keys() == trained.keys()
+    assert all(off(state[name], trained[name]) < 1e-6 for name in trained)
+    peft = PeftModel.from_pretrained(source, tmp_path / "peft", is_trainable=True)
+    idx = tokens(source, rows=1)
+    logits = peft(idx).logits
+    assert off(model(idx), logits) < 1e-5
+    torch.nn.functional.cross_entropy(logits[0, :-1], idx[0, 1:]).backward()
+    (model(idx, targets=Targets(torch.arange(39), idx[0, 1:])) / 39).backward()
+    with torch.no_grad():
+        for layer in lora.lora_layers(model).values():
+            layer.lora_A.copy_(layer.lora_A.grad)
+            layer.lora_B.copy_(layer.lora_B.grad)
+    theirs = dict(peft.named_parameters())
+    gradients = peft_layout.to_peft(model, config.scale)
+    latents = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
+    assert {name.rpartition(".")[2] for name in gradients} == latents
+    for name, (A, B) in gradients.items():
+        prefix = f"base_model.model.{name}"
+        assert off(theirs[f"{prefix}.lora_A.default.weight"].grad, A) < 1e-5, name
+        found = theirs[f"{prefix}.lora_B.default.weight"].grad
+        assert off(found * (B != 0), B) < 1e-5, name  # a fused layer's zeros are no parameters here

@@ -143,6 +143,9 @@ def targets(model: GPT, config: LoRAConfig) -> Iterator[tuple[str, Parts]]:
             projections = mixer.projections.items()
             if qkv := sorted(span for part, spans in projections if getattr(config, part) for span in spans):
                 yield f"h.{layer}.{name}.qkv", qkv
+            for further, made in mixer.further.items():
+                if any(getattr(config, part) for part in made):
+                    yield f"h.{layer}.{name}.{further}", [(0, getattr(mixer, further).out_features)]
             if config.projection:
                 yield f"h.{layer}.{name}.proj", [(0, n)]
         if config.mlp and block.mlp is not None:

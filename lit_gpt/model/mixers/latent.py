@@ -21,7 +21,7 @@ EPS = 1e-6  # of the norms of latents, whatever the block's norms have
 class LatentAttention(Mixer):
     """Attends with heads whose first `rotated_size` elements know positions, and whose others are made of latents.
 
-    For methods the latents are the value, and the shared key is the key.
+    For methods the latents are the value, and the shared key is the key. What is made of a latent is adapted with it.
     """
 
     def __init__(self, config: Config) -> None:
@@ -37,6 +37,7 @@ class LatentAttention(Mixer):
         self.qkv = Linear(config.n_embd, sum(self.sizes), bias=False)
         ends = first, first + self.latent_size, sum(self.sizes)
         self.projections = {"query": [(0, ends[0])], "key": [(ends[1], ends[2])], "value": [(ends[0], ends[1])]}
+        self.further = {"kv_up": ("key", "value")} | ({"q_up": ("query",)} if config.query_latent else {})
         self.q_norm = RMSNorm(first, EPS) if config.query_latent else None
         self.q_up = Linear(first, queries, bias=False) if config.query_latent else None
         self.kv_norm = RMSNorm(self.latent_size, EPS)

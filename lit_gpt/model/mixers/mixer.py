@@ -19,12 +19,14 @@ class Mixer(nn.Module):
         sizes: how many of its rows each part has that it is cut into.
         projections: rows (start, stop) of `qkv` that make queries, keys and values, and in a list with the queries the
             gate of the output; methods adapt them by these names.
+        further: by its name, each layer that makes these of fewer numbers that `qkv` gives, and which of them.
     """
 
     qkv: nn.Module
     proj: nn.Module
     sizes: tuple[int, ...]
     projections: dict[str, list[tuple[int, int]]]
+    further: dict[str, tuple[str, ...]] = {}
 
     @abstractmethod
     def project(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
