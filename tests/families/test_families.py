@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from helpers import family_table
 from helpers.compare import TOLERANCE, in_steps, off, tokens
 from helpers.paths import ROOT
 from helpers.tiny_models import Tiny, tiny_hf_model
@@ -95,6 +96,9 @@ PUBLISHED = {
     "falcon-7b": 7_217_189_760,
     "falcon-rw-1b": 1_311_625_216,
     "falcon-40b": 41_835_970_560,
+    "falcon-180b": 179_522_565_120,
+    "pythia-14m": 14_067_712,
+    "pythia-31m": 30_494_720,
     "pythia-70m": 70_426_624,
     "pythia-160m": 162_322_944,
     "pythia-410m": 405_334_016,
@@ -103,6 +107,14 @@ PUBLISHED = {
     "pythia-2.8b": 2_775_208_960,
     "pythia-6.9b": 6_857_302_016,
     "pythia-12b": 11_846_072_320,
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-30b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "CodeLlama-7b": 6_738_546_688,
+    "CodeLlama-13b": 13_016_028_160,
+    "CodeLlama-34b": 33_743_970_304,
+    "open_llama_3b": 3_426_473_600,
     "Llama-2-7b": 6_738_415_616,
     "Llama-2-13b": 13_015_864_320,
     "Llama-2-70b": 68_976_648_192,
@@ -123,6 +135,8 @@ PUBLISHED = {
     "Qwen2.5-14B": 14_770_033_664,
     "Qwen2.5-32B": 32_763_876_352,
     "Qwen2.5-72B": 72_706_203_648,
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-1.7B": 1_720_574_976,
     "Qwen3-4B": 4_022_468_096,
     "Qwen3-8B": 8_190_735_360,
     "Qwen3-14B": 14_768_307_200,
@@ -180,6 +194,8 @@ PUBLISHED = {
     "opt-1.3b": 1_315_758_080,
     "opt-2.7b": 2_651_596_800,
     "opt-6.7b": 6_658_473_984,
+    "opt-13b": 12_853_473_280,
+    "opt-30b": 29_974_540_288,
     "bloom-560m": 559_214_592,
     "bloom-1b1": 1_065_314_304,
     "bloom-1b7": 1_722_408_960,
@@ -213,6 +229,10 @@ PUBLISHED = {
     "GLM-4.7-Flash": 29_943_390_976,
     "granite-4.0-h-tiny": 6_939_037_248,
     "NVIDIA-Nemotron-3-Nano-30B-A3B": 31_577_937_344,
+    "falcon-mamba-7b": 7_272_665_088,
+    "LFM2-350M": 354_483_968,
+    "LFM2-700M": 742_489_344,
+    "LFM2-1.2B": 1_170_340_608,
 }
 
 
@@ -242,6 +262,11 @@ def test_the_table_in_the_readme_names_every_family():
     listed = {name: tuple(re.findall(r"`(\w+)`", kinds)) for name, kinds in rows}
     assert len(rows) == len(listed)
     assert listed == {family.__name__.rpartition(".")[2]: family.MODEL_TYPES for family in families()}
+
+
+def test_the_page_of_the_families_is_what_they_are():
+    """`PYTHONPATH=.:tests python -m helpers.family_table` writes it anew."""
+    assert family_table.PAGE.read_text(encoding="utf-8").partition(family_table.BEGIN)[2] == family_table.table()
 
 
 def test_unknown_names():
