@@ -3,7 +3,7 @@
 A module that a method attaches defines `record`: in place of a linear layer `record(tape, x, name)`, in place of a norm
 `record(tape, x, name, parts)`, of an MLP `record(tape, x)`, of an embedding `record(tape, x, factor, by_position,
 skipped)`. It calls these operations and returns the buffer with its output. A model with a module that has no `record`
-is decoded by PyTorch. The tape itself is lit_gpt.generation.tape.Tape.
+is decoded by PyTorch. The tape itself is lit_gpt.generation.steps.tape.Tape.
 """
 
 from typing import Protocol

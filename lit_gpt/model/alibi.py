@@ -1,6 +1,6 @@
 """ALiBi (Press et al. 2022): in the place of positions, a bias on the scores that grows with the distance.
 
-model/attention.py adds it, and in the fast decoding step generation/tape.py.
+model/attention.py adds it, and in the fast decoding step generation/steps/tape.py.
 """
 
 import math

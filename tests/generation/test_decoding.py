@@ -7,8 +7,8 @@ import pytest
 from helpers.methods import as_if_trained, with_adapter_v2, with_lora_and_adapter
 from helpers.tiny_models import model_of
 from lit_gpt.errors import UsageError
-from lit_gpt.generation.compiled_step import CompiledStep
 from lit_gpt.generation.engine import generate
+from lit_gpt.generation.steps.compiled import CompiledStep
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")

@@ -14,9 +14,9 @@ from lit_gpt import Config, Tokenizer
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.errors import UserError
 from lit_gpt.generation.engine import generate
-from lit_gpt.generation.native_step import NativeStep
 from lit_gpt.generation.sampling import Sampling, sample
 from lit_gpt.generation.steps import FastStep
+from lit_gpt.generation.steps.native import NativeStep
 from lit_gpt.kernels import build
 
 SCRIPT = "generate/base.py"

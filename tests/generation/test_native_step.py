@@ -13,10 +13,10 @@ from helpers.tiny_models import model_of
 from lit_gpt import GPT, Config
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.generation.engine import generate
-from lit_gpt.generation.native_step import NativeStep
 from lit_gpt.generation.sequence import DecodingRow, eager_step
 from lit_gpt.generation.steps import FastStep
-from lit_gpt.generation.tape import Unsupported
+from lit_gpt.generation.steps.native import NativeStep
+from lit_gpt.generation.steps.tape import Unsupported
 from lit_gpt.kernels import build
 from lit_gpt.methods import lora
 from lit_gpt.model.gpt import quantize

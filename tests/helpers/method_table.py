@@ -14,8 +14,8 @@ from lit_gpt import GPT
 from lit_gpt.conversion.peft import lora as peft_lora
 from lit_gpt.conversion.peft import others as peft_others
 from lit_gpt.errors import UserError
-from lit_gpt.generation.native_step import NativeStep
-from lit_gpt.generation.tape import Unsupported
+from lit_gpt.generation.steps.native import NativeStep
+from lit_gpt.generation.steps.tape import Unsupported
 from lit_gpt.methods import finetuned_file, lora
 from lit_gpt.model.gpt import quantize
 from lit_gpt.model.packed_inputs import Targets

@@ -8,7 +8,7 @@ import torch
 from helpers.cli import run_process, spawn
 from helpers.runs import metrics, same_run, wait_for_step, weights_of
 from lit_gpt.checkpoints.base_model import load_model
-from lit_gpt.generation.native_step import NativeStep
+from lit_gpt.generation.steps.native import NativeStep
 from lit_gpt.methods.finetuned_model import load_finetuned
 from methods.fifth_method import Scale, ScaleConfig
 

@@ -22,7 +22,7 @@ from lit_gpt.conversion import hf, hf_shards
 from lit_gpt.conversion.peft import lora as peft_files
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.families.registry import config_from_name
-from lit_gpt.generation.native_step import NativeStep
+from lit_gpt.generation.steps.native import NativeStep
 from lit_gpt.kernels import build
 from lit_gpt.methods import finetuned_file, finetuned_model, lora
 from lit_gpt.methods.method import Start

@@ -17,7 +17,7 @@ from lit_gpt.data import dataset, packing
 from lit_gpt.errors import UsageError
 from lit_gpt.families.registry import config_from_name
 from lit_gpt.generation.engine import generate
-from lit_gpt.generation.native_step import NativeStep
+from lit_gpt.generation.steps.native import NativeStep
 from lit_gpt.kernels import build
 from lit_gpt.methods import finetuned_file, finetuned_model
 from lit_gpt.methods.method import Start

@@ -16,7 +16,7 @@ from lit_gpt.conversion import hf, hf_shards
 from lit_gpt.data import packing
 from lit_gpt.data.args import ColumnArgs, PrepareArgs
 from lit_gpt.data.prepare import prepare
-from lit_gpt.generation import native_step
+from lit_gpt.generation.steps import native as native_step
 from lit_gpt.kernels import build, functional
 from lit_gpt.methods import finetuned_file, lora
 from lit_gpt.methods.lora import LoRA, LoRALinear

@@ -1,5 +1,5 @@
 // The step of one more token of a few rows on a CPU: a list of operations on fixed buffers, made once by
-// lit_gpt/generation/tape.py and then run for each token by one call. What it costs is reading each weight once;
+// lit_gpt/generation/steps/tape.py and then run for each token by one call. What it costs is reading each weight once;
 // so all threads stay within the call and share its stages by tape.h.
 //
 // Whatever lies between the operations is float32, the rows of a buffer one after the other; weights and cache are as

@@ -1,8 +1,11 @@
-"""Records the operations of a decoding step as a list, the tape; kernels/cpp/decode.cpp replays it for each token."""
+"""Records the operations of a decoding step as a list, the tape, by walking the modules of a model as it stands.
 
-import ctypes
-import weakref
+lit_gpt.generation.steps.native has it replayed by kernels/cpp/decode.cpp, steps.cuda by kernels in Triton.
+"""
+
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,12 +17,10 @@ from lit_gpt.methods.decoding_tape import RowChoice
 from lit_gpt.model.alibi import alibi_slopes
 from lit_gpt.model.attention import CausalSelfAttention
 from lit_gpt.model.gpt import GPT, Block
-from lit_gpt.model.kv_cache import AttentionCache, KVCache
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.mlp import GptNeoxMLP, SwiGLU
 from lit_gpt.model.norms import LayerNorm, LayerNorms, PlainRMSNorm, QKNorm, RMSNorm, UnitOffsetRMSNorm
-from lit_gpt.quantization.formats import FORMATS
-from lit_gpt.quantization.modules import QuantizedEmbedding, QuantizedLinear, unpacked
+from lit_gpt.quantization.modules import QuantizedEmbedding, QuantizedLinear
 
 TYPES = {torch.float32: FORMAT_NUMBERS["float32"], torch.bfloat16: FORMAT_NUMBERS["bfloat16"]}
 
@@ -28,53 +29,29 @@ class Unsupported(Exception):
     """The model has a part for which there is no operation."""
 
 
-class Tape:
-    """The operations of a model's step, for up to n rows."""
+class Tape(ABC):
+    """Records the operations of a model's step, for up to n rows; what records and runs them derives from it.
 
-    def __init__(self, library: ctypes.CDLL, model: GPT, n: int) -> None:
-        self.library, self.model, self.n = library, model, n
-        self.dtype = model.dtype
-        self.kept: list[Tensor] = []
+    What lies between the operations are float32 buffers (n, size) on the model's device.
+    """
+
+    def __init__(self, model: GPT, n: int) -> None:
+        self.model, self.n = model, n
+        self.dtype, self.device = model.dtype, model.wte.weight.device
         self.buffers: dict[tuple[str, int], Tensor] = {}
         self.choice: RowChoice | None = None
-        self.handle = library.tape_new()
-        weakref.finalize(self, library.tape_free, self.handle)
         with torch.no_grad():
             self.logits = self.record_model()
 
-    def use(self, cache: KVCache) -> None:
-        """Add to this cache, to its first places, from now on."""
-        layers = [layer for layer in cache if isinstance(layer, AttentionCache)]  # all, of a model that is recorded
-        self.cache, self.places = cache, layers[0].k.size(2)
-        pointers = [tensor.data_ptr() for layer in layers for tensor in (layer.k, layer.v)]
-        self.pointers = (ctypes.c_void_p * len(pointers))(*pointers)
-
-    def run(self, tokens: list[int], positions: list[int]) -> Tensor:
-        config, rope = self.model.config, self.model.rope
-        limit = min(self.places, config.block_size if self.model.wpe else self.places)
-        for token, position in zip(tokens, positions, strict=True):
-            if not (0 <= token < config.padded_vocab_size and position < limit):
-                raise IndexError(f"token {token} or position {position} is beyond what model and cache have room for")
-        updates = self.choice.addresses.tolist() if self.choice else [0] * len(tokens)
-        extended = [int(rope.is_long(position + 1)) for position in positions]
-        rows = torch.tensor(list(zip(tokens, positions, updates, extended, strict=True)))
-        threads = torch.get_num_threads()
-        self.library.tape_run(self.handle, rows.data_ptr(), len(rows), self.pointers, self.places, threads)
-        return self.logits[: len(tokens)]
-
     # what operations are made with
 
+    @abstractmethod
     def add(self, operation: str, *arguments: Tensor | float | None) -> None:
-        getattr(self.library, f"tape_{operation}")(self.handle, *map(self.plain, arguments))
+        """Record an operation of kernels/cpp/decode.cpp by its name, with the arguments that it has there."""
 
-    def plain(self, argument: Tensor | float | None) -> Any:
-        """Return an argument as ctypes takes it: a tensor by its address, and it is kept alive."""
-        if isinstance(argument, Tensor):
-            if not argument.is_contiguous():
-                raise Unsupported("a tensor that is not contiguous")
-            self.kept.append(argument)
-            return argument.data_ptr()
-        return argument
+    @abstractmethod
+    def add_product(self, y: Tensor, x: Tensor, layer: nn.Linear | QuantizedLinear) -> None:
+        """Record the product of x with a layer's weight, and its bias, into y."""
 
     def buffer(self, name: str, size: int) -> Tensor:
         """Return a float32 (n, size) buffer, one for all layers."""
@@ -83,7 +60,7 @@ class Tape:
         return self.buffers[name, size]
 
     def zeros(self, size: int) -> Tensor:
-        return torch.zeros(self.n, size, dtype=torch.float32)
+        return torch.zeros(self.n, size, dtype=torch.float32, device=self.device)
 
     # the parts of a model
 
@@ -224,9 +201,8 @@ class Tape:
             return record(self, x, name)
         expect(layer, Linear, QuantizedLinear)
         assert isinstance(layer, nn.Linear | QuantizedLinear)
-        y, bias = self.buffer(name, layer.out_features), None if layer.bias is None else layer.bias.float()
-        fast = self.dtype == torch.bfloat16  # whose rounding is mostly coarser than that of fast products
-        self.add("linear", y, x, layer.out_features, layer.in_features, *self.weight(layer), bias, fast)
+        y = self.buffer(name, layer.out_features)
+        self.add_product(y, x, layer)
         return y
 
     # what methods record: low-rank updates, scales, activations
@@ -263,17 +239,18 @@ class Tape:
         """Apply an activation by its name to y, in place."""
         self.add("activate", y, y.size(1), ACTIVATION_NUMBERS[activation])
 
-    def weight(self, layer: nn.Linear | QuantizedLinear) -> tuple[int | Tensor | None, ...]:
-        """Return the format and weight, and scale, zero and pairs if the layer is quantized."""
-        if isinstance(layer, nn.Linear):
-            return self.type(layer.weight), layer.weight, None, None, None
-        codes, scale, *rest = FORMATS[layer.format].for_kernels(unpacked(layer))
-        return quantized_format(codes, scale), codes, scale, *rest
-
     def type(self, tensor: Tensor) -> int:
         if tensor.dtype not in TYPES:
             raise Unsupported(f"weights of {tensor.dtype}")
         return TYPES[tensor.dtype]
+
+
+def check_places(model: GPT, places: int, tokens: list[int], positions: list[int]) -> None:
+    """Raise IndexError unless the model has all tokens, and model and cache have room for the positions."""
+    limit = min(places, model.config.block_size if model.wpe else places)
+    for token, position in zip(tokens, positions, strict=True):
+        if not (0 <= token < model.config.padded_vocab_size and position < limit):
+            raise IndexError(f"token {token} or position {position} is beyond what model and cache have room for")
 
 
 def expect(module: nn.Module, *kinds: type) -> None:
@@ -294,3 +271,17 @@ def recorder(module: nn.Module) -> Callable[..., Any] | None:
         return None
     expect(module, type(module))
     return module.record  # type: ignore[return-value]  # torch: attributes are tensors or modules
+
+
+Versions = list[tuple[Tensor, tuple[int, ...]]]
+
+
+def versions(model: GPT) -> Versions:
+    """Return all that a model computes with, where each tensor lies and how often it was written to."""
+    tensors = chain(model.parameters(), model.buffers())
+    return [(x, (x.data_ptr(), 0 if x.is_inference() else x._version)) for x in tensors]
+
+
+def changed(before: Versions, now: Versions) -> bool:
+    pairs = zip(before, now, strict=False)
+    return len(before) != len(now) or any(old is not new or m != n for (old, m), (new, n) in pairs)

@@ -4,10 +4,10 @@ from functools import partial
 
 from torch import Tensor
 
-from lit_gpt.generation.compiled_step import CompiledStep
-from lit_gpt.generation.native_step import NativeStep
 from lit_gpt.generation.sequence import DecodingRow, Step, eager_step
-from lit_gpt.generation.tape import Unsupported
+from lit_gpt.generation.steps.compiled import CompiledStep
+from lit_gpt.generation.steps.native import NativeStep
+from lit_gpt.generation.steps.tape import Unsupported
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.kv_cache import KVCache
 
