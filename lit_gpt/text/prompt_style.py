@@ -257,19 +257,28 @@ class PromptStyle:
         return before + self.template
 
     def find_stop_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """Find the end token, and the special token with which the template closes an answer if that is another."""
-        answer = "Quux"  # a word that no template writes
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
-        system = [{"role": "system", "content": "a"}]  # some templates want one, others refuse it
-        rendered = (supervision.attempt(self.render, [*start, *turns], tokenizer=tokenizer) for start in ([], system))
-        whole = next((text for text in rendered if text is not None), "")
+        """Find the end token, and the special token with which the template closes an answer if that is another.
+
+        Where nothing closes an answer, the special token that opens the next turn ends it.
+        """
+        user = {"role": "user", "content": "a"}
+        answered = [user, {"role": "assistant", "content": ANSWER}]
+        closing = self._after_answer(answered, tokenizer) or self._after_answer([*answered, user], tokenizer)
         stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-        if closing := whole.rpartition(answer)[2].lstrip() if answer in whole else "":
+        if closing:
             first = int(tokenizer.encode(closing, bos=False)[0])
             stops += [first] if first in tokenizer.added_tokens else []
         return tuple(dict.fromkeys(stops))
 
+    def _after_answer(self, turns: list[Message], tokenizer: Tokenizer) -> str:
+        """Return what the template writes after an answer, blanks before it apart; "" where it writes no answer."""
+        system = [{"role": "system", "content": "a"}]  # some templates want one, others refuse it
+        rendered = (supervision.attempt(self.render, [*start, *turns], tokenizer=tokenizer) for start in ([], system))
+        whole = next((text for text in rendered if text is not None), "")
+        return whole.rpartition(ANSWER)[2].lstrip() if ANSWER in whole else ""
 
+
+ANSWER = "Quux"  # a word that no template writes
 ARGUMENTS: dict[str, Any] = {"text": '{"quux": 1}', "object": {"quux": 1}}  # of a call, as a template may want them
 
 

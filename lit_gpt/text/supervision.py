@@ -93,10 +93,21 @@ def find_turn(messages: Sequence[Message], i: int, text: str, render: Render) ->
         limit = end + len(text[end:]) - len(text[end:].lstrip())
     else:
         return None
-    if not shown(parts(messages[i]), text[start:limit]):
+    said = text[start:limit] if start != begin else begun(content, text[:start]) + text[start:limit]
+    if not shown(parts(messages[i]), said):
         return None
     train = messages[i].get("train", messages[i].get("weight", 1))
     return Turn(start, end, limit, bool(train), prompt_mismatch=begin is None)
+
+
+def begun(content: str, prompt: str) -> str:
+    """Return how far the prompt has written the content already, such as the tag that opens its reasoning.
+
+    Blanks apart; never all of it.
+    """
+    content, prompt = squeeze(content), squeeze(prompt)
+    ends = (content[:length] for length in range(len(content) - 1, 0, -1))
+    return next((beginning for beginning in ends if prompt.endswith(beginning)), "")
 
 
 def find_content(messages: Sequence[Message], i: int, text: str, render: Render) -> tuple[int, int] | None:
@@ -129,7 +140,25 @@ def parts(message: Message) -> Iterator[str]:
         yield message.get("content") or ""
     yield next((message[name] for name in REASONING if isinstance(message.get(name), str)), "")
     for call in message.get("tool_calls") or ():
-        yield call.get("function", call)["name"]
+        function = call.get("function", call)
+        yield function["name"]
+        yield from texts(function.get("arguments"))
+
+
+def texts(arguments: Any) -> Iterator[str]:
+    """Yield the texts among the arguments of a call, which are given as such or spelled in JSON."""
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            yield arguments
+            return
+    values = arguments.values() if isinstance(arguments, dict) else arguments if isinstance(arguments, list) else ()
+    for value in values:
+        if isinstance(value, str):
+            yield value
+        else:
+            yield from texts(value)
 
 
 def shown(parts: Iterable[str], text: str) -> bool:
