@@ -28,10 +28,10 @@ from lit_gpt.kernels.linear import arithmetic
 class _NoContext:
     """Stands for the context of a forward pass that no backward follows."""
 
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
+    def save_for_backward(self, *given: Any) -> None:
         pass
 
-    mark_dirty = save_for_backward
+    mark_dirty = set_materialize_grads = save_for_backward
 
 
 def apply_or_forward(function: type[torch.autograd.Function], *arguments: Any) -> Any:
@@ -162,7 +162,24 @@ def _parts(ctx: Any, y: Tensor, low: Tensor, B: Tensor) -> Iterator[tuple[Tensor
 
 def scaled(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Return scale * (y + shift) (Gao et al. 2023, LLaMA-Adapter V2); y: (..., size), scale, shift: float32 (size,)."""
+    if (triton := triton_kernels(y)) is not None and scale.dtype == shift.dtype == torch.float32 and y.numel():
+        return apply_or_forward(_ScaledKernel, y, scale, shift, triton)
     return apply_or_forward(_Scaled, y, scale, shift)
+
+
+class _ScaledKernel(torch.autograd.Function):
+    """Keeps y."""
+
+    @staticmethod
+    def forward(ctx, y, scale, shift, triton):
+        ctx.triton, given = triton, (y.contiguous(), scale.contiguous(), shift.contiguous())
+        ctx.save_for_backward(*given)
+        return triton.scaled(*given)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return *ctx.triton.scaled_backward(grad.contiguous(), *ctx.saved_tensors), None
 
 
 class _Scaled(torch.autograd.Function):
@@ -180,6 +197,26 @@ class _Scaled(torch.autograd.Function):
         total = grad.flatten(0, -2).sum(0, dtype=scale.dtype)
         scale_grad = (grad * y).flatten(0, -2).sum(0, dtype=scale.dtype).addcmul_(shift, total)
         return grad * scale.to(grad.dtype), scale_grad, total * scale
+
+
+def sum_of_three(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Return a + b + c; all are of one shape."""
+    if (triton := triton_kernels(a, b, c)) is None:
+        return a + b + c
+    return apply_or_forward(_SumOfThree, a, b, c, triton)
+
+
+class _SumOfThree(torch.autograd.Function):
+    """Keeps nothing."""
+
+    @staticmethod
+    def forward(ctx, a, b, c, triton):
+        return triton.sum_of_three(a.contiguous(), b.contiguous(), c.contiguous())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return grad, grad, grad, None
 
 
 @dataclass(frozen=True)
@@ -222,9 +259,9 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up, activation):
         ctx.save_for_backward(gate_up)
-        ctx.activation = activation
-        if (triton := triton_kernels(gate_up)) is not None:
-            return triton.gated(gate_up.contiguous(), activation.name)
+        ctx.activation, ctx.triton = activation, triton_kernels(gate_up)
+        if ctx.triton is not None:
+            return ctx.triton.gated(gate_up.contiguous(), activation.name)
         if ops.supports_gated(gate_up, activation.name):
             return ops.gated(gate_up.contiguous(), ACTIVATION_NUMBERS[activation.name])
         gate, up = gate_up.chunk(2, dim=-1)
@@ -234,8 +271,8 @@ class _Gated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (gate_up,), activation = ctx.saved_tensors, ctx.activation
-        if (triton := triton_kernels(gate_up, grad)) is not None:
-            return triton.gated_backward(grad.contiguous(), gate_up.contiguous(), activation.name), None
+        if ctx.triton is not None:
+            return ctx.triton.gated_backward(grad.contiguous(), gate_up.contiguous(), activation.name), None
         if ops.supports_gated(gate_up, activation.name, grad):
             kind = ACTIVATION_NUMBERS[activation.name]
             return ops.gated_backward(grad.contiguous(), gate_up.contiguous(), kind), None

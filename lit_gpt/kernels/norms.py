@@ -13,10 +13,7 @@ from lit_gpt.kernels.functional import apply_or_forward, triton_kernels
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Return weight * (x - mean(x)) / deviation(x) + bias (Ba et al. 2016); x: (..., size), weight, bias: (size,)."""
-    given = [p for p in (weight, bias) if p is not None]
-    if (triton := triton_kernels(x, *given)) is None:
-        return F.layer_norm(x, (x.size(-1),), weight, bias, eps)
-    return apply_or_forward(_NormKernel, x, weight, bias, triton, triton.Norm(eps, centered=True))
+    return add_and_layer_norm(x, None, 1.0, weight, bias, eps)[1]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -24,29 +21,65 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
 
     The mean square is taken in float32, and with an offset, to which narrow weights would be lost, so is all.
     """
-    if (triton := triton_kernels(x, weight)) is None:
-        return apply_or_forward(_RMSNorm, x, weight, eps, offset)
-    return apply_or_forward(_NormKernel, x, weight, None, triton, triton.Norm(eps, centered=False, offset=offset))
+    return add_and_rms_norm(x, None, 1.0, weight, eps, offset)[1]
 
 
-class _NormKernel(torch.autograd.Function):
-    """Keeps x, and of each row the mean and the inverse of the deviation."""
+def add_and_layer_norm(
+    x: Tensor, added: Tensor | None, scale: float, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Return the residual stream x + scale * added, or x, and its `layer_norm`."""
+    triton = triton_kernels(*(t for t in (x, added, weight, bias) if t is not None))
+    if triton is None:
+        stream = x if added is None else torch.add(x, added, alpha=scale)
+        return stream, F.layer_norm(stream, (x.size(-1),), weight, bias, eps)
+    return apply_or_forward(_AddAndNorm, x, added, scale, weight, bias, triton, triton.Norm(eps, centered=True))
+
+
+def add_and_rms_norm(
+    x: Tensor, added: Tensor | None, scale: float, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Return the residual stream x + scale * added, or x, and its `rms_norm`."""
+    triton = triton_kernels(*(t for t in (x, added, weight) if t is not None))
+    if triton is None:
+        stream = x if added is None else torch.add(x, added, alpha=scale)
+        return stream, apply_or_forward(_RMSNorm, stream, weight, eps, offset)
+    kind = triton.Norm(eps, centered=False, offset=offset)
+    return apply_or_forward(_AddAndNorm, x, added, scale, weight, None, triton, kind)
+
+
+class _AddAndNorm(torch.autograd.Function):
+    """Keeps the stream, and of each row the mean and the inverse of the deviation.
+
+    The gradients that the stream gets from its norm and from elsewhere are added where the norm's is computed.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, triton: Any, kind: Any) -> Tensor:
-        x, y, means, inverses = triton.norm(x.contiguous(), weight, bias, kind)
-        ctx.save_for_backward(x, weight, means, inverses)
-        ctx.triton, ctx.kind = triton, kind
-        return y
+    def forward(
+        ctx: Any, x: Tensor, added: Tensor | None, scale: float, weight: Tensor | None, bias: Tensor | None,
+        triton: Any, kind: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        given = None if added is None else added.contiguous()
+        stream, y, means, inverses = triton.norm(x.contiguous(), weight, bias, kind, given, scale)
+        ctx.save_for_backward(stream, weight, means, inverses)
+        ctx.triton, ctx.kind, ctx.scale = triton, kind, scale
+        ctx.set_materialize_grads(False)
+        return x if added is None else stream, y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, means, inverses = ctx.saved_tensors
-        trains = {"weight_trains": ctx.needs_input_grad[1], "bias_trains": ctx.needs_input_grad[2]}
-        grads = ctx.triton.norm_backward(grad.contiguous(), x, weight, means, inverses, ctx.kind, **trains)
-        x_grad, *rest = (None if g is None else g.to(x.dtype) for g in grads)
-        return x_grad, *rest, None, None
+    def backward(ctx: Any, stream_grad: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs, scale = ctx.needs_input_grad, ctx.scale
+        x_grad, weight_grad, bias_grad = stream_grad, None, None
+        if grad is not None:
+            x, weight, means, inverses = ctx.saved_tensors
+            others = None if stream_grad is None else stream_grad.contiguous()
+            given = grad.contiguous(), x, weight, means, inverses, ctx.kind, others, needs[3], needs[4]
+            grads = ctx.triton.norm_backward(*given)
+            x_grad, weight_grad, bias_grad = (None if g is None else g.to(x.dtype) for g in grads)
+        added_grad = None
+        if needs[1] and x_grad is not None:
+            added_grad = x_grad if scale == 1.0 else x_grad * scale
+        return x_grad, added_grad, None, weight_grad, bias_grad, None, None
 
 
 class _RMSNorm(torch.autograd.Function):

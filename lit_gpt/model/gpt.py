@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt.errors import UsageError, UserError
+from lit_gpt.kernels import functional
 from lit_gpt.model.attention import CausalSelfAttention
 from lit_gpt.model.config import Config
 from lit_gpt.model.kv_cache import AnyCache, AnyDecodeCache, KVCache, LayerCache, PackedPrefillCache, sharing
@@ -23,7 +24,7 @@ from lit_gpt.model.mixers.parallel import ParallelMixer
 from lit_gpt.model.mixers.registry import MIXERS
 from lit_gpt.model.mlp import activation, make_mlp
 from lit_gpt.model.noise import Noise, with_noise
-from lit_gpt.model.norms import norm
+from lit_gpt.model.norms import Residual, add_and_norm, norm, residual_stream
 from lit_gpt.model.packed_inputs import Segments, Targets
 from lit_gpt.model.rope import RotaryEmbedding, Rotation
 from lit_gpt.model.stream.altup import AltUp, Laurel, Streams
@@ -278,7 +279,7 @@ class Block(nn.Module):
         """Return the block's output for the arguments of `forward`, as a plain block computes it."""
         streams = None if self.altup is None else self.altup.predict(x)
         x = x if streams is None else streams[0]
-        n_1, *parts = self.execution.pre_attention(self, x, rotation)
+        x, n_1, *parts = self.execution.pre_attention(self, x, rotation)
         y = self.token_mixer.mix(tuple(parts), segments, cache)
         del parts  # not to be held where no backward pass follows
         return self.with_input(self.execution.post_attention(self, x, n_1, y), given, streams)
@@ -313,22 +314,26 @@ class Block(nn.Module):
     # what comes before attention and what after it are functions of tensors alone, fit to be compiled
 
     def pre_attention(self, x: Tensor, rotation: Rotation | None) -> tuple[Tensor, ...]:
-        """Return the normed x, and what the token mixer projects it to: queries, keys and values, for attention."""
-        n_1 = self.execution.apply(self.norm_1, x)
-        return n_1, *self.token_mixer.project(n_1, rotation)
+        """Return x and the normed x, and what the token mixer projects that to: queries, keys, values, for attention.
+
+        Who uses x further takes it from here, so that all its gradients come together in the norm.
+        """
+        x, n_1 = self.execution.add_and_norm(self.norm_1, x, Residual(None, 1.0))
+        return x, n_1, *self.token_mixer.project(n_1, rotation)
 
     def post_attention(self, x: Tensor, n_1: Tensor, y: Tensor) -> Tensor:
         """Return the block's output, from its input, the normed input, and what attention gives."""
-        apply, scale = self.execution.apply, self.scale
+        execution, scale = self.execution, self.scale
         h = self.post_norm_1(self.token_mixer.proj(y))
-        if not self.parallel:
-            x = torch.add(x, h, alpha=scale)
+        residual = Residual(None if self.parallel else h, scale)
         if self.laurel is not None:
-            x = (x + self.laurel(n_1)) * 2**-0.5
+            x, residual = (residual_stream(x, residual) + self.laurel(n_1)) * 2**-0.5, Residual(None, scale)
         if self.mlp is None:
-            return x
-        h_2 = self.post_norm_2(self.mlp(n_1 if self.norm_2 is None else apply(self.norm_2, x), apply))
-        return x + h + h_2 if self.parallel else torch.add(x, h_2, alpha=scale)
+            return residual_stream(x, residual)
+        if self.norm_2 is not None:
+            x, n_1 = execution.add_and_norm(self.norm_2, x, residual)
+        h_2 = self.post_norm_2(self.mlp(n_1, execution.apply))
+        return functional.sum_of_three(x, h, h_2) if self.parallel else torch.add(x, h_2, alpha=scale)
 
 
 class BlockExecution:
@@ -343,6 +348,10 @@ class BlockExecution:
 
     def post_attention(self, block: Block, x: Tensor, n_1: Tensor, y: Tensor) -> Tensor:
         return block.post_attention(x, n_1, y)
+
+    def add_and_norm(self, norm: nn.Module, x: Tensor, residual: Residual) -> tuple[Tensor, Tensor]:
+        """Return the residual stream with the residual added, and its norm, which is cheap to compute again."""
+        return add_and_norm(norm, x, residual)
 
     def apply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply a norm or an activation, whose output is cheap to compute again."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +13,34 @@ from lit_gpt.kernels import norms
 from lit_gpt.model.config import Config
 
 
+class Residual(NamedTuple):
+    """What is added to the residual stream before a norm, times a scale; None: nothing is."""
+
+    added: Tensor | None
+    scale: float
+
+
+def add_and_norm(norm: nn.Module, x: Tensor, residual: Residual) -> tuple[Tensor, Tensor]:
+    """Return the residual stream with the residual added, and its norm: at once where the norm does that."""
+    if type(norm) in (LayerNorm, RMSNorm, UnitOffsetRMSNorm):
+        return norm(x, residual)
+    stream = residual_stream(x, residual)
+    return stream, norm(stream)
+
+
+def residual_stream(x: Tensor, residual: Residual) -> Tensor:
+    """Return the residual stream with the residual added."""
+    return x if residual.added is None else torch.add(x, residual.added, alpha=residual.scale)
+
+
 class LayerNorm(nn.LayerNorm):
     """LayerNorm (Ba et al. 2016) over the last dimension."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return norms.layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, residual: Residual | None = None) -> Any:
+        """Return the norm of x (..., size); with a residual, its sum with x, and the norm of that."""
+        if residual is None:
+            return norms.layer_norm(x, self.weight, self.bias, self.eps)
+        return norms.add_and_layer_norm(x, *residual, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(nn.Module):
@@ -29,8 +53,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((size,), 1.0 - self.offset))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return norms.rms_norm(x, self.weight, self.eps, self.offset)
+    def forward(self, x: Tensor, residual: Residual | None = None) -> Any:
+        """Return the norm of x (..., size); with a residual, its sum with x, and the norm of that."""
+        if residual is None:
+            return norms.rms_norm(x, self.weight, self.eps, self.offset)
+        return norms.add_and_rms_norm(x, *residual, self.weight, self.eps, self.offset)
 
 
 class UnitOffsetRMSNorm(RMSNorm):
@@ -46,7 +73,7 @@ class GroupedRMSNorm(RMSNorm):
         super().__init__(size, eps)
         self.groups = groups
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         parts = x.float().unflatten(-1, (self.groups, -1))
         return F.rms_norm(parts, parts.shape[-1:], eps=self.eps).flatten(-2).to(x.dtype) * self.weight
 

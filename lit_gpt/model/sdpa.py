@@ -196,7 +196,8 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, segments
 
     # flash attention reads views, of which each head's elements lie side by side, and keys that heads share
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))  # (T, heads, head_size)
-    grouped, heads = {}, q.size(1)
+    heads = q.size(1)
+    grouped: dict[str, Any] = {}
     if heads != k.size(1) and takes_grouped_keys(varlen_attn):
         grouped["enable_gqa"] = True
     elif heads != k.size(1):

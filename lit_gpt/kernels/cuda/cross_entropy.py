@@ -10,7 +10,7 @@ BLOCK = 4096
 
 
 @jit
-def in_place_kernel(logits, labels, losses, size, BLOCK: tl.constexpr):  # fmt: skip
+def cross_entropy_kernel(logits, labels, losses, size, BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0)
     at, label = logits + row.to(tl.int64) * size, tl.load(labels + row)
     truth = tl.load(at + label).to(tl.float32)
@@ -40,5 +40,5 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     """
     losses = logits.new_empty(len(logits), dtype=torch.float32)
     block = min(BLOCK, power_of_2(logits.size(1)))
-    launch(in_place_kernel, (len(logits),), logits, labels, losses, logits.size(1), warps=8, BLOCK=block)
+    launch(cross_entropy_kernel, (len(logits),), logits, labels, losses, logits.size(1), warps=8, BLOCK=block)
     return losses

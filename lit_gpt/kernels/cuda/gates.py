@@ -32,7 +32,7 @@ def activated(x, KIND: tl.constexpr):  # fmt: skip
 
 
 @jit
-def forward_kernel(gate_up, y, count, size, KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def gated_kernel(gate_up, y, count, size, KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     at = gate_up + index + index // size * size
     gate = tl.load(at, index < count, 0.0).to(tl.float32)
@@ -42,7 +42,9 @@ def forward_kernel(gate_up, y, count, size, KIND: tl.constexpr, BLOCK: tl.conste
 
 
 @jit
-def backward_kernel(grad, gate_up, gate_up_grad, count, size, KIND: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def gated_backward_kernel(
+    grad, gate_up, gate_up_grad, count, size, KIND: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     at = index + index // size * size
     slope = tl.load(grad + index, index < count, 0.0).to(tl.float32)
@@ -58,12 +60,12 @@ def gated(gate_up: Tensor, kind: str) -> Tensor:
     """Return activation(gate) * up for gate_up (..., 2 * size), contiguous; `kind` is a key of ACTIVATIONS."""
     size = gate_up.size(-1) // 2
     y = gate_up.new_empty(*gate_up.shape[:-1], size)
-    launch(forward_kernel, (-(-y.numel() // BLOCK),), gate_up, y, y.numel(), size, KIND=kind, BLOCK=BLOCK)
+    launch(gated_kernel, (-(-y.numel() // BLOCK),), gate_up, y, y.numel(), size, KIND=kind, BLOCK=BLOCK)
     return y
 
 
 def gated_backward(grad: Tensor, gate_up: Tensor, kind: str) -> Tensor:
     """Return the gradient of gate_up; both arguments are contiguous."""
     result, grid = torch.empty_like(gate_up), (-(-grad.numel() // BLOCK),)
-    launch(backward_kernel, grid, grad, gate_up, result, grad.numel(), grad.size(-1), KIND=kind, BLOCK=BLOCK)
+    launch(gated_backward_kernel, grid, grad, gate_up, result, grad.numel(), grad.size(-1), KIND=kind, BLOCK=BLOCK)
     return result

@@ -3,7 +3,9 @@
 import functools
 import importlib.util
 import os
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,8 +59,40 @@ def launch(
         stages: loads that a loop with products has under way.
         constants: that the kernel is compiled for, by name.
     """
+    for record in _records:
+        record.append(Launch(kernel, grid, arguments, warps, stages, constants))
     first = next(x for x in arguments if isinstance(x, Tensor))
     if isinstance(first, FakeTensor) or 0 in grid:
         return
     with torch.cuda.device_of(first):
         kernel[grid](*arguments, num_warps=warps, num_stages=stages, **constants)
+
+
+class Launch(NamedTuple):
+    """What a kernel was to be launched with, see `launch`."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    warps: int
+    stages: int
+    constants: dict[str, Any]
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Return the arguments by the kernel's names for them."""
+        return dict(zip(self.kernel.arg_names, self.arguments, strict=False))
+
+
+_records: list[list[Launch]] = []
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Note every launch, on whichever thread, while the block runs; those on fake tensors too."""
+    launches: list[Launch] = []
+    _records.append(launches)
+    try:
+        yield launches
+    finally:
+        _records.remove(launches)

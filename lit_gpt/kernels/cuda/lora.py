@@ -39,7 +39,7 @@ def factor_tile(B, index, part, rank, count, factor, R: tl.constexpr):  # fmt: s
 
 
 @jit
-def down_kernel(
+def lora_down_kernel(
     x, A, keys, low, rows, size, kept, ranks, RANKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     row, rank = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, RANKS)
@@ -57,7 +57,7 @@ def down_kernel(
 
 
 @jit
-def up_kernel(
+def lora_up_kernel(
     y, low, B, rows, width, count, ranks, factor,
     PARTS: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +75,7 @@ def up_kernel(
 
 
 @jit
-def grad_kernel(
+def lora_grad_kernel(
     grad, low, B, low_grads, B_grads, rows, width, count, ranks, factor, steps,
     PARTS: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +100,7 @@ def grad_kernel(
 
 
 @jit
-def input_kernel(
+def lora_input_kernel(
     x, A, keys, low_grad, x_grad, A_grads, rows, size, kept, ranks, steps,
     RANKS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -149,10 +149,12 @@ def lora_(
     low = x.new_empty(rows, ranks, dtype=torch.float32)
     A, B = A.contiguous(), B.contiguous()
     tile = {"RANKS": _ranks(ranks), "BLOCK_T": 32}
-    launch(down_kernel, (-(-rows // 32),), x, A, keys, low, rows, size, kept, ranks, **tile, BLOCK_K=_wide(x, 128))
+    launch(lora_down_kernel, (-(-rows // 32),), x, A, keys, low, rows, size, kept, ranks, **tile, BLOCK_K=_wide(x, 128))
     parts = tuple(zip(starts, stops, strict=True))
     grid = -(-rows // 32), -(-count // 128)
-    launch(up_kernel, grid, y, low, B, rows, y.size(1), count, ranks, factor, PARTS=parts, R=r, **tile, BLOCK_N=128)
+    launch(
+        lora_up_kernel, grid, y, low, B, rows, y.size(1), count, ranks, factor, PARTS=parts, R=r, **tile, BLOCK_N=128
+    )
     return low
 
 
@@ -174,14 +176,14 @@ def lora_backward(
     B_grads = grad.new_empty(shares, count, r, dtype=torch.float32)
     numbers = rows, grad.size(1), count, ranks, factor, steps
     parts = tuple(zip(starts, stops, strict=True))
-    launch(grad_kernel, (tiles, shares), grad, low, B, low_grads, B_grads, *numbers, PARTS=parts, R=r, **tile)
+    launch(lora_grad_kernel, (tiles, shares), grad, low, B, low_grads, B_grads, *numbers, PARTS=parts, R=r, **tile)
     low_grad = low_grads.sum(0)
 
     tiles, shares, steps = _shares(size, width, rows)
     x_grad = grad.new_empty(rows, size)
     A_grads = None if x is None else grad.new_empty(shares, ranks, size, dtype=torch.float32)
     tensors = x, A, keys, low_grad, x_grad, A_grads
-    launch(input_kernel, (tiles, shares), *tensors, rows, size, kept, ranks, steps, **tile)
+    launch(lora_input_kernel, (tiles, shares), *tensors, rows, size, kept, ranks, steps, **tile)
     return x_grad, A.new_empty(0) if A_grads is None else A_grads.sum(0).to(A.dtype), B_grads.sum(0).to(B.dtype)
 
 

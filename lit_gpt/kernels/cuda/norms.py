@@ -29,7 +29,7 @@ class Norm(NamedTuple):
 
 
 @jit
-def forward_kernel(
+def norm_kernel(
     x, added, weight, bias, stream, y, means, inverses, rows, size, scale, eps, offset,
     CENTERED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +56,7 @@ def forward_kernel(
 
 
 @jit
-def backward_kernel(
+def norm_backward_kernel(
     grad, stream_grad, x, weight, means, inverses, x_grad, weight_grads, bias_grads, rows, size, offset, steps,
     CENTERED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -108,15 +108,15 @@ def norm(
     """
     size = x.size(-1)
     rows = x.numel() // size
-    y, stream = torch.empty_like(x), x if added is None else torch.empty_like(x)
+    y, stream = torch.empty_like(x), None if added is None else torch.empty_like(x)
     inverses = x.new_empty(rows, dtype=torch.float32)
     means = torch.empty_like(inverses) if kind.centered else None
     BLOCK, ROWS, warps = _tile(size)
     tensors = x, added, weight, bias, stream, y, means, inverses
     numbers = rows, size, scale, kind.eps, kind.offset
     grid = (-(-rows // ROWS),)
-    launch(forward_kernel, grid, *tensors, *numbers, warps=warps, CENTERED=kind.centered, ROWS=ROWS, BLOCK=BLOCK)
-    return stream, y, means, inverses
+    launch(norm_kernel, grid, *tensors, *numbers, warps=warps, CENTERED=kind.centered, ROWS=ROWS, BLOCK=BLOCK)
+    return x if stream is None else stream, y, means, inverses
 
 
 def norm_backward(
@@ -141,7 +141,7 @@ def norm_backward(
     tensors = grad, stream_grad, x, weight, means, inverses, x_grad, *sums
     numbers = rows, size, kind.offset, steps
     constants = {"CENTERED": kind.centered, "ROWS": ROWS, "BLOCK": BLOCK}
-    launch(backward_kernel, (shares,), *tensors, *numbers, warps=warps, **constants)
+    launch(norm_backward_kernel, (shares,), *tensors, *numbers, warps=warps, **constants)
     weight_grad, bias_grad = (None if x is None else x.sum(0) for x in sums)
     return x_grad, weight_grad, bias_grad
 

@@ -15,7 +15,7 @@ TILE = 2048  # elements of a row that a program has
 
 
 @jit
-def in_place_kernel(
+def rotate_kernel(
     qkv, cos, sin, width, period, heads, head_size, half, HEADS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     row, head, pair = tl.program_id(0), tl.program_id(1) * HEADS + tl.arange(0, HEADS), tl.arange(0, BLOCK)
@@ -32,7 +32,7 @@ def in_place_kernel(
 
 
 @jit
-def gather_kernel(
+def rotate_parts_kernel(
     first, second, third, fourth, to, cos, sin, width, period, heads, head_size, half, sign, COUNTS: tl.constexpr,
     HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def rotate_(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int) -
     width, period, block = qkv.size(-1), cos.numel() // (2 * half), power_of_2(half)
     at_once = _heads(heads, block)
     grid, numbers = (qkv.numel() // width, -(-heads // at_once)), (width, period, heads, head_size, half)
-    launch(in_place_kernel, grid, qkv, cos, sin, *numbers, HEADS=at_once, BLOCK=block)
+    launch(rotate_kernel, grid, qkv, cos, sin, *numbers, HEADS=at_once, BLOCK=block)
     return qkv
 
 
@@ -91,7 +91,7 @@ def rotated(parts: Sequence[Tensor], cos: Tensor, sin: Tensor, heads: int, head_
     to, at_once = parts[0].new_empty(*parts[0].shape[:2], width), _heads(sum(counts), block)
     four = *parts, *[None] * (4 - len(parts))
     grid, numbers = (to.numel() // width, -(-sum(counts) // at_once)), (width, period, heads, head_size, half, sign)
-    launch(gather_kernel, grid, *four, to, cos, sin, *numbers, COUNTS=counts, HEADS=at_once, BLOCK=block)
+    launch(rotate_parts_kernel, grid, *four, to, cos, sin, *numbers, COUNTS=counts, HEADS=at_once, BLOCK=block)
     return to
 
 

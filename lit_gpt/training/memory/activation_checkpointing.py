@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lit_gpt.kernels.policy import policy
 from lit_gpt.model.gpt import GPT, Block, BlockExecution
+from lit_gpt.model.norms import Residual, residual_stream
 
 KINDS = ("none", "selective", "full", "offload")
 # The device that a tensor came from, and its copy, or without contents only its shape and dtype.
@@ -83,6 +84,10 @@ class RecomputedOutputs(BlockExecution):
                 return block.compute(*inputs)
         finally:
             self.outputs.clear()
+
+    def add_and_norm(self, norm: nn.Module, x: Tensor, residual: Residual) -> tuple[Tensor, Tensor]:
+        stream = residual_stream(x, residual)
+        return stream, self.apply(norm, stream)
 
     def apply(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         y = function(x)

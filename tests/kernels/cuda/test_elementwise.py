@@ -110,3 +110,15 @@ def test_loss_of_a_certain_and_of_an_impossible_token():
     loss.backward()
     assert loss.item() == 190
     assert torch.allclose(logits.grad.cpu(), torch.tensor([[0.0, 0, 0], [1, -1, 0]]), atol=1e-30)
+
+
+def test_sum_of_three():
+    rounds_once(functional.sum_of_three, lambda a, b, c: a + b + c, inputs(*[(2, 9, 700)] * 3))
+
+
+@pytest.mark.parametrize("shape", [(2, 60, 17), (1, 2100, 130), (3, 1)], ids=str)
+def test_scaled(shape):
+    def ours(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:  # scale and shift are float32 in every run
+        return functional.scaled(y, scale.float(), shift.float())
+
+    rounds_once(ours, lambda y, scale, shift: (y + shift) * scale, inputs(shape, shape[-1:], shape[-1:]))
