@@ -40,7 +40,7 @@ def test_compiled_blocks_are_the_plain_ones(layout, method, tmp_path):
             torch.nn.init.normal_(parameter, std=0.1)
     torch.compiler.reset()
     counters.clear()
-    with use_policy(cpp=False):
+    with use_policy(cpp=False, simulate_cuda=True):
         expected = [step(gpt, random_row(lengths)) for lengths in ROWS]
         compiling.compile_blocks(gpt, backend="aot_eager")
         step(gpt, random_row(ROWS[0]))
