@@ -21,6 +21,7 @@ SHARD_BYTES = 2 * 10**9
 INDEX = "model.safetensors.index.json"
 BLOCKS, SCALES = "_blocks", "_scales"  # of a tensor in MXFP4
 INVERSE = "_scale_inv"  # the factors of a tensor in FP8
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 ACTIVATION_SCALES = (".activation_scale", ".input_scale")  # which bear on products in FP8 alone
 # Sets of weights that a folder may hold, in the order in which transformers looks for them.
 SETS = ("model.safetensors", INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -82,6 +83,9 @@ class Dequantized(LazyTensors):
 
     Args:
         block: rows and columns that share a factor in FP8.
+
+    Raises:
+        UserError: codes lack their factors, or codes and factors have shapes that do not fit together.
     """
 
     def __init__(self, stored: LazyTensors, block: tuple[int, int] = (128, 128)) -> None:
@@ -92,19 +96,36 @@ class Dequantized(LazyTensors):
                 if name + codes in stored:
                     del self.places[name + scales], self.places[name + codes]
                     self.places[name] = (name, scales)
+        self.refuse_codes_alone()
+
+    def refuse_codes_alone(self) -> None:
+        """Refuse codes whose factors no shard holds, and factors of MXFP4 without codes."""
+        for name, (_, scales) in self.places.items():
+            if name.endswith(BLOCKS):
+                lacks = name.removesuffix(BLOCKS) + SCALES
+            elif name.endswith(SCALES):
+                lacks = name.removesuffix(SCALES) + BLOCKS
+            elif not scales and self.stored.dtype(name) in FP8:
+                lacks = name + INVERSE
+            else:
+                continue
+            raise UserError(f"{name}: is of a quantized tensor, but no shard holds {lacks}; download the model again")
 
     def __getitem__(self, name: str) -> Tensor:
         stored, scales = self.places[name]
-        if scales == SCALES:
-            return mxfp4.dequantize(self.stored[stored + BLOCKS], self.stored[stored + SCALES]).mT
         if not scales:
             return self.stored[stored]
-        codes, factors = self.stored[stored], self.stored[stored + INVERSE]
+        codes, factors = self.stored[stored + (BLOCKS if scales == SCALES else "")], self.stored[stored + scales]
         try:
+            if scales == SCALES:
+                return mxfp4.dequantize(codes, factors).mT
             return fp8.dequantize(codes, factors, self.block)
-        except RuntimeError:
-            shapes = f"{tuple(codes.shape)} in blocks of {self.block} has no factors {tuple(factors.shape)}"
-            raise UserError(f"{stored}: {shapes}; does config.json name another weight_block_size?") from None
+        except ValueError:
+            blocks = "; download it again"
+            if scales == INVERSE:
+                blocks = f" in blocks of {self.block}; does config.json name another weight_block_size?"
+            shapes = f"{tuple(codes.shape)} has no factors {tuple(factors.shape)}"
+            raise UserError(f"{stored}: {shapes}{blocks}") from None
 
     def dtype(self, name: str) -> torch.dtype:
         stored, scales = self.places[name]

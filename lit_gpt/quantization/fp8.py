@@ -18,9 +18,11 @@ def dequantize(codes: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
         bfloat16 (..., rows, columns).
 
     Raises:
-        RuntimeError: the scales are of other blocks.
+        ValueError: the scales are of other blocks.
     """
     if scales.numel() > 1:
         rows, columns = codes.shape[-2:]
+        if scales.shape != (*codes.shape[:-2], -(-rows // block[0]), -(-columns // block[1])):
+            raise ValueError("the scales are of other blocks")
         scales = scales.repeat_interleave(block[0], -2)[..., :rows, :].repeat_interleave(block[1], -1)[..., :columns]
     return (codes.float() * scales.float()).bfloat16()

@@ -18,7 +18,12 @@ def dequantize(blocks: Tensor, scales: Tensor) -> Tensor:
 
     Returns:
         bfloat16 (..., 32 * blocks of a row).
+
+    Raises:
+        ValueError: the shapes are of different blocks, or not of such.
     """
+    if blocks.shape != (*scales.shape, 16):
+        raise ValueError("the scales are of other blocks")
     values = torch.tensor((*VALUES, *(-value for value in VALUES)), dtype=torch.bfloat16)
     halves = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)  # (..., blocks of a row, 32)
     powers = scales.int() - 127

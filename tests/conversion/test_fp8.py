@@ -12,6 +12,7 @@ from lit_gpt.quantization import fp8
 
 CONVERT = "scripts/convert_hf_checkpoint.py"
 BLOCK = (32, 48)
+LACKING = "model.layers.0.self_attn.q_proj.weight"
 
 
 def quantized(weight: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,6 +62,34 @@ def test_a_checkpoint_in_8_bits(cli, tmp_path):
 
     assert_dequantized(tmp_path, expected)
 
-    wrong = config | {"quantization_config": settings | {"weight_block_size": [128, 16]}}
-    (tmp_path / "config.json").write_text(json.dumps(wrong))
-    cli(CONVERT, checkpoint_dir=tmp_path).refused("q_proj.weight", "weight_block_size")
+    for size in ([128, 16], [16, 24]):
+        wrong = config | {"quantization_config": settings | {"weight_block_size": size}}
+        (tmp_path / "config.json").write_text(json.dumps(wrong))
+        cli(CONVERT, checkpoint_dir=tmp_path).refused("q_proj.weight", "weight_block_size")
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    lacking = {name: tensor for name, tensor in tensors.items() if name != LACKING + "_scale_inv"}
+    save_file(lacking, tmp_path / "model.safetensors", {"format": "pt"})
+    cli(CONVERT, checkpoint_dir=tmp_path).refused(f"{LACKING}: is of a quantized tensor", f"holds {LACKING}_scale_inv")
+
+
+def test_shards_that_are_missing_or_cut_off(cli, tmp_path):
+    """Of a model in 8 bits whose factors lie in another shard than its codes: one line, which names the file."""
+    model = tiny_hf_model("qwen_moe", "qwen3_moe").bfloat16()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    tensors[LACKING], scales = quantized(tensors[LACKING].float(), BLOCK)
+    shards = {"a.safetensors": tensors, "b.safetensors": {LACKING + "_scale_inv": scales}}
+    for file, part in shards.items():
+        save_file(part, tmp_path / file, {"format": "pt"})
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    contents = (tmp_path / "b.safetensors").read_bytes()
+    for size in (len(contents) - 1, 8, 0):
+        (tmp_path / "b.safetensors").write_bytes(contents[:size])
+        cli(CONVERT, checkpoint_dir=tmp_path).refused(
+            "b.safetensors: not a readable safetensors file", "download it again"
+        )
+    (tmp_path / "b.safetensors").unlink()
+    cli(CONVERT, checkpoint_dir=tmp_path).refused("b.safetensors: named by model.safetensors.index.json but missing")
+    assert not (tmp_path / "lit_model.pth").exists()

@@ -10,6 +10,8 @@ from helpers.exports import assert_dequantized
 from helpers.tiny_models import tiny_hf_model
 from lit_gpt.quantization import mxfp4
 
+CONVERT = "scripts/convert_hf_checkpoint.py"
+
 
 def test_dequantized_numbers_are_those_of_transformers():
     """All 16 values, and powers of two from the smallest to the largest that bfloat16 holds with them."""
@@ -20,7 +22,7 @@ def test_dequantized_numbers_are_those_of_transformers():
     assert torch.equal(found.mT, convert_moe_packed_tensors(blocks, scales)) and len(found.abs().unique()) > 300
 
 
-def test_a_checkpoint_in_4_bits(tmp_path):
+def test_a_checkpoint_in_4_bits(cli, tmp_path):
     """As gpt-oss is published: experts in 4 bits, all else in bfloat16, and config.json names the quantization."""
     model = tiny_hf_model("gpt_oss", "gpt_oss").bfloat16()
     model.save_pretrained(tmp_path)
@@ -37,3 +39,13 @@ def test_a_checkpoint_in_4_bits(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
 
     assert_dequantized(tmp_path, expected)
+
+    name = "model.layers.1.mlp.experts.down_proj"
+    for part, other in (("_scales", "_blocks"), ("_blocks", "_scales")):
+        lacking = {key: tensor for key, tensor in tensors.items() if key != name + part}
+        save_file(lacking, tmp_path / "model.safetensors", {"format": "pt"})
+        cli(CONVERT, checkpoint_dir=tmp_path).refused(f"{name}{other}: is of a quantized", f"holds {name}{part}")
+    for shape in ((1,), (3, 2, 1)):
+        cut = tensors | {name + "_scales": torch.ones(shape, dtype=torch.uint8)}
+        save_file(cut, tmp_path / "model.safetensors", {"format": "pt"})
+        cli(CONVERT, checkpoint_dir=tmp_path).refused(f"{name}: ", f"has no factors {shape}")
