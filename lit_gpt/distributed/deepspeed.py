@@ -3,6 +3,7 @@
 Stage 2 shares out gradients and optimizer state among the ranks, stage 3 the weights too.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,6 +39,17 @@ def is_partitioned(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_id") or hasattr(tensor, "_hp_mapping")
 
 
+def gather_with(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Let stage 3 hold these parameters whole while `module` runs forward or backward, not only while their own does.
+
+    Needed where a gradient is taken within the forward pass, as the loss takes the head's.
+    """
+    from deepspeed.runtime.zero import register_external_parameter
+
+    for parameter in parameters:
+        register_external_parameter(module, parameter)
+
+
 def get_full(parameter: Tensor) -> Tensor:
     """Return the float32 original of a parameter. All ranks must ask together."""
     from deepspeed.utils import safe_get_full_fp32_param
@@ -48,7 +60,7 @@ def get_full(parameter: Tensor) -> Tensor:
 def set_full(parameter: nn.Parameter, contents: Tensor) -> None:
     """Share out new contents of a parameter and of its float32 original. All ranks must do so together."""
     from deepspeed.utils import safe_set_full_fp32_param
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     contents = contents.to(parameter.device)
     with torch.no_grad(), GatheredParameters([parameter], modifier_rank=0):
@@ -61,7 +73,7 @@ def optimizer_state(parameters: list[nn.Parameter], optimizer: Any) -> dict[str,
     from deepspeed.utils import safe_get_full_optimizer_state
 
     inner = unwrap(optimizer)
-    entries = next(iter(inner.state.values()))
+    entries: dict[str, Any] = next(iter(inner.state.values()), {})  # none of plain SGD under stage 3
     names = [name for name, entry in entries.items() if isinstance(entry, Tensor) and entry.ndim]
     plain = {name: entry for name, entry in entries.items() if name not in names}
     state = {
@@ -80,7 +92,8 @@ def load_optimizer_state(parameters: list[nn.Parameter], optimizer: Any, state: 
         for name, entry in entries.items():
             if isinstance(entry, Tensor) and entry.ndim:
                 safe_set_full_optimizer_state(parameters[i], entry.to(parameters[i].device), name)
-    plain = {name: entry for name, entry in state["state"][0].items() if not (isinstance(entry, Tensor) and entry.ndim)}
+    entries = state["state"].get(0, {})
+    plain = {name: entry for name, entry in entries.items() if not (isinstance(entry, Tensor) and entry.ndim)}
     for entries in unwrap(optimizer).state.values():
         entries.update(plain)
 

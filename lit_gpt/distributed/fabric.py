@@ -13,11 +13,13 @@ if TYPE_CHECKING or find_spec("lightning_fabric"):
     from lightning_fabric import Fabric
     from lightning_fabric.loggers import TensorBoardLogger
     from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-    from lightning_fabric.strategies import DeepSpeedStrategy, ModelParallelStrategy
+    from lightning_fabric.plugins.precision import DeepSpeedPrecision
+    from lightning_fabric.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
     from lightning_fabric.utilities.exceptions import MisconfigurationException
 else:
     from lightning.fabric import Fabric
     from lightning.fabric.loggers import TensorBoardLogger
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-    from lightning.fabric.strategies import DeepSpeedStrategy, ModelParallelStrategy
+    from lightning.fabric.plugins.precision import DeepSpeedPrecision
+    from lightning.fabric.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy
     from lightning.fabric.utilities.exceptions import MisconfigurationException

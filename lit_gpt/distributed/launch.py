@@ -13,10 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lit_gpt.distributed import deepspeed
 from lit_gpt.distributed.args import DeviceArgs
+from lit_gpt.distributed.deepspeed_strategy import ZeroStrategy
 from lit_gpt.distributed.fabric import (
-    DeepSpeedStrategy,
     Fabric,
     MisconfigurationException,
     ModelParallelStrategy,
@@ -41,14 +40,14 @@ def launch(args: DeviceArgs, trained: torch.dtype, frozen: torch.dtype, max_grad
     """
     check_launcher(args)
     kind = choose_device(args.device).type
-    strategy: str | ModelParallelStrategy | DeepSpeedStrategy = args.strategy
+    strategy: str | ModelParallelStrategy | ZeroStrategy = args.strategy
     if strategy == "fsdp":
         sharding = partial(shard, trained=trained, frozen=frozen)
         strategy = ModelParallelStrategy(sharding, data_parallel_size=args.ranks, tensor_parallel_size=1)
     elif strategy == "deepspeed":
-        if kind != "cuda":
-            raise UsageError("--strategy deepspeed: DeepSpeed needs CUDA devices and this machine has none; try fsdp")
-        strategy = DeepSpeedStrategy(config=deepspeed.config(args.zero_stage, args.zero_offload, max_grad_norm))
+        if kind == "mps":
+            raise UsageError("--strategy deepspeed: it needs CUDA devices, or --device cpu")
+        strategy = ZeroStrategy(kind, args.zero_stage, args.zero_offload, max_grad_norm)
     try:
         fabric = Fabric(accelerator=kind, devices=args.devices, num_nodes=args.num_nodes, strategy=strategy)
     except (MisconfigurationException, ValueError) as error:

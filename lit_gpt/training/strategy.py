@@ -70,6 +70,7 @@ class Worker:
         if isinstance(fabric.strategy, DeepSpeedStrategy):  # which wants both together
             self.wrapped, self.optimizer = fabric.setup(model, make_optimizer(trained(model), args))
             self.engine = fabric.strategy.model
+            deepspeed.gather_with(model, trained(model.lm_head))
         else:
             self.wrapped = fabric.setup_module(model)
             optimizer = optimizer_for(groups(model, method, args), args)
@@ -130,16 +131,17 @@ class Worker:
             the norm of the gradient of all that trains, before it was clipped, over all ranks: a float32 scalar on the
             device; None where no rank ever holds all gradients.
         """
+        if self.engine:  # clips by itself, see lit_gpt.distributed.deepspeed.config
+            self.engine.step()
+            return deepspeed.gradient_norm(self.engine, self.fabric.device)
         norm = self.clip_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.engine:  # clips by itself, see lit_gpt.distributed.deepspeed.config
-            return deepspeed.gradient_norm(self.engine, self.fabric.device)
         return norm
 
     def clip_gradients(self) -> Tensor | None:
         """Clip the gradients if asked for, and return the norm of all before that; see `step`."""
-        if self.engine or isinstance(self.optimizer, InBackward):
+        if isinstance(self.optimizer, InBackward):
             return None
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = gather(nn.utils.get_total_norm(gradients, foreach=True))
@@ -151,13 +153,13 @@ class Worker:
         """Take a step on a row that changes nothing, so that what runs out of memory does so now."""
         if not self.engine:  # which has made the optimizer's state already
             optimizers.allocate(self.optimizer)
+        self.set_learning_rate(0.0)  # or weights would decay
         self.wrapped.train()
         with self.maybe_no_sync(more=False):
             with self.autocast():
                 loss = self.objective.loss(self.wrapped, row)
             self.fabric.backward(loss * 0.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.step()
         (deepspeed.clear_optimizer_state if self.engine else optimizers.clear_state)(self.optimizer)
 
     def optimizer_state(self) -> dict[str, Any]:

@@ -9,36 +9,52 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 from helpers.cli import run_process, spawn
 from helpers.runs import of_method, same_run, wait_for_step, weights_of
 from lit_gpt import hardware
 from lit_gpt.distributed import heartbeat
-from lit_gpt.distributed.fabric import DeepSpeedStrategy
-from lit_gpt.training.args import OptimizationArgs
-from lit_gpt.training.strategy import Worker
 
-SLOW = [pytest.param(method, marks=pytest.mark.slow) for method in ("adapter", "adapter_v2")]
-METHODS = ["lora", *SLOW, "full"]
+METHODS = ["lora", "adapter", "adapter_v2", "full"]
+SPREADS = {
+    "ddp": {"strategy": "ddp"},
+    "fsdp": {"strategy": "fsdp"},
+    "zero2": {"strategy": "deepspeed"},
+    "zero2-offload": {"strategy": "deepspeed", "zero_offload": "true"},
+    "zero3": {"strategy": "deepspeed", "zero_stage": 3},
+    "zero3-offload": {"strategy": "deepspeed", "zero_stage": 3, "zero_offload": "true"},
+}
+BRIEF = {f"{method}-{spread}" for method in ("lora", "full") for spread in ("ddp", "fsdp")} | {
+    "lora-zero2",
+    "full-zero3",
+}
+METHOD_AND_SPREAD = [
+    pytest.param(method, spread, marks=() if f"{method}-{spread}" in BRIEF else pytest.mark.slow)
+    for method in METHODS
+    for spread in SPREADS
+]
+
+
+def some_slow(*brief: str) -> list:
+    """Return all ways to spread a run; those but `brief` are slow."""
+    return [pytest.param(name, marks=() if name in brief else pytest.mark.slow) for name in SPREADS]
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_train_as_one(cli, flags, method, strategy):
+@pytest.mark.parametrize(("method", "spread"), METHOD_AND_SPREAD)
+def test_two_processes_train_as_one(cli, flags, method, spread):
     """With dropout, ragged lengths, and a last step with fewer samples than ranks would share evenly."""
     script, flags = f"finetune/{method}.py", of_method(flags, method)
     flags |= {"epochs": 3, "max_steps": "null", "batch_size": 10, "micro_batch_size": "null", "micro_batch_tokens": 150}
     assert cli(script, **flags).code == 0
-    two = flags | {"out_dir": flags["out_dir"].with_name("two"), "devices": 2, "strategy": strategy, "resume": "auto"}
-    result = run_process(script, **two)
+    two = flags | {"out_dir": flags["out_dir"].with_name("two"), "devices": 2, "resume": "auto"}
+    result = run_process(script, **two | SPREADS[spread])
     assert result.code == 0, result
     same_run(flags["out_dir"], two["out_dir"], method)
     # what two processes saved, one goes on from
     newest = max((two["out_dir"] / "state").iterdir())
     newest.unlink()
-    result = cli(script, **two | {"devices": 1, "strategy": "auto"})
+    result = cli(script, **two | {"devices": 1})
     assert result.code == 0 and "resumed after step 4" in result.out, result.err
     same_run(flags["out_dir"], two["out_dir"], method)
 
@@ -54,15 +70,15 @@ def test_two_processes_train_as_one_beside_quantized_weights(cli, flags):
 
 
 @pytest.mark.subprocess
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_one_goes_on_in_two(cli, flags, strategy):
+@pytest.mark.parametrize("spread", some_slow("ddp", "fsdp", "zero3-offload"))
+def test_one_goes_on_in_two(cli, flags, spread):
     """From Adam's state of one process, and with frozen weights in bf16 under float32 updates."""
     flags |= {"precision": "bf16"}
     assert cli("finetune/lora.py", **flags).code == 0
     expected = weights_of(flags["out_dir"], "lora")
     max((flags["out_dir"] / "state").iterdir()).unlink()
-    two = flags | {"devices": 2, "strategy": strategy, "resume": "auto", "micro_batch_size": 3}
-    result = run_process("finetune/lora.py", **two)
+    two = flags | {"devices": 2, "resume": "auto", "micro_batch_size": 3}
+    result = run_process("finetune/lora.py", **two | SPREADS[spread])
     assert result.code == 0 and "resumed after step 11" in result.out, result
     found = weights_of(flags["out_dir"], "lora")
     assert all(torch.allclose(found[name], expected[name], atol=2e-3) for name in expected)
@@ -71,6 +87,23 @@ def test_one_goes_on_in_two(cli, flags, strategy):
 def children(process: subprocess.Popen) -> list[int]:
     found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid=,args="], capture_output=True, text=True)
     return [int(line.split()[0]) for line in found.stdout.splitlines() if "finetune" in line]
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize("spread", some_slow("zero2"))
+def test_killed_ranks_go_on(cli, flags, spread):
+    """As if they had never been killed."""
+    flags = of_method(flags, "lora") | {"optimizer_args": '{"momentum": 0.9}', "max_grad_norm": 1, "max_steps": 6}
+    assert cli("finetune/lora.py", **flags).code == 0
+    two = flags | SPREADS[spread] | {"out_dir": flags["out_dir"].with_name("two"), "devices": 2, "resume": "auto"}
+    process = spawn("finetune/lora.py", **two)
+    wait_for_step(process, two["out_dir"], 3)
+    for pid in (*children(process), process.pid):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    result = run_process("finetune/lora.py", **two)
+    assert result.code == 0 and "resumed after step" in result.out, result
+    same_run(flags["out_dir"], two["out_dir"], "lora")
 
 
 @pytest.mark.subprocess
@@ -141,25 +174,6 @@ def test_deepspeed_takes_its_settings(stage, offload):
     assert (parsed.zero_config.offload_param is not None) == (stage == 3)
     assert not parsed.bfloat16_config.enabled and not parsed.float16_config.enabled
     assert parsed.gradient_accumulation_steps == 1 and parsed.zero_allow_untested_optimizer
-
-
-def test_deepspeed_itself_is_asked_for_the_gradient_norm():
-    """Fabric's wrapper passes the names that it does not know on to the GPT, not to DeepSpeed's engine."""
-    from lightning_fabric.wrappers import _FabricModule
-
-    model, engine = nn.Linear(2, 2), nn.Identity()
-    engine.get_global_grad_norm = lambda: 3.0
-    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)  # which would want CUDA
-    strategy._deepspeed_engine = engine
-    fabric = SimpleNamespace(strategy=strategy, device=torch.device("cpu"))
-    fabric.setup = lambda model, optimizer: (_FabricModule(engine, strategy, original_module=model), optimizer)
-    worker = Worker(fabric, model, None, None, OptimizationArgs(optimizer="sgd"), "fp32")
-    assert worker.step().item() == 3.0
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="refused where there is no CUDA device")
-def test_deepspeed_without_cuda_is_refused(cli, flags):
-    cli("finetune/lora.py", **flags | {"strategy": "deepspeed"}).refused("--strategy deepspeed", "CUDA", "fsdp", code=2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refused where there is no CUDA device")
