@@ -59,8 +59,8 @@ def get_full(parameter: Tensor) -> Tensor:
 
 def set_full(parameter: nn.Parameter, contents: Tensor) -> None:
     """Share out new contents of a parameter and of its float32 original. All ranks must do so together."""
-    from deepspeed.utils import safe_set_full_fp32_param
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_set_full_fp32_param
 
     contents = contents.to(parameter.device)
     with torch.no_grad(), GatheredParameters([parameter], modifier_rank=0):
