@@ -18,7 +18,7 @@ from lit_gpt.families.tables import (
     Table,
     Unsqueezed,
     chained,
-)  # fmt: skip
+)
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("granitemoehybrid",)

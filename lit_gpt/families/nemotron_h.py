@@ -161,7 +161,9 @@ def gguf(config: Config) -> Layout:
         "expert_shared_count": 1,
         "expert_weights_norm": config.norm_expert_weights,
         "expert_weights_scale": config.expert_scale,
+        "expert_gating_func": 2,  # sigmoid
         "expert_group_count": 1,
+        "expert_group_used_count": 1,
     }
     return Layout(
         "nemotron_h_moe" if config.n_expert else "nemotron_h",

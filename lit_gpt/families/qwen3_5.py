@@ -16,7 +16,7 @@ from lit_gpt.families.tables import (
     Stacked,
     Table,
     chained,
-)  # fmt: skip
+)
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("qwen3_5_text",)

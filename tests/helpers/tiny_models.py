@@ -20,7 +20,8 @@ THOROUGH = {
 BRIEF = {
     "test_logits_equal_transformers", "test_cache_changes_nothing", "test_round_trip_is_bit_identical",
     "test_gradient_equals_transformers_on_a_padded_batch", "test_packed_samples_do_not_see_each_other",
-    "test_greedy_equals_transformers", "test_merged_equals_unmerged", "test_only_and_all_of_lora_trains",
+    "test_greedy_equals_transformers", "test_out_and_in_again_is_bit_identical",
+    "test_merged_equals_unmerged", "test_only_and_all_of_lora_trains",
 }  # fmt: skip
 LAYOUTS = [(family.__name__.rpartition(".")[2], name) for family in families() for name in family.tiny_hf()]
 
