@@ -1,12 +1,10 @@
 """What dropout drops, by the formula of lit_gpt.kernels.dropout, within Triton kernels."""
 
-from typing import Any
-
 from lit_gpt.kernels.cuda.language import jit, tl
 
 
 @jit
-def stays(keys: Any, rows: Any, inside: Any, columns: Any, kept: Any) -> Any:
+def stays(keys, rows, inside, columns, kept):  # fmt: skip
     """Return which elements of a tile (rows, columns) stay, given int64 keys of all rows."""
     key = tl.load(keys + rows, inside, 0)[:, None]
     h = (columns // 32 * 16 + columns % 16).to(tl.uint32)[None, :] + key.to(tl.uint32)

@@ -21,7 +21,7 @@ PROGRAMS = 512  # into so many a matrix is cut, about four for each multiprocess
 
 
 @jit
-def places(index: Any, PARTS: tl.constexpr) -> Any:
+def places(index, PARTS: tl.constexpr):
     """Return the column of y and the part of each updated column."""
     column, part, row = index, index * 0, 0
     for p in tl.static_range(len(PARTS)):
@@ -52,7 +52,7 @@ def lora_down_kernel(
             tile = tl.where(stays(keys, row, row < rows, column, kept), tile, 0.0)
         within = (column < size)[:, None] & (rank < ranks)[None, :]
         a = tl.load(A + rank[None, :] * size + column[:, None], within, 0.0).to(tile.dtype)
-        total = tl.dot(tile, a, total, input_precision="ieee")
+        total = tl.dot(tile, a, total, input_precision="tf32x3")
     tl.store(low + row[:, None] * ranks + rank[None, :], total, (row < rows)[:, None] & (rank < ranks)[None, :])
 
 
@@ -70,7 +70,7 @@ def lora_up_kernel(
     lower = tl.load(low + row[:, None] * ranks + rank[None, :], known, 0.0).to(dtype)
     at = y + row.to(tl.int64)[:, None] * width + column[None, :]
     inside = (row < rows)[:, None] & (index < count)[None, :]
-    total = tl.dot(lower, tl.trans(b), tl.load(at, inside, 0.0).to(tl.float32), input_precision="ieee")
+    total = tl.dot(lower, tl.trans(b), tl.load(at, inside, 0.0).to(tl.float32), input_precision="tf32x3")
     tl.store(at, total.to(dtype), inside)
 
 
@@ -92,8 +92,8 @@ def lora_grad_kernel(
         known = (row < rows)[:, None] & (rank < ranks)[None, :]
         at = row[:, None] * ranks + rank[None, :]
         lower = tl.load(low + at, known, 0.0).to(dtype)
-        tl.store(low_grads + tile.to(tl.int64) * rows * ranks + at, tl.dot(slope, b, input_precision="ieee"), known)
-        B_total = tl.dot(tl.trans(slope), lower, B_total, input_precision="ieee")
+        tl.store(low_grads + tile.to(tl.int64) * rows * ranks + at, tl.dot(slope, b, input_precision="tf32x3"), known)
+        B_total = tl.dot(tl.trans(slope), lower, B_total, input_precision="tf32x3")
     own = (index < count)[:, None] & (rank[None, :] // R == part[:, None])
     at = (share * count + index)[:, None] * R + (rank[None, :] - part[:, None] * R)
     tl.store(B_grads + at, B_total * factor, own)
@@ -117,7 +117,7 @@ def lora_input_kernel(
             (row < rows)[:, None] & (column < size)[None, :],
         )
         lower = tl.load(low_grad + row[:, None] * ranks + rank[None, :], known, 0.0).to(dtype)
-        slope = tl.dot(lower, a, input_precision="ieee").to(dtype)
+        slope = tl.dot(lower, a, input_precision="tf32x3").to(dtype)
         cell = row.to(tl.int64)[:, None] * size + column[None, :]
         if keys is not None:
             there = stays(keys, row, row < rows, column, kept)
@@ -127,7 +127,7 @@ def lora_input_kernel(
             tile = tl.load(x + cell, inside, 0.0)
             if keys is not None:
                 tile = tl.where(there, tile, 0.0)
-            A_total = tl.dot(tl.trans(lower), tile, A_total, input_precision="ieee")
+            A_total = tl.dot(tl.trans(lower), tile, A_total, input_precision="tf32x3")
     if A_grads is not None:
         tl.store(A_grads + share * ranks * size + at, A_total, within)
 
@@ -149,12 +149,12 @@ def lora_(
     low = x.new_empty(rows, ranks, dtype=torch.float32)
     A, B = A.contiguous(), B.contiguous()
     tile = {"RANKS": _ranks(ranks), "BLOCK_T": 32}
-    launch(lora_down_kernel, (-(-rows // 32),), x, A, keys, low, rows, size, kept, ranks, **tile, BLOCK_K=_wide(x, 128))
+    sizes, deep = (rows, size, kept, ranks), _wide(x, 128 if ranks <= 32 else 64)
+    launch(lora_down_kernel, (-(-rows // 32),), x, A, keys, low, *sizes, **tile, BLOCK_K=deep)
     parts = tuple(zip(starts, stops, strict=True))
-    grid = -(-rows // 32), -(-count // 128)
-    launch(
-        lora_up_kernel, grid, y, low, B, rows, y.size(1), count, ranks, factor, PARTS=parts, R=r, **tile, BLOCK_N=128
-    )
+    numbers, width = (rows, y.size(1), count, ranks, factor), _wide(y, 128 if ranks <= 64 else 64)
+    grid = -(-rows // 32), -(-count // width)
+    launch(lora_up_kernel, grid, y, low, B, *numbers, PARTS=parts, R=r, **tile, BLOCK_N=width)
     return low
 
 
@@ -179,6 +179,7 @@ def lora_backward(
     launch(lora_grad_kernel, (tiles, shares), grad, low, B, low_grads, B_grads, *numbers, PARTS=parts, R=r, **tile)
     low_grad = low_grads.sum(0)
 
+    tile["BLOCK_N"] = width = width // 2 if width > 32 else width
     tiles, shares, steps = _shares(size, width, rows)
     x_grad = grad.new_empty(rows, size)
     A_grads = None if x is None else grad.new_empty(shares, ranks, size, dtype=torch.float32)

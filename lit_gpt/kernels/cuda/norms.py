@@ -149,4 +149,4 @@ def norm_backward(
 def _tile(size: int) -> tuple[int, int, int]:
     """Return how wide and how high a tile of rows is, and how many warps have it."""
     block = power_of_2(size)
-    return block, max(1, TILE // block // 4), min(16, max(4, block // 512))
+    return block, max(1, TILE // block // 4), min(32, max(4, block // 256))

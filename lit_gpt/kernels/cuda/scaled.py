@@ -8,7 +8,7 @@ from lit_gpt.kernels.cuda.launch import launch
 
 BLOCK = 1024
 COLUMNS = 128  # of a tile
-ROWS = 32
+ROWS = 16
 SHARES = 64  # of the rows, each of which sums gradients of the columns by itself
 
 
