@@ -2,11 +2,15 @@
 experts of the best groups and some that all tokens go to, and dense first layers."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor, cat
+
+from lit_gpt.errors import UserError
 from lit_gpt.families import llama, mixtral
 from lit_gpt.families.fields import refuse, sigmoid_router, tiny_size
-from lit_gpt.families.tables import Place, Reordered, Table, neighbors_apart
+from lit_gpt.families.tables import Layout, Place, Reordered, Said, Table, neighbors_apart
 from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
@@ -105,26 +109,135 @@ def experts(hf: dict[str, Any]) -> dict[str, Any]:
 
 def weights(config: Config) -> Table:
     attention, mlp = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
-    head, rotated, latent = config.head_size, config.rotated_size, config.latent_size
-    turned = neighbors_apart(rotated, rotated)
-    # of each stored head the elements that are rotated come last, and a rotated pair's are neighbors
-    heads = (*(head - rotated + i for i in turned), *range(head - rotated))
-    shared = (*range(latent), *(latent + i for i in turned))
-    queries, first = config.n_head * head, config.query_latent
-    q = ("q_a_proj", first, (0,)) if first else ("q_proj", queries, heads)
+    names = "q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa"
     return {
         **llama.weights(config),
         **mixtral.experts(config, mlp, "gate_proj", "up_proj", "down_proj"),
         **mixtral.shared(config, mlp + "shared_experts."),
         "h.{}.mlp.router": mlp + "gate",
-        "h.{}.mixer.qkv": Reordered(
-            (attention + q[0], attention + "kv_a_proj_with_mqa"), (q[1], latent + rotated), (q[2], shared)
-        ),
+        **projections(config, *(attention + name for name in names)),
         "h.{}.mixer.q_norm": attention + "q_a_layernorm",
-        "h.{}.mixer.q_up": Reordered((attention + "q_b_proj",), (queries,), (heads,)),
         "h.{}.mixer.kv_norm": attention + "kv_a_layernorm",
         "h.{}.mixer.kv_up": Place((attention + "kv_b_proj",)),
         "h.{}.mixer.proj": attention + "o_proj",
+    }
+
+
+def projections(config: Config, q: str, q_a: str, q_b: str, kv_a: str) -> dict[str, Place]:
+    """Return the places of what makes queries, latents and the shared key, by their names in the file."""
+    head, rotated, latent = config.head_size, config.rotated_size, config.latent_size
+    turned = neighbors_apart(rotated, rotated)
+    # of each stored head the elements that are rotated come last, and a rotated pair's are neighbors
+    heads = (*(head - rotated + i for i in turned), *range(head - rotated))
+    shared = (*range(latent), *(latent + i for i in turned))
+    queries, low = config.n_head * head, config.query_latent
+    first, rows, order = (q_a, low, (0,)) if low else (q, queries, heads)
+    return {
+        "h.{}.mixer.qkv": Reordered((first, kv_a), (rows, latent + rotated), (order, shared)),
+        "h.{}.mixer.q_up": Reordered((q_b,), (queries,), (heads,)),
+    }
+
+
+@dataclass(frozen=True)
+class KeysAndValues(Place):
+    """What makes all heads' keys and values of latents, stored apart: (heads, latent_size, keys), which is multiplied
+    by queries, and (heads, values, latent_size)."""
+
+    keys: int
+    values: int
+
+    def to_lit(self, tensors: list[Tensor]) -> Tensor:
+        return cat((tensors[0].mT, tensors[1]), dim=1).flatten(0, 1)
+
+    def to_hf(self, tensor: Tensor) -> list[Tensor]:
+        keys, values = tensor.unflatten(0, (-1, self.keys + self.values)).split((self.keys, self.values), dim=1)
+        return [keys.mT, values]
+
+
+ARCHITECTURES = ("deepseek2",)
+MSCALES = ("mscale", "mscale_all_dim")
+
+
+def gguf(config: Config) -> Layout:
+    scaling, dense = config.rope_scaling or {}, len(config.dense_layers)
+    if scaling.get("mscale") != scaling.get("mscale_all_dim"):
+        raise UserError("--format gguf: llama.cpp's deepseek2 has YaRN whose mscale is that of all dims")
+    if config.dense_layers != list(range(dense)) or config.n_expert_group > 1 and config.n_best_of_group != 2:
+        raise UserError(
+            "--format gguf: llama.cpp's deepseek2 has dense layers first, and groups as good as their best two"
+        )
+    if (config.query_latent == 0) != (config.n_layer in (26, 27)):
+        raise UserError(
+            "--format gguf: llama.cpp's deepseek2 has latents for queries, but for models of 26 or 27 layers"
+        )
+    attention, unrotated = "blk.{}.attn_", config.head_size - config.rotated_size
+    kv_up = KeysAndValues((attention + "k_b", attention + "v_b"), unrotated, config.value_head_size)
+    return Layout(
+        "deepseek2",
+        scaling=MSCALES,
+        metadata=latent_metadata(config)
+        | {
+            "rope.scaling.yarn_log_multiplier": 0.1 * scaling["mscale_all_dim"]
+            if "mscale_all_dim" in scaling
+            else None,
+            "leading_dense_block_count": dense,
+            "expert_shared_count": config.shared_intermediate_size // config.intermediate_size,
+            "expert_shared_feed_forward_length": None,
+            "expert_weights_norm": config.norm_expert_weights,
+            "expert_weights_scale": float(config.expert_scale),
+            "expert_gating_func": 2 if config.router_score == "sigmoid" else 1,
+            "expert_group_count": config.n_expert_group,
+            "expert_group_used_count": config.n_group_per_token,
+        },
+        places={
+            **projections(config, *(attention + name for name in ("q", "q_a", "q_b", "kv_a_mqa"))),
+            "h.{}.mixer.q_norm": attention + "q_a_norm",
+            "h.{}.mixer.kv_norm": attention + "kv_a_norm",
+            "h.{}.mixer.kv_up": kv_up,
+            "h.{}.mixer.proj": attention + "output",
+        },
+    )
+
+
+def latent_metadata(config: Config) -> dict[str, Any]:
+    """Return the metadata of latent attention, which is one head of latents and a rotated key there."""
+    return {
+        "attention.head_count_kv": 1,
+        "attention.q_lora_rank": config.query_latent or None,
+        "attention.kv_lora_rank": config.latent_size,
+        "attention.key_length": config.latent_size + config.rotated_size,
+        "attention.value_length": config.latent_size,
+        "attention.key_length_mla": config.head_size,
+        "attention.value_length_mla": config.value_head_size,
+    }
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    sigmoid, groups = said.get("expert_gating_func", int, 1) == 2, said.get("expert_group_count", int, 1)
+    scaling, rotated = said.rope_scaling, said.need("rope.dimension_count", int)
+    if scaling and (log_multiplier := said.get("rope.scaling.yarn_log_multiplier", float)):
+        scaling |= dict.fromkeys(MSCALES, round(10 * log_multiplier, 6))
+    return {
+        "architectures": [f"DeepseekV{3 if sigmoid else 2}ForCausalLM"],
+        "model_type": "deepseek_v3" if sigmoid else "deepseek_v2",
+        "num_key_value_heads": said.need("attention.head_count", int),
+        "head_dim": rotated,
+        "q_lora_rank": said.get("attention.q_lora_rank", int),
+        "kv_lora_rank": said.need("attention.kv_lora_rank", int),
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": said.need("attention.key_length_mla", int) - rotated,
+        "v_head_dim": said.need("attention.value_length_mla", int),
+        "rope_scaling": scaling,
+        "moe_intermediate_size": said.need("expert_feed_forward_length", int),
+        "n_routed_experts": said.need("expert_count", int),
+        "n_shared_experts": said.get("expert_shared_count", int, 0),
+        "num_experts_per_tok": said.need("expert_used_count", int),
+        "first_k_dense_replace": said.get("leading_dense_block_count", int, 0),
+        "norm_topk_prob": said.get("expert_weights_norm", bool, False),
+        "routed_scaling_factor": said.get("expert_weights_scale", float, 1.0),
+        "topk_method": "group_limited_greedy" if groups > 1 and not sigmoid else "greedy",
+        "n_group": groups,
+        "topk_group": said.get("expert_group_used_count", int, 1),
     }
 
 

@@ -36,7 +36,7 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
     return {**deepseek.latent_attention(hf), **deepseek.experts(hf), "dense_layers": dense}
 
 
-weights = deepseek.weights
+weights, gguf = deepseek.weights, deepseek.gguf
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

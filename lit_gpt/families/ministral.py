@@ -4,8 +4,11 @@ with queries that grow beyond the original context."""
 from functools import partial
 from typing import Any
 
+from lit_gpt.errors import UserError
 from lit_gpt.families import llama
 from lit_gpt.families.fields import rope, tiny_size, windows
+from lit_gpt.families.tables import Layout, Said
+from lit_gpt.model.config import Config
 
 MODEL_TYPES = ("ministral", "ministral3")
 # What transformers takes for fields that a config.json leaves out.
@@ -43,6 +46,33 @@ def config(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 weights = llama.weights
+
+
+ARCHITECTURES = ("mistral3",)
+MSCALES = ("mscale", "mscale_all_dim")
+
+
+def gguf(config: Config) -> Layout:
+    scaling = config.rope_scaling or {}
+    log_multiplier, growth = scaling.get("mscale_all_dim"), config.query_growth
+    if not growth or config.query_growth_length != scaling.get("original_max_position_embeddings"):
+        raise UserError("--format gguf: llama.cpp's mistral3 scales queries beyond the original context of YaRN")
+    if log_multiplier != scaling.get("mscale") or config.sliding_window:
+        raise UserError("--format gguf: llama.cpp's mistral3 has no window, and YaRN whose mscale is that of all dims")
+    own = {"attention.temperature_scale": growth, "rope.scaling.yarn_log_multiplier": log_multiplier}
+    return Layout("mistral3", interleaved=True, scaling=(*MSCALES, "llama_4_scaling_beta"), metadata=own)
+
+
+def from_gguf(said: Said) -> dict[str, Any]:
+    scaling = said.rope_scaling or {}
+    own = dict.fromkeys(MSCALES, said.get("rope.scaling.yarn_log_multiplier", float, 1.0))
+    own |= {"llama_4_scaling_beta": said.need("attention.temperature_scale", float)}
+    return {
+        "architectures": ["Ministral3ForCausalLM"],
+        "model_type": "ministral3",
+        "rope_scaling": None,
+        "rope_parameters": scaling | own | {"rope_theta": said.get("rope.freq_base", float, 1e4)},
+    }
 
 
 def tiny_hf(**fields: Any) -> dict[str, Any]:

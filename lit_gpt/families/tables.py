@@ -348,6 +348,7 @@ class Layout:
         keeps_window: llama.cpp knows the sliding window; else the context is cut to it, within which there is none.
         rounds_yarn: llama.cpp rounds the ends of YaRN's ramp to whole elements where the model does not, and is taken
             as it is.
+        scaling: further fields of rotary scaling, which the metadata of this architecture says.
         metadata: keys, without the architecture, and values that this architecture has besides what all have.
         places: where tensors lie in such a file, if not where `lit_gpt.conversion.gguf.layout.places` has them.
         folded: fields of the Config whose factors the stored weights contain, and what they are in a model of these.
@@ -360,6 +361,7 @@ class Layout:
     norm_offset: float = 0.0
     keeps_window: bool = False
     rounds_yarn: bool = False
+    scaling: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
     places: Table = field(default_factory=dict)
     folded: dict[str, Any] = field(default_factory=dict)

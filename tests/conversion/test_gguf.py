@@ -290,7 +290,7 @@ def refused(tmp_path: Path, path: Path, dtype: torch.dtype = torch.bfloat16) -> 
         ({"llama.attention.sliding_window": 8}, r"llama.attention.sliding_window \(8\) is a feature"),
         ({"llama.attention.head_count_kv": ["a", "b"]}, "head_count_kv is not a list of int"),
         ({"split.count": 2}, "one of 2 files"),
-        ({"tokenizer.ggml.pre": "tekken"}, "pre-tokenizer 'tekken'.*expected one of dbrx, default"),
+        ({"tokenizer.ggml.pre": "viking"}, "pre-tokenizer 'viking'.*expected one of chatglm-bpe, dbrx"),
         ({"tokenizer.ggml.pre": None}, "lacks the metadata tokenizer.ggml.pre"),
         ({"tokenizer.ggml.model": "t5"}, "tokenizer.ggml.model 't5'"),
         ({"tokenizer.ggml.tokens": None}, "lacks the metadata tokenizer.ggml.tokens"),

@@ -53,9 +53,9 @@ TEMPLATE = "{% for m in messages %}<|im|>{{ m['content'] }}\n{% endfor %}é"
 ADDED = {"<s>": 3, "</s>": 3, "<|im|>": 3, "<tool>": 4}  # and their tokenizer.ggml.token_type
 
 
-def splitting(pattern: str) -> pre_tokenizers.PreTokenizer:
-    split = pre_tokenizers.Split(Regex(pattern), "isolated")
-    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+def splitting(*patterns: str) -> pre_tokenizers.PreTokenizer:
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 SPLITS = {
@@ -71,6 +71,17 @@ SPLITS = {
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
+    "tekken": splitting(
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "deepseek-v3": splitting(
+        r"\p{N}{1,3}",
+        "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ),
     "qwen35": splitting(
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -79,7 +90,7 @@ SPLITS = {
 
 
 def byte_level(pre: str = "smollm") -> tokenizers.Tokenizer:
-    tok = tokenizers.Tokenizer(BPE(ignore_merges=pre == "llama-bpe"))
+    tok = tokenizers.Tokenizer(BPE(ignore_merges=pre in ("llama-bpe", "tekken")))
     tok.pre_tokenizer, tok.decoder = SPLITS[pre], decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     special = [token for token, kind in ADDED.items() if kind == 3]

@@ -1,5 +1,7 @@
 """Ask llama.cpp itself, by the package xllamacpp, what it makes of a GGUF file."""
 
+import json
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,13 @@ class LlamaCpp:
         for each in content[0]["top_logprobs"]:
             result[each["id"]] = each["logprob"]
         return result
+
+    def tokens(self, text: str) -> list[int]:
+        """Return the ids of a text, without BOS."""
+        asked = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
+        url, kind = f"{self.server.listening_address}/tokenize", {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(url, data=asked, headers=kind)) as answer:
+            return json.loads(answer.read())
 
     def chat(self, messages: list[dict[str, str]], n_tokens: int) -> str:
         """Return the greedy answer to a conversation, rendered by the file's own template."""

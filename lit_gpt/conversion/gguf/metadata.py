@@ -48,7 +48,7 @@ def metadata(config: Config, layout: Layout) -> dict[str, Any]:
         "rope.freq_base": config.rope_base,
         "vocab_size": config.padded_vocab_size,
         **(experts(config) if config.n_expert else {}),
-        **rope_scaling(config, layout.rounds_yarn),
+        **rope_scaling(config, layout),
         **layout.metadata,
     }
     return {f"{layout.architecture}.{key}": value for key, value in fields.items()}
@@ -65,7 +65,7 @@ def experts(config: Config) -> dict[str, Any]:
     }
 
 
-def rope_scaling(config: Config, rounds_yarn: bool) -> dict[str, Any]:
+def rope_scaling(config: Config, layout: Layout) -> dict[str, Any]:
     """Return the metadata for rotary scaling; there is none for what is a tensor of divisors."""
     scaling = config.rope_scaling
     if not scaling or scaling["rope_type"] in DIVIDED:
@@ -74,10 +74,11 @@ def rope_scaling(config: Config, rounds_yarn: bool) -> dict[str, Any]:
     if scaling["rope_type"] == "linear":
         return {key + "type": "linear", key + "factor": float(scaling["factor"])}
     plain = {"rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate"}
+    plain.update(layout.scaling)
     if math.isclose(scaling.get("attention_factor") or 0, 0.1 * math.log(scaling.get("factor") or 1) + 1, rel_tol=1e-6):
         plain.add("attention_factor")  # the one that is taken where none is given
     further = sorted(name for name, value in scaling.items() if name not in plain and value is not None)
-    if scaling["rope_type"] != "yarn" or further or not (rounds_yarn or scaling.get("truncate", True)):
+    if scaling["rope_type"] != "yarn" or further or not (layout.rounds_yarn or scaling.get("truncate", True)):
         what = ", ".join(further) or ("truncate" if scaling["rope_type"] == "yarn" else scaling["rope_type"])
         raise UserError(f"--format gguf: rotary scaling with {what} is not known of llama.cpp")
     return {

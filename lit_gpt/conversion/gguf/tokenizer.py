@@ -24,7 +24,19 @@ LLAMA3_SPLIT = (
     r"|\s+(?!\S)|\s+"
 )
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
-LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "lfm2", "pixtral")  # a whole token is not split
+LLAMA3 = ("llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "lfm2", "pixtral")
+WHOLE = (*LLAMA3, "tekken")  # text that is a token is not split, and there is a BOS before it, if a file says no other
+TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK_SPLITS = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 
 
 class Vocabulary:
@@ -61,7 +73,7 @@ class Vocabulary:
         for name, i in self.named.items():
             if i is not None and (not 0 <= i < len(self.tokens) or i in filling):
                 raise UserError(f"{file.path}: the id of the {name}, {i}, is none of {len(self.tokens)} tokens")
-        self.adds_bos = file.get("tokenizer.ggml.add_bos_token", bool, self.model == "llama" or self.pre in LLAMA3)
+        self.adds_bos = file.get("tokenizer.ggml.add_bos_token", bool, self.model == "llama" or self.pre in WHOLE)
         self.adds_eos = file.get("tokenizer.ggml.add_eos_token", bool, False)
 
     def text(self, name: str) -> str | None:
@@ -107,7 +119,7 @@ def build_tokenizer(file: GGUFFile, tokens: Vocabulary) -> tokenizers.Tokenizer:
 def byte_level(file: GGUFFile, tokens: Vocabulary) -> tokenizers.Tokenizer:
     merges = [tuple(merge.split(" ")) for merge in file.need_list("tokenizer.ggml.merges", str)]
     try:
-        model = BPE(tokens.ids, merges, ignore_merges=tokens.pre in LLAMA3)
+        model = BPE(tokens.ids, merges, ignore_merges=tokens.pre in WHOLE)
     except Exception as error:  # tokenizers raises nothing narrower
         raise UserError(f"{file.path}: tokenizer.ggml.merges do not fit the tokens ({error})") from None
     result = tokenizers.Tokenizer(model)
@@ -136,7 +148,9 @@ ONE_DIGIT = Sequence([Digits(individual_digits=True), PLAIN])
 PRE_TOKENIZERS = {  # of names for the same, the first is written
     "gpt-2": PLAIN,
     **dict.fromkeys(("smollm", "starcoder", "refact"), ONE_DIGIT),
-    **dict.fromkeys((*LLAMA3, "dbrx"), splitting(LLAMA3_SPLIT)),
+    **dict.fromkeys((*LLAMA3, "dbrx", "glm4", "chatglm-bpe"), splitting(LLAMA3_SPLIT)),
+    "tekken": splitting(TEKKEN_SPLIT),
+    "deepseek-v3": splitting(*DEEPSEEK_SPLITS),
     "qwen2": splitting(QWEN2_SPLIT),
     "qwen35": splitting(QWEN2_SPLIT.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")),
     "falcon": Sequence(
@@ -228,7 +242,7 @@ def byte_level_fields(path: Path, stored: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata for a byte-level tokenizer.json, `stored`."""
     splits, whole = comparable(stored["pre_tokenizer"]), bool(stored["model"].get("ignore_merges"))
     alike = [k for k, v in PRE_TOKENIZERS.items() if comparable(json.loads(v.__getstate__())) == splits]
-    name = next((name for name in alike if (name in LLAMA3) == whole), None)
+    name = next((name for name in alike if (name in WHOLE) == whole), None)
     if name is None:
         raise UserError(
             f"{path}: splits text in a way for which no name in llama.cpp is known here; those of "
