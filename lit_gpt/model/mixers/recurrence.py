@@ -89,16 +89,20 @@ def by_chunk(
     into = (total.exp() * spans.enters.unsqueeze(1)).unsqueeze(-1)
     out = between[..., -1, :].unsqueeze(-1)  # 0 for tokens of samples that end before
     kept = (total[..., -1].exp() * spans.through).unsqueeze(-1).unsqueeze(-1)
-    outputs, both = [], torch.cat((k, q), dim=-2)
-    for i in range(spans.chunks):
-        found = by_head(both[:, i] @ by_group(state, groups), heads)  # of keys and queries in the state
+    # a tensor's chunks all at once, for the gradient of each index would be zeros of the whole
+    given = [torch.cat((k, q), dim=-2), k, v, scores, into, out, kept]
+    solved = [] if inverse is None or rates is None else [inverse @ (rates * v), inverse * (rates * into).mT]
+    outputs = []
+    for both, key, new, score, entering, leaving, stays, *of_rule in zip(
+        *(x.unbind(1) for x in given + solved), strict=True
+    ):
+        found = by_head(both @ by_group(state, groups), heads)  # of keys and queries in the state
         of_keys, of_queries = found.chunk(2, dim=-2)
-        new = v[:, i]
-        if inverse is not None and rates is not None:
-            new = inverse[:, i] @ (rates[:, i] * (new - into[:, i] * of_keys))
-        outputs.append(into[:, i] * of_queries + scores[:, i] @ new)
-        added = by_head(k[:, i].mT @ by_group(out[:, i] * new, groups), heads)
-        state = kept[:, i] * state + added
+        if of_rule:
+            new = of_rule[0] - of_rule[1] @ of_keys
+        outputs.append(entering * of_queries + score @ new)
+        added = by_head(key.mT @ by_group(leaving * new, groups), heads)
+        state = stays * state + added
     return torch.stack(outputs, 1).transpose(2, 3).flatten(1, 2)[:, :T], state
 
 
