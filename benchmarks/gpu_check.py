@@ -8,6 +8,7 @@ last. With --dry_run the same sections run on tiny shapes on the CPU, so that no
 Weights are random and made on the device: nothing is downloaded.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -64,6 +65,8 @@ class Check:
 
 
 def main() -> None:
+    if dry_run:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # which is read when Triton is imported
     import torch
 
     if not dry_run and not torch.cuda.is_available():
@@ -153,6 +156,13 @@ def machine(check: Check) -> dict[str, Any]:
         took = timed(lambda x=x, w=w: x @ w.t(), 20)
         result[f"TFLOP/s {tokens}x{columns}x{rows}"] = round(2 * tokens * rows * columns / took / 1e12, 2)
     return result
+
+
+def kernels(check: Check) -> dict[str, Any]:
+    """Compare every kernel with the plain formula, see gpu_kernels.py."""
+    import gpu_kernels
+
+    return gpu_kernels.kernels(check)
 
 
 def families(check: Check) -> dict[str, Any]:
@@ -414,7 +424,7 @@ def scripts(check: Check) -> dict[str, Any]:
 
 # what must agree comes first; seconds that each may take
 SECTIONS = {
-    machine: 30, families: 100, scripts: 120, training: 150, decoding: 100, peers: 60, profile: 30,
+    machine: 30, kernels: 60, families: 100, scripts: 120, training: 150, decoding: 100, peers: 60, profile: 30,
 }  # fmt: skip
 
 
