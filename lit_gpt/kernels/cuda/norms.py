@@ -73,8 +73,8 @@ def norm_backward_kernel(
         wide = tl.load(x + at, inside, 0.0).to(tl.float32)
         inverse = tl.load(inverses + row, row < rows, 0.0)[:, None]
         if CENTERED:
-            wide -= tl.load(means + row, row < rows, 0.0)[:, None]
-        normed = tl.where(inside, wide * inverse, 0.0)
+            wide = tl.where(inside, wide - tl.load(means + row, row < rows, 0.0)[:, None], 0.0)
+        normed = wide * inverse
         if weight_grads is not None:
             weight_total += tl.sum(slope * normed, 0)
         if bias_grads is not None:
@@ -149,4 +149,4 @@ def norm_backward(
 def _tile(size: int) -> tuple[int, int, int]:
     """Return how wide and how high a tile of rows is, and how many warps have it."""
     block = power_of_2(size)
-    return block, max(1, TILE // block // 4), min(32, max(4, block // 256))
+    return block, max(1, TILE // block // 4), min(16, max(4, block // 512))
