@@ -153,6 +153,14 @@ def choose_device(kind: str) -> torch.device:
     return torch.device(kind)
 
 
+def multiply_in_tf32() -> None:
+    """Let CUDA compute products of float32 in TF32, which keeps 11 of 24 bits of each factor and sums in float32.
+
+    They are several times as fast, and still have more bits than in bfloat16.
+    """
+    torch.set_float32_matmul_precision("high")
+
+
 def sum_dtype(device: torch.device) -> torch.dtype:
     """Return the widest floating dtype that a device sums in: Apple's chips have none of 64 bits."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -111,6 +111,9 @@ def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
         fabric.print(warning)
     on_cuda = fabric.device.type == "cuda"
     checks.check_offload(args, on_cuda)
+    if on_cuda and args.memory.precision == "fp32":
+        hardware.multiply_in_tf32()
+        fabric.print("--precision fp32: products are computed in TF32, with 11 bits of each factor")
     compiled = compiles_blocks(args, base.config, base.quantize, fabric.device.type)
     checks.check_vocabulary(base.config, [split.tokens for split in (train, validation, probe) if split is not None])
 
