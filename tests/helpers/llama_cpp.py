@@ -40,7 +40,7 @@ class LlamaCpp:
         asked = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
         url, kind = f"{self.server.listening_address}/tokenize", {"Content-Type": "application/json"}
         with urllib.request.urlopen(urllib.request.Request(url, data=asked, headers=kind)) as answer:
-            return json.loads(answer.read())
+            return json.loads(answer.read())["tokens"]
 
     def chat(self, messages: list[dict[str, str]], n_tokens: int) -> str:
         """Return the greedy answer to a conversation, rendered by the file's own template."""

@@ -16,7 +16,7 @@ from lit_gpt.generation.steps import FastStep
 from lit_gpt.methods import adapter_v2, lora
 from lit_gpt.model.gpt import quantize
 from lit_gpt.model.kv_cache import truncate
-from lit_gpt.model.mixers import mamba, recurrence
+from lit_gpt.model.mixers import latent, mamba, recurrence
 from lit_gpt.model.packed_inputs import Segments
 
 FAMILIES = {family.__name__.rpartition(".")[2]: family for family in families()}
@@ -150,5 +150,20 @@ def test_latent_attention_caches_latents_and_one_key(tmp_path):
             torch.nn.init.normal_(model.h[1].mixer.kv_up.shift, std=0.1)
         cache = model.kv_cache(1, 20)
         assert [x.shape for x in (cache[0].k, cache[0].v)] == [(1, 1, 20, 8), (1, 1, 20, 16)]
+        found = torch.cat([model(step, cache=cache) for step in idx.split([10, *[1] * 7], 1)], dim=1)
+        assert off(found, model(idx)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("update", ["plain", "dora"])
+def test_latents_are_attended_to_by_a_weight_with_its_updates(tmp_path, monkeypatch, update):
+    """Beyond a length; the keys and values of all tokens are made up to it."""
+    model, idx = model_of("deepseek", "deepseek_v3", tmp_path), torch.arange(3, 20)[None]
+    lora.attach(model, lora.LoRAConfig(r=4, update=update)).eval()
+    for layer in lora.lora_layers(model).values():
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    for length in (0, 14):
+        monkeypatch.setattr(latent, "WHOLE_LENGTH", length)
+        cache = model.kv_cache(1, 20)
         found = torch.cat([model(step, cache=cache) for step in idx.split([10, *[1] * 7], 1)], dim=1)
         assert off(found, model(idx)) < 1e-5

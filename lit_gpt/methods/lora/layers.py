@@ -8,6 +8,7 @@ from lit_gpt.kernels.dropout import dropout
 from lit_gpt.methods.decoding_tape import DecodingTape
 from lit_gpt.methods.lora.factors import Factors
 from lit_gpt.model.gpt import GPT
+from lit_gpt.model.linear import Linear
 from lit_gpt.model.moe import Routing, grouped_product
 from lit_gpt.quantization.modules import QuantizedLinear, weight_of
 
@@ -36,6 +37,12 @@ class LoRALayer(Factors):
     def merged_parameter(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return the layer's weight as `merged` does, or another parameter of the base."""
         return self.merged(dtype) if name == "weight" else self.linear.get_parameter(name).detach()
+
+    def whole_weight(self) -> Tensor | None:
+        """Return the weight that the output is the input's product by; None where the output is no such product, or the
+        base is quantized.
+        """
+        return self.merged() if type(self.linear) is Linear and self.bias_shift is None else None
 
     @torch.no_grad()
     def shifted_zeros(self) -> Tensor | None:

@@ -15,6 +15,7 @@ from lit_gpt.model.packed_inputs import Segments
 from lit_gpt.model.rope import Rotation
 from lit_gpt.model.sdpa import attend_within
 
+WHOLE_LENGTH = 256  # tokens from which on a weight made of several costs less than their keys and values
 EPS = 1e-6  # of the norms of latents, whatever the block's norms have
 
 
@@ -67,9 +68,21 @@ class LatentAttention(Mixer):
             assert isinstance(cache, AttentionCache | DecodeCache | PackedPrefillCache)
             k, latent = cache.append(k, latent)
         positions = cache.positions if isinstance(cache, DecodeCache) else None
-        decodes = cache is not None and q.size(2) == 1 and type(self.kv_up) is Linear
-        attend = self.attend_to_latents if decodes else self.attend
-        return attend(q, k, latent, segments, positions).transpose(1, 2).flatten(2)
+        weight = self.decoding_weight(latent.size(2)) if cache is not None and q.size(2) == 1 else None
+        if weight is None:
+            y = self.attend(q, k, latent, segments, positions)
+        else:
+            y = self.attend_to_latents(q, k, latent, segments, positions, weight)
+        return y.transpose(1, 2).flatten(2)
+
+    def decoding_weight(self, length: int) -> Tensor | None:
+        """Return the weight of `kv_up` to take the products of a decoding step by; None: it has no one such weight, or
+        `attend` to so many tokens costs less than to make it.
+        """
+        if type(self.kv_up) is Linear:
+            return self.kv_up.weight
+        whole = getattr(self.kv_up, "whole_weight", None)
+        return whole() if whole and length > WHOLE_LENGTH else None
 
     def attend(
         self, q: Tensor, k: Tensor, latent: Tensor, segments: Segments | None, positions: Tensor | None
@@ -83,13 +96,19 @@ class LatentAttention(Mixer):
         return attend_within(q, k, v, self.scores, segments, positions)[..., : self.value_size]
 
     def attend_to_latents(
-        self, q: Tensor, k: Tensor, latent: Tensor, segments: Segments | None, positions: Tensor | None
+        self,
+        q: Tensor,
+        k: Tensor,
+        latent: Tensor,
+        segments: Segments | None,
+        positions: Tensor | None,
+        weight: Tensor,
     ) -> Tensor:
         """Compute `attend` with the latents themselves for keys and values, which are made for no token seen before.
 
         The products that would make them are taken of the one query and of what it finds.
         """
-        weight = self.kv_up.weight.to(q.dtype).unflatten(0, (self.n_head, -1))  # (n_head, rows, latent_size)
+        weight = weight.to(q.dtype).unflatten(0, (self.n_head, -1))  # (n_head, rows, latent_size)
         of_keys, of_values = weight.split((self.unrotated_size, self.value_size), dim=1)
         rotated, unrotated = q.split((self.rotated_size, self.unrotated_size), dim=-1)
         q = torch.cat((rotated, unrotated @ of_keys), dim=-1)
