@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation.sampling import Sampling, sample
-from lit_gpt.generation.sequence import Constraint, DecodingRow, Step, eager_step
+from lit_gpt.generation.sequence import Constraint, DecodingRow, DrawingStep, Step, eager_step
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.kv_cache import KVCache, PackedPrefillCache, copy_cache, row_view, truncate
 from lit_gpt.model.packed_inputs import Segments
@@ -166,12 +166,14 @@ class Batch:
         active = self.rows[: self.read]
         if not active:
             return
-        logits = next_logits(self.model, active, self.cache, self.step, self.choose)
-        drawn = [draw(x, row) for x, row in zip(logits, active, strict=True)]
-        tokens = torch.cat(drawn).tolist()
-        for row, x, token in zip(active, logits, tokens, strict=True):
-            if row.observe:
-                row.observe(x, token)
+        tokens = self.drawn_by_step(active)
+        if tokens is None:
+            logits = next_logits(self.model, active, self.cache, self.step, self.choose)
+            tokens = torch.cat([draw(x, row) for x, row in zip(logits, active, strict=True)]).tolist()
+            for row, x, token in zip(active, logits, tokens, strict=True):
+                if row.observe:
+                    row.observe(x, token)
+        for row, token in zip(active, tokens, strict=True):
             if row.constraint:
                 row.constraint.take(token)
             row.ids.append(token)
@@ -180,6 +182,19 @@ class Batch:
         for row in reversed(active):
             if row.remaining <= 0:
                 self.leave(row)
+
+    def drawn_by_step(self, rows: list[DecodingRow]) -> list[int] | None:
+        """Return the next tokens, if all of the rows but these is read and the step can draw them; else None."""
+        if not isinstance(self.step, DrawingStep):
+            return None
+        for row in rows:
+            if row.constraint or row.observe or row.sampling.repetition_penalty != 1:
+                return None
+            first, length = row.cache[0], len(row.ids)
+            if first.length != length - 1 or self.model.needs_reread(first, length):
+                return None
+        self.choose(rows)
+        return self.step.draw(rows, self.cache)
 
     def read_prompts(self) -> None:
         """Read on in the prompts, the oldest first; `next_logits` reads the last piece of each."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,6 +47,14 @@ class Step(Protocol):
             rows: the slot of each in the cache holds all of its tokens but the last, which is added.
             cache: several rows have its first slots.
         """
+
+
+@runtime_checkable
+class DrawingStep(Step, Protocol):
+    """A Step that can draw the tokens itself, on the device, and need not wait for them before it goes on."""
+
+    def draw(self, rows: list[DecodingRow], cache: KVCache, /) -> list[int] | None:
+        """Return the token that follows each row, as its `sampling` says; None: this model is not served so."""
 
 
 def eager_step(model: GPT, rows: list[DecodingRow], cache: KVCache) -> Tensor:

@@ -279,9 +279,10 @@ class LoRAPool:
         return sum(one.nbytes for one in list(self.loaded.values()))
 
     def table(self, one: LoadedLoRA) -> Tensor:
-        """Return where a LoRA's updates lie, int64 (layers, 3)."""
+        """Return where a LoRA's updates lie, int64 (layers, 3), on the model's device."""
         updates = [layer.update(one) for layer in self.layers.values()]
-        return torch.tensor([(update.A.data_ptr(), update.B.data_ptr(), update.rank) for update in updates])
+        places = [(update.A.data_ptr(), update.B.data_ptr(), update.rank) for update in updates]
+        return torch.tensor(places, device=self.model.wte.weight.device)
 
     def layer(self, name: str) -> MultiLoRALayer:
         """Return the layer at a path of the model, and wrap it first if no LoRA has adapted it yet."""

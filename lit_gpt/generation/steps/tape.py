@@ -33,7 +33,12 @@ class Tape(ABC):
     """Records the operations of a model's step, for up to n rows; what records and runs them derives from it.
 
     What lies between the operations are float32 buffers (n, size) on the model's device.
+
+    Attributes:
+        types: the numbers of the dtypes that a model may have.
     """
+
+    types = TYPES
 
     def __init__(self, model: GPT, n: int) -> None:
         self.model, self.n = model, n
@@ -103,7 +108,7 @@ class Tape(ABC):
             by_rope[rope] = self.zeros(n), self.zeros(n)
             if n:
                 factor = float(rope.attention_factor)
-                self.add("angles", *by_rope[rope], frequencies, n, ropes, factor, TYPES[self.dtype])
+                self.add("angles", *by_rope[rope], frequencies, n, ropes, factor, self.types[self.dtype])
         kinds = [by_rope[model.rope if config.window(i) is None else model.local_rope] for i in range(config.n_layer)]
         return [None if i in config.unrotated_layers else kind for i, kind in enumerate(kinds)]
 
@@ -141,7 +146,7 @@ class Tape(ABC):
             self.add("rotate", qkv, qkv.size(1), heads + groups, size, *rotation, rotation[0].size(1))
         if attn.qk_norm is not None and attn.norms_rotated:
             self.qk_norm(attn.qk_norm, qkv, attn.sizes)
-        sizes, kind = (heads, groups, size), TYPES[self.dtype]
+        sizes, kind = (heads, groups, size), self.types[self.dtype]
         self.add("append", qkv, *sizes, layer, kind)
         slopes = None
         if attn.alibi:  # as the model rounds them
@@ -210,7 +215,7 @@ class Tape(ABC):
     def lora_down(self, A: Tensor, x: Tensor) -> Tensor:
         """Multiply x by A (ranks, in_features)."""
         low = self.zeros(len(A))
-        self.add("lora_down", low, x, *A.shape, A, TYPES[self.dtype])
+        self.add("lora_down", low, x, *A.shape, A, self.types[self.dtype])
         return low
 
     def lora_up(self, y: Tensor, low: Tensor, first: int, B: Tensor, rows: tuple[int, int]) -> None:
@@ -219,17 +224,17 @@ class Tape(ABC):
         Args:
             B: (ranks, stop - start), transposed, in the model's dtype.
         """
-        self.add("lora_up", y, y.size(1), low, low.size(1), first, B, TYPES[self.dtype], len(B), *rows)
+        self.add("lora_up", y, y.size(1), low, low.size(1), first, B, self.types[self.dtype], len(B), *rows)
 
     def row_lora_down(self, layer: int, x: Tensor, ranks: int) -> Tensor:
         """Multiply each row of x by the A of its own update of a layer, of so many ranks at most."""
         low = self.zeros(ranks)
-        self.add("row_lora_down", low, x, ranks, x.size(1), layer, TYPES[self.dtype])
+        self.add("row_lora_down", low, x, ranks, x.size(1), layer, self.types[self.dtype])
         return low
 
     def row_lora_up(self, y: Tensor, low: Tensor, layer: int) -> None:
         """Add to each row of y what the B of its own update makes of `low`."""
-        self.add("row_lora_up", y, y.size(1), low, low.size(1), layer, TYPES[self.dtype])
+        self.add("row_lora_up", y, y.size(1), low, low.size(1), layer, self.types[self.dtype])
 
     def scale(self, y: Tensor, scale: Tensor, shift: Tensor) -> None:
         """Replace y by scale * (y + shift)."""
@@ -240,9 +245,9 @@ class Tape(ABC):
         self.add("activate", y, y.size(1), ACTIVATION_NUMBERS[activation])
 
     def type(self, tensor: Tensor) -> int:
-        if tensor.dtype not in TYPES:
+        if tensor.dtype not in self.types:
             raise Unsupported(f"weights of {tensor.dtype}")
-        return TYPES[tensor.dtype]
+        return self.types[tensor.dtype]
 
 
 def check_places(model: GPT, places: int, tokens: list[int], positions: list[int]) -> None:

@@ -109,7 +109,8 @@ def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
         launch(dequantize_int8, grid, weight.codes, weight.scale, out, columns, BLOCK=COLUMNS_AT_ONCE)
         return out
     groups = n_bytes * 2 // GROUP
-    grid, sizes = (-(-rows * groups // GROUPS_AT_ONCE),), (rows * groups, groups, columns)
-    form = {"FORMAT": weight.format, "FULL": columns == groups * GROUP, "BLOCK": GROUPS_AT_ONCE}
-    launch(dequantize_four_bit, grid, *weight[:-1], out, *sizes, **form)
+    programs, sizes = -(-rows * groups // GROUPS_AT_ONCE), (rows * groups, groups, columns)
+    full = columns == groups * GROUP
+    tensors = *weight[:-1], out
+    launch(dequantize_four_bit, (programs,), *tensors, *sizes, FORMAT=weight.format, FULL=full, BLOCK=GROUPS_AT_ONCE)
     return out

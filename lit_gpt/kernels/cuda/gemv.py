@@ -277,8 +277,11 @@ def gemv(
         (M, outputs).
     """
     m, columns = x.shape
-    codes, *params = weight[:-1] if isinstance(weight, QuantizedWeight) else (weight, *[None] * 5)
-    format = weight.format if isinstance(weight, QuantizedWeight) else "full"
+    codes: Any = weight
+    params: list[Tensor | None] = [None] * 5
+    format = "full"
+    if isinstance(weight, QuantizedWeight):
+        codes, params, format = weight.codes, list(weight[1:-1]), weight.format
     if m == 1 and codes.dtype == torch.uint8:
         codes = codes.view(torch.int32)
     outputs = len(codes) // (2 if epilogue.gated else 1)
@@ -294,10 +297,10 @@ def gemv(
     arguments = x, codes, *params, epilogue.bias, epilogue.residual, y, sums, counts
     sizes = m, columns, outputs, codes.size(1), -(-codes.size(1) // shape["BLOCK"]), epilogue.scale
     form = {"FORMAT": format, "ACTIVATION": epilogue.activation, "GATED": epilogue.gated}
-    form |= {"DTYPE": dot_dtype(dtype or x.dtype)}
-    # values that are looked up are not to be fetched ahead one by one
-    how = {"stages": 1 if m > 1 and params[2] is not None else 3, "warps": 8 if m > 1 and format != "full" else 4}
-    launch(gemv_kernel, (tiles, splits, parts), *arguments, *sizes, **how, **form, **shape)
+    constants = form | shape | {"DTYPE": dot_dtype(dtype or x.dtype)}
+    stages = 1 if m > 1 and params[2] is not None else 3  # values looked up are not to be fetched ahead one by one
+    warps = 8 if m > 1 and format != "full" else 4
+    launch(gemv_kernel, (tiles, splits, parts), *arguments, *sizes, warps=warps, stages=stages, **constants)
     return y
 
 

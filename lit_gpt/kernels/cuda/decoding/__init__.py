@@ -1,0 +1,1 @@
+"""Kernels of a decoding step besides its products: activations are float32 (rows, size), positions on the device."""

@@ -1,0 +1,228 @@
+"""Attention of one new token of each row: queries and key are rotated, key and value go into the cache, and the places
+up to the row's position are attended to, all by one kernel.
+
+Programs share the places of a row (split keys and values; Dao et al. 2023, Flash-Decoding); the last of them to come
+puts their parts together. Where the cache lies is read from device memory, as are the positions, so that a captured
+graph serves any cache.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from lit_gpt.kernels.cuda.gemv import counters
+from lit_gpt.kernels.cuda.language import jit, power_of_2, tl
+from lit_gpt.kernels.cuda.launch import launch
+
+HEADS = 16  # of queries that a program has: the least that the tensor cores take
+TILE = 4096  # elements of the cache that it reads at a time
+PROGRAMS = 264  # two for each multiprocessor of an H100
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Says how a product's heads attend; see lit_gpt.kernels.attention.ScoreParams.
+
+    Attributes:
+        n: of queries; `groups` of keys and values, each of `size` elements, follow in the product.
+        window: places that a query sees; 0: all.
+        softcap: 0: none.
+        slopes: (n,), added to the scores by position (Press et al. 2022, ALiBi).
+        rotation: cosine and sine, float32 (rows, rotated pairs).
+    """
+
+    n: int
+    groups: int
+    size: int
+    scale: float
+    softcap: float = 0.0
+    window: int = 0
+    slopes: Tensor | None = None
+    rotation: tuple[Tensor, Tensor] | None = None
+
+
+@jit
+def rotated(qkv, head, d, row, there, cos, sin, pairs, SIZE: tl.constexpr):
+    """Return heads (heads, d) of a row's product, float32, rotated if there are angles."""
+    at = qkv + head[:, None] * SIZE + d[None, :]
+    x = tl.load(at, there, other=0.0)
+    if cos is not None:
+        turned = there & (d < 2 * pairs)[None, :]
+        low, angle = d < pairs, row * pairs + tl.where(d < pairs, d, d - pairs)
+        against = tl.load(at + tl.where(low, pairs, -pairs)[None, :], turned, other=0.0)
+        c = tl.load(cos + angle, d < 2 * pairs, other=1.0)[None, :]
+        s = tl.load(sin + angle, d < 2 * pairs, other=0.0)[None, :]
+        x = x * c + against * tl.where(low[None, :], -s, s)
+    return x
+
+
+@jit
+def capped(scores, softcap):
+    """Return scores with a soft cap, where it is not 0."""
+    if softcap is not None:
+        scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
+    return scores
+
+
+@jit
+def attend_kernel(
+    qkv, y, positions, pointers, places, cos, sin, slopes, parts, counts,
+    pairs, window, scale, softcap,
+    N: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, DTYPE: tl.constexpr,
+    HEADS: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Attend with HEADS heads of one row and group to one of SPLITS shares of the places."""
+    PER: tl.constexpr = N // GROUPS
+    BLOCKS: tl.constexpr = (PER + HEADS - 1) // HEADS
+    row, share = tl.program_id(0), tl.program_id(2)
+    group, block = tl.program_id(1) // BLOCKS, tl.program_id(1) % BLOCKS
+    of_group, d = block * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
+    head, known = group * PER + of_group, (of_group < PER)[:, None] & (d < SIZE)[None, :]
+    width: tl.constexpr = (N + 2 * GROUPS) * SIZE
+    product = qkv + row.to(tl.int64) * width
+    position = tl.load(positions + row)
+    room = tl.load(places)
+    k = tl.multiple_of(tl.load(pointers).to(tl.pointer_type(DTYPE)), 16)
+    v = tl.multiple_of(tl.load(pointers + 1).to(tl.pointer_type(DTYPE)), 16)
+    begin = (row.to(tl.int64) * GROUPS + group) * room * SIZE
+    q = rotated(product, head, d, row, known, cos, sin, pairs, SIZE) * scale
+    slope = tl.zeros([HEADS], tl.float32)
+    if slopes is not None:
+        slope = tl.load(slopes + head, of_group < PER, other=0.0)
+    highest = tl.full([HEADS], float("-inf"), tl.float32)
+    total, values = tl.zeros([HEADS], tl.float32), tl.zeros([HEADS, D], tl.float32)
+    if share == 0:  # which has the new token, as the cache will round it
+        one, inside = tl.arange(0, 1), (d < SIZE)[None, :] & (tl.arange(0, 1) == 0)[:, None]
+        key = rotated(product + N * SIZE, group + one, d, row, inside, cos, sin, pairs, SIZE).to(DTYPE)
+        value = tl.load(product + (N + GROUPS + group) * SIZE + d[None, :], inside, other=0.0).to(DTYPE)
+        to = begin + position * SIZE + d[None, :]
+        stored = inside & (block == 0) & (position >= 0) & (position < room)
+        tl.store(k + to, key, stored)
+        tl.store(v + to, value, stored)
+        highest = capped(tl.sum(q * key.to(tl.float32), 1) + slope * position, softcap)
+        total += 1.0
+        values += value.to(tl.float32)
+    first = 0 if window is None else tl.maximum(position + 1 - window, 0)
+    each = tl.cdiv(tl.cdiv(tl.maximum(position - first, 0), SPLITS), PLACES) * PLACES
+    start = first + share * each
+    end = tl.minimum(start + each, position)
+    for place in range(start, end, PLACES):
+        at = place + tl.arange(0, PLACES)
+        seen = (at < end)[:, None] & (d < SIZE)[None, :]
+        there = begin + at[:, None] * SIZE + d[None, :]
+        keys = tl.load(k + there, seen, other=0.0)
+        scores = tl.dot(q.to(DTYPE), tl.trans(keys), input_precision="ieee")
+        scores = capped(scores + slope[:, None] * at[None, :], softcap)
+        scores = tl.where((at < end)[None, :], scores, float("-inf"))
+        most = tl.maximum(highest, tl.max(scores, 1))
+        weights, fade = tl.exp(scores - most[:, None]), tl.exp(highest - most)
+        total = total * fade + tl.sum(weights, 1)
+        found = tl.load(v + there, seen, other=0.0)
+        values = values * fade[:, None] + tl.dot(weights.to(DTYPE), found, input_precision="ieee")
+        highest = most
+    to = y + row.to(tl.int64) * N * SIZE + head[:, None] * SIZE + d[None, :]
+    if SPLITS == 1:
+        tl.store(to, values / total[:, None], known)
+    else:
+        tile = row * tl.num_programs(1) + tl.program_id(1)
+        part = parts + (tile.to(tl.int64) * SPLITS + share) * HEADS * (D + 2)
+        place = tl.arange(0, HEADS)[:, None] * D + d[None, :]
+        tl.store(part + place, values)
+        tl.store(part + HEADS * D + tl.arange(0, HEADS), highest)
+        tl.store(part + HEADS * (D + 1) + tl.arange(0, HEADS), total)
+        tl.debug_barrier()  # so that the whole part is written when this program counts itself
+        if tl.atomic_add(counts + tile, 1, sem="acq_rel") == SPLITS - 1:
+            highest = tl.full([HEADS], float("-inf"), tl.float32)
+            total, values = tl.zeros([HEADS], tl.float32), tl.zeros([HEADS, D], tl.float32)
+            for other in range(SPLITS):  # not from the nearest cache, which may hold what was there before
+                part = parts + (tile.to(tl.int64) * SPLITS + other) * HEADS * (D + 2)
+                own = tl.load(part + HEADS * D + tl.arange(0, HEADS), cache_modifier=".cg")
+                most = tl.maximum(highest, own)
+                fade, grow = tl.exp(highest - most), tl.exp(own - most)
+                sums = tl.load(part + HEADS * (D + 1) + tl.arange(0, HEADS), cache_modifier=".cg")
+                total = total * fade + sums * grow
+                found = tl.load(part + place, cache_modifier=".cg")
+                values = values * fade[:, None] + found * grow[:, None]
+                highest = most
+            tl.store(to, values / total[:, None], known)
+            tl.store(counts + tile, 0)
+
+
+def attend(
+    qkv: Tensor, y: Tensor, positions: Tensor, pointers: Tensor, places: Tensor, heads: Heads, dtype: torch.dtype,
+    longest: int,
+) -> None:  # fmt: skip
+    """Store each row's new key and value in its cache, and write what its queries find, (rows, n * size), to y.
+
+    Args:
+        qkv: float32 (rows, (n + 2 * groups) * size), not rotated yet.
+        positions: int64 (rows,), of the new tokens; a row at -1 has none, and stores nothing.
+        pointers: int64 (2,), the addresses of the keys and values of a layer: (rows, groups, places, size) in `dtype`.
+        places: int64 (1,), how many there are.
+        longest: that a position is less than, by which the work is shared.
+    """
+    rows, per = len(positions), heads.n // heads.groups
+    tiles = heads.groups * -(-per // HEADS)
+    width = power_of_2(max(16, heads.size))
+    at_once = max(16, TILE // width)
+    splits = max(1, min(longest // at_once, -(-PROGRAMS // (rows * tiles)), 32))
+    if isinstance(qkv, FakeTensor):
+        return
+    parts = counts = None
+    if splits > 1:
+        parts = qkv.new_empty(rows * tiles * splits * HEADS * (width + 2))
+        counts = counters(qkv.device)
+    cos, sin = heads.rotation or (None, None)
+    sizes = 0 if cos is None else cos.size(1), heads.window or None, heads.scale, heads.softcap or None
+    tensors = qkv, y, positions, pointers, places, cos, sin, heads.slopes, parts, counts
+    form = {"N": heads.n, "GROUPS": heads.groups, "SIZE": heads.size, "SPLITS": splits, "DTYPE": element(dtype)}
+    launch(
+        attend_kernel,
+        (rows, tiles, splits),
+        *tensors,
+        *sizes,
+        **form,
+        HEADS=HEADS,
+        PLACES=at_once,
+        D=width,
+        warps=8 if width > 128 else 4,
+    )
+
+
+def element(dtype: torch.dtype) -> Any:
+    """Return Triton's name of a dtype."""
+    return getattr(tl, {torch.bfloat16: "bfloat16", torch.float16: "float16"}.get(dtype, "float32"))
+
+
+@jit
+def prefix_kernel(
+    qkv, y, k, v, gate, cos, sin, pairs, length, scale, softcap,
+    N: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Add to a head what it finds in a few places that are there for all."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    one, d, at = head + tl.arange(0, 1), tl.arange(0, D), tl.arange(0, PLACES)
+    inside = (d < SIZE)[None, :] & (one >= 0)[:, None]
+    product = qkv + row.to(tl.int64) * (N + 2 * GROUPS) * SIZE
+    q = rotated(product, one, d, row, inside, cos, sin, pairs, SIZE) * scale
+    there = (head // (N // GROUPS) * length + at)[:, None] * SIZE + d[None, :]
+    seen = (at < length)[:, None] & (d < SIZE)[None, :]
+    scores = capped(tl.sum(q * tl.load(k + there, seen, other=0.0), 1), softcap)
+    scores = tl.where(at < length, scores, float("-inf"))
+    weights = tl.exp(scores - tl.max(scores, 0))
+    found = tl.sum(weights[:, None] * tl.load(v + there, seen, other=0.0), 0) / tl.sum(weights, 0)
+    to = y + (row.to(tl.int64) * N + head) * SIZE + d
+    tl.store(to, tl.load(to, d < SIZE) + tl.load(gate + head) * found, d < SIZE)
+
+
+def attend_prefix(
+    qkv: Tensor, y: Tensor, rows: int, k: Tensor, v: Tensor, length: int, gate: Tensor, heads: Heads
+) -> None:
+    """Add `gate` (n,) times what the queries find in keys and values (groups, length, size), float32, to y."""
+    cos, sin = heads.rotation or (None, None)
+    numbers = 0 if cos is None else cos.size(1), length, heads.scale, heads.softcap or None
+    form = {"N": heads.n, "GROUPS": heads.groups, "SIZE": heads.size, "D": power_of_2(heads.size)}
+    launch(prefix_kernel, (rows, heads.n), qkv, y, k, v, gate, cos, sin, *numbers, **form, PLACES=power_of_2(length))
