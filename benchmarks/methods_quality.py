@@ -120,7 +120,7 @@ def measure(name: str, task: str, seed: str, rate: float, folder: Path) -> dict[
     scores = json.loads(call("eval/answers.py", *answered, *where, "--compare", "false", "--json", "true"))
     taken = (
         "steps", "tokens", "seconds", "trainable_parameters", "val_loss_first", "val_loss_last", "probe_loss_first",
-        "probe_loss_last", "peak_memory_bytes",
+        "probe_loss_last", "step_bytes_planned", "step_bytes_measured",
     )  # fmt: skip
     size = (file if file.is_file() else folder / "out" / "lit_model.pth").stat().st_size
     found = {"exact": next(iter(scores["exact"].values())), "learning_rate": rate, "file_bytes": size}
@@ -154,10 +154,11 @@ def page(cells: dict[str, dict[str, Any]]) -> str:
         f"each, one epoch of batch 4; out of three learning rates, the one of the lowest validation loss on {TASKS[0]} "
         f"is taken. Exact: the share of {held_out} held-out answers that are right to the letter, the mean over tasks "
         "and seeds (the least task's mean; n runs). Forgotten: by how much the loss on the text of the license rose. "
-        "Memory is the whole process's peak; seconds are those of training, on a machine that others used meanwhile."
+        "Memory is what a step on the longest row takes beside the model (planned); seconds are those of training, on "
+        "a machine that others used meanwhile."
     )
     head = (
-        "| method | exact | val. loss | forgotten | trained | file | seconds | peak GB | rate |",
+        "| method | exact | val. loss | forgotten | trained | file | seconds | step MB (planned) | rate |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     )
     parts = ["# What each method is worth", fill(words, 120, break_on_hyphens=False)]
@@ -177,11 +178,12 @@ def row_of(name: str, cells: dict[str, dict[str, Any]]) -> str | None:
     exact = [mean(cell["exact"] for cell in part) for part in own.values()]
     forgotten = mean(cell["probe_loss_last"] - cell["probe_loss_first"] for cell in every)
     loss = mean(cell["val_loss_last"] for cell in every)
-    size, memory = every[0]["file_bytes"] / 1e6, max(cell["peak_memory_bytes"] for cell in every) / 1e9
+    size = every[0]["file_bytes"] / 1e6
+    memory, plan = (max(cell[f"step_bytes_{kind}"] for cell in every) / 1e6 for kind in ("measured", "planned"))
     return (
         f"| {name} | {mean(exact):.0%} ({min(exact):.0%}; {len(every)}) | {loss:.3f} | {forgotten:+.3f} "
         f"| {every[0]['trainable_parameters']:,} | {size:.1f} MB | {mean(cell['seconds'] for cell in every):.0f} "
-        f"| {memory:.2f} | {every[0]['learning_rate']:.2g} |"
+        f"| {memory:.0f} ({plan:.0f}) | {every[0]['learning_rate']:.2g} |"
     )
 
 
