@@ -54,3 +54,4 @@ def enum(header: str, name: str) -> dict[str, int]:
 
 ACTIVATION_NUMBERS = enum("activations.h", "Activation")
 FORMAT_NUMBERS = enum("products.h", "Format")
+GATE_NUMBERS = enum("recurrent.h", "Gate")

@@ -5,6 +5,7 @@ to its weights. Running it is one call: no operator of torch, and no compiling.
 """
 
 import ctypes
+import sys
 import weakref
 from operator import is_
 from typing import Any
@@ -17,13 +18,17 @@ from lit_gpt.generation.steps.tape import TYPES, Tape, Unsupported, changed, che
 from lit_gpt.kernels import build
 from lit_gpt.kernels.ops import quantized_format
 from lit_gpt.model.gpt import GPT
-from lit_gpt.model.kv_cache import AttentionCache, KVCache
+from lit_gpt.model.kv_cache import AttentionCache, KVCache, LayerCache, StateCache
 from lit_gpt.quantization.formats import FORMATS
 from lit_gpt.quantization.modules import QuantizedLinear, unpacked
+
+MOST = sys.maxsize  # places of a cache without keys: states have room for any number of tokens
 
 
 class NativeTape(Tape):
     """Hands the operations to the library, which keeps pointers to their tensors."""
+
+    gates_and_states = True
 
     def __init__(self, library: ctypes.CDLL, model: GPT, n: int) -> None:
         self.library, self.kept = library, list[Tensor]()
@@ -33,9 +38,9 @@ class NativeTape(Tape):
 
     def use(self, cache: KVCache) -> None:
         """Add to this cache, to its first places, from now on."""
-        layers = [layer for layer in cache if isinstance(layer, AttentionCache)]  # all, of a model that is recorded
-        self.cache, self.places = cache, layers[0].k.size(2)
-        pointers = [tensor.data_ptr() for layer in layers for tensor in (layer.k, layer.v)]
+        self.cache = cache
+        self.places = min((layer.k.size(2) for layer in cache if isinstance(layer, AttentionCache)), default=MOST)
+        pointers = [None if tensor is None else tensor.data_ptr() for layer in cache for tensor in pair(layer)]
         self.pointers = (ctypes.c_void_p * len(pointers))(*pointers)
 
     def run(self, tokens: list[int], positions: list[int]) -> Tensor:
@@ -74,6 +79,12 @@ class NativeTape(Tape):
         return argument
 
 
+def pair(layer: LayerCache) -> tuple[Tensor | None, ...]:
+    """Return a layer's keys and values; or its state, None where there is none, and a convolution's tail."""
+    tensors = layer.tensors if isinstance(layer, StateCache) else layer.keys_values
+    return (None, *tensors)[-2:]
+
+
 class NativeStep:
     """Takes a Step by the operations of a tape, with the logits of lit_gpt.generation.sequence.eager_step.
 
@@ -110,11 +121,14 @@ class NativeStep:
                 self.record(max(len(rows), cache[0].rows))
             self.tape.use(rows[0].cache if len(rows) == 1 else cache)
         self.slots, self.lengths = slots, lengths
+        states = [layer for row in rows for layer in row.cache if isinstance(layer, StateCache)]
+        for layer in states:  # Ctrl-C may come before the new token counts: such a state counts for nothing then
+            layer.length = 0
         logits = self.tape.run([row.ids[-1] for row in rows], [length - 1 for length in lengths])
-        for row in rows:
-            row.cache[0].uses_long_rope = self.model.rope.is_long(len(row.ids))
+        for row, length in zip(rows, lengths, strict=True):
+            row.cache[0].uses_long_rope = self.model.rope.is_long(length)
             for layer in row.cache:
-                layer.length += 1
+                layer.length = length
         return logits
 
 

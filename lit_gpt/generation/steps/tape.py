@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_gpt.kernels.declarations import ACTIVATION_NUMBERS, FORMAT_NUMBERS
+from lit_gpt.kernels.declarations import ACTIVATION_NUMBERS, FORMAT_NUMBERS, GATE_NUMBERS
 from lit_gpt.kernels.ops import quantized_format
 from lit_gpt.methods.decoding_tape import RowChoice
 from lit_gpt.model.alibi import alibi_slopes
 from lit_gpt.model.attention import CausalSelfAttention
 from lit_gpt.model.gpt import GPT, Block
 from lit_gpt.model.linear import Linear
+from lit_gpt.model.mixers.convolution import CausalConvolution
 from lit_gpt.model.mlp import GptNeoxMLP, SwiGLU
 from lit_gpt.model.norms import LayerNorm, LayerNorms, PlainRMSNorm, QKNorm, RMSNorm, UnitOffsetRMSNorm
 from lit_gpt.quantization.modules import QuantizedEmbedding, QuantizedLinear
@@ -36,9 +37,11 @@ class Tape(ABC):
 
     Attributes:
         types: the numbers of the dtypes that a model may have.
+        gates_and_states: whether there are operations for gated attention, and for token mixers that carry a state.
     """
 
     types = TYPES
+    gates_and_states = False
 
     def __init__(self, model: GPT, n: int) -> None:
         self.model, self.n = model, n
@@ -115,26 +118,39 @@ class Tape(ABC):
     def block(self, block: nn.Module, x: Tensor, layer: int, rotation: tuple[Tensor, Tensor] | None) -> None:
         expect(block, Block)
         assert isinstance(block, Block)
-        if block.attn is None or block.mixer is not None or block.attn.gated or block.mlp is None:
-            raise Unsupported("a token mixer")
         if block.layer_input is not None or block.layer_scale is not None:
             raise Unsupported("an input of a layer's own, or a factor of what it gives")
         n_1 = self.norm(block.norm_1, x, "n_1")
-        h = self.norm(block.post_norm_1, self.attention(block.attn, n_1, layer, rotation), "h")
+        h = self.norm(block.post_norm_1, self.mixer(block, n_1, layer, rotation), "h")
         if not block.parallel:
             self.add("add", x, x.size(1), h, float(block.scale))
+        if block.mlp is None:
+            return
         n_2 = n_1 if block.norm_2 is None else self.norm(block.norm_2, x, "n_2")
         y = self.norm(block.post_norm_2, self.mlp(block.mlp, n_2), "y")
         if block.parallel:
             self.add("add", x, x.size(1), h, 1.0)
         self.add("add", x, x.size(1), y, 1.0 if block.parallel else float(block.scale))
 
+    def mixer(self, block: Block, x: Tensor, layer: int, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Compute what mixes a block's tokens, in a buffer."""
+        (mixer, *others) = block.token_mixers.values()
+        gated = isinstance(mixer, CausalSelfAttention) and mixer.gated
+        if others or (block.mixer is not None or gated or block.mlp is None) and not self.gates_and_states:
+            raise Unsupported("a token mixer")
+        if isinstance(mixer, CausalSelfAttention):
+            return self.attention(mixer, x, layer, rotation)
+        if record := recorder(mixer):
+            return record(self, x, layer)
+        raise Unsupported(type(mixer).__name__)
+
     def attention(
         self, attn: CausalSelfAttention, x: Tensor, layer: int, rotation: tuple[Tensor, Tensor] | None
     ) -> Tensor:
         expect(attn, CausalSelfAttention)
         heads, groups, size, scores = attn.n_head, attn.n_query_groups, attn.head_size, attn.scores
-        qkv = self.linear(attn.qkv, x, "qkv")
+        gated = self.linear(attn.qkv, x, "qkv")
+        qkv = self.part(gated, sum(attn.sizes)) if attn.gated else gated
         growth = self.model.config.query_growth
         if attn.clip is not None or growth is not None or attn.alibi_rounded or attn.sinks is not None or scores.chunk:
             raise Unsupported("clamped or scaled queries, rounded slopes, sinks, or chunks")
@@ -159,7 +175,15 @@ class Tape(ABC):
                 raise Unsupported(type(attn.prefix).__name__)
             k, v, gate = record(attn, self.dtype)
             self.add("attend_prefix", y, qkv, *sizes, k, v, k.size(2), *how, gate)
+        if attn.gated:
+            self.multiply(y, y, gated[:, qkv.size(1) :], "sigmoid")
         return self.linear(attn.proj, y, "h")
+
+    def part(self, x: Tensor, size: int) -> Tensor:
+        """Copy the first columns of x, so many, into a buffer."""
+        y = self.buffer("part", size)
+        self.add("part", y, size, x, x.size(1))
+        return y
 
     def qk_norm(self, norms: QKNorm, qkv: Tensor, sizes: tuple[int, ...]) -> None:
         expect(norms, QKNorm)
@@ -208,6 +232,21 @@ class Tape(ABC):
         assert isinstance(layer, nn.Linear | QuantizedLinear)
         y = self.buffer(name, layer.out_features)
         self.add_product(y, x, layer)
+        return y
+
+    # what token mixers record: see lit_gpt.model.mixers.decoding
+
+    def multiply(self, y: Tensor, x: Tensor, by: Tensor, gate: str = "identity") -> None:
+        """Set y to x times a function of `by`; x is all of y, or another buffer."""
+        self.add("multiply", y, y.size(1), x[0], x.stride(0), by[0], by.stride(0), GATE_NUMBERS[gate])
+
+    def convolve(self, convolution: CausalConvolution, x: Tensor, layer: int) -> Tensor:
+        """Convolve x with the tail in a layer's cache, which takes it in, in a buffer."""
+        expect(convolution, CausalConvolution)
+        y, weight = self.buffer("convolved", x.size(1)), convolution.weight.float().squeeze(1).t().contiguous()
+        bias = None if convolution.bias is None else convolution.bias.float()
+        how = convolution.size, weight, bias, layer, self.types[self.dtype]
+        self.add("convolve", y, x[0], x.stride(0), x.size(1), *how)
         return y
 
     # what methods record: low-rank updates, scales, activations

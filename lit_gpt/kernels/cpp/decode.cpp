@@ -11,6 +11,7 @@
 
 #include "activations.h"
 #include "products.h"
+#include "recurrent.h"
 #include "tape.h"
 
 namespace {
@@ -307,6 +308,49 @@ void tape_gate(Tape *tape, float *y, const float *gate_up, long n, long kind) {
         float *to = y + row * n;
         activate(kind, to + span.begin, gate + span.begin, span.end - span.begin);
         for (long i = span.begin; i < span.end; i++) to[i] *= up[i];
+    });
+}
+
+// y = the first n elements of each row of x
+void tape_part(Tape *tape, float *y, long n, const float *x, long x_row) {
+    tape->elements_of_rows(n, false, [=](const Run &, long row, Span span) {
+        memcpy(y + row * n + span.begin, x + row * x_row + span.begin, 4 * (span.end - span.begin));
+    });
+}
+
+// y = x, of n elements in a row of x_row, times a function of `by`, that of a Gate
+void tape_multiply(Tape *tape, float *y, long n, const float *x, long x_row, const float *by, long by_row, long gate) {
+    tape->elements_of_rows(n, x == y, [=](const Run &, long row, Span span) {
+        for (long i = span.begin; i < span.end; i++)
+            y[row * n + i] = x[row * x_row + i] * gated_by(gate, by[row * by_row + i]);
+    });
+}
+
+// y = a causal convolution of each of x's channels over `size` tokens, of which a layer's cache has those before;
+// weight: (size, channels)
+void tape_convolve(Tape *tape, float *y, const float *x, long x_row, long channels, long size, const float *weight,
+                   const float *bias, long layer, long type) {
+    auto add = [=](auto zero) {
+        using T = decltype(zero);
+        tape->elements_of_rows(channels, false, [=](const Run &run, long row, Span span) {
+            T *tail = (T *)run.cache[2 * layer + 1] + row * (size - 1) * channels;
+            convolve(y + row * channels, x + row * x_row, tail, channels, size - 1, weight, bias, span.begin, span.end);
+        });
+    };
+    type == FLOAT32 ? add(0.0f) : add(bf16{});
+}
+
+// y = what the heads of a gated delta net find: of a row of `row` elements q, k (groups, keys) and v (heads, values),
+// of one of `gates_row` each head's rate and decay before their functions; A: (heads), positive
+void tape_delta_rule(Tape *tape, float *y, const float *q, const float *k, const float *v, long row, long heads,
+                     long groups, long keys, long values, const float *rate, const float *decay, long gates_row,
+                     const float *A, const float *bias, long layer) {
+    tape->items(heads, [=](const Run &run, long r, long head) {
+        float *state = (float *)run.cache[2 * layer] + (r * heads + head) * keys * values;
+        long at = r * gates_row + head, key = r * row + head / (heads / groups) * keys, value = head * values;
+        float a = std::exp(-A[head] * softplus(decay[at] + bias[head]));
+        HeadStep step{state, keys, values, q + key, k + key, v + r * row + value, a, sigmoid(rate[at]), 0, 0};
+        delta_rule(step, y + r * heads * values + value);
     });
 }
 

@@ -8,6 +8,7 @@ from lit_gpt.model.config import Config
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.mixers import recurrence
 from lit_gpt.model.mixers.convolution import CausalConvolution
+from lit_gpt.model.mixers.decoding import MixerTape
 from lit_gpt.model.mixers.mixer import Recurrence
 from lit_gpt.model.norms import RMSNorm
 
@@ -50,6 +51,21 @@ class GatedDeltaNet(Recurrence):
             y, state = recurrence.run(q * self.state_size**-0.5, k, v, decay, rate.sigmoid(), state, positions)
         y = self.norm(y.to(gate.dtype)).to(gate.dtype) * F.silu(gate.unflatten(-1, (self.heads, -1)))
         return y.flatten(2), (state, tail)
+
+    def record(self, tape: MixerTape, x: Tensor, layer: int) -> Tensor:
+        """Record the step of one token on a decoding tape; see lit_gpt.model.mixers.decoding."""
+        qkv = tape.linear(self.qkv, x, "qkv")
+        convolved, gate, rate, decay = qkv.split(self.sizes, dim=1)
+        convolved = tape.convolve(self.conv, convolved, layer)
+        tape.activate(convolved, "silu")
+        inputs = *convolved[0].split(self.convolved), convolved.size(1)
+        sizes = self.heads, self.groups, self.state_size, self.head_size
+        rates = rate[0], decay[0], qkv.size(1), self.A_log.float().exp(), self.dt_bias.float()
+        y = tape.buffer("mixed", self.heads * self.head_size)
+        tape.add("delta_rule", y, *inputs, *sizes, *rates, layer)
+        tape.norm(self.norm, y, None, self.heads)
+        tape.multiply(y, y, gate, "swish")
+        return tape.linear(self.proj, y, "h")
 
     def blank(self, rows: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         wide = torch.promote_types(dtype, torch.float32)
