@@ -121,9 +121,8 @@ class NativeStep:
                 self.record(max(len(rows), cache[0].rows))
             self.tape.use(rows[0].cache if len(rows) == 1 else cache)
         self.slots, self.lengths = slots, lengths
-        states = [layer for row in rows for layer in row.cache if isinstance(layer, StateCache)]
-        for layer in states:  # Ctrl-C may come before the new token counts: such a state counts for nothing then
-            layer.length = 0
+        for state in (layer for row in rows for layer in row.cache if isinstance(layer, StateCache)):
+            state.length = 0  # Ctrl-C may come before the new token counts: such a state counts for nothing then
         logits = self.tape.run([row.ids[-1] for row in rows], [length - 1 for length in lengths])
         for row, length in zip(rows, lengths, strict=True):
             row.cache[0].uses_long_rope = self.model.rope.is_long(length)
