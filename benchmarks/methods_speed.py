@@ -99,7 +99,7 @@ def race(what: str, contestants: dict[str, Callable[[], Any]]) -> dict[str, list
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
-        print(f"{what}, round {turn} of {rounds}", flush=True)
+        print(f"{what}, round {turn} of {rounds}: " + ", ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items()))
     return {name: times[1:] for name, times in seconds.items()}
 
 

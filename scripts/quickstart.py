@@ -33,7 +33,7 @@ TRAINING = {
     "lora_projection": "true",
     "lora_mlp": "true",
     "lora_dropout": 0,
-    "learning_rate": 2e-3,
+    "learning_rate": 3e-3,
     "warmup_steps": 5,
     "batch_size": 4,
     "eval_interval": 20,
