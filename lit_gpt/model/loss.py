@@ -14,7 +14,8 @@ from lit_gpt.quantization.modules import keep_dequantized
 
 # Logits held at a time, in elements: 16 MiB in float32. Larger pieces are hardly faster on a CPU with a frozen head.
 # Where a piece must be worth widening the head's weights, or adding to their gradient, eight times as many are held;
-# on other devices 32 times as many, in whole tiles of a product: there a small piece is mostly kernel launches.
+# on other devices 32 times as many, in whole tiles of a product: there a small piece is mostly kernel launches; and 64
+# times, 4,096 rows of Falcon's, where the gradient takes the place of the logits and no copy in float32 is made.
 MAX_LOGITS = 2**22
 TILE = 128  # rows
 
@@ -79,10 +80,12 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return loss, p.scatter_add_(1, at, p.new_full((), -1.0).expand(at.shape)).to(logits.dtype)
 
 
-def _chunks(head: nn.Module, hidden: Tensor, labels: Tensor, trained: bool) -> list[tuple[Tensor, Tensor]]:
+def _chunks(
+    head: nn.Module, hidden: Tensor, labels: Tensor, trained: bool, in_place: bool = False
+) -> list[tuple[Tensor, Tensor]]:
     on_cpu = hidden.device.type == "cpu" and not policy().simulate_cuda
     widened = arithmetic(hidden.device, hidden.dtype) != hidden.dtype
-    limit = MAX_LOGITS * ((8 if trained or widened else 1) if on_cpu else 32)
+    limit = MAX_LOGITS * ((8 if trained or widened else 1) if on_cpu else 64 if in_place else 32)
     size = max(1, limit // int(head.out_features))  # type: ignore[arg-type]  # torch: attributes are tensors or modules
     if not on_cpu and size > TILE:
         size -= size % TILE
@@ -101,7 +104,8 @@ class _ChunkedLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         grads = [torch.zeros_like(p) for p in parameters]
         hidden_grads, start = [], 0
-        for rows, row_labels in _chunks(head, hidden, labels, trained=sum(p.numel() for p in parameters) > MAX_LOGITS):
+        trained, in_place = sum(p.numel() for p in parameters) > MAX_LOGITS, triton_kernels(hidden) is not None
+        for rows, row_labels in _chunks(head, hidden, labels, trained, in_place):
             start, here = start + len(rows), slice(start, start + len(rows))
             with torch.enable_grad(), over(here):
                 rows = rows.detach().requires_grad_()

@@ -8,7 +8,7 @@ from helpers.compare import off
 from helpers.triton_kernels import DEVICE, NARROW, inputs, results, rounds_once
 from lit_gpt.kernels import norms
 
-SHAPES = [(3, 7, 4544), (2, 33, 48), (1, 1, 100), (5, 600, 8)]  # the last has many rows to a tile, and many tiles
+SHAPES = [(1, 7, 4544), (2, 33, 48), (1, 1, 100), (5, 600, 8)]  # the last has many rows to a tile, and many tiles
 
 
 def plain_layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
@@ -18,8 +18,7 @@ def plain_layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | Non
     return y if bias is None else y + bias
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("frozen", [(), (1,), (1, 2)], ids=["all train", "frozen weight", "frozen"])
+@pytest.mark.parametrize("shape, frozen", [*((shape, ()) for shape in SHAPES), (SHAPES[1], (1,)), (SHAPES[0], (1, 2))])
 def test_layer_norm(shape, frozen):
     given = inputs(shape, shape[-1:], shape[-1:], frozen=frozen)
     rounds_once(lambda x, w, b: norms.layer_norm(x, w, b, 1e-5), plain_layer_norm, given)
@@ -31,9 +30,10 @@ def test_layer_norm_without_bias_and_without_weight():
     rounds_once(lambda x: norms.layer_norm(x, None, None, 1e-5), plain_layer_norm, given[:1])
 
 
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("frozen", [(), (1,)], ids=["all train", "frozen weight"])
+@pytest.mark.parametrize(
+    "shape, frozen, offset",
+    [*((shape, (), 0.0) for shape in SHAPES), (SHAPES[1], (), 1.0), (SHAPES[0], (1,), 1.0), (SHAPES[0], (1,), 0.0)],
+)
 def test_rms_norm(shape, frozen, offset):
     def plain(x: Tensor, weight: Tensor) -> Tensor:
         return (offset + weight) * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
