@@ -334,33 +334,10 @@ def profile(check: Check) -> dict[str, Any]:
 
 
 def decoding(check: Check) -> dict[str, Any]:
-    """Generate greedily: tokens per second, eager and compiled, in each format."""
-    import torch
+    """Compare and time products in every format, and the captured step, see gpu_decoding.py."""
+    import gpu_decoding
 
-    result: dict[str, Any] = {}
-    for format in (None, "int8", "nf4", "int4"):
-        gpt = random_gpt(check, format).eval()
-        for compiled in (False,) if check.dry or format in ("nf4", "int4") else (False, True):
-            name = f"{format or 'bf16'}{', compiled' if compiled else ''}"
-            result[name] = decode(gpt, compiled, 8 if check.dry else 64)
-            print(f"  {name}: {result[name]} tokens/s", flush=True)
-        del gpt
-        if not check.dry:
-            torch.cuda.empty_cache()
-    return result
-
-
-def decode(gpt: Any, compiled: bool, tokens: int) -> float:
-    from lit_gpt.generation.engine import generate
-    from lit_gpt.generation.steps import FastStep
-
-    step, prompt = FastStep(gpt, compiled), list(range(1, 33))
-    for counted in (False, True):  # the first answer compiles, or fills caches
-        synchronize()
-        start = time.perf_counter()
-        answer = list(generate(gpt, prompt, tokens if counted else 4, temperature=0.0, step=step))
-        synchronize()
-    return round(len(answer) / (time.perf_counter() - start), 1)
+    return gpu_decoding.decoding(check)
 
 
 def peers(check: Check) -> dict[str, Any]:

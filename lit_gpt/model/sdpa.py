@@ -85,6 +85,8 @@ def sdpa_one_query(
 ) -> Tensor:
     """Compute attention of one query of each row; the arguments are those of `sdpa`, with T = 1."""
     if q.device.type != "cpu":
+        if seen is not None and q.size(1) != k.size(1):  # for which torch's would repeat the keys, in float32
+            return sdpa_by_matmul(q, k, v, scores, seen, sinks)
         return sdpa(q, k, v, scores, seen, sinks)
     # torch's own kernel takes many times as long there, and so do products in narrow types
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -286,14 +286,12 @@ def gemv(
         codes = codes.view(torch.int32)
     outputs = len(codes) // (2 if epilogue.gated else 1)
     y = x.new_empty(m, outputs) if out is None else out
-    if isinstance(x, FakeTensor):
-        return y
     shape = launch_shape(m, outputs, codes, epilogue.gated)
     tiles, parts = -(-outputs // shape["ROWS"]), -(-m // shape["INPUTS"])
     sums = counts = None
     if (splits := shape["SPLITS"]) > 1:
         sums = x.new_empty(splits * (2 if epilogue.gated else 1) * m * outputs, dtype=torch.float32)
-        counts = counters(x.device)
+        counts = counters(x)
     arguments = x, codes, *params, epilogue.bias, epilogue.residual, y, sums, counts
     sizes = m, columns, outputs, codes.size(1), -(-codes.size(1) // shape["BLOCK"]), epilogue.scale
     form = {"FORMAT": format, "ACTIVATION": epilogue.activation, "GATED": epilogue.gated}
@@ -313,7 +311,7 @@ def launch_shape(m: int, outputs: int, codes: Tensor, gated: bool) -> dict[str, 
         while rows > 2 and outputs < rows * PROGRAMS:
             rows //= 2
     else:
-        block, rows = 128, 32
+        block, rows = 128, 16 if gated and m > 16 and codes.dtype == torch.uint8 else 32  # lest registers are spilled
     block = min(block, max(32, power_of_2(stored)))
     tiles, blocks = -(-outputs // rows), -(-stored // block)
     splits = max(1, min(PROGRAMS // tiles, blocks // 4, 16)) if tiles <= TILES else 1
@@ -321,9 +319,15 @@ def launch_shape(m: int, outputs: int, codes: Tensor, gated: bool) -> dict[str, 
     return {"INPUTS": inputs, "ROWS": rows, "BLOCK": block, "SPLITS": 1 << splits.bit_length() - 1}
 
 
+def counters(like: Tensor) -> Tensor:
+    """Return zeros, one for each tile, on a tensor's device; every launch leaves them as it found them."""
+    if isinstance(like, FakeTensor):
+        return like.new_empty(TILES, dtype=torch.int32)
+    return _counters(like.device)
+
+
 @cache
-def counters(device: torch.device) -> Tensor:
-    """Return zeros, one for each tile; every launch leaves them as it found them."""
+def _counters(device: torch.device) -> Tensor:
     return torch.zeros(TILES, dtype=torch.int32, device=device)
 
 

@@ -23,6 +23,8 @@ def mend() -> None:
         return dot(self, a, b, *rest)
 
     def cast_impl(self: Any, x: Any, dtype: Any) -> Any:
+        if x.dtype.scalar.is_int() and dtype.scalar == tl.bfloat16:  # which is taken for the bits of one
+            x = cast(self, x, tl.float32)
         if x.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:  # which is cut off
             bits = x.data.view(np.uint32)
             nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16

@@ -71,7 +71,7 @@ def test_each_row_attends_to_its_own_places_and_stores_its_token(name, pairs, lo
     torch.testing.assert_close(y.double(), expected(qkv, *exact, positions, heads), rtol=1e-5, atol=1e-5)
     for kept, theirs in zip(cache, exact, strict=True):
         torch.testing.assert_close(kept, theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
-    assert not counters(y.device).any()
+    assert not counters(y).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -42,6 +42,14 @@ def test_codes_are_multiplied_as_the_weight_that_they_stand_for(name, m, shape):
     assert off(gemv(x, weight), x.double() @ exact.t()) < 2e-6
 
 
+@pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.parametrize("name", FORMATS)
+def test_products_in_16_bits(name, m):
+    weight, exact = quantized(name, 24, 192, torch.bfloat16)
+    x = random(m, 192, seed=1)
+    assert off(gemv(x, weight, dtype=torch.bfloat16), x.double() @ exact.t()) < (1e-5 if m == 1 else 6e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("m", [1, 2, 17])
 def test_a_full_weight(m, dtype):
@@ -81,7 +89,7 @@ def test_programs_that_share_columns_add_up_and_leave_their_counters_at_zero(nam
     for _ in range(2):
         made = gemv(x, weight, Epilogue(None, "silu", gated, residual))
         assert off(made, expected) < 1e-5
-    assert not products.counters(x.device).any()
+    assert not products.counters(x).any()
 
 
 @pytest.mark.parametrize("name", FORMATS)

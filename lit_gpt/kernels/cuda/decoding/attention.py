@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from lit_gpt.kernels.cuda.gemv import counters
 from lit_gpt.kernels.cuda.language import jit, power_of_2, tl
@@ -169,12 +168,10 @@ def attend(
     width = power_of_2(max(16, heads.size))
     at_once = max(16, TILE // width)
     splits = max(1, min(longest // at_once, -(-PROGRAMS // (rows * tiles)), 32))
-    if isinstance(qkv, FakeTensor):
-        return
     parts = counts = None
     if splits > 1:
         parts = qkv.new_empty(rows * tiles * splits * HEADS * (width + 2))
-        counts = counters(qkv.device)
+        counts = counters(qkv)
     cos, sin = heads.rotation or (None, None)
     sizes = 0 if cos is None else cos.size(1), heads.window or None, heads.scale, heads.softcap or None
     tensors = qkv, y, positions, pointers, places, cos, sin, heads.slopes, parts, counts
