@@ -39,11 +39,13 @@ def main() -> None:
 
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
     from lit_gpt.generation.engine import generate
+    from lit_gpt.generation.steps import FastStep
 
     prompt = torch.randint(3, 1000, (new_tokens,)).tolist()
 
     def answering(model: Any) -> Callable[[], Any]:
-        return lambda: list(generate(model.eval(), prompt, new_tokens, temperature=0))
+        step = FastStep(model)
+        return lambda: list(generate(model.eval(), prompt, new_tokens, temperature=0, step=step))
 
     base = BaseCheckpoint.open(checkpoint_dir).build(torch.bfloat16)
     work: Work = {"train": {}, "decode": {"base, or merged": answering(base)}}
