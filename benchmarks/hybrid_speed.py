@@ -122,10 +122,13 @@ def stepping(model: Any, loss_of: Callable[[], Any]) -> Callable[[], float]:
 def our_answer(model: Any, prompt: Any) -> Callable[[], float]:
     """Return what continues the prompt greedily and returns the sum of the new ids."""
     from lit_gpt.generation.engine import generate
+    from lit_gpt.generation.steps import FastStep
+
+    step = FastStep(model)  # as generate/ takes
 
     def answer() -> float:
         model.eval()
-        return float(sum(generate(model, prompt.tolist(), new_tokens, temperature=0)))
+        return float(sum(generate(model, prompt.tolist(), new_tokens, temperature=0, step=step)))
 
     return answer
 
