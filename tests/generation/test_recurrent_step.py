@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.compare import off
-from helpers.methods import as_if_trained, with_adapter_v2, with_lora_and_adapter
+from helpers.methods import EVERYTHING, as_if_trained, with_adapter_v2, with_lora_and_adapter
 from helpers.tiny_models import model_of
 from lit_gpt import GPT
 from lit_gpt.generation.engine import generate
@@ -14,12 +14,16 @@ from lit_gpt.generation.sequence import DecodingRow, Step, eager_step
 from lit_gpt.generation.steps.native import NativeStep
 from lit_gpt.generation.steps.tape import Unsupported
 from lit_gpt.kernels import build
+from lit_gpt.methods import lora
 from lit_gpt.model.gpt import quantize
 from lit_gpt.model.kv_cache import KVCache, row_view
 
 pytestmark = pytest.mark.skipif(build.library("decode") is None, reason="needs a C++ compiler")
 
-SERVED = [("qwen3_5", "qwen3_5")]
+SERVED = [
+    ("qwen3_5", "qwen3_5"), ("granite_hybrid", "granite_hybrid"), ("nemotron_h", "nemotron_h"),
+    ("falcon_mamba", "falcon_mamba"), ("lfm2", "lfm2-biased"),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=SERVED, ids="-".join)
@@ -63,14 +67,15 @@ def test_logits_and_states(hybrid: GPT):
     same_logits(hybrid)
 
 
-@pytest.mark.parametrize("format", ["int8", "nf4"])
-def test_of_a_quantized_base_with_methods(hybrid: GPT, format: str):
-    model = quantize(copy.deepcopy(hybrid), format)
-    same_logits(as_if_trained(with_lora_and_adapter(model)))
+def test_of_a_quantized_base_with_lora(hybrid: GPT):
+    model = quantize(copy.deepcopy(hybrid), "nf4")
+    same_logits(as_if_trained(lora.attach(model, EVERYTHING).eval()))
 
 
-def test_of_methods_that_scale(hybrid: GPT):
-    same_logits(as_if_trained(with_adapter_v2(copy.deepcopy(hybrid))))
+@pytest.mark.parametrize("hybrid", SERVED[:1], ids="-".join, indirect=True)
+@pytest.mark.parametrize("attach", [with_lora_and_adapter, with_adapter_v2])
+def test_of_other_methods(hybrid: GPT, attach):
+    same_logits(as_if_trained(attach(copy.deepcopy(hybrid))))
 
 
 def test_in_bfloat16(hybrid: GPT):
@@ -85,6 +90,7 @@ def test_answers_follow_each_other(hybrid: GPT):
         assert list(generate(hybrid, prompt, new, temperature=0, step=step)) == expected
 
 
+@pytest.mark.parametrize("hybrid", SERVED[:1], ids="-".join, indirect=True)
 def test_a_step_that_breaks_off_leaves_a_state_that_counts_for_nothing(hybrid: GPT, monkeypatch):
     (row,), cache = begun(hybrid, (4,))
     step = NativeStep(hybrid)
@@ -94,6 +100,7 @@ def test_a_step_that_breaks_off_leaves_a_state_that_counts_for_nothing(hybrid: G
     assert min(layer.length for layer in row.cache) == 0
 
 
+@pytest.mark.parametrize("hybrid", SERVED[:1], ids="-".join, indirect=True)
 def test_a_mixer_that_may_do_more_goes_through_the_model(hybrid: GPT):
     model = copy.deepcopy(hybrid)
     mixer = next(block.mixer for block in model.h if block.mixer is not None)

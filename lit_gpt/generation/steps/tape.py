@@ -20,7 +20,7 @@ from lit_gpt.model.gpt import GPT, Block
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.mixers.convolution import CausalConvolution
 from lit_gpt.model.mlp import GptNeoxMLP, SwiGLU
-from lit_gpt.model.norms import LayerNorm, LayerNorms, PlainRMSNorm, QKNorm, RMSNorm, UnitOffsetRMSNorm
+from lit_gpt.model.norms import GroupedRMSNorm, LayerNorm, LayerNorms, PlainRMSNorm, QKNorm, RMSNorm, UnitOffsetRMSNorm
 from lit_gpt.quantization.modules import QuantizedEmbedding, QuantizedLinear
 
 TYPES = {torch.float32: FORMAT_NUMBERS["float32"], torch.bfloat16: FORMAT_NUMBERS["bfloat16"]}
@@ -212,13 +212,13 @@ class Tape(ABC):
             return x
         if record := recorder(norm):
             return record(self, x, name, parts)
-        expect(norm, LayerNorm, nn.LayerNorm, LayerNorms, RMSNorm, UnitOffsetRMSNorm, PlainRMSNorm)
+        expect(norm, LayerNorm, nn.LayerNorm, LayerNorms, RMSNorm, UnitOffsetRMSNorm, GroupedRMSNorm, PlainRMSNorm)
         assert isinstance(norm, nn.LayerNorm | RMSNorm | PlainRMSNorm)
         y, size = x if name is None else self.buffer(name, x.size(1)), x.size(1) // parts
         weight, bias = (
             w.float() if isinstance(w, Tensor) else None for w in (norm.weight, getattr(norm, "bias", None))
         )
-        stride = size if type(norm) is LayerNorms else 0
+        stride = size if type(norm) in (LayerNorms, GroupedRMSNorm) else 0
         offset, centered = getattr(norm, "offset", 0.0), isinstance(norm, nn.LayerNorm)
         rows = y[0], y.stride(0), x[0], x.stride(0)  # of a view only a row is contiguous
         self.add("norm", *rows, parts, size, weight, bias, stride, float(norm.eps), offset, centered)

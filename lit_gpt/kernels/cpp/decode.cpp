@@ -354,6 +354,35 @@ void tape_delta_rule(Tape *tape, float *y, const float *q, const float *k, const
     });
 }
 
+// y = what Mamba-2's heads find; like delta_rule, but for a time step before its function, that is no shorter than
+// `shortest`, and what D adds of the values
+void tape_state_space(Tape *tape, float *y, const float *q, const float *k, const float *v, long row, long heads,
+                      long groups, long keys, long values, const float *time, long time_row, const float *A,
+                      const float *bias, double shortest, const float *D, long layer) {
+    tape->items(heads, [=](const Run &run, long r, long head) {
+        float *state = (float *)run.cache[2 * layer] + (r * heads + head) * keys * values;
+        long key = r * row + head / (heads / groups) * keys, value = head * values;
+        float t = std::max((float)shortest, softplus(time[r * time_row + head] + bias[head]));
+        HeadStep step{state, keys, values, q + key, k + key, v + r * row + value, std::exp(-A[head] * t),
+                      t,     0,    D[head]};
+        step.take(y + r * heads * values + value);
+    });
+}
+
+// y = what Mamba's channels find of their values v and time steps, which are before softplus; A: (channels, keys),
+// negative
+void tape_selective_scan(Tape *tape, float *y, const float *q, const float *k, long row, long channels, long keys,
+                         const float *v, const float *time, const float *A, const float *D, long layer) {
+    tape->elements_of_rows(channels, false, [=](const Run &run, long r, Span span) {
+        float *state = (float *)run.cache[2 * layer] + r * channels * keys;
+        for (long c = span.begin; c < span.end; c++) {
+            long at = r * channels + c;
+            y[at] = D[c] * v[at] + channel_step(state + c * keys, keys, A + c * keys, softplus(time[at]), v[at],
+                                                q + r * row, k + r * row);
+        }
+    });
+}
+
 // logits from what the head gives
 void tape_finish(Tape *tape, float *y, long n, double divisor, double softcap) {
     tape->elements_of_rows(n, true, [=](const Run &, long row, Span span) {

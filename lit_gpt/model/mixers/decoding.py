@@ -33,6 +33,9 @@ class MixerTape(Protocol):
     def activate(self, y: Tensor, activation: str) -> None:
         """Apply an activation by its name to y, in place."""
 
+    def scale(self, y: Tensor, scale: Tensor, shift: Tensor) -> None:
+        """Replace y by scale * (y + shift), both float32 (size,)."""
+
     def multiply(self, y: Tensor, x: Tensor, by: Tensor, gate: str = "identity") -> None:
         """Set y to x times a function of `by`: "identity", "sigmoid" or "swish"; x is all of y, or another buffer."""
 

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from lit_gpt.model.config import Config
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.mixers.convolution import CausalConvolution
+from lit_gpt.model.mixers.decoding import MixerTape
 from lit_gpt.model.mixers.mixer import Recurrence
+from lit_gpt.model.norms import PlainRMSNorm
 
 
 class Mamba(Recurrence):
@@ -56,6 +58,24 @@ class Mamba(Recurrence):
             y, state = scan(q, k, wide, step, A, state, positions)
             y = y + self.D.to(state.dtype) * wide
         return y.to(gate.dtype) * F.silu(gate), (state, tail)
+
+    def record(self, tape: MixerTape, x: Tensor, layer: int) -> Tensor:
+        """Record the step of one token on a decoding tape; see lit_gpt.model.mixers.decoding."""
+        qkv = tape.linear(self.qkv, x, "qkv")
+        v, gate = qkv.split(self.sizes, dim=1)
+        v = tape.convolve(self.conv, v, layer)
+        tape.activate(v, "silu")
+        made = tape.linear(self.x_proj, v, "made")
+        step, k, q = made.split((self.rank, self.state_size, self.state_size), dim=1)
+        step = tape.norm(PlainRMSNorm(self.rank, self.eps), step, "step")
+        for x in (k, q):
+            tape.norm(PlainRMSNorm(self.state_size, self.eps), x, None)
+        step = tape.linear(self.dt_proj, step, "steps")
+        y, A = tape.buffer("mixed", self.channels), -self.A_log.float().exp()
+        sizes = made.size(1), self.channels, self.state_size
+        tape.add("selective_scan", y, q[0], k[0], *sizes, v, step, A, self.D.float(), layer)
+        tape.multiply(y, y, gate, "swish")
+        return tape.linear(self.proj, y, "h")
 
     def blank(self, rows: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         wide = torch.promote_types(dtype, torch.float32)

@@ -8,6 +8,7 @@ from lit_gpt.model.config import Config
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.mixers import recurrence
 from lit_gpt.model.mixers.convolution import CausalConvolution
+from lit_gpt.model.mixers.decoding import MixerTape
 from lit_gpt.model.mixers.mixer import Recurrence
 from lit_gpt.model.norms import GroupedRMSNorm, RMSNorm
 from lit_gpt.model.rope import Rotation
@@ -64,6 +65,25 @@ class Mamba2(Recurrence):
             y, state = recurrence.run(q, k, v * step.unsqueeze(-1), -A_log.exp() * step, None, state, positions)
             y = y + D.unsqueeze(-1) * v
         return self.norm(y.flatten(2).to(gate.dtype) * F.silu(gate)), (state, tail)
+
+    def record(self, tape: MixerTape, x: Tensor, layer: int) -> Tensor:
+        """Record the step of one token on a decoding tape; see lit_gpt.model.mixers.decoding."""
+        qkv = tape.linear(self.qkv, x, "qkv")
+        if self.scales:
+            scales = torch.cat([torch.full((size,), scale) for scale, size in self.scales])
+            tape.scale(qkv, scales, torch.zeros_like(scales))
+        gate, convolved, step = qkv.split(self.sizes, dim=1)
+        convolved = tape.convolve(self.conv, convolved, layer)
+        tape.activate(convolved, "silu")
+        v, k, q = convolved[0].split(self.convolved)
+        sizes = self.heads, self.groups, self.state_size, self.head_size
+        A_log, dt_bias, D = (x.float() for x in (self.A_log, self.dt_bias, self.D))
+        steps = step[0], qkv.size(1), A_log.exp(), dt_bias, float(self.min_step)
+        y = tape.buffer("mixed", self.heads * self.head_size)
+        tape.add("state_space", y, q, k, v, convolved.size(1), *sizes, *steps, D, layer)
+        tape.multiply(y, y, gate, "swish")
+        tape.norm(self.norm, y, None, self.norm.groups if isinstance(self.norm, GroupedRMSNorm) else 1)
+        return tape.linear(self.proj, y, "h")
 
     def blank(self, rows: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         wide = torch.promote_types(dtype, torch.float32)

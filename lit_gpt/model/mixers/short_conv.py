@@ -6,6 +6,7 @@ from torch import Tensor
 from lit_gpt.model.config import Config
 from lit_gpt.model.linear import Linear
 from lit_gpt.model.mixers.convolution import CausalConvolution
+from lit_gpt.model.mixers.decoding import MixerTape
 from lit_gpt.model.mixers.mixer import Recurrence
 
 
@@ -27,6 +28,15 @@ class ShortConvolution(Recurrence):
         k, q, v = parts
         y, tail = self.conv(k * v, *carried, positions)
         return q * y, (tail,)
+
+    def record(self, tape: MixerTape, x: Tensor, layer: int) -> Tensor:
+        """Record the step of one token on a decoding tape; see lit_gpt.model.mixers.decoding."""
+        k, q, v = tape.linear(self.qkv, x, "qkv").split(self.sizes, dim=1)
+        y = tape.buffer("mixed", self.channels)
+        tape.multiply(y, k, v)
+        y = tape.convolve(self.conv, y, layer)
+        tape.multiply(y, y, q)
+        return tape.linear(self.proj, y, "h")
 
     def blank(self, rows: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         return (torch.zeros(rows, self.conv.size - 1, self.channels, device=device, dtype=dtype),)
