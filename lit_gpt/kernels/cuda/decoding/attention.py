@@ -67,47 +67,27 @@ def capped(scores, softcap):
 
 
 @jit
-def attend_kernel(
-    qkv, y, positions, pointers, places, cos, sin, slopes, parts, counts,
-    pairs, window, scale, softcap,
-    N: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, DTYPE: tl.constexpr,
-    HEADS: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr,
+def add_token(
+    product, k, v, q, slope, group, position, to, stored, row, cos, sin, pairs, softcap,
+    N: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, DTYPE: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Attend with HEADS heads of one row and group to one of SPLITS shares of the places."""
-    PER: tl.constexpr = N // GROUPS
-    BLOCKS: tl.constexpr = (PER + HEADS - 1) // HEADS
-    row, share = tl.program_id(0), tl.program_id(2)
-    group, block = tl.program_id(1) // BLOCKS, tl.program_id(1) % BLOCKS
-    of_group, d = block * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
-    head, known = group * PER + of_group, (of_group < PER)[:, None] & (d < SIZE)[None, :]
-    width: tl.constexpr = (N + 2 * GROUPS) * SIZE
-    product = qkv + row.to(tl.int64) * width
-    position = tl.load(positions + row)
-    room = tl.load(places)
-    k = tl.multiple_of(tl.load(pointers).to(tl.pointer_type(DTYPE)), 16)
-    v = tl.multiple_of(tl.load(pointers + 1).to(tl.pointer_type(DTYPE)), 16)
-    begin = (row.to(tl.int64) * GROUPS + group) * room * SIZE
-    q = rotated(product, head, d, row, known, cos, sin, pairs, SIZE) * scale
-    slope = tl.zeros([HEADS], tl.float32)
-    if slopes is not None:
-        slope = tl.load(slopes + head, of_group < PER, other=0.0)
-    highest = tl.full([HEADS], float("-inf"), tl.float32)
-    total, values = tl.zeros([HEADS], tl.float32), tl.zeros([HEADS, D], tl.float32)
-    if share == 0:  # which has the new token, as the cache will round it
-        one, inside = tl.arange(0, 1), (d < SIZE)[None, :] & (tl.arange(0, 1) == 0)[:, None]
-        key = rotated(product + N * SIZE, group + one, d, row, inside, cos, sin, pairs, SIZE).to(DTYPE)
-        value = tl.load(product + (N + GROUPS + group) * SIZE + d[None, :], inside, other=0.0).to(DTYPE)
-        to = begin + position * SIZE + d[None, :]
-        stored = inside & (block == 0) & (position >= 0) & (position < room)
-        tl.store(k + to, key, stored)
-        tl.store(v + to, value, stored)
-        highest = capped(tl.sum(q * key.to(tl.float32), 1) + slope * position, softcap)
-        total += 1.0
-        values += value.to(tl.float32)
-    first = 0 if window is None else tl.maximum(position + 1 - window, 0)
-    each = tl.cdiv(tl.cdiv(tl.maximum(position - first, 0), SPLITS), PLACES) * PLACES
-    start = first + share * each
-    end = tl.minimum(start + each, position)
+    """Store the new key and value, if `stored`; return the queries' scores of the key, and the value, (1, D)."""
+    one, d = tl.arange(0, 1), tl.arange(0, D)
+    inside = (d < SIZE)[None, :] & (one == 0)[:, None]
+    key = rotated(product + N * SIZE, group + one, d, row, inside, cos, sin, pairs, SIZE).to(DTYPE)
+    value = tl.load(product + (N + GROUPS + group) * SIZE + d[None, :], inside, other=0.0).to(DTYPE)
+    tl.store(k + to + d[None, :], key, inside & stored)
+    tl.store(v + to + d[None, :], value, inside & stored)
+    return capped(tl.sum(q * key.to(tl.float32), 1) + slope * position, softcap), value.to(tl.float32)
+
+
+@jit
+def attend_places(
+    k, v, q, slope, highest, total, values, begin, start, end, softcap,
+    SIZE: tl.constexpr, DTYPE: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Go over the places from `start` to `end`; return highest score, sum of weights and of weighed values anew."""
+    d = tl.arange(0, D)
     for place in range(start, end, PLACES):
         at = place + tl.arange(0, PLACES)
         seen = (at < end)[:, None] & (d < SIZE)[None, :]
@@ -122,32 +102,83 @@ def attend_kernel(
         found = tl.load(v + there, seen, other=0.0)
         values = values * fade[:, None] + tl.dot(weights.to(DTYPE), found, input_precision="ieee")
         highest = most
+    return highest, total, values
+
+
+@jit
+def put_together(
+    parts, count, tile, share, highest, total, values, to, known,
+    SPLITS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Write this program's part; the last one to come writes to `to` what all together give."""
+    first = parts + tile.to(tl.int64) * SPLITS * HEADS * (D + 2)
+    head, size = tl.arange(0, HEADS), HEADS * (D + 2)
+    place = head[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(first + share * size + place, values)
+    tl.store(first + share * size + HEADS * D + head, highest)
+    tl.store(first + share * size + HEADS * (D + 1) + head, total)
+    tl.debug_barrier()  # so that the whole part is written when this program counts itself
+    if tl.atomic_add(count, 1, sem="acq_rel") == SPLITS - 1:
+        highest = tl.full([HEADS], float("-inf"), tl.float32)
+        total, values = tl.zeros([HEADS], tl.float32), tl.zeros([HEADS, D], tl.float32)
+        for other in range(SPLITS):  # not from the nearest cache, which may hold what was there before
+            part = first + other * size
+            own = tl.load(part + HEADS * D + head, cache_modifier=".cg")
+            most = tl.maximum(highest, own)
+            fade, grow = tl.exp(highest - most), tl.exp(own - most)
+            total = total * fade + tl.load(part + HEADS * (D + 1) + head, cache_modifier=".cg") * grow
+            values = values * fade[:, None] + tl.load(part + place, cache_modifier=".cg") * grow[:, None]
+            highest = most
+        tl.store(to, values / total[:, None], known)
+        tl.store(count, 0)
+
+
+@jit
+def attend_kernel(
+    qkv, y, positions, pointers, places, cos, sin, slopes, parts, counts,
+    pairs, window, scale, softcap,
+    N: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr, DTYPE: tl.constexpr,
+    HEADS: tl.constexpr, PLACES: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Attend with HEADS heads of one row and group to one of SPLITS shares of the places."""
+    PER: tl.constexpr = N // GROUPS
+    BLOCKS: tl.constexpr = (PER + HEADS - 1) // HEADS
+    row, share = tl.program_id(0), tl.program_id(2)
+    group, block = tl.program_id(1) // BLOCKS, tl.program_id(1) % BLOCKS
+    of_group, d = block * HEADS + tl.arange(0, HEADS), tl.arange(0, D)
+    head, known = group * PER + of_group, (of_group < PER)[:, None] & (d < SIZE)[None, :]
+    product = qkv + row.to(tl.int64) * (N + 2 * GROUPS) * SIZE
+    position, room = tl.load(positions + row), tl.load(places)
+    k = tl.multiple_of(tl.load(pointers).to(tl.pointer_type(DTYPE)), 16)
+    v = tl.multiple_of(tl.load(pointers + 1).to(tl.pointer_type(DTYPE)), 16)
+    begin = (row.to(tl.int64) * GROUPS + group) * room * SIZE
+    q = rotated(product, head, d, row, known, cos, sin, pairs, SIZE) * scale
+    slope = tl.zeros([HEADS], tl.float32)
+    if slopes is not None:
+        slope = tl.load(slopes + head, of_group < PER, other=0.0)
+    highest = tl.full([HEADS], float("-inf"), tl.float32)
+    total, values = tl.zeros([HEADS], tl.float32), tl.zeros([HEADS, D], tl.float32)
+    if share == 0:  # which has the new token, as the cache will round it
+        stored = (block == 0) & (position >= 0) & (position < room)
+        highest, value = add_token(
+            product, k, v, q, slope, group, position, begin + position * SIZE, stored, row, cos, sin, pairs, softcap,
+            N, GROUPS, SIZE, DTYPE, D,
+        )  # fmt: skip
+        total += 1.0
+        values += value
+    first = 0 if window is None else tl.maximum(position + 1 - window, 0)
+    each = tl.cdiv(tl.cdiv(tl.maximum(position - first, 0), SPLITS), PLACES) * PLACES
+    start = first + share * each
+    highest, total, values = attend_places(
+        k, v, q, slope, highest, total, values, begin, start, tl.minimum(start + each, position), softcap,
+        SIZE, DTYPE, PLACES, D,
+    )  # fmt: skip
     to = y + row.to(tl.int64) * N * SIZE + head[:, None] * SIZE + d[None, :]
     if SPLITS == 1:
         tl.store(to, values / total[:, None], known)
     else:
         tile = row * tl.num_programs(1) + tl.program_id(1)
-        part = parts + (tile.to(tl.int64) * SPLITS + share) * HEADS * (D + 2)
-        place = tl.arange(0, HEADS)[:, None] * D + d[None, :]
-        tl.store(part + place, values)
-        tl.store(part + HEADS * D + tl.arange(0, HEADS), highest)
-        tl.store(part + HEADS * (D + 1) + tl.arange(0, HEADS), total)
-        tl.debug_barrier()  # so that the whole part is written when this program counts itself
-        if tl.atomic_add(counts + tile, 1, sem="acq_rel") == SPLITS - 1:
-            highest = tl.full([HEADS], float("-inf"), tl.float32)
-            total, values = tl.zeros([HEADS], tl.float32), tl.zeros([HEADS, D], tl.float32)
-            for other in range(SPLITS):  # not from the nearest cache, which may hold what was there before
-                part = parts + (tile.to(tl.int64) * SPLITS + other) * HEADS * (D + 2)
-                own = tl.load(part + HEADS * D + tl.arange(0, HEADS), cache_modifier=".cg")
-                most = tl.maximum(highest, own)
-                fade, grow = tl.exp(highest - most), tl.exp(own - most)
-                sums = tl.load(part + HEADS * (D + 1) + tl.arange(0, HEADS), cache_modifier=".cg")
-                total = total * fade + sums * grow
-                found = tl.load(part + place, cache_modifier=".cg")
-                values = values * fade[:, None] + found * grow[:, None]
-                highest = most
-            tl.store(to, values / total[:, None], known)
-            tl.store(counts + tile, 0)
+        put_together(parts, counts + tile, tile, share, highest, total, values, to, known, SPLITS, HEADS, D)
 
 
 def attend(
