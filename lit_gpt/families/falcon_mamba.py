@@ -101,6 +101,7 @@ def from_gguf(said: Said) -> dict[str, Any]:
         "state_size": said.need("ssm.state_size", int),
         "conv_kernel": said.need("ssm.conv_kernel", int),
         "expand": 2,
+        "intermediate_size": said.need("ssm.inner_size", int),  # for transformers, which has its channels by that name
         "time_step_rank": said.need("ssm.time_step_rank", int),
         "layer_norm_epsilon": said.need("attention.layer_norm_rms_epsilon", float),
         "use_bias": False,
