@@ -83,7 +83,7 @@ def nbytes(weight: Tensor | QuantizedWeight) -> int:
 def agreeing(check: Any) -> dict[str, Any]:
     """Require that the captured step gives the greedy tokens of the plain loop, in float32, of rows of any length."""
     result = {}
-    for family in ("falcon-7b", "llama-2-7b"):
+    for family in ("falcon-7b", "Llama-2-7b"):
         for name in (None, "nf4") if check.dry else FORMATS:
             gpt = tiny(config_from_name(family), name).to(check.device).eval()
             prompts, new = [[5, 6, 7], [9] * 40, [3]], 3 if check.dry else 300
