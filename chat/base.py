@@ -26,15 +26,16 @@ temperature: NonNegativeFloat = 0.7
 def main(sampling: SamplingArgs, model: ModelArgs) -> None:
     check_inputs(checkpoint_dir, finetuned_path)
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
+    from lit_gpt.distributed.placement import place
     from lit_gpt.generation.chat import Chat
     from lit_gpt.generation.commands import converse, greeting, say
-    from lit_gpt.hardware import DTYPES, choose_device
+    from lit_gpt.hardware import DTYPES
     from lit_gpt.methods.finetuned_model import build_finetuned, method_of
     from lit_gpt.methods.multi_lora import LoRAPool
     from lit_gpt.quantization.modules import is_quantized
     from lit_gpt.text.prompt_style import PromptStyle
 
-    device = {"dtype": DTYPES[model.precision], "device": choose_device(model.device)}
+    device = {"dtype": DTYPES[model.precision], "device": place(model.device, model.devices)}
     base = BaseCheckpoint.open(checkpoint_dir, model.quantize, resident=True)
     own = style = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else base.prompt_style
     method = None

@@ -21,16 +21,17 @@ temperature: NonNegativeFloat = 0.8
 def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
     check_inputs(checkpoint_dir)
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
+    from lit_gpt.distributed.placement import place
     from lit_gpt.generation.answer import read_prompt
     from lit_gpt.generation.answerer import Answerer
-    from lit_gpt.hardware import DTYPES, choose_device
+    from lit_gpt.hardware import DTYPES
     from lit_gpt.methods.multi_lora import LoRAPool
     from lit_gpt.text.prompt_style import PromptStyle
 
     prompts = read_prompt(prompt, sampling, model, checkpoint_dir=checkpoint_dir, prompt_style=prompt_style)
     base = BaseCheckpoint.open(checkpoint_dir, model.quantize, resident=True)
     style = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else base.prompt_style
-    device = {"dtype": DTYPES[model.precision], "device": choose_device(model.device)}
+    device = {"dtype": DTYPES[model.precision], "device": place(model.device, model.devices)}
     loras = LoRAPool.beside(base, prompts.lora_paths, style, fixed=bool(prompt_style), **device)
     prompts.answer(Answerer(loras.model, base.tokenizer, style, sampling, model.compile, loras))
 

@@ -20,13 +20,14 @@ temperature: NonNegativeFloat = 0.8
 def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
     check_inputs(checkpoint_dir)
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
+    from lit_gpt.distributed.placement import place
     from lit_gpt.generation.answer import read_prompt
     from lit_gpt.generation.answerer import Answerer
-    from lit_gpt.hardware import DTYPES, choose_device
+    from lit_gpt.hardware import DTYPES
 
     prompts = read_prompt(prompt, sampling, model, checkpoint_dir=checkpoint_dir)
     base = BaseCheckpoint.open(checkpoint_dir, model.quantize, resident=True)
-    gpt = base.build(DTYPES[model.precision], choose_device(model.device))
+    gpt = base.build(DTYPES[model.precision], place(model.device, model.devices))
     prompts.answer(Answerer(gpt, base.tokenizer, base.prompt_style, sampling, model.compile))
 
 

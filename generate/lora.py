@@ -24,10 +24,11 @@ temperature: NonNegativeFloat = 0.8
 def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
     check_inputs(checkpoint_dir, finetuned_path)
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
+    from lit_gpt.distributed.placement import place
     from lit_gpt.errors import UsageError
     from lit_gpt.generation.answer import read_prompt
     from lit_gpt.generation.answerer import Answerer
-    from lit_gpt.hardware import DTYPES, choose_device
+    from lit_gpt.hardware import DTYPES
     from lit_gpt.methods import lora
     from lit_gpt.methods.multi_lora import LoRAPool
     from lit_gpt.quantization.modules import is_quantized
@@ -38,8 +39,9 @@ def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
         if merge:
             raise UsageError(f"--merge true: lines of {prompt.prompt_file} have a LoRA of their own; leave it out")
         base = BaseCheckpoint.open(checkpoint_dir, model.quantize, resident=True)
-        style, device = base.prompt_style, {"dtype": DTYPES[model.precision], "device": choose_device(model.device)}
-        loras = LoRAPool.beside(base, [path or finetuned_path for path in paths], style, **device)
+        device = {"dtype": DTYPES[model.precision], "device": place(model.device, model.devices)}
+        style, files = base.prompt_style, [path or finetuned_path for path in paths]
+        loras = LoRAPool.beside(base, files, style, **device)
         return prompts.answer(
             Answerer(loras.model, base.tokenizer, style, sampling, model.compile, loras, finetuned_path)
         )

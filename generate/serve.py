@@ -26,7 +26,8 @@ def main(server: ServeArgs, model: ModelArgs) -> None:
     for package in ("starlette", "uvicorn"):
         require(package, "lit-gpt[serve]", "generate/serve.py")
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
-    from lit_gpt.hardware import DTYPES, choose_device
+    from lit_gpt.distributed.placement import place
+    from lit_gpt.hardware import DTYPES
     from lit_gpt.serving.catalog import Catalog, named_files
     from lit_gpt.serving.server import read_key, serve
     from lit_gpt.text.prompt_style import PromptStyle
@@ -37,12 +38,12 @@ def main(server: ServeArgs, model: ModelArgs) -> None:
     files, key = named_files(loras), read_key(server)
     base = BaseCheckpoint.open(checkpoint_dir, model.quantize, resident=True)
     style = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else None
-    place = {"dtype": DTYPES[model.precision], "device": choose_device(model.device)}
+    where = {"dtype": DTYPES[model.precision], "device": place(model.device, model.devices)}
     if finetuned_path:
-        catalog = Catalog.with_finetuned(base, finetuned_path, style, **place)
+        catalog = Catalog.with_finetuned(base, finetuned_path, style, **where)
     else:
         room = {"folder": loras_dir, "limit": server.lora_bytes, "rows": server.batch_size}
-        catalog = Catalog.with_loras(base, files, style, **room, **place)
+        catalog = Catalog.with_loras(base, files, style, **room, **where)
     serve(catalog, server, key, model.compile)
 
 

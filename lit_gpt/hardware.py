@@ -32,9 +32,9 @@ def peak_memory_bytes() -> int:
 
 
 def peak_since_reset() -> int:
-    """Return the most memory, in bytes, held at once since the last `reset_peak`."""
+    """Return the most memory, in bytes, held at once since the last `reset_peak`; on one of several GPUs."""
     if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+        return max(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     if STATUS.exists():  # Linux
         return status_field("VmHWM")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

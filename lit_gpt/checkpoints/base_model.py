@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lit_gpt.checkpoints import folder as checkpoint
 from lit_gpt.checkpoints import io
+from lit_gpt.distributed.placement import Placement, Where
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.hardware import gathered, on_meta, page_out
 from lit_gpt.model.config import Config
@@ -35,7 +36,7 @@ def build_model(
     config: Config,
     state: Mapping[str, Tensor],
     dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    device: Where | None = None,
     source: Path | str = "the state dict",
     quantized: str | None = None,
 ) -> GPT:
@@ -55,10 +56,22 @@ def build_model(
     expected = model.state_dict()
     io.check_state(expected, state, source)
     # a quantized layer has tensors of dtypes that the model's does not bear on
-    cast = {name: tensor.to(device, expected[name].dtype if dtype else None) for name, tensor in state.items()}
+    cast = {
+        name: tensor.to(device_of(name, config, device), expected[name].dtype if dtype else None)
+        for name, tensor in state.items()
+    }
     model.load_state_dict(cast, strict=True, assign=True)
     model.tie_weights()
+    if isinstance(device, Placement):
+        device.apply(model)
     return model.eval()
+
+
+def device_of(name: str, config: Config, device: Where | None) -> torch.device | None:
+    """Return where the tensor of a name is to lie; None: where it does."""
+    if isinstance(device, Placement):
+        return device.device_of(name, config)
+    return torch.device(device) if device else None
 
 
 @dataclass(frozen=True)
@@ -150,9 +163,9 @@ class BaseCheckpoint:
         )
         raise UserError(f"{path}: trained on a base in {name}, and {where} {here}; use {mend}")
 
-    def build(self, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> GPT:
-        """Return the model, in evaluation mode; see load_model."""
-        on_cpu = torch.device(device or "cpu").type == "cpu"
+    def build(self, dtype: torch.dtype | None = None, device: Where | None = None) -> GPT:
+        """Return the model, in evaluation mode; see load_model. Of a placement each layer lies on its own device."""
+        on_cpu = (device if isinstance(device, Placement) else torch.device(device or "cpu")).type == "cpu"
         if self.quantize:
             dtype = dtype or self.dtype
         state: Mapping[str, Tensor] = self.state
@@ -177,7 +190,7 @@ class BaseCheckpoint:
         embedding = (tensor for name, tensor in self.state.items() if name.startswith("wte."))  # norms have no weights
         return next((tensor.dtype for tensor in embedding if tensor.is_floating_point()), torch.get_default_dtype())
 
-    def quantized(self, dtype: torch.dtype, device: torch.device | str | None = None) -> Iterator[tuple[str, Tensor]]:
+    def quantized(self, dtype: torch.dtype, device: Where | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield the state dict of the quantized model, tensor by tensor; what is not quantized comes as it is stored.
 
         Raises:
@@ -190,8 +203,8 @@ class BaseCheckpoint:
             if kind != "weight" or not isinstance(layer, Quantized):
                 yield name, tensor
                 continue
-            place = torch.device(device) if device else None
-            encoded = formats.encode(tensor, layer.format, dtype, place, done=page_out)
+            where = device_of(name, self.config, device)
+            encoded = formats.encode(tensor, layer.format, dtype, where, done=page_out)
             if not all(part.isfinite().all() for part in encoded.values() if part.is_floating_point()):
                 raise UserError(f"{self.checkpoint_dir / 'lit_model.pth'}: {name} holds values that are not numbers")
             yield from ((f"{path}.{key}", part) for key, part in encoded.items())

@@ -5,12 +5,13 @@ from functools import cached_property
 from pathlib import Path
 
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
+from lit_gpt.distributed.placement import place
 from lit_gpt.errors import UsageError
 from lit_gpt.generation.args import ModelArgs, SamplingArgs
 from lit_gpt.generation.engine import check_context, prompt_ids
 from lit_gpt.generation.sequence import Step
 from lit_gpt.generation.steps import FastStep
-from lit_gpt.hardware import DTYPES, choose_device
+from lit_gpt.hardware import DTYPES
 from lit_gpt.methods.finetuned_model import build_finetuned
 from lit_gpt.methods.multi_lora import LoRAPool
 from lit_gpt.model.gpt import GPT
@@ -52,7 +53,7 @@ class Answerer:
             UserError: the folder is no converted checkpoint, or the file does not fit it.
         """
         base = BaseCheckpoint.open(checkpoint_dir, args.quantize, resident=True)
-        model, record = build_finetuned(base, path, method, DTYPES[args.precision], choose_device(args.device))
+        model, record = build_finetuned(base, path, method, DTYPES[args.precision], place(args.device, args.devices))
         return cls(model, base.tokenizer, PromptStyle.from_dict(record["prompt_style"]), sampling, args.compile)
 
     def held_to(self, schema: Schema | None, style: PromptStyle) -> JSONText | None:

@@ -74,6 +74,11 @@ class ModelArgs:
     """Model"""
 
     device: Device = "auto"  # Run on this (auto: a GPU if there is one, else the CPU); mps is that of Apple's chips.
+    devices: PositiveInt = 1  # Place the layers on this many GPUs in turn, for a model that one does not hold.
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # Keep weights and compute in this.
     quantize: Quantizer | None = None  # Keep the weights in fewer bits (null: as trained, or as stored).
     compile: bool = False  # Compile the step of one token where no kernels serve it: takes seconds at first.
+
+    def __post_init__(self) -> None:
+        if self.compile and self.devices > 1:
+            raise UsageError(f"--compile true: serves one device, not --devices {self.devices}; leave one out")

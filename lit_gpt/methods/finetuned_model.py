@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
+from lit_gpt.distributed.placement import Where
 from lit_gpt.errors import UserError
 from lit_gpt.methods import registry
 from lit_gpt.methods.finetuned_file import read_file
@@ -67,7 +68,7 @@ def build_finetuned(
     path: Path,
     method: str | None,
     dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
+    device: Where | None = None,
 ) -> tuple[GPT, dict[str, Any]]:
     """Build an opened base with a finetuned file attached, and return the file's record, too; see `load_finetuned`."""
     record = read_file(path, method, base.fingerprint)

@@ -237,13 +237,13 @@ class LoRAPool:
         record, model = read(path, self.base, mmap=False), self.model
         if self.base.quantized_as(trained_on := record.get("quantize"), path).quantize != self.base.quantize:
             raise UserError(f"{path}: trained on a base in {trained_on}; start with --quantize {trained_on}")
-        config, place = method_of(record, path).config, (model.wte.weight.device, model.dtype)
+        config = method_of(record, path).config
         if config not in self.skeletons:  # of which a thousand files may have a few
             self.skeletons[config] = lora.skeleton(model.config, config)
-        updates = {
-            name: Update(A.to(*place).contiguous(), B.mT.to(*place).contiguous())
-            for name, A, B in lora.updates(self.skeletons[config], record["state"], path)
-        }
+        updates = {}
+        for name, A, B in lora.updates(self.skeletons[config], record["state"], path):
+            device = next(model.get_submodule(name).parameters()).device
+            updates[name] = Update(*(x.to(device, model.dtype).contiguous() for x in (A, B.mT)))
         return LoadedLoRA(self.style if self.fixed else PromptStyle.from_dict(record["prompt_style"]), updates)
 
     def add(self, new: LoadedLoRA, number: int | None = None, kept: Collection[int] = ()) -> int:
@@ -289,7 +289,7 @@ class LoRAPool:
         if name not in self.layers:
             linear = self.model.get_submodule(name)
             wrapper = MultiLoRAExperts if experts_of(linear) else MultiLoRALinear
-            empty = torch.empty(0, dtype=self.model.dtype, device=self.model.wte.weight.device)
+            empty = torch.empty(0, dtype=self.model.dtype, device=next(linear.parameters()).device)
             self.layers[name] = wrapper(linear, name, self.choice, len(self.layers), empty)
             self.model.set_submodule(name, self.layers[name])
         return self.layers[name]

@@ -198,8 +198,8 @@ class VirtualKeysValues(nn.Module):
         """Return keys and values (B, n_query_groups, T, head_size)."""
         sizes = [x.size(1) * self.head_size for x in (k, v)]
         start, made = self.layer * sum(sizes), self.made
-        own = F.embedding(made.which, made.vectors[:, start : start + sum(sizes)]).split(sizes, dim=-1)
+        own = F.embedding(made.which, made.vectors[:, start : start + sum(sizes)]).to(k.device).split(sizes, dim=-1)
         own = tuple(x.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for x in own)
-        at = made.virtual[:, None, :, None]
+        at = made.virtual[:, None, :, None].to(k.device)
         learned = [torch.where(at, mine.to(x.dtype), x) for mine, x in zip(own, (k, v), strict=True)]
         return learned[0], learned[1]

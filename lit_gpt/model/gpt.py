@@ -188,10 +188,14 @@ class GPT(nn.Module):
         """Make an empty cache in the model's dtype for `batch_size` sequences of up to `max_length` tokens.
 
         Args:
-            device: None for the model's; on "meta" the cache takes no memory and tells its size.
+            device: None for that of each layer; on "meta" the cache takes no memory and tells its size.
         """
-        where = torch.device(device or self.wte.weight.device), self.dtype
-        return [block.token_mixer.new_cache(batch_size, max_length, *where) for block in cast(Iterable[Block], self.h)]
+        return [
+            block.token_mixer.new_cache(
+                batch_size, max_length, torch.device(device or next(block.parameters()).device), self.dtype
+            )
+            for block in cast(Iterable[Block], self.h)
+        ]
 
     def attend_in_groups(self, size: int | None) -> None:
         """Let tokens attend within groups of so many in training, half the heads in shifted ones; None: to all before.

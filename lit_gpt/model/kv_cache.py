@@ -97,7 +97,7 @@ class AttentionCache(LayerCache):
 
     def decoding(self, rows: int, positions: Tensor, lengths: tuple[int, ...]) -> "DecodeCache":
         span = slice(rows), slice(None), slice(max(lengths))
-        return DecodeCache(self.k[span], self.v[span], positions, lengths)
+        return DecodeCache(self.k[span], self.v[span], positions.to(self.k.device), lengths)
 
 
 def zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -153,7 +153,7 @@ class StateCache(LayerCache):
             x.zero_()
 
     def decoding(self, rows: int, positions: Tensor, lengths: tuple[int, ...]) -> "StateDecodeCache":
-        return StateDecodeCache(tuple(x[:rows] for x in self.tensors), positions, lengths)
+        return StateDecodeCache(tuple(x[:rows] for x in self.tensors), positions.to(self.tensors[0].device), lengths)
 
 
 class ParallelCache(LayerCache):

@@ -13,6 +13,7 @@ from types import FrameType
 
 import uvicorn
 
+from lit_gpt.distributed.placement import devices_of
 from lit_gpt.errors import UsageError, UserError
 from lit_gpt.generation.steps import FastStep
 from lit_gpt.hardware import device_memory
@@ -55,7 +56,7 @@ def start(catalog: Catalog, args: ServeArgs, compile: bool = False) -> Completio
     """
     model, context = catalog.model, min(args.context, catalog.model.config.block_size)
     told, size = plan(catalog, args, context)
-    if size > device_memory(model.wte.weight.device):
+    if size > sum(map(device_memory, devices_of(model))):
         raise UsageError(f"--batch_size {args.batch_size}: {told}, more than there is; lower it, or --context")
     print(told, file=sys.stderr)
     cache, adapters = model.kv_cache(args.batch_size, context), catalog.adapters

@@ -146,6 +146,7 @@ MISTAKES = {
     ],
     "many_devices.md": [
         lost_rank,
+        f"python generate/base.py --checkpoint_dir {BASE} --prompt x --device cpu --devices 2",
         two_ranks(BatchArgs(batch_size=5), OptimizationArgs()),
         two_ranks(BatchArgs(batch_size=4), OptimizationArgs(optimizer_in_backward=True)),
     ],

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_gpt.distributed.placement import PlacedExecution
 from lit_gpt.kernels.declarations import ACTIVATION_NUMBERS, FORMAT_NUMBERS, GATE_NUMBERS
 from lit_gpt.kernels.ops import quantized_format
 from lit_gpt.methods.decoding_tape import RowChoice
@@ -118,6 +119,8 @@ class Tape(ABC):
     def block(self, block: nn.Module, x: Tensor, layer: int, rotation: tuple[Tensor, Tensor] | None) -> None:
         expect(block, Block)
         assert isinstance(block, Block)
+        if isinstance(block.execution, PlacedExecution):
+            raise Unsupported("blocks on several devices")
         if block.layer_input is not None or block.layer_scale is not None:
             raise Unsupported("an input of a layer's own, or a factor of what it gives")
         n_1 = self.norm(block.norm_1, x, "n_1")
