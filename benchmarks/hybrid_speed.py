@@ -4,9 +4,9 @@
     python benchmarks/hybrid_speed.py --hidden_size 64 --samples 2 --sample_tokens 70 --new_tokens 8 --rounds 2
 
 A model of Qwen 3.5's shape with random weights in float32: three layers of gated delta nets and one of attention,
-109 million parameters. Both train all of them on the same samples by AdamW, ours in one packed row, transformers in a
-batch without padding, and both continue the same prompt greedily. They take turns, round by round, so that both meet
-the same state of the machine; the first losses must be equal. Writes hybrid_speed_cpu.json and .md, or with a GPU
+109 million parameters. Both train all of them on the same samples by fused AdamW, ours in one packed row, transformers
+in a batch without padding, and both continue the same prompt greedily. They take turns, round by round, so that both
+meet the same state of the machine; the first losses must be equal. Writes hybrid_speed_cpu.json and .md, or with a GPU
 hybrid_speed_cuda.*.
 """
 
@@ -106,7 +106,7 @@ def their_step(model: Any, tokens: Any) -> Callable[[], float]:
 def stepping(model: Any, loss_of: Callable[[], Any]) -> Callable[[], float]:
     import torch
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> float:
         model.train()

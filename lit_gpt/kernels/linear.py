@@ -1,6 +1,7 @@
-"""Products with a weight, in float32 where a CPU has no arithmetic for 16 bits: torch's own are far slower there.
+"""Products with a weight: of 16 bits in float32 where a CPU has no arithmetic for them, and of float32 by oneDNN.
 
-Weights stay stored as they are, and are widened a piece at a time.
+For 16 bits torch's own are far slower there; weights stay stored as they are, and are widened a piece at a time. Of
+float32 torch's own are MKL's, which leave the wide vectors of processors by others than Intel unused.
 """
 
 from typing import Any
@@ -31,9 +32,47 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight: (out_features, in_features).
         bias: (out_features,).
     """
-    if arithmetic(x.device, x.dtype) == x.dtype or x.numel() < FEW_ROWS * x.size(-1):
-        return F.linear(x, weight, bias)
-    return _WideLinear.apply(x, weight, bias)
+    few = x.numel() < FEW_ROWS * x.size(-1)
+    if not few and arithmetic(x.device, x.dtype) != x.dtype:
+        return _WideLinear.apply(x, weight, bias)
+    if not few and by_onednn(x, weight):
+        return _OneDNNLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def by_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Return whether oneDNN is to compute products of these: in float32, by vectors of 512 bits."""
+    if torch.compiler.is_compiling() or not x.dtype == weight.dtype == torch.float32 or x.device.type != "cpu":
+        return False
+    return policy().onednn and not policy().simulate_cuda and not torch.is_autocast_enabled("cpu")
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return a b^T + bias by oneDNN; a: (..., depth), b: (columns, depth)."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    """Keeps the weight, and x if the weight trains."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        x_grad = weight_grad = bias_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = _product(grad, weight.t())
+        rows = grad.flatten(0, -2)
+        if ctx.needs_input_grad[1]:
+            weight_grad = _product(rows.t(), x.flatten(0, -2).t())
+        if ctx.needs_input_grad[2]:
+            bias_grad = rows.sum(0)
+        return x_grad, weight_grad, bias_grad
 
 
 def spans(weight: Tensor) -> list[slice]:

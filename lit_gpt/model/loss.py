@@ -102,7 +102,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, head, postprocess, over, labels, hidden, *parameters):
         total = hidden.new_zeros((), dtype=torch.float32)
-        grads = [torch.zeros_like(p) for p in parameters]
+        grads: list[Tensor] = []
         hidden_grads, start = [], 0
         trained, in_place = sum(p.numel() for p in parameters) > MAX_LOGITS, triton_kernels(hidden) is not None
         for rows, row_labels in _chunks(head, hidden, labels, trained, in_place):
@@ -114,8 +114,11 @@ class _ChunkedLoss(torch.autograd.Function):
             row_grad, *parameter_grads = torch.autograd.grad(logits, [rows, *parameters], logits_grad)
             total += loss
             hidden_grads.append(row_grad)
-            for grad, piece in zip(grads, parameter_grads, strict=True):
-                grad += piece
+            if grads:
+                grads = [grad.add_(piece) for grad, piece in zip(grads, parameter_grads, strict=True)]
+            else:
+                grads = parameter_grads
+        grads = grads or [torch.zeros_like(p) for p in parameters]
         ctx.save_for_backward(torch.cat(hidden_grads) if hidden_grads else torch.zeros_like(hidden), *grads)
         return total
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from helpers.compare import off
 from lit_gpt.families.registry import config_from_name
 from lit_gpt.kernels import linear
 from lit_gpt.kernels.policy import use_policy
@@ -36,6 +37,29 @@ def test_result_and_gradients_are_rounded_once(dtype, bias):
     for result, right in zip((y, *grads), (expected, *expected_grads), strict=True):
         assert result.dtype == dtype
         torch.testing.assert_close(result.double(), right, rtol=2 * ulp, atol=4 * ulp)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(2, 20, 24), (33, 24)])
+def test_oneDNN_computes_float32_as_exactly(shape, bias, monkeypatch):
+    ours = []
+    monkeypatch.setattr(linear, "_product", lambda *given, own=linear._product: ours.append(given) or own(*given))
+    x, weight, b = (torch.randn(*size, dtype=torch.float64) for size in (shape, (37, 24), (37,)))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [t.to(dtype).requires_grad_() for t in (x, weight, b)[: 2 + bias]]
+        with use_policy(onednn=torch.backends.mkldnn.is_available()):
+            y = linear.linear(*inputs)
+        results.append((y, *torch.autograd.grad(y.sin().sum(), inputs)))
+    for result, right in zip(*results, strict=True):
+        assert off(result.double(), right) < 1e-6
+    assert len(ours) == 3 * torch.backends.mkldnn.is_available()
+
+
+def test_autocast_keeps_its_dtype():
+    x, weight = torch.randn(20, 24), torch.randn(37, 24)
+    with use_policy(onednn=True), torch.autocast("cpu", torch.bfloat16):
+        assert linear.linear(x, weight).dtype == torch.bfloat16
 
 
 def test_only_what_needs_it_goes_that_way():
