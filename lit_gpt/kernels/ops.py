@@ -132,6 +132,49 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int, sign
     return y
 
 
+def supports_convolution(x: Tensor, tail: Tensor) -> bool:
+    """Return whether kernels convolve x (B, T, channels), perhaps a part of wider rows, behind a tail that is fixed."""
+    rows = x.stride(2) == 1 and (len(x) == 1 or x.stride(0) == x.size(1) * x.stride(1))
+    return rows and not tail.requires_grad and supports(x, tail)
+
+
+_CONVOLUTION = "Tensor x, Tensor tail, Tensor weight"
+_BLOCKS = 16  # parts of the rows whose gradients of the weight are summed apart
+
+
+def _convolution_sizes(x: Tensor, weight: Tensor) -> tuple[int, ...]:
+    return _rows(x), x.size(1), x.size(2), len(weight)
+
+
+@_operator(f"convolve({_CONVOLUTION}, Tensor? bias, Tensor? positions) -> Tensor", lambda x, *_: _like(x))
+def convolve(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor | None) -> Tensor:
+    """Return the causal convolution of x, see lit_gpt.kernels.convolution.
+
+    Args:
+        weight: float32 (size, channels): of a token itself, of the one before, and so on.
+        bias: float32 (channels,).
+    """
+    y = _like(x)
+    sizes = _convolution_sizes(x, weight)
+    _call("layers", "convolve", x, *sizes, x, x.stride(1), tail, positions, weight, bias, y)
+    return y
+
+
+def _convolution_grads(grad: Tensor, x: Tensor, tail: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _like(grad), weight.new_empty(_BLOCKS, *weight.shape)
+
+
+@_operator(f"convolve_backward(Tensor grad, {_CONVOLUTION}, Tensor? positions) -> (Tensor, Tensor)", _convolution_grads)
+def convolve_backward(
+    grad: Tensor, x: Tensor, tail: Tensor, weight: Tensor, positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the gradient of x, and parts whose sum over the first dimension is the weight's."""
+    grads = _convolution_grads(grad, x, tail, weight)
+    given = x, x.stride(1), tail, positions, weight, grad, _BLOCKS
+    _call("layers", "convolve_backward", x, *_convolution_sizes(x, weight), *given, *grads)
+    return grads
+
+
 @_operator("drop(Tensor x, Tensor keys, int kept) -> Tensor", lambda x, keys, kept: _like(x))
 def drop(x: Tensor, keys: Tensor, kept: int) -> Tensor:
     """Return x (T, size), contiguous, with zero where an element is dropped, see lit_gpt.kernels.dropout."""

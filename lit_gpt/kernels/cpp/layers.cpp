@@ -1,4 +1,5 @@
-// Elementwise parts of a block, forward and backward: RMSNorm, gated activations, rotary embedding.
+// Elementwise parts of a block, forward and backward: RMSNorm, gated activations, rotary embedding, the short causal
+// convolution of each channel.
 // Each reads and writes its tensors once. The formulas are those of lit_gpt/kernels/functional.py.
 #include "activations.h"
 #include "vectors.h"
@@ -106,6 +107,72 @@ void rotate(long rows, int heads, int rotated, int size, int half, const T *x, c
     }
 }
 
+// Samples of `length` tokens and the size - 1 tokens before them; `positions` within what is packed, or null.
+template <class T> struct Tokens {
+    long length;
+    int channels, size;
+    const T *x;
+    long x_row;
+    const T *tail;
+    const long *positions;
+
+    const T *before(long r, int back) const {
+        long b = r / length, t = r % length - back;
+        return t >= 0 ? x + (r - back) * x_row : tail + ((b + 1) * (size - 1) + t) * channels;
+    }
+    // how many tokens before it a token sees
+    int seen(long r) const { return positions && positions[r % length] < size - 1 ? positions[r % length] : size - 1; }
+};
+
+template <class T>
+void convolve(long rows, const Tokens<T> &tokens, const float *weight, const float *bias, T *y) {
+    int channels = tokens.channels;
+#pragma omp parallel for
+    for (long r = 0; r < rows; r++) {
+        int seen = tokens.seen(r);
+        each(channels, [&](int i, int n) {
+            v16 total = bias ? take(bias + i, n) : v16{};
+            for (int back = 0; back <= seen; back++)
+                total += take(tokens.before(r, back) + i, n) * take(weight + back * channels + i, n);
+            put(y + r * channels + i, total, n);
+        });
+    }
+}
+
+// The weight's gradients of `blocks` equal parts of the rows are kept apart, so that no thread waits for another and
+// their sum does not depend on how many there are.
+template <class T>
+void convolve_backward(long rows, const Tokens<T> &tokens, const float *weight, const T *grad, int blocks, T *x_grad,
+                       float *weight_grads) {
+    int channels = tokens.channels, size = tokens.size;
+#pragma omp parallel for
+    for (long r = 0; r < rows; r++) {
+        long left = tokens.length - 1 - r % tokens.length;
+        each(channels, [&](int i, int n) {
+            v16 total{};
+            for (int back = 0; back < size && back <= left; back++)
+                if (back <= tokens.seen(r + back))
+                    total += take(grad + (r + back) * channels + i, n) * take(weight + back * channels + i, n);
+            put(x_grad + r * channels + i, total, n);
+        });
+    }
+#pragma omp parallel for
+    for (int block = 0; block < blocks; block++) {
+        float *sums = weight_grads + (long)block * size * channels;
+        memset(sums, 0, (long)size * channels * 4);
+        for (long r = rows * block / blocks; r < rows * (block + 1) / blocks; r++) {
+            int seen = tokens.seen(r);
+            each(channels, [&](int i, int n) {
+                v16 above = take(grad + r * channels + i, n);
+                for (int back = 0; back <= seen; back++) {
+                    float *to = sums + back * channels + i;
+                    put(to, take(to, n) + above * take(tokens.before(r, back) + i, n), n);
+                }
+            });
+        }
+    }
+}
+
 }  // namespace
 
 #define BOTH(T, suffix)                                                                                            \
@@ -124,6 +191,16 @@ void rotate(long rows, int heads, int rotated, int size, int half, const T *x, c
     void rotate_##suffix(long rows, int heads, int rotated, int size, int half, const T *x, const T *cos,          \
                          const T *sin, float sign, T *y) {                                                         \
         rotate(rows, heads, rotated, size, half, x, cos, sin, sign, y);                                            \
+    }                                                                                                              \
+    void convolve_##suffix(long rows, long length, int channels, int size, const T *x, long x_row, const T *tail,  \
+                           const long *positions, const float *w, const float *bias, T *y) {                       \
+        convolve<T>(rows, {length, channels, size, x, x_row, tail, positions}, w, bias, y);                        \
+    }                                                                                                              \
+    void convolve_backward_##suffix(long rows, long length, int channels, int size, const T *x, long x_row,        \
+                                    const T *tail, const long *positions, const float *w, const T *g, int blocks,  \
+                                    T *x_grad, float *w_grads) {                                                   \
+        convolve_backward<T>(rows, {length, channels, size, x, x_row, tail, positions}, w, g, blocks, x_grad,      \
+                             w_grads);                                                                             \
     }
 
 extern "C" {

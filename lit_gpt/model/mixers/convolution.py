@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from lit_gpt.kernels.convolution import causal_convolution
+
 
 class CausalConvolution(nn.Module):
     """Convolves each channel with a filter of its own over `size` tokens, itself the last."""
@@ -23,14 +25,7 @@ class CausalConvolution(nn.Module):
         Returns:
             The result, like x, and the tail of what follows.
         """
-        padded, last, T = torch.cat((tail.to(x.dtype), x), dim=1), self.size - 1, x.size(1)
-        weights = self.weight.to(x.dtype).squeeze(1).t()
-        y = x * weights[last]
-        if self.bias is not None:
-            y = y + self.bias.to(x.dtype)
-        for back in range(1, self.size):
-            earlier = padded[:, last - back : last - back + T]
-            if positions is not None:
-                earlier = earlier * (positions >= back).to(x.dtype).unsqueeze(1)
-            y = torch.addcmul(y, earlier, weights[last - back])
-        return y, padded[:, T:]
+        tail, last = tail.to(x.dtype), self.size - 1
+        y = causal_convolution(x, tail, self.weight, self.bias, positions)
+        kept = torch.cat((tail, x[:, -last:]), dim=1)
+        return y, kept[:, kept.size(1) - last :]
