@@ -3,11 +3,11 @@
     python benchmarks/hybrid_speed.py
     python benchmarks/hybrid_speed.py --hidden_size 64 --samples 2 --sample_tokens 70 --new_tokens 8 --rounds 2
 
-A model of Qwen 3.5's shape with random weights in float32: three layers of gated delta nets and one of attention,
+A model of Qwen 3.5's shape with random weights: three layers of gated delta nets and one of attention,
 109 million parameters. Both train all of them on the same samples by fused AdamW, ours in one packed row, transformers
 in a batch without padding, and both continue the same prompt greedily. They take turns, round by round, so that both
-meet the same state of the machine; the first losses must be equal. Writes hybrid_speed_cpu.json and .md, or with a GPU
-hybrid_speed_cuda.*.
+meet the same state of the machine; the first losses must be equal. Writes hybrid_speed_cpu_fp32.json and .md, or
+whatever the device and the precision are.
 """
 
 import json
@@ -17,11 +17,12 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from lit_gpt.cli import PositiveInt, run
 from lit_gpt.errors import UserError
 
+precision: Literal["fp32", "bf16"] = "fp32"  # of weights and arithmetic
 hidden_size: PositiveInt = 1024  # width; all other sizes follow from it
 vocabulary: PositiveInt = 32768  # tokens
 samples: PositiveInt = 4  # samples of a training step
@@ -33,6 +34,7 @@ seed: PositiveInt = 1337  # of weights and tokens
 out_dir: Path = Path("benchmarks/results")  # folder for the results
 
 TITLES = {"train": "training step", "decode": "decoding"}
+TOLERANCES = {"fp32": 1e-4, "bf16": 0.05}  # of the first losses
 
 
 def main() -> None:
@@ -54,11 +56,12 @@ def main() -> None:
         "date": date.today().isoformat(),
         "machine": report.machine(torch.get_num_threads()),
         "versions": versions(),
+        "precision": precision,
         "parameters": parameters,
         "tokens": {"train": samples * sample_tokens, "decode": new_tokens},
         **{what: race(what, each) for what, each in work.items()},
     }
-    write(results, out_dir / f"hybrid_speed_{device}", report.where(results))
+    write(results, out_dir / f"hybrid_speed_{device}_{precision}", report.where(results))
 
 
 def models(folder: Path, device: str) -> tuple[Any, Any]:
@@ -80,7 +83,8 @@ def models(folder: Path, device: str) -> tuple[Any, Any]:
     theirs = Qwen3_5ForCausalLM(config).to(device)
     theirs.save_pretrained(folder)
     hf.convert(folder, hf_shards.StoredWeights(folder))
-    return load_model(folder, torch.float32, device).requires_grad_(), theirs
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    return load_model(folder, dtype, device).requires_grad_(), theirs.to(dtype)
 
 
 def our_step(model: Any, tokens: Any) -> Callable[[], float]:
@@ -162,7 +166,7 @@ def race(what: str, contestants: dict[str, Callable[[], float]]) -> dict[str, An
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds[name].append(time.perf_counter() - start)
-        if what == "train" and turn == 0 and abs(found["ours"] - found["transformers"]) > 1e-4:
+        if what == "train" and turn == 0 and abs(found["ours"] - found["transformers"]) > TOLERANCES[precision]:
             raise UserError(f"the losses differ: {found}; the contestants do not the same work")
         print(f"{TITLES[what]} {turn} of {rounds}: " + ", ".join(f"{n} {s[-1]:.3f} s" for n, s in seconds.items()))
     measured = {name: times[1:] for name, times in seconds.items()}
@@ -183,8 +187,9 @@ def write(results: dict[str, Any], stem: Path, where: str) -> None:
     """Write the figures as JSON and as a table."""
     from lit_gpt.files import atomic
 
+    size = f"{results['parameters'] / 1e6:.0f} million parameters in {results['precision']}"
     lines = [
-        f"# A hybrid of Qwen 3.5's shape, {results['parameters'] / 1e6:.0f} million parameters in float32\n",
+        f"# A hybrid of Qwen 3.5's shape, {size}\n",
         f"`{results['command']}` on {where} Transformers computes gated delta nets by its own fallback in torch; "
         f"medians of {rounds} rounds, in which both take turns.\n",
         "| | Lit-GPT tokens/s | transformers tokens/s | times as fast | from round to round |",

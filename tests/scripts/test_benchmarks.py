@@ -176,7 +176,7 @@ def test_a_hybrid_beside_transformers(tmp_path):
     argv = [sys.executable, str(ROOT / "benchmarks/hybrid_speed.py"), *(f"--{k}={v}" for k, v in sizes.items())]
     process = subprocess.run([*argv, f"--out_dir={tmp_path}"], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    result = json.loads((tmp_path / "hybrid_speed_cpu.json").read_text())
+    result = json.loads((tmp_path / "hybrid_speed_cpu_fp32.json").read_text())
     assert {len(times) for what in ("train", "decode") for times in result[what]["seconds"].values()} == {2}
-    table = (tmp_path / "hybrid_speed_cpu.md").read_text()
+    table = (tmp_path / "hybrid_speed_cpu_fp32.md").read_text()
     assert "| training step |" in table and "| decoding |" in table and str(tmp_path) not in table
