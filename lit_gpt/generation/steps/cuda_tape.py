@@ -102,7 +102,10 @@ class CudaTape(Tape):
         return self.logits[:n]
 
     def add(self, operation: str, *arguments: Tensor | float | None) -> None:
-        getattr(self, f"add_{operation}")(*arguments)
+        record = getattr(self, f"add_{operation}", None)
+        if record is None:
+            raise Unsupported(f"the operation {operation}")
+        record(*arguments)
 
     def call(self, function: Callable[[int], Any], *touched: Tensor) -> None:
         self.operations.append(Call(function, touched))
