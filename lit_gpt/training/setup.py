@@ -111,9 +111,7 @@ def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
         fabric.print(warning)
     on_cuda = fabric.device.type == "cuda"
     checks.check_offload(args, on_cuda)
-    if on_cuda and args.memory.precision == "fp32":
-        hardware.multiply_in_tf32()
-        fabric.print("--precision fp32: products are computed in TF32, with 11 bits of each factor")
+    choose_products(args, fabric)
     compiled = compiles_blocks(args, base.config, base.quantize, fabric.device.type)
     checks.check_vocabulary(base.config, [split.tokens for split in (train, validation, probe) if split is not None])
 
@@ -143,6 +141,13 @@ def run(args: TrainArgs, method: Method, fabric: Fabric) -> None:
     records.memory = probe_longest_row(worker, batches, planner, compiled)
     if trainer.fit():
         write_result(trainer, base, style, trainable)
+
+
+def choose_products(args: TrainArgs, fabric: Fabric) -> None:
+    """Let a GPU multiply float32 in TF32, and say so."""
+    if fabric.device.type == "cuda" and args.memory.precision == "fp32":
+        hardware.multiply_in_tf32()
+        fabric.print("--precision fp32: products are computed in TF32, with 11 bits of each factor")
 
 
 def make_evaluator(

@@ -1,10 +1,16 @@
 """Triton, or where it is not installed what lets kernels be declared: a plan on fake tensors launches none."""
 
 import os
-from types import SimpleNamespace
 from typing import Any
 
 from lit_gpt.kernels.cuda import interpreter
+
+
+class Undefined:
+    """Stands for Triton's language where kernels are declared and never run."""
+
+    constexpr = int
+
 
 tl: Any
 jit: Any
@@ -16,7 +22,7 @@ try:
     if os.environ.get("TRITON_INTERPRET") == "1":
         interpreter.mend()
 except ImportError:
-    tl, jit = SimpleNamespace(constexpr=int), lambda function: function
+    tl, jit = Undefined, lambda function: function
 
 
 def power_of_2(n: int) -> int:
