@@ -63,7 +63,7 @@ class ScaledExperts(ScaledLayer):
     """A layer of experts, each of whose outputs is scaled and shifted."""
 
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
-        rows = self.linear(x, routes).split(routes.counts)
+        rows = self.linear(x, routes).split(routes.groups.counts)
         return torch.cat([functional.scaled(*expert) for expert in zip(rows, self.scale, self.shift, strict=True)])
 
 

@@ -133,7 +133,7 @@ class ScaledExpertsInput(InputFactors):
 
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
         zeros = torch.zeros_like(self.factors)
-        rows = zip(x.split(routes.counts), self.factors, zeros, strict=True)
+        rows = zip(x.split(routes.groups.counts), self.factors, zeros, strict=True)
         return self.linear(torch.cat([functional.scaled(*expert) for expert in rows]), routes)
 
 

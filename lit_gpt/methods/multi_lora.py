@@ -23,7 +23,7 @@ from lit_gpt.methods.finetuned_model import method_of
 from lit_gpt.methods.hyperparameters import LoRAConfig
 from lit_gpt.methods.method import LinearWrapper, experts_of
 from lit_gpt.model.gpt import GPT
-from lit_gpt.model.moe import Routing, grouped_product, rows_per_expert
+from lit_gpt.model.moe import Groups, Routing, grouped_product
 from lit_gpt.text.prompt_style import PromptStyle
 
 
@@ -138,14 +138,12 @@ class MultiLoRAExperts(MultiLoRALayer):
 
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
         """Return (rows, out_features) of x (rows, in_features), whose rows are sorted by expert."""
-        order, n_expert, loras = routes.order, len(routes.counts), list(dict.fromkeys(self.choice.loras))
+        order, n_expert, loras = routes.order, routes.groups.n_expert, list(dict.fromkeys(self.choice.loras))
         chosen = torch.tensor([loras.index(lora) for lora in self.choice.loras], device=x.device)
         owners = chosen[order // (len(order) // len(chosen))]  # the LoRA of each place
-        counts = torch.tensor(routes.counts, device=x.device)
-        experts = torch.arange(n_expert, device=x.device).repeat_interleave(counts)
         # an expert under a LoRA is one expert, under another another
-        pairs, places = (owners * n_expert + experts).sort(stable=True)
-        per_pair = rows_per_expert(pairs, len(loras) * n_expert)
+        pairs, places = (owners * n_expert + routes.groups.experts).sort(stable=True)
+        per_pair = Groups(pairs, len(loras) * n_expert)
         A, B = (matrices.flatten(0, 1) for matrices in self.stacked(loras))
         low = grouped_product(x[places], A, per_pair)
         return self.linear(x, routes).index_add(0, places, grouped_product(low, B.mT, per_pair))

@@ -201,8 +201,7 @@ class AddedExpertBias(Bias):
 
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
         y = self.linear(x, routes)
-        changes = [bias.expand(n, -1) for bias, n in zip(self.bias, routes.counts, strict=True)]
-        return y + torch.cat(changes).to(y.dtype)
+        return y + routes.groups.rows_of(self.bias).to(y.dtype)
 
 
 def train_parts(model: GPT, parts: PartsConfig) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -15,6 +16,39 @@ from lit_gpt.model.config import Config
 from lit_gpt.model.norms import PlainRMSNorm
 
 BLOCK = 8  # rows; kernels take 4 at a time, or 8
+ALIGNED = 8  # bfloat16 numbers in 16 bytes, which a kernel for all experts reads at a time
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Says which rows are which expert's, where rows are sorted by expert."""
+
+    experts: Tensor  # int64 (rows,), the expert of each row, ascending
+    n_expert: int
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """Where each expert's rows end, int32 (n_expert,), on the rows' device; nobody waits for it."""
+        numbers = torch.arange(self.n_expert, device=self.experts.device)
+        return torch.searchsorted(self.experts, numbers, right=True, out_int32=True)
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """How many rows each expert has, 0 for one that no token goes to; the host waits for the device.
+
+        This is the only place where contents of a tensor decide on shapes. Without contents each expert gets as many
+        rows as the others: what a step holds does not depend on that, for all rows lie in one tensor.
+        """
+        if not policy().contents:
+            rows, n = len(self.experts), self.n_expert
+            return [rows * (i + 1) // n - rows * i // n for i in range(n)]
+        return self.experts.bincount(minlength=self.n_expert).tolist()
+
+    def rows_of(self, values: Tensor) -> Tensor:
+        """Return for each row what its expert has among values (n_expert, size): (rows, size)."""
+        if on_cuda(values):
+            return F.embedding(self.experts, values)
+        return torch.cat([value.expand(n, -1) for value, n in zip(values, self.counts, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -23,14 +57,14 @@ class Routing:
 
     order: Tensor  # int64 (N * k,): which of the rows as they come, k for each token, is in each place
     places: Tensor  # int64 (N * k,): its inverse, the place of each of those rows
-    counts: list[int]  # rows of each expert, 0 for one that no token goes to
+    groups: Groups  # of the rows as sorted
     k: int  # experts that each token goes to
 
     @classmethod
     def from_topk(cls, chosen: Tensor, n_expert: int) -> "Routing":
         """Route tokens to the experts `chosen`, int64 (N, k)."""
         experts, order = chosen.flatten().sort(stable=True)
-        return cls(order, order.argsort(), rows_per_expert(experts, n_expert), chosen.size(1))
+        return cls(order, order.argsort(), Groups(experts, n_expert), chosen.size(1))
 
     @property
     def tokens(self) -> Tensor:
@@ -45,18 +79,6 @@ class Routing:
         """Return each token's sum of its sorted rows (N * k, size), weighted by (N, k): (N, size)."""
         by_token = _Permute.apply(y, self.places, self.order).view(*weights.shape, -1)
         return (weights.to(y.dtype).unsqueeze(1) @ by_token).squeeze(1)
-
-
-def rows_per_expert(experts: Tensor, n_expert: int) -> list[int]:
-    """Return how often each expert is among `experts`. The only place where contents of a tensor decide on shapes.
-
-    Without contents each expert gets as many rows as the others: what a step holds does not depend on that, for all
-    rows lie in one tensor, sorted by expert.
-    """
-    if not policy().contents:
-        rows = len(experts)
-        return [rows * (i + 1) // n_expert - rows * i // n_expert for i in range(n_expert)]
-    return experts.bincount(minlength=n_expert).tolist()
 
 
 class _Permute(torch.autograd.Function):
@@ -74,20 +96,60 @@ class _Permute(torch.autograd.Function):
         return grad[inverse], None, None
 
 
-def grouped_product(x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+def grouped_product(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     """Multiply each expert's rows by its weight.
 
     Args:
         x: (rows, in_features), sorted by expert.
         weight: (n_expert, out_features, in_features).
-        counts: rows of each expert.
+        groups: which rows are which expert's.
 
     Returns:
         (rows, out_features), in x's dtype, or autocast's where that is on.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return _GroupedProduct.apply(x.to(dtype), weight.to(dtype), counts)
+    x, weight = x.to(dtype), weight.to(dtype)
+    if on_cuda(x) and dtype == torch.bfloat16 and all(size % ALIGNED == 0 for size in weight.shape[1:]):
+        return _KernelProduct.apply(x, weight, groups.ends)
+    return _GroupedProduct.apply(x, weight, groups.counts)
+
+
+def on_cuda(x: Tensor) -> bool:
+    """Return whether to choose as on a CUDA device."""
+    return x.is_cuda or policy().simulate_cuda
+
+
+class _KernelProduct(torch.autograd.Function):
+    """Takes the products of all experts in one kernel, which reads on the device where each expert's rows end.
+
+    Keeps the weight, and x if the weight trains. Some kernels leave what they find in memory as the gradient of an
+    expert without rows (pytorch/pytorch#172439), hence the zeros.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, ends):
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, ends)
+        return F.grouped_mm(aligned(x), aligned(weight).mT, offs=ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, ends = ctx.saved_tensors
+        x_grad = weight_grad = None
+        grad = aligned(grad)
+        if ctx.needs_input_grad[0]:
+            x_grad = F.grouped_mm(grad, aligned(weight), offs=ends)
+        if ctx.needs_input_grad[1]:
+            empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+            weight_grad = F.grouped_mm(grad.t(), aligned(x), offs=ends).masked_fill_(empty.view(-1, 1, 1), 0)
+        return x_grad, weight_grad, None
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Return x, or a copy of it, contiguous and starting at a multiple of 16 bytes, as the kernel takes it."""
+    x = x.contiguous()
+    return x.clone() if x.storage_offset() % ALIGNED else x
 
 
 class _GroupedProduct(torch.autograd.Function):
@@ -157,11 +219,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
         """Apply each expert to its rows: x (rows, in_features), sorted by expert, to (rows, out_features)."""
-        y = grouped_product(x, self.weight, routes.counts)
-        if self.bias is None:
-            return y
-        biases = [bias.expand(n, -1) for bias, n in zip(self.bias, routes.counts, strict=True)]
-        return y + torch.cat(biases).to(y.dtype)
+        y = grouped_product(x, self.weight, routes.groups)
+        return y if self.bias is None else y + routes.groups.rows_of(self.bias).to(y.dtype)
 
 
 class Router(nn.Module):

@@ -13,7 +13,7 @@ from lit_gpt.methods.hyperparameters import FullConfig, LoRAConfig
 from lit_gpt.methods.registry import make_method
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT, quantize
-from lit_gpt.model.moe import grouped_product
+from lit_gpt.model.moe import Groups, grouped_product
 
 
 @pytest.fixture(autouse=True)
@@ -97,9 +97,10 @@ def tiny(config: Config) -> Config:
 
 
 def test_experts():
+    groups = Groups(torch.tensor([0] * 20 + [2] * 10), 3)
     x, weight = torch.randn(30, 24).bfloat16().requires_grad_(), torch.randn(3, 10, 24).bfloat16()
     with use_policy(widen=True):
-        y = grouped_product(x, weight, [20, 0, 10])
+        y = grouped_product(x, weight, groups)
         (grad,) = torch.autograd.grad(y.sum(), x)
     exact = torch.cat((x[:20].double() @ weight[0].double().t(), x[20:].double() @ weight[2].double().t()))
     torch.testing.assert_close(y.double(), exact, rtol=0.01, atol=0.03)

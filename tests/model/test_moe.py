@@ -7,18 +7,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.autograd import gradcheck
 
 from helpers.cli import run_process
 from helpers.compare import off
 from helpers.runs import of_method, planner_of, same_run
+from helpers.step_trace import Counting
 from helpers.tiny_models import tiny_hf_model
 from lit_gpt import GPT, Config
 from lit_gpt.conversion import hf, hf_shards
+from lit_gpt.hardware import on_meta
+from lit_gpt.kernels.policy import use_policy
 from lit_gpt.methods import adapter_v2, lora
 from lit_gpt.model import moe
 from lit_gpt.model.mlp import MoE
 from lit_gpt.model.packed_inputs import Segments, Targets
+from lit_gpt.training.memory.plan import materialize
 from lit_gpt.training.memory.tracker import MemoryTracker
 
 CONFIG = Config(
@@ -69,7 +74,68 @@ def test_equals_the_plain_formula(tokens, norm_weights):
 
 def test_gradients_of_the_product():
     x, weight = torch.randn(5, 3).double().requires_grad_(), torch.randn(4, 2, 3).double().requires_grad_()
-    assert gradcheck(lambda x, weight: moe.grouped_product(x, weight, [0, 3, 0, 2]), (x, weight))
+    groups = moe.Groups(torch.tensor([1, 1, 1, 3, 3]), 4)
+    assert gradcheck(lambda x, weight: moe.grouped_product(x, weight, groups), (x, weight))
+
+
+@pytest.mark.parametrize("sizes", [(16, 24), (12, 16), (8, 2)])  # of which the kernel takes the first
+@pytest.mark.parametrize("experts", [[0, 0, 0, 2, 2, 5], [3] * 7, [0, 1, 2, 3, 4, 5]])
+def test_one_kernel_gives_what_a_loop_over_experts_gives(sizes, experts):
+    """As on CUDA, in bfloat16, with its gradients, which are 0 for experts without rows."""
+    groups = moe.Groups(torch.tensor(experts), 6)
+    assert groups.ends.diff(prepend=torch.zeros(1)).tolist() == groups.counts
+    x, weight = torch.randn(len(experts), sizes[0]), torch.randn(6, sizes[1], sizes[0])
+    wide = torch.randn(len(experts), 8 + sizes[1]).bfloat16()
+    results = []
+    for simulate in (False, True):
+        leaves = [leaf.bfloat16().requires_grad_() for leaf in (x, weight)]
+        with use_policy(simulate_cuda=simulate, widen=False):
+            y = moe.grouped_product(*leaves, groups)
+            torch.cat((y, wide[:, :8]), dim=1).mul(wide).sum().backward()  # a gradient with gaps between its rows
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(off(actual.float(), expected.float()) < 0.01 for actual, expected in zip(*results, strict=True))
+    without = [e for e, count in enumerate(groups.counts) if count == 0]
+    assert all((weight_grad[without] == 0).all() for *_, weight_grad in results)
+
+
+@pytest.mark.parametrize("method", [None, EXPERTS, replace(EXPERTS, r=8)])  # the kernel takes ranks of 8
+def test_a_layer_as_on_cuda_is_the_layer(method):
+    """With biases, without LoRA, and with it."""
+    gpt = GPT(replace(CONFIG, n_layer=1, intermediate_size=24, expert_bias=True)).bfloat16()
+    gpt = lora.attach(gpt, method).eval() if method else gpt
+    for name, parameter in gpt.h[0].mlp.named_parameters():
+        torch.nn.init.normal_(parameter.requires_grad_(not name.startswith("router")), std=0.3)
+    x, direction = torch.randn(2, 1, 9, 16).bfloat16()
+    results = []
+    for simulate in (False, True):
+        with use_policy(simulate_cuda=simulate, widen=False):
+            gpt.zero_grad()
+            y = gpt.h[0].mlp(x)
+            y.backward(direction)
+        results.append([y.detach(), *(p.grad for p in gpt.h[0].mlp.parameters() if p.requires_grad)])
+    assert len(results[0]) == (9 if method else 5)
+    assert all(off(actual.float(), expected.float()) < 0.02 for actual, expected in zip(*results, strict=True))
+
+
+def products_of_a_step(n_expert: int, intermediate_size: int) -> int:
+    """Count the matrix products of a step of LoRA on experts with biases, as on CUDA, where no tensor has contents."""
+    config = replace(CONFIG, n_expert=n_expert, intermediate_size=intermediate_size, expert_bias=True)
+    with on_meta():
+        model = lora.attach(GPT(config).bfloat16(), replace(EXPERTS, r=8, dropout=0.1)).train()
+    with FakeTensorMode(), use_policy(simulate_cuda=True):
+        materialize(model)
+        model.h[0].mlp.gate_up.linear.bias.requires_grad_()
+        x = torch.randn(1, 9, 16, dtype=torch.bfloat16, requires_grad=True)
+        with Counting() as counting:
+            model.h[0].mlp(x).sum().backward()
+    return counting.trace.products
+
+
+def test_the_host_never_waits_to_learn_which_experts_are_chosen():
+    """There are as many products however many experts there are; a loop takes sizes that the kernel does not."""
+    assert products_of_a_step(7, 24) == products_of_a_step(70, 24)
+    with pytest.raises(DynamicOutputShapeException):
+        products_of_a_step(7, 12)
 
 
 @pytest.mark.parametrize("sizes", [(16, 24), (12, 16), (64, 2), (2, 48)])
@@ -83,7 +149,7 @@ def test_where_other_rows_go_changes_no_bit(rows, sizes):
         x[len(own) :].normal_()  # other rows, which go elsewhere too
         experts = torch.cat((own, torch.randint(7, (rows - len(own),))))
         routes, leaf = moe.Routing.from_topk(experts.unsqueeze(1), n_expert), x.clone().requires_grad_()
-        y = moe.grouped_product(routes.dispatch(leaf), weight, routes.counts)[routes.places]
+        y = moe.grouped_product(routes.dispatch(leaf), weight, routes.groups)[routes.places]
         y.backward(grads)
         results.append(torch.cat((y.detach()[: len(own)], leaf.grad[: len(own)]), dim=1))
     assert all(torch.equal(result, results[0]) for result in results)
@@ -119,10 +185,10 @@ def test_each_expert_has_a_scale_of_its_own():
     layer = adapter_v2.attach(gpt, adapter_v2.AdapterConfig(start_layer=1)).h[0].mlp
     torch.nn.init.normal_(layer.proj.scale)
     torch.nn.init.normal_(layer.proj.shift)
-    x, counts = torch.randn(6, 12), [1, 0, 2, 0, 0, 3, 0]
+    x = torch.randn(6, 12)
     expert = torch.tensor([0, 2, 2, 5, 5, 5])
     plain = torch.stack([layer.proj.linear.weight[e] @ row for e, row in zip(expert, x, strict=True)])
-    routes = moe.Routing(expert, expert, counts, 1)
+    routes = moe.Routing(expert, expert, moe.Groups(expert, 7), 1)
     assert off(layer.proj(x, routes), layer.proj.scale[expert] * (plain + layer.proj.shift[expert])) < 1e-6
     assert isinstance(layer.router, moe.Router)
 

@@ -101,9 +101,9 @@ class LoRAExperts(LoRALayer):
         keys = self.dropout_keys(len(x) // routes.k, x.device)
         dropped = x if keys is None else dropout(x, keys[routes.tokens], self.dropout)
         A, B = self.factors()
-        low = grouped_product(dropped, A, routes.counts).split(self.rank, dim=-1)
+        low = grouped_product(dropped, A, routes.groups).split(self.rank, dim=-1)
         parts = zip(low, B.split(self.sizes, dim=-2), strict=True)
-        updates = [grouped_product(*pair, routes.counts) for pair in parts]
+        updates = [grouped_product(*pair, routes.groups) for pair in parts]
         return self.linear(x, routes).add(torch.cat(updates, dim=-1), alpha=self.scale)
 
 
