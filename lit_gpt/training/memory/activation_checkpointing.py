@@ -7,19 +7,18 @@ All kinds give the same gradients.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lit_gpt.kernels.policy import policy
 from lit_gpt.model.gpt import GPT, Block, BlockExecution
 from lit_gpt.model.norms import Residual, residual_stream
+from lit_gpt.training.memory.offloading import Offloader
 
 KINDS = ("none", "selective", "full", "offload")
-# The device that a tensor came from, and its copy, or without contents only its shape and dtype.
-HostCopy = tuple[torch.device, Tensor | tuple[torch.Size, torch.dtype]]
 
 
 def apply_activation_checkpointing(model: GPT, kind: str) -> None:
@@ -30,7 +29,11 @@ def apply_activation_checkpointing(model: GPT, kind: str) -> None:
     full: a block keeps its input alone and runs again in the backward pass (Chen et al. 2016).
     offload: as full, with the input in host memory until then.
     """
-    executions = {"selective": RecomputedOutputs, "full": FullCheckpointing, "offload": Offloading}
+    executions: dict[str, Callable[[], BlockExecution]] = {
+        "selective": RecomputedOutputs,
+        "full": FullCheckpointing,
+        "offload": partial(Offloading, Offloader()),
+    }
     for block in cast(Iterable[Block], model.h):
         block.execution = executions.get(kind, BlockExecution)()
 
@@ -45,30 +48,13 @@ class FullCheckpointing(BlockExecution):
 class Offloading(BlockExecution):
     """Keeps the block's input in host memory."""
 
+    def __init__(self, offloader: Offloader) -> None:
+        self.offloader = offloader  # of all blocks, one after the other
+
     def run(self, block: Block, *inputs: Any) -> Tensor:
         x, *shared = inputs  # by all blocks: these stay
-        with torch.autograd.graph.saved_tensors_hooks(to_host, from_host):
+        with torch.autograd.graph.saved_tensors_hooks(self.offloader.pack, self.offloader.unpack):
             return checkpoint(lambda x: block.compute(x, *shared), x, use_reentrant=False)
-
-
-def to_host(x: Tensor) -> HostCopy:
-    """Copy a tensor to memory that the device reads by itself.
-
-    Nobody waits for the copy, which is in the device's order of work.
-    """
-    if not policy().contents:
-        return x.device, (x.shape, x.dtype)
-    kept = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
-    return x.device, kept.copy_(x, non_blocking=True)
-
-
-def from_host(kept: HostCopy) -> Tensor:
-    """Copy a tensor back to the device that it came from."""
-    device, x = kept
-    if isinstance(x, Tensor):
-        return x.to(device, non_blocking=True)
-    shape, dtype = x
-    return torch.empty(shape, dtype=dtype, device=device)
 
 
 class RecomputedOutputs(BlockExecution):
