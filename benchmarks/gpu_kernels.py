@@ -132,23 +132,27 @@ def kernels(check: Any) -> dict[str, Any]:
 
 
 def flash(check: Any, distance: Callable[[Any, Any], float]) -> dict[str, Any]:
-    """Compare flash attention of packed samples with float64 on the CPU: grouped keys, windows, head sizes."""
+    """Compare attention of packed samples with float64 on the CPU: flash attention of grouped keys, windows and head
+    sizes, and flex_attention, which is compiled for it, of a soft cap and of sinks."""
     result, lengths = {}, (300, 1, 130, 93)
     segments = Segments.of(lengths, torch.device(check.device))
-    for heads, groups, size, window in ((71, 1, 64, None), (8, 2, 128, None), (8, 8, 128, 50), (4, 1, 256, None)):
+    shapes = [(71, 1, 64, None, None), (8, 2, 128, None, None), (8, 8, 128, 50, None), (4, 1, 256, None, None)]
+    for heads, groups, size, window, special in [*shapes, (8, 4, 256, 50, "cap"), (64, 8, 64, 128, "sinks")]:
         qkv = torch.randn(1, sum(lengths), (heads + 2 * groups) * size).bfloat16()
-        scores, found = ScoreParams(size**-0.5, window), []
+        scores, found = ScoreParams(size**-0.5, window, 2.0 if special == "cap" else None), []
         for x in (qkv.to(check.device), qkv.double()):
             x.requires_grad_()
             parts = x.view(1, -1, heads + 2 * groups, size).split([heads, groups, groups], dim=2)
             q, k, v = (part.transpose(1, 2) for part in parts)
             on_device = x.device.type != "cpu"
-            y = (sdpa.attend_varlen(q, k, v, scores, segments) if on_device
-                 else attention.attention(q, k, v, scores, lengths))  # fmt: skip
+            sinks = torch.linspace(-1, 1, heads).to(x) if special == "sinks" else None
+            y = (sdpa.attend_packed(q, k, v, scores, segments, sinks) if on_device
+                 else attention.attention(q, k, v, scores, lengths, sinks))  # fmt: skip
             (grad,) = torch.autograd.grad(y.float().square().sum(), x)
             found.append((y, grad))
         off = max(distance(a, b) for a, b in zip(*found, strict=True))
-        name = f"flash {heads}/{groups} heads of {size}{f', window {window}' if window else ''}"
+        parts = [f"{heads}/{groups} heads of {size}", f"window {window}" if window else "", special]
+        name = f"{'flex' if special else 'flash'} {', '.join(filter(None, parts))}"
         result[name] = f"off by {off:.1e}"
         check.require(off < 0.02, f"{name}: differs from float64 by {off:.3g}")
     return result

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from lit_gpt.kernels.flex import interval_mask
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class Segments:
     positions: Tensor  # int64 (T,), restarting with each sample
     samples: Tensor  # int64 (T,), the number of the sample that a token is of, by which training draws what is random
     cuts: "dict[tuple[int, int], Segments]" = field(default_factory=dict, init=False, repr=False, compare=False)
+    masks: dict[int | None, BlockMask] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(
@@ -51,6 +55,16 @@ class Segments:
             offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(self.offsets.device, non_blocking=True)
             self.cuts[size, first] = replace(self, lengths=tuple(lengths), offsets=offsets)
         return self.cuts[size, first]
+
+    def causal_mask(self, window: int | None) -> BlockMask:
+        """Return the mask by which a token sees itself and those before it in its sample, or so many in all."""
+        if window not in self.masks:  # all layers ask for the same
+            offsets, T = self.offsets, sum(self.lengths)
+            first = torch.repeat_interleave(offsets[:-1], offsets.diff(), output_size=T)
+            if window is not None:
+                first = first.maximum(torch.arange(1 - window, T + 1 - window, dtype=first.dtype, device=first.device))
+            self.masks[window] = interval_mask(first)
+        return self.masks[window]
 
 
 def group_lengths(length: int, size: int, first: int) -> list[int]:

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_gpt.kernels import attention
+from lit_gpt.kernels import attention, flex
 from lit_gpt.kernels.attention import ScoreParams
+from lit_gpt.kernels.cuda import launch
 from lit_gpt.kernels.policy import policy
 from lit_gpt.model.packed_inputs import Segments
 
@@ -137,12 +138,13 @@ def attend_packed(
     q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, segments: Segments, sinks: Tensor | None = None
 ) -> Tensor:
     """Compute causal attention within each sample of a packed row. The shapes are those of `attend`, B = 1, S = T."""
-    if sinks is not None:
+    if flash_supports(q):
+        if scores.softcap is None and sinks is None:
+            return attend_varlen(q, k, v, scores, segments)
+        if launch.serves(q) and torch.is_grad_enabled():  # the rest is too short for its compiling to pay
+            return attend_flex(q, k, v, scores, segments, sinks)
+    if sinks is not None or use_blockwise(q, scores):
         return attention.attention(q, k, v, scores, segments.lengths, sinks)
-    if scores.softcap is None and flash_supports(q):
-        return attend_varlen(q, k, v, scores, segments)
-    if use_blockwise(q, scores):
-        return attention.attention(q, k, v, scores, segments.lengths)
     lengths = segments.lengths
     parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
     return torch.cat([attend(*part, scores) for part in parts], dim=2)
@@ -210,6 +212,16 @@ def attend_varlen(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, segments
     y = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scores.scale, window_size=span, **grouped)
     assert isinstance(y, Tensor)  # a pair only where the sums of exponentials are asked for
     return y.transpose(0, 1).unsqueeze(0)
+
+
+def attend_flex(
+    q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, segments: Segments, sinks: Tensor | None
+) -> Tensor:
+    """Compute `attend_packed` by flex_attention; tensors without contents take what memory it would."""
+    if policy().contents:
+        return flex.attention(q, k, v, scores, segments.causal_mask(scores.window), sinks)
+    y = attend_varlen(q, k, v, scores, segments)  # which keeps the same for its gradients
+    return y if sinks is None else flex.with_sinks(y, y.new_empty(y.shape[:-1], dtype=torch.float32), sinks)
 
 
 @cache
