@@ -110,9 +110,13 @@ def grouped_product(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     x, weight = x.to(dtype), weight.to(dtype)
-    if on_cuda(x) and dtype == torch.bfloat16 and all(size % ALIGNED == 0 for size in weight.shape[1:]):
+    if not (on_cuda(x) and dtype == torch.bfloat16):
+        return _GroupedProduct.apply(x, weight, groups.counts)
+    more_out, more_in = (-size % ALIGNED for size in weight.shape[1:])
+    if not more_out and not more_in:
         return _KernelProduct.apply(x, weight, groups.ends)
-    return _GroupedProduct.apply(x, weight, groups.counts)
+    x, padded = F.pad(x, (0, more_in)), F.pad(weight, (0, more_in, 0, more_out))  # with LoRA of a low rank
+    return _KernelProduct.apply(x, padded, groups.ends)[:, : weight.size(1)]
 
 
 def on_cuda(x: Tensor) -> bool:
