@@ -15,7 +15,7 @@ from lit_gpt.methods.hyperparameters import AdapterConfig
 from lit_gpt.methods.method import LinearWrapper, Method, mark_trainable
 from lit_gpt.methods.parts import TrainedNorm
 from lit_gpt.model.gpt import GPT
-from lit_gpt.model.moe import Experts, Routing
+from lit_gpt.model.moe import Experts, Routing, scaled_by_expert
 from lit_gpt.model.norms import RMSNorm
 from lit_gpt.quantization.modules import QuantizedLinear
 
@@ -63,8 +63,7 @@ class ScaledExperts(ScaledLayer):
     """A layer of experts, each of whose outputs is scaled and shifted."""
 
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
-        rows = self.linear(x, routes).split(routes.groups.counts)
-        return torch.cat([functional.scaled(*expert) for expert in zip(rows, self.scale, self.shift, strict=True)])
+        return scaled_by_expert(self.linear(x, routes), self.scale, self.shift, routes.groups)
 
 
 def attach(model: GPT, config: AdapterConfig) -> GPT:

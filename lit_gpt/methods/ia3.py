@@ -14,7 +14,7 @@ from lit_gpt.methods.decoding_tape import DecodingTape
 from lit_gpt.methods.hyperparameters import IA3Config
 from lit_gpt.methods.method import LinearWrapper, Method, experts_of, mark_trainable, with_weight
 from lit_gpt.model.gpt import GPT, Block
-from lit_gpt.model.moe import Experts, Routing
+from lit_gpt.model.moe import Experts, Routing, scaled_by_expert
 from lit_gpt.quantization.modules import weight_of
 
 
@@ -132,9 +132,8 @@ class ScaledExpertsInput(InputFactors):
     """The last layer of a layer's experts, each with factors of its own for what it is given."""
 
     def forward(self, x: Tensor, routes: Routing) -> Tensor:
-        zeros = torch.zeros_like(self.factors)
-        rows = zip(x.split(routes.groups.counts), self.factors, zeros, strict=True)
-        return self.linear(torch.cat([functional.scaled(*expert) for expert in rows]), routes)
+        scaled = scaled_by_expert(x, self.factors, torch.zeros_like(self.factors), routes.groups)
+        return self.linear(scaled, routes)
 
 
 def attach(model: GPT, config: IA3Config) -> GPT:

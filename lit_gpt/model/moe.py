@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lit_gpt.kernels import functional
 from lit_gpt.kernels.linear import arithmetic
 from lit_gpt.kernels.policy import policy
 from lit_gpt.model.config import Config
@@ -122,6 +123,21 @@ def grouped_product(x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
 def on_cuda(x: Tensor) -> bool:
     """Return whether to choose as on a CUDA device."""
     return x.is_cuda or policy().simulate_cuda
+
+
+def scaled_by_expert(y: Tensor, scale: Tensor, shift: Tensor, groups: Groups) -> Tensor:
+    """Return scale * (y + shift) with each row's expert's scale and shift.
+
+    Args:
+        y: (rows, size), sorted by expert.
+        scale, shift: float32 (n_expert, size).
+        groups: which rows are which expert's.
+    """
+    if on_cuda(y):
+        shifts, scales = (groups.rows_of(values).to(y.dtype) for values in (scale * shift, scale))
+        return torch.addcmul(shifts, y, scales)
+    rows = zip(y.split(groups.counts), scale, shift, strict=True)
+    return torch.cat([functional.scaled(*expert) for expert in rows])
 
 
 class _KernelProduct(torch.autograd.Function):

@@ -117,6 +117,20 @@ def test_a_layer_as_on_cuda_is_the_layer(method):
     assert all(off(actual.float(), expected.float()) < 0.02 for actual, expected in zip(*results, strict=True))
 
 
+def test_each_rows_scale_as_on_cuda():
+    groups = moe.Groups(torch.tensor([0, 2, 2, 5, 5, 5]), 7)
+    leaves = [torch.randn(n, 12).requires_grad_() for n in (6, 7, 7)]
+    results = []
+    for simulate in (False, True):
+        with use_policy(simulate_cuda=simulate):
+            y = moe.scaled_by_expert(*leaves, groups)
+            results.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
+    assert all(off(actual, expected) < 1e-6 for actual, expected in zip(*results, strict=True))
+    with FakeTensorMode(), use_policy(simulate_cuda=True):  # where a wait is an error
+        fake = moe.Groups(torch.empty(6, dtype=torch.int64), 7)
+        moe.scaled_by_expert(torch.empty(6, 12), *(torch.empty(7, 12) for _ in range(2)), fake)
+
+
 def products_of_a_step(n_expert: int, dtype: torch.dtype = torch.bfloat16) -> int:
     """Count the matrix products of a step of LoRA on experts with biases, as on CUDA, where no tensor has contents."""
     config = replace(CONFIG, n_expert=n_expert, expert_bias=True)
