@@ -109,7 +109,11 @@ class Dequantized(LazyTensors):
                 lacks = name + INVERSE
             else:
                 continue
-            raise UserError(f"{name}: is of a quantized tensor, but no shard holds {lacks}; download the model again")
+            kind = str(self.stored.dtype(name)).removeprefix("torch.")
+            raise UserError(
+                f"{name}: is one part of a quantized tensor, in {kind}, but no shard holds {lacks}; download the model "
+                "again, or take one in full precision"
+            )
 
     def __getitem__(self, name: str) -> Tensor:
         stored, scales = self.places[name]

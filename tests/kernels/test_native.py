@@ -17,9 +17,9 @@ pytestmark = pytest.mark.subprocess
 needs_compiler = pytest.mark.skipif(not shutil.which("g++"), reason="no g++")
 NORM = """
 import torch
-from lit_gpt.kernels import functional, ops
+from lit_gpt.kernels import norms, ops
 x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
-print(ops.available(), functional.rms_norm(x, torch.ones(40), 1e-5).square().mean().item())
+print(ops.available(), norms.rms_norm(x, torch.ones(40), 1e-5).square().mean().item())
 """
 
 

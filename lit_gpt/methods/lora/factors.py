@@ -179,7 +179,8 @@ class Factors(LinearWrapper):
 
     def shared_factors(self) -> tuple[Tensor, Tensor]:
         """Return the shared A and B in the shapes of this layer: of vera's, the corners that it is large enough for."""
-        device = next(self.linear.parameters()).device  # of several, where this layer lies
+        assert self.rank_scale is not None
+        device = self.rank_scale.device  # of several, where this layer lies
         A, B = (x.to(device) for x in (self.shared[0].lora_A, self.shared[0].lora_B))
         if self.config.update == "vera":
             A, B = A[:, : self.in_features].repeat(len(self.parts), 1), torch.cat([B[:size] for size in self.sizes])
