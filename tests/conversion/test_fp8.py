@@ -69,7 +69,9 @@ def test_a_checkpoint_in_8_bits(cli, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
     lacking = {name: tensor for name, tensor in tensors.items() if name != LACKING + "_scale_inv"}
     save_file(lacking, tmp_path / "model.safetensors", {"format": "pt"})
-    cli(CONVERT, checkpoint_dir=tmp_path).refused(f"{LACKING}: is one part of a quantized tensor", f"holds {LACKING}_scale_inv")
+    cli(CONVERT, checkpoint_dir=tmp_path).refused(
+        f"{LACKING}: is one part of a quantized tensor", f"holds {LACKING}_scale_inv"
+    )
 
 
 def test_shards_that_are_missing_or_cut_off(cli, tmp_path):
