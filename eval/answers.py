@@ -57,7 +57,8 @@ def main(args: MetricArgs, columns: ColumnArgs) -> None:
 
 def check_flags() -> None:
     if bool(data_dir) == bool(data_path):
-        raise UsageError("nothing to answer: give either prepared data by --data_dir, or rows by --data_path")
+        given = "two kinds of questions" if data_dir else "nothing to answer"
+        raise UsageError(f"{given}: give either prepared data by --data_dir, or rows by --data_path")
     check_inputs(checkpoint_dir, finetuned_path)
     if base_dir:
         check_inputs(base_dir)

@@ -263,12 +263,12 @@ def parse(
             sections[flag.group] = parser.add_argument_group(flag.group)
         add_flag(sections[flag.group], flag)
     argv = [rename_flag(habits.underscored(argument), aliases) for argument in argv]
-    choices = {name: metavar(kind) for name, kind in kinds.items()}
+    expanded, choices = argv, {name: metavar(kind) for name, kind in kinds.items()}
     try:
-        expanded = habits.with_true(expand_config(argv, kinds, aliases), kinds)
+        expanded = list(habits.with_true(expand_config(argv, kinds, aliases), kinds))
         values = vars(parser.parse_args([habits.respell(*pair, choices) for pair in pairwise(["", *expanded])]))
     except Exception as error:  # jsonargparse has no common base for what a value can do wrong
-        raise UsageError(explain(str(error), argv, kinds)) from None
+        raise UsageError(explain(str(error), expanded, kinds)) from None
     for name, kind in kinds.items():
         if isinstance(values[name], float) and not math.isfinite(values[name]):
             raise UsageError(f"--{name}: expected {expected(kind)}, got '{values[name]}'")

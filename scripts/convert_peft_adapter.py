@@ -7,11 +7,12 @@ Writes lit_model_lora_finetuned.pth. What the adapter has and LoRA here has not 
 installed the logits are compared with its own before anything is put in place.
 """
 
+import json
 import shlex
 from pathlib import Path
 
 from lit_gpt.checkpoints.folder import check_inputs
-from lit_gpt.cli import run
+from lit_gpt.cli import flag_values, run
 from lit_gpt.errors import UsageError
 from lit_gpt.files import check_new
 
@@ -30,7 +31,8 @@ def main() -> None:
     from lit_gpt.conversion import export
 
     settings = export.from_peft(peft_dir, checkpoint_dir, out_dir)
-    flags = " ".join(f"--lora_{name} {str(value).lower()}" for name, value in vars(settings).items())
+    values = {name: value for name, value in flag_values(settings).items() if value != {}}
+    flags = " ".join(f"--{name} {shlex.quote(json.dumps(value).strip(chr(34)))}" for name, value in values.items())
     path = out_dir / "lit_model_lora_finetuned.pth"
     base, file = shlex.quote(str(checkpoint_dir)), shlex.quote(str(path))
     print(f"wrote {path}; next:")

@@ -31,6 +31,8 @@ def main(config: Any, args: TrainArgs) -> None:
 
     planner = make_planner(config, args)
     data = RunSize.of(planner) if args.paths.data_dir.exists() else None
+    if data:
+        planner = planner.limited_to(data.longest)
     kind, (lengths, _), plan = planner.choose_settings([data.row if data else planner.worst_row()])
     if json:
         figures = {"train": plan.train, "tokens": sum(lengths), "activation_checkpointing": kind}
@@ -103,15 +105,14 @@ def table(plan: Any) -> list[tuple[str, int]]:
 
 def print_fitting_settings(planner: Any, gigabytes: float) -> None:
     """Print what rows would need, with each kind of activation checkpointing, from large ones down to one that fits."""
-    print(f"\nsettings, down to rows whose peak stays within {gigabytes:g} GB, as that of smaller ones does")
+    print(f"\nsettings with the memory that they need, from long packed rows down to one that fits {gigabytes:g} GB")
     largest = 16384 if planner.cuda else planner.row_tokens()  # beyond, a CPU gains nothing
+    sample = planner.worst_row()[0][0]  # the least that a row holds
+    sizes = [n for n in (16384, 8192, 4096, 2048, 1024, 512) if sample <= n <= largest] or [sample]
     for kind in planner.kinds:
-        for tokens in (n for n in (16384, 8192, 4096, 2048, 1024, 512) if n <= largest):
+        for tokens in sizes:
             batch = replace(planner.args.batch, micro_batch_tokens=tokens, micro_batch_size=None)
-            row = replace(planner, args=replace(planner.args, batch=batch)).worst_row()
-            if tokens < row[0][0]:
-                continue  # the same row as for more tokens
-            plan = planner.plan(row, kind)
+            plan = planner.plan(replace(planner, args=replace(planner.args, batch=batch)).worst_row(), kind)
             verdict = "fits" if plan.peak <= gigabytes * 1e9 else "does not fit"
             flags = f"--micro_batch_tokens {tokens} --activation_checkpointing {kind}"
             print(f"  {flags:<69}{plan.peak / 1e9:9.3f} GB  {verdict}")

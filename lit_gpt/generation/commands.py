@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lit_gpt.errors import UserError
-from lit_gpt.files import write_json
+from lit_gpt.files import atomic
 from lit_gpt.generation.chat import Chat
 from lit_gpt.text.messages import instruction_messages, read_messages
 
@@ -62,6 +62,8 @@ def take(chat: Chat, text: str) -> None:
         for piece in chat.answer(text):
             print(piece, end="", flush=True)
         print()
+        if not chat.messages[-1]["content"]:
+            say("the model ended its answer at once; one that was trained on instructions may want /instruction TEXT")
     except KeyboardInterrupt:
         print(" [stopped]")
 
@@ -114,11 +116,15 @@ def _lora(chat: Chat, path: str) -> str:
 
 def _save(chat: Chat, name: str) -> str:
     if not name:
-        raise UserError("/save: expected a file, such as /save chat.json")
+        raise UserError("/save: expected a file, such as /save chat.jsonl")
+    if not chat.messages:
+        raise UserError("/save: nothing was said yet")
     path = Path(name).expanduser()
     if path.exists():
         raise UserError(f"/save {path}: exists already; choose another")
-    write_json(path, {"messages": chat.messages})
+    row = json.dumps({"messages": chat.messages}, ensure_ascii=False)
+    with atomic(path) as temporary:  # as prepare_json.py reads files of these names
+        temporary.write_text(f"[{row}]\n" if path.suffix == ".json" else f"{row}\n", encoding="utf-8")
     return f"wrote {path}; /load reads it"
 
 
@@ -126,8 +132,8 @@ def _load(chat: Chat, name: str) -> str:
     path = Path(name or ".").expanduser()
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
-        messages = read_messages(contents["messages"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        messages = read_messages((contents[0] if isinstance(contents, list) else contents)["messages"])
+    except (OSError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"/load {name}: expected a file that /save wrote ({error})") from None
     if messages[-1]["role"] == "user":
         raise UserError(f"/load {name}: its last message has no answer; expected a file that /save wrote")

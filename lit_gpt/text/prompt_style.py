@@ -201,7 +201,12 @@ class PromptStyle:
                 messages = [spell_arguments(message, wanted) for message in messages]
             return getattr(template, function)(messages=[present(message) for message in messages], **variables)
         except Exception as error:  # a template may fail in any way that its code can
-            raise UserError(f"prompt style '{self.name}': the template failed: {error}") from None
+            line = f" at line {error.lineno}" if hasattr(error, "lineno") else ""
+            where = "in chat_template.jinja or tokenizer_config.json" if self.name == "checkpoint" else "in its file"
+            raise UserError(
+                f"prompt style '{self.name}': the template failed{line}: {error}; mend it {where}, or choose another "
+                "by --prompt_style"
+            ) from None
 
     def _arguments_of(self, template: Template, variables: dict[str, Any]) -> str:
         """Return how a template wants the arguments of calls, "object", "text" or "any", by rendering both."""

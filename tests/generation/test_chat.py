@@ -16,6 +16,7 @@ from helpers.methods import LORAS, lora_files
 from helpers.paths import ROOT
 from lit_gpt import Tokenizer
 from lit_gpt.checkpoints.base_model import BaseCheckpoint, load_model
+from lit_gpt.data.sources import Source
 from lit_gpt.errors import UserError
 from lit_gpt.generation.args import SamplingArgs
 from lit_gpt.generation.chat import Chat
@@ -187,7 +188,11 @@ def test_commands_act_on_the_conversation(parts, tmp_path, monkeypatch, capsys):
         converse(chat)
         return capsys.readouterr().err
 
-    seen = told("/help", "/system Be brief.", "the cat", f"/save {path}", f"/save {path}", "/clear", "exit")
+    save = f"/save {path}"
+    seen = told("/save x.json", "/help", "/system Be brief.", "the cat", save, f"{save}l", save, "/clear", "exit")
+    assert "nothing was said yet" in seen
+    rows = [row.fields["messages"] for end in ("", "l") for row in Source(f"{path}{end}").rows()]
+    assert [[message["role"] for message in messages] for messages in rows] == [["system", "user", "assistant"]] * 2
     assert all(name in seen for name in ("/load FILE", "/lora [FILE]", "/exit")) and "exists already" in seen
     assert chat.messages == [{"role": "system", "content": "Be brief."}]
     assert "/load nowhere: expected a file" in told("/load nowhere", "/system", "/instruction Say it.", "cat", "quit")

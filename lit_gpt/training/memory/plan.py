@@ -176,6 +176,11 @@ class MemoryPlanner:
         _, (_, tokens), plan = self.choose_settings(rows)
         return tokens if self.fits(plan) else 1024
 
+    def limited_to(self, tokens: int) -> "MemoryPlanner":
+        """Return the planner of a run whose samples are no longer than this."""
+        batch = replace(self.args.batch, max_seq_length=tokens)
+        return replace(self, args=replace(self.args, batch=batch))
+
     def worst_row(self) -> Row:
         """Return the largest row that the flags admit: samples as long as may be, all their tokens supervised."""
         batch, virtual = self.args.batch, self.method.virtual_tokens

@@ -15,11 +15,13 @@ class RunSize:
 
     Attributes:
         row: the longest packed row that any rank computes in an epoch.
+        longest: tokens of the longest sample, without virtual ones.
         steps: optimizer steps.
         tokens: fed to all ranks, over all steps.
     """
 
     row: Row
+    longest: int
     steps: int
     tokens: int
 
@@ -42,6 +44,5 @@ class RunSize:
         row = longest_row(shares, lengths, (batch.micro_batch_size, tokens))
         # the last epoch's share is an estimate: by the mean length
         fed = round((whole + rest / n) * (sum(lengths) - n))
-        return cls(
-            ([lengths[i] - 1 for i in row], planner.objective.weight(train[i] for i in row)), schedule.steps, fed
-        )
+        weight = planner.objective.weight(train[i] for i in row)
+        return cls(([lengths[i] - 1 for i in row], weight), max(split.lengths) - 1, schedule.steps, fed)
