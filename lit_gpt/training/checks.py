@@ -88,8 +88,10 @@ def validation_metric(name: str) -> Metric:
 
 
 def check_out_dir(args: TrainArgs, flags: dict[str, Any]) -> None:
-    """Refuse an out_dir that holds a run which is not to be resumed, or one that had other flags."""
+    """Refuse an out_dir that is a file, that holds a run which is not to be resumed, or one that had other flags."""
     folder = args.paths.out_dir
+    if folder.is_file():
+        raise UserError(f"--out_dir {folder}: is a file; expected a folder, which need not exist")
     if args.paths.resume == "no":
         if (folder / "metrics.csv").exists():
             raise UserError(f"--out_dir {folder}: already holds a run; --resume auto continues it, or choose another")

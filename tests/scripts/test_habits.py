@@ -88,6 +88,7 @@ def test_what_needs_no_torch_is_refused_without_it(llama, data_dir, tmp_path):
         tune + "--data_dir nowhere": "not a folder of prepared data",
         tune + f"--out_dir {taken}": "already holds a run",
         tune + f"--out_dir {llama}": "the base's own folder",
+        tune + f"--out_dir {llama / 'lit_config.json'}": "is a file; expected a folder",
         tune + "--warmup_steps 900": "--warmup_steps 900",
         tune + "--logger wandb": "--logger wandb needs wandb",
         tune + "--optimizer nowhere.Adam": "needs nowhere",
