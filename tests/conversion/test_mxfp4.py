@@ -44,7 +44,9 @@ def test_a_checkpoint_in_4_bits(cli, tmp_path):
     for part, other in (("_scales", "_blocks"), ("_blocks", "_scales")):
         lacking = {key: tensor for key, tensor in tensors.items() if key != name + part}
         save_file(lacking, tmp_path / "model.safetensors", {"format": "pt"})
-        cli(CONVERT, checkpoint_dir=tmp_path).refused(f"{name}{other}: is of a quantized", f"holds {name}{part}")
+        cli(CONVERT, checkpoint_dir=tmp_path).refused(
+            f"{name}{other}: is one part of a quantized", f"holds {name}{part}"
+        )
     for shape in ((1,), (3, 2, 1)):
         cut = tensors | {name + "_scales": torch.ones(shape, dtype=torch.uint8)}
         save_file(cut, tmp_path / "model.safetensors", {"format": "pt"})
