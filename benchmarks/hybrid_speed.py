@@ -4,7 +4,7 @@
     python benchmarks/hybrid_speed.py --hidden_size 64 --samples 2 --sample_tokens 70 --new_tokens 8 --rounds 2
 
 A model of Qwen 3.5's shape with random weights: three layers of gated delta nets and one of attention,
-109 million parameters. Both train all of them on the same samples by fused AdamW, ours in one packed row, transformers
+107 million parameters. Both train all of them on the same samples by fused AdamW, ours in one packed row, transformers
 in a batch without padding, and both continue the same prompt greedily. They take turns, round by round, so that both
 meet the same state of the machine; the first losses must be equal. Writes hybrid_speed_cpu_fp32.json and .md, or
 whatever the device and the precision are.
@@ -12,7 +12,6 @@ whatever the device and the precision are.
 
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -150,26 +149,18 @@ def their_answer(model: Any, prompt: Any) -> Callable[[], float]:
 
 
 def race(what: str, contestants: dict[str, Callable[[], float]]) -> dict[str, Any]:
-    """Let each work once in turn; return the seconds of each round.
+    """Let each work once in turn; return the seconds of each round, and how much faster ours are.
 
     Raises:
         UserError: the first round's losses differ.
     """
-    import torch
+    from peers.turns import take_turns
 
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
-        found = {}
-        for name, work in contestants.items():
-            start = time.perf_counter()
-            found[name] = work()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-        if what == "train" and turn == 0 and abs(found["ours"] - found["transformers"]) > TOLERANCES[precision]:
+    def check(found: dict[str, float]) -> None:
+        if what == "train" and abs(found["ours"] - found["transformers"]) > TOLERANCES[precision]:
             raise UserError(f"the losses differ: {found}; the contestants do not the same work")
-        print(f"{TITLES[what]} {turn} of {rounds}: " + ", ".join(f"{n} {s[-1]:.3f} s" for n, s in seconds.items()))
-    measured = {name: times[1:] for name, times in seconds.items()}
+
+    measured = take_turns(TITLES[what], contestants, rounds, check)
     ratios = [theirs / ours for ours, theirs in zip(measured["ours"], measured["transformers"], strict=True)]
     return {"seconds": measured, "times_as_fast": median(ratios), "least": min(ratios), "most": max(ratios)}
 

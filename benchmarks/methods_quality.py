@@ -16,7 +16,7 @@ from textwrap import fill
 from typing import Any
 
 from recipe import call, provenance
-from tasks import make_rows
+from tasks import make_rows, write_rows
 
 from lit_gpt.checkpoints.folder import check_inputs
 from lit_gpt.cli import PositiveInt, run
@@ -104,7 +104,7 @@ def chosen(cells: dict[str, dict[str, Any]], name: str) -> float:
 
 def measure(name: str, task: str, seed: str, rate: float, folder: Path) -> dict[str, Any]:
     """Return what one finetune comes to: answers, losses, what trained, the file, seconds and memory."""
-    write_rows(task, int(seed), folder)
+    prepare_rows(task, int(seed), folder)
     base = ["--checkpoint_dir", str(checkpoint_dir)]
     call(
         "scripts/prepare_json.py", *base, "--data_path", str(folder / "train.jsonl"), "--out_dir", str(folder / "data")
@@ -127,7 +127,7 @@ def measure(name: str, task: str, seed: str, rate: float, folder: Path) -> dict[
     return found | {field: summary[field] for field in taken}
 
 
-def write_rows(task: str, seed: int, folder: Path) -> None:
+def prepare_rows(task: str, seed: int, folder: Path) -> None:
     """Write the rows to learn from, those held out, and the text on which forgetting is measured."""
     if task == "bookings":
         call(
@@ -138,13 +138,9 @@ def write_rows(task: str, seed: int, folder: Path) -> None:
             (folder / f"bookings_{part}.jsonl").rename(folder / f"{part}.jsonl")
     else:
         drawn = make_rows(task, rows + held_out, seed)
-        write_lines(folder / "test.jsonl", drawn[:held_out])
-        write_lines(folder / "train.jsonl", drawn[held_out:])
-    write_lines(folder / "probe.jsonl", [{"text": (ROOT / "LICENSE").read_text(encoding="utf-8")}])
-
-
-def write_lines(path: Path, drawn: list[dict[str, str]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in drawn), encoding="utf-8")
+        write_rows(folder / "test.jsonl", drawn[:held_out])
+        write_rows(folder / "train.jsonl", drawn[held_out:])
+    write_rows(folder / "probe.jsonl", [{"text": (ROOT / "LICENSE").read_text(encoding="utf-8")}])
 
 
 def page(cells: dict[str, dict[str, Any]]) -> str:

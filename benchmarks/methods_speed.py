@@ -8,7 +8,6 @@ Writes methods_speed_cpu.json and .md, or with a GPU methods_speed_cuda.*.
 """
 
 import runpy
-import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -36,6 +35,7 @@ Work = dict[str, dict[str, Callable[[], Any]]]  # what is timed, by method
 
 def main() -> None:
     import torch
+    from peers.turns import take_turns
 
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
     from lit_gpt.generation.engine import generate
@@ -52,7 +52,7 @@ def main() -> None:
     for name in NAMES:
         work["train"][name], model = training(name)
         work["decode"][name] = answering(model)
-    report({what: race(what, each) for what, each in work.items()}, torch)
+    report({what: take_turns(what, each, rounds) for what, each in work.items()}, torch)
 
 
 def training(name: str) -> tuple[Callable[[], Any], Any]:
@@ -87,22 +87,6 @@ def training(name: str) -> tuple[Callable[[], Any], Any]:
             worker.dry_run_step(row)
 
     return step, model
-
-
-def race(what: str, contestants: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    """Let each work once in turn; return the seconds of the rounds that count."""
-    import torch
-
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
-        for name, work in contestants.items():
-            start = time.perf_counter()
-            work()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-        print(f"{what}, round {turn} of {rounds}: " + ", ".join(f"{n} {s[-1]:.2f} s" for n, s in seconds.items()))
-    return {name: times[1:] for name, times in seconds.items()}
 
 
 def report(found: dict[str, dict[str, list[float]]], torch: Any) -> None:

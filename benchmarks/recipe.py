@@ -19,7 +19,7 @@ from statistics import mean
 from textwrap import fill
 from typing import Any
 
-from tasks import TASKS, make_rows
+from tasks import TASKS, make_rows, write_rows
 
 from lit_gpt.checkpoints.folder import check_inputs
 from lit_gpt.cli import PositiveInt, run
@@ -82,8 +82,7 @@ def measure(task: str, n: str, setting: str, seed: str, folder: Path) -> dict[st
     """Run one cell: what share of the held-out rows is answered exactly, and what the finetune took."""
     drawn = make_rows(task, int(n) + held_out, int(seed))
     for name, part in (("test", drawn[:held_out]), ("train", drawn[held_out:])):
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in part)
-        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_rows(folder / f"{name}.jsonl", part)
     base = ["--checkpoint_dir", str(checkpoint_dir)]
     data = ["--data_path", str(folder / "train.jsonl"), "--out_dir", str(folder / "data")]
     said = call("scripts/prepare_json.py", *base, *data)

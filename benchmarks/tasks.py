@@ -7,6 +7,7 @@ never trained on.
 import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 Row = dict[str, str]
 
@@ -129,3 +130,8 @@ def make_rows(task: str, n: int, seed: int) -> list[Row]:
         row = TASKS[task](rng)
         rows[row["input"]] = row
     return list(rows.values())
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Write rows to a file, one a line."""
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -31,8 +31,10 @@ def main() -> None:
     from lit_gpt.conversion import export
 
     settings = export.from_peft(peft_dir, checkpoint_dir, out_dir)
-    values = {name: value for name, value in flag_values(settings).items() if value != {}}
-    flags = " ".join(f"--{name} {shlex.quote(json.dumps(value).strip(chr(34)))}" for name, value in values.items())
+    values = {
+        name: value if isinstance(value, str) else json.dumps(value) for name, value in flag_values(settings).items()
+    }
+    flags = " ".join(f"--{name} {shlex.quote(value)}" for name, value in values.items() if value != "{}")
     path = out_dir / "lit_model_lora_finetuned.pth"
     base, file = shlex.quote(str(checkpoint_dir)), shlex.quote(str(path))
     print(f"wrote {path}; next:")

@@ -31,8 +31,6 @@ def main(config: Any, args: TrainArgs) -> None:
 
     planner = make_planner(config, args)
     data = RunSize.of(planner) if args.paths.data_dir.exists() else None
-    if data:
-        planner = planner.limited_to(data.longest)
     kind, (lengths, _), plan = planner.choose_settings([data.row if data else planner.worst_row()])
     if json:
         figures = {"train": plan.train, "tokens": sum(lengths), "activation_checkpointing": kind}
@@ -54,7 +52,7 @@ def main(config: Any, args: TrainArgs) -> None:
         verdict = "fits" if planner.fits(plan) else "does not fit"
         print(f"this machine has {planner.memory / 1e9:.1f} GB: the run {verdict}")
     if memory_gb:
-        print_fitting_settings(planner, memory_gb)
+        print_fitting_settings(planner.limited_to(data.longest) if data else planner, memory_gb)
 
 
 def check_flags(args: TrainArgs) -> None:

@@ -1,13 +1,10 @@
 """Compile the kernels of decoding for GPUs that are not there; see helpers/ahead_of_time.py, whose lines it prints."""
 
-import json
-import sys
-
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from helpers.ahead_of_time import distinct, resources
+from helpers.ahead_of_time import distinct, report
 from lit_gpt.kernels.cuda.decoding import attention, rows
 from lit_gpt.kernels.cuda.decoding.attention import Heads
 from lit_gpt.kernels.cuda.dequantize import QuantizedWeight, dequantize
@@ -75,11 +72,4 @@ def of_decoding(dtype: torch.dtype) -> list[Launch]:
 
 
 if __name__ == "__main__":
-    names, capabilities = (argument.split(",") for argument in sys.argv[1:])
-    for name in names:
-        for launch in of_decoding(getattr(torch, name)):
-            for capability in map(int, capabilities):
-                registers, stack = resources(launch, capability)
-                row = {"kernel": launch.kernel.__name__, "dtype": name, "capability": capability}
-                row |= {"warps": launch.warps, "registers": registers, "stack": stack}
-                print(json.dumps(row | {"constants": {k: str(v) for k, v in launch.constants.items()}}), flush=True)
+    report(of_decoding)

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +103,17 @@ def of_training(dtype: torch.dtype) -> list[Launch]:
     return distinct(launches)
 
 
-if __name__ == "__main__":
+def report(launches: Callable[[torch.dtype], list[Launch]]) -> None:
+    """Print the program's lines, for the dtypes and capabilities of its arguments."""
     names, capabilities = (argument.split(",") for argument in sys.argv[1:])
     for name in names:
-        for launch in of_training(getattr(torch, name)):
+        for launch in launches(getattr(torch, name)):
             for capability in map(int, capabilities):
                 registers, stack = resources(launch, capability)
                 row = {"kernel": launch.kernel.__name__, "dtype": name, "capability": capability}
-                row |= {"warps": launch.warps, "registers": registers, "stack": stack, "constants": launch.constants}
-                print(json.dumps(row), flush=True)
+                row |= {"warps": launch.warps, "registers": registers, "stack": stack}
+                print(json.dumps(row | {"constants": {k: str(v) for k, v in launch.constants.items()}}), flush=True)
+
+
+if __name__ == "__main__":
+    report(of_training)

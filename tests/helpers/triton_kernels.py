@@ -1,11 +1,18 @@
 """What the tests of Triton kernels share."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from helpers.compare import off
+from helpers.paths import ROOT
 
 NARROW, WIDE = torch.bfloat16, torch.float64
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,3 +45,13 @@ def rounds_once(ours: Callable[..., Tensor], plain: Callable[..., Tensor], given
         for actual, expected in zip(found, exact, strict=True):
             assert actual.dtype == dtype
             assert off(actual.double(), expected) <= 1.2 * off(expected.to(dtype).double(), expected) + bound
+
+
+def compile_ahead(program: str, dtypes: str, capabilities: str, cache: Path) -> list[dict[str, Any]]:
+    """Return the lines of a program of tests/helpers that compiles kernels; see helpers/ahead_of_time.py."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": paths}
+    argv = [sys.executable, str(ROOT / "tests/helpers" / program), dtypes, capabilities]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]

@@ -1,14 +1,10 @@
 """Every kernel of training is compiled for GPUs that are not there, by the launches that its wrapper makes."""
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from helpers.paths import ROOT
+from helpers.triton_kernels import compile_ahead
 
 pytestmark = [
     pytest.mark.subprocess,
@@ -31,12 +27,7 @@ KERNELS = {
     ],
 )
 def test_no_kernel_spills_its_registers(dtypes, capabilities, tmp_path):
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": paths}
-    program = [sys.executable, str(ROOT / "tests/helpers/ahead_of_time.py"), dtypes, capabilities]
-    done = subprocess.run(program, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    compiled = compile_ahead("ahead_of_time.py", dtypes, capabilities, tmp_path)
     assert {row["kernel"] for row in compiled} == KERNELS
     for row in compiled:
         assert row["stack"] == 0, row
