@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -207,10 +208,10 @@ class Reader:
         argv = [sys.executable, "generate/serve.py", *flags, "--port", str(self.port)]
         self.server = subprocess.Popen(argv)
         while self.server.poll() is None:
-            try:
-                socket.create_connection(("127.0.0.1", self.port)).close()
+            try:  # the port is open before the model is loaded: only an answer tells that it is there
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=60).close()
                 return 0
-            except ConnectionRefusedError:
+            except OSError:
                 time.sleep(0.1)
         return self.server.returncode
 
