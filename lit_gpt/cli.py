@@ -49,6 +49,8 @@ else:  # a fraction of which something must be left: dropout, validation splits
     Fraction = restricted_number_type("Fraction", float, [(">=", 0.0), ("<", 1.0)])
 # Kinds of devices, see lit_gpt.hardware.choose_device.
 Device = Literal["auto", "cpu", "cuda", "mps"]
+# What `--help` says of a flag without a comment, by its type.
+HELP = {Device: "Run on this (auto: a GPU if there is one, else the CPU); mps is that of Apple's chips."}
 # The formats of lit_gpt/quantization/formats.py.
 Quantizer = Literal["int8", "int4", "nf4", "nf4-dq"]
 # What lit_gpt/training/memory/activation_checkpointing.py can keep for the backward pass.
@@ -177,7 +179,7 @@ def own_constants(script: dict[str, Any]) -> dict[str, Any]:
 def collect(script: dict[str, Any], groups: tuple[type, ...]) -> dict[str, Flag]:
     """Return the flags of a script and of the groups of arguments that its main function takes, by name."""
     types, helps = own_constants(script), trailing_comments(Path(script["__file__"]).read_text(encoding="utf-8"))
-    flags = {name: Flag(name, kind, script[name], helps.get(name, ""), "options") for name, kind in types.items()}
+    flags = {name: Flag(name, kind, script[name], helps.get(name, HELP.get(kind, "")), "options") for name, kind in types.items()}
     for group in groups:
         for flag in group_flags(group):
             if own := flags.pop(flag.name, None):  # the script gives the default, and may say more in its help
@@ -202,8 +204,8 @@ def group_flags(group: type) -> Iterator[Flag]:
             yield from group_flags(types[field.name])
             continue
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        name, text = getattr(group, "prefix", "") + field.name, helps.get(field.name, "")
-        yield Flag(name, types[field.name], default, text, title)
+        name, kind = getattr(group, "prefix", "") + field.name, types[field.name]
+        yield Flag(name, kind, default, helps.get(field.name, HELP.get(kind, "")), title)
 
 
 def build(group: type, values: dict[str, Any]) -> Any:

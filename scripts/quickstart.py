@@ -55,7 +55,7 @@ def main() -> None:
         flags = {"data_path": TRAIN, "out_dir": data_dir}
         command("scripts/prepare_json.py", checkpoint_dir=checkpoint_dir, **flags)
 
-    heading("3. Finetune with LoRA; now and then a message of the validation rows is answered")
+    heading("3. Finetune with LoRA; now and then a validation sample is answered")
     lora_path = lora_dir / "lit_model_lora_finetuned.pth"
     if not done(lora_path):
         flags = {"data_dir": data_dir, "out_dir": lora_dir, "resume": "auto", **TRAINING}

@@ -5,7 +5,7 @@
         --out_dir out/lora/eva --config ranks.yaml
 
 There are as many ranks as with --lora_r for all. Each goes to the layer whose next direction explains the largest share
-of the variance of its inputs, on a row of the training data. The file is for reading and editing, too.
+of the variance of its inputs, on a packed row of the training data. The file is for reading and editing, too.
 """
 
 import re

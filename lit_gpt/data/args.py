@@ -13,14 +13,14 @@ class PrepareArgs:
     """Preparing data"""
 
     checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Use the tokenizer of this folder.
-    validation_fraction: Fraction = 0.05  # Validate on this share of the rows.
+    validation_fraction: Fraction = 0.05  # Validate on this share of the samples.
     prompt_style: str = "auto"  # Render in this style, or a Jinja file (auto: the checkpoint's or alpaca).
     mask_inputs: bool = True  # Learn the answers only, not the prompts.
-    max_seq_length: PositiveInt | None = None  # Cut longer rows to this many tokens (null: what the model takes).
-    allow_unsupervised: bool = False  # Drop rows with no supervised token instead of refusing.
+    max_seq_length: PositiveInt | None = None  # Cut longer samples to this many tokens (null: what the model takes).
+    allow_unsupervised: bool = False  # Drop samples with no supervised token instead of refusing.
     skip_bad_rows: bool = False  # Drop and count rows that cannot be read or that the template refuses.
-    deduplicate: bool = False  # Drop rows that render as an earlier one does.
-    seed: NonNegativeInt = 42  # Seed the choice of validation rows.
+    deduplicate: bool = False  # Drop samples that render as an earlier one does.
+    seed: NonNegativeInt = 42  # Seed the choice of validation samples.
 
 
 @dataclass(frozen=True)

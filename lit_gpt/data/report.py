@@ -24,7 +24,7 @@ def print_audit(
     for reason in sorted({reason for audit in audits.values() for reason in audit.dropped}):
         dropped = (f"{audit.dropped[reason]:>12}" for audit in audits.values())
         print(f"{'rows dropped: ' + reason:32}" + "".join(dropped))
-    print(f"\nprompt style {style.name}, at most {limit} tokens a row. The first row, its supervised part in ⟦ ⟧:\n")
+    print(f"\nprompt style {style.name}, at most {limit} tokens a sample. The first sample, its supervised part in ⟦ ⟧:\n")
     if first:
         print(marked(*first, tokenizer))
 
@@ -41,7 +41,8 @@ def print_unused(unused: Counter[str], plain_rows: int) -> None:
 
 def print_next(checkpoint_dir: Path, data_dir: Path, rows: int) -> None:
     """Print the command that trains on what was written, whose training split has so many rows."""
-    folders = f"--checkpoint_dir {shlex.quote(str(checkpoint_dir))} --data_dir {shlex.quote(str(data_dir))}"
+    paths = {"checkpoint_dir": checkpoint_dir, "data_dir": data_dir, "out_dir": Path("out/lora") / data_dir.name}
+    folders = " ".join(f"--{flag} {shlex.quote(str(path))}" for flag, path in paths.items())
     print(f"\nwrote {data_dir}; next: python finetune/lora.py {folders} {recipe(rows)}".rstrip())
 
 

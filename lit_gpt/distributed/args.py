@@ -10,7 +10,7 @@ from lit_gpt.cli import Device, PositiveInt
 class DeviceArgs:
     """Devices"""
 
-    device: Device = "auto"  # Run on this (auto: a GPU if there is one, else the CPU); mps is that of Apple's chips.
+    device: Device = "auto"
     devices: PositiveInt | Literal["auto"] = 1  # Use this many devices on each node (auto: all GPUs, or the CPU).
     num_nodes: PositiveInt = 1  # Use this many machines.
     strategy: Literal["auto", "ddp", "fsdp", "deepspeed"] = "auto"  # Choose how devices share the work.

@@ -18,12 +18,12 @@ class HarnessArgs:
     include_path: Path | None = None  # Read tasks of your own, as YAML, from this folder.
     out: Path = Path("out/lm_eval.json")  # Write the figures to this file.
     num_fewshot: NonNegativeInt | None = None  # Solve so many examples before a question (null: as the task has it).
-    limit: PositiveInt | None = None  # Take the first so many rows of each task (null: all).
+    limit: PositiveInt | None = None  # Take the first so many samples of each task (null: all).
     apply_chat_template: bool = False  # Render the questions in the prompt style of the checkpoint or the finetune.
-    log_samples: bool = False  # Write each row with its answer, too.
+    log_samples: bool = False  # Write each sample with its answer, too.
     max_seq_length: PositiveInt | None = None  # Cut the beginning of what is longer (null: what the model takes).
     batch_tokens: PositiveInt = 4096  # Compute so many tokens together.
-    device: Device = "auto"  # Run on this (auto: a GPU if there is one, else the CPU); mps is that of Apple's chips.
+    device: Device = "auto"
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # Keep weights and compute in this.
     seed: NonNegativeInt = 1234  # Seed the choice of examples, and tasks that sample.
 
@@ -44,7 +44,7 @@ class PerplexityArgs:
     samples: PositiveInt | None = None  # Score the first of its samples (null: all).
     window: PositiveInt | None = None  # Read so many tokens of text at once (null: 2048, or what the model takes).
     context: PositiveInt | None = None  # Give each scored token so many before it (null: half a window).
-    device: Device = "auto"  # Run on this (auto: a GPU if there is one, else the CPU); mps is that of Apple's chips.
+    device: Device = "auto"
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # Keep weights and compute in this.
     quantize: Quantizer | None = None  # Keep the weights in fewer bits (null: as trained, or as stored).
     json: bool = False  # Print the figures as JSON.

@@ -73,7 +73,7 @@ class SamplingArgs:
 class ModelArgs:
     """Model"""
 
-    device: Device = "auto"  # Run on this (auto: a GPU if there is one, else the CPU); mps is that of Apple's chips.
+    device: Device = "auto"
     devices: PositiveInt = 1  # Place the layers on this many GPUs in turn, for a model that one does not hold.
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # Keep weights and compute in this.
     quantize: Quantizer | None = None  # Keep the weights in fewer bits (null: as trained, or as stored).

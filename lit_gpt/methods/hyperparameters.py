@@ -200,7 +200,7 @@ class BottleneckConfig:
     norm: bool = False  # Norm what the bottleneck is given (LayerNorm).
     scale: PositiveFloat = 1.0  # Multiply what it adds by this.
     start_layer: NonNegativeInt = 0  # Adapt layers from this one on, counted from 0 (AdapterDrop).
-    drop: NonNegativeInt = 0  # Leave out a random number of the first layers, up to this one, in each training row.
+    drop: NonNegativeInt = 0  # Leave out a random number of the first layers, up to this one, in each packed row.
 
     def __post_init__(self) -> None:
         if 0 < self.drop <= self.start_layer:
