@@ -54,7 +54,8 @@ def operations(shape: tuple[int, int, int, int, int, bool], dtype: Any) -> Itera
     import torch
 
     from lit_gpt.kernels.attention import ScoreParams, attention
-    from lit_gpt.kernels.functional import ACTIVATIONS, gated, low_rank_update, rms_norm, rotate
+    from lit_gpt.kernels.functional import ACTIVATIONS, gated, low_rank_update, rotate
+    from lit_gpt.kernels.norms import rms_norm
 
     heads, groups, size, width, inner, is_gated = shape
     every = (heads + 2 * groups) * size

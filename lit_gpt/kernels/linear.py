@@ -48,8 +48,10 @@ def by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return a b^T + bias by oneDNN; a: (..., depth), b: (columns, depth)."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    """Return a b^T + bias in float32, by oneDNN or MKL; a: (..., depth), b: (columns, depth)."""
+    if by_onednn(a, b):
+        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return F.linear(a, b, bias)
 
 
 class _OneDNNLinear(torch.autograd.Function):
@@ -81,6 +83,10 @@ def spans(weight: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(weight), size)]
 
 
+def _part(bias: Tensor | None, span: slice) -> Tensor | None:
+    return None if bias is None else bias[span].float()
+
+
 class _WideLinear(torch.autograd.Function):
     """Keeps the weight as it is stored, and x if the weight trains."""
 
@@ -89,8 +95,7 @@ class _WideLinear(torch.autograd.Function):
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         rows, y = x.reshape(-1, x.size(-1)).float(), x.new_empty(*x.shape[:-1], len(weight))
         for span in spans(weight):
-            product = rows @ weight[span].float().t()
-            y.view(-1, len(weight))[:, span] = product if bias is None else product.add_(bias[span])
+            y.view(-1, len(weight))[:, span] = _product(rows, weight[span].float(), _part(bias, span))
         return y
 
     @staticmethod
@@ -102,10 +107,10 @@ class _WideLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             total = wide.new_zeros(len(wide), weight.size(1))
             for span in spans(weight):
-                total.addmm_(wide[:, span], weight[span].float())
+                total += _product(wide[:, span], weight[span].float().t())
             x_grad = total.to(grad.dtype).view(*grad.shape[:-1], -1)
         if ctx.needs_input_grad[1]:
-            weight_grad = (wide.t() @ x.reshape(-1, x.size(-1)).float()).to(weight.dtype)
+            weight_grad = _product(wide.t(), x.reshape(-1, x.size(-1)).float().t()).to(weight.dtype)
         if ctx.needs_input_grad[2]:
             bias_grad = wide.sum(0).to(grad.dtype)
         return x_grad, weight_grad, bias_grad

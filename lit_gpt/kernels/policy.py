@@ -14,30 +14,34 @@ def multiplies_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+WIDE_VECTORS = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
 @dataclass(frozen=True)
 class KernelPolicy:
     """Says what the choice of kernels may rely on.
 
     Attributes:
         cpp: whether the C++ kernels may serve; else torch's formulas do.
-        fused: whether C++ kernels may take the place of torch's operators in training. They are laid out for vectors of
-            512 bits; by default they serve where the CPU has these, for elsewhere torch's operators are faster.
+        fused: whether C++ kernels may take the place of torch's operators in training. By default they do where the CPU
+            has vectors of 256 bits or more: there they are faster at every shape (benchmarks/kernel_choice.py).
         triton: whether Triton kernels may take the place of torch's operators on CUDA.
         simulate_cuda: choose as on a CUDA device, for a plan on fake CPU tensors.
         contents: whether tensors have contents. Without, what depends on contents takes its most even case, and copies
             to host memory are left out.
         widen: whether a CPU computes products of 16 bits in float32; by default where it has no arithmetic for them.
-        onednn: whether oneDNN computes products of float32 in place of MKL; by default where the CPU has vectors of 512
-            bits, of which MKL leaves half unused on AMD's (measured on Zen 5: twice as fast).
+        onednn: whether oneDNN computes products of float32 in place of MKL; by default where the CPU has vectors of 256
+            bits or more. Measured on Zen 5: twice as fast with 512, for MKL leaves half of each unused, and 1.15 times
+            with 256.
     """
 
     cpp: bool = True
-    fused: bool = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    fused: bool = WIDE_VECTORS
     triton: bool = True
     simulate_cuda: bool = False
     contents: bool = True
     widen: bool = not multiplies_bf16()
-    onednn: bool = torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.backends.mkldnn.is_available()
+    onednn: bool = WIDE_VECTORS and torch.backends.mkldnn.is_available()
 
 
 _current: ContextVar[KernelPolicy] = ContextVar("lit_gpt kernel policy", default=KernelPolicy())  # noqa: B039 (frozen)

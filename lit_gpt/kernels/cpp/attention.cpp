@@ -37,50 +37,50 @@ template <class T> struct Words;
 
 template <> struct Words<float> {
     typedef float word;
-    typedef v16 vector;
+    typedef lanes vector;
     enum { STEP = 1 };
 
     static word of(float first, float) { return first; }
-    static v16 of(v16 first, v16) { return first; }
-    static void add(v16 &sum, word a, vector b) { sum += a * b; }
+    static lanes of(lanes first, lanes) { return first; }
+    static void add(lanes &sum, word a, vector b) { sum += a * b; }
 };
 
 template <> struct Words<bf16> {
     typedef uint32_t word;
-    typedef v16u vector;
+    typedef word_lanes vector;
     enum { STEP = 2 };
 
     static word of(bf16 first, bf16 second) { return first.bits | (word)second.bits << 16; }
-    static v16u of(v16 first, v16 second) {
-        v16u low = (v16u)first, high = (v16u)second;
+    static word_lanes of(lanes first, lanes second) {
+        word_lanes low = (word_lanes)first, high = (word_lanes)second;
         low = low + 0x7fff + (low >> 16 & 1), high = high + 0x7fff + (high >> 16 & 1);
         return low >> 16 | (high & 0xffff0000);
     }
-    static void add(v16 &sum, word a, vector b) {
+    static void add(lanes &sum, word a, vector b) {
 #ifdef __AVX512BF16__
-        sum = (v16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+        sum = (lanes)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
 #else
         word low = a << 16, high = a & 0xffff0000;
         float first, second;
         memcpy(&first, &low, 4), memcpy(&second, &high, 4);
-        sum += first * (v16)(b << 16) + second * (v16)(b & 0xffff0000);
+        sum += first * (lanes)(b << 16) + second * (lanes)(b & 0xffff0000);
 #endif
     }
 };
 
 template <class T, int ROWS, int VECTORS, class word = typename Words<T>::word>
 inline void tile(int steps, const word *A, long a_row, long a_step, const word *B, long b_step, float *C, long c_row) {
-    v16 sums[ROWS][VECTORS];
+    lanes sums[ROWS][VECTORS];
     for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < VECTORS; j++) sums[i][j] = load<16>(C + i * c_row + j * 16);
+        for (int j = 0; j < VECTORS; j++) sums[i][j] = load<LANES>(C + i * c_row + j * LANES);
     for (int k = 0; k < steps; k++) {
         typename Words<T>::vector b[VECTORS];
-        for (int j = 0; j < VECTORS; j++) memcpy(&b[j], B + k * b_step + j * 16, 64);
+        for (int j = 0; j < VECTORS; j++) memcpy(&b[j], B + k * b_step + j * LANES, sizeof b[j]);
         for (int i = 0; i < ROWS; i++)
             for (int j = 0; j < VECTORS; j++) Words<T>::add(sums[i][j], A[i * a_row + k * a_step], b[j]);
     }
     for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < VECTORS; j++) store<16>(C + i * c_row + j * 16, sums[i][j]);
+        for (int j = 0; j < VECTORS; j++) store<LANES>(C + i * c_row + j * LANES, sums[i][j]);
 }
 
 // C (rows, columns) += A B over `depth` elements; columns a multiple of 16.
@@ -88,35 +88,35 @@ template <class T, class word = typename Words<T>::word>
 void multiply(int rows, int columns, int depth, const word *A, long a_row, long a_step, const word *B, long b_step,
               float *C, long c_row) {
     int steps = up(depth, Words<T>::STEP) / Words<T>::STEP, i;
-    for (int j = 0; j < columns; j += 32) {
-        bool two = j + 32 <= columns;
-        for (i = 0; i + 8 <= rows; i += 8)
-            (two ? tile<T, 8, 2> : tile<T, 8, 1>)(steps, A + i * a_row, a_row, a_step, B + j, b_step, C + i * c_row + j,
-                                                  c_row);
+    for (int j = 0; j < columns; j += 2 * LANES) {
+        bool two = j + 2 * LANES <= columns;
+        for (i = 0; i + TILE_ROWS <= rows; i += TILE_ROWS)
+            (two ? tile<T, TILE_ROWS, 2> : tile<T, TILE_ROWS, 1>)(steps, A + i * a_row, a_row, a_step, B + j, b_step,
+                                                                  C + i * c_row + j, c_row);
         for (; i < rows; i++)
             (two ? tile<T, 1, 2> : tile<T, 1, 1>)(steps, A + i * a_row, a_row, a_step, B + j, b_step, C + i * c_row + j,
                                                   c_row);
     }
 }
 
-// Makes of 16 vectors of words their transpose; in wide registers by exchanging one bit of the numbers of row and
+// Makes of 16 rows of words their transpose; in wide registers by exchanging one bit of the numbers of row and
 // column after another.
-inline void transpose(v16u *rows) {
+template <class word> inline void transpose(word (*rows)[16]) {
 #ifdef __AVX512F__
+    v16u vectors[16];
+    memcpy(vectors, rows, sizeof vectors);
     const v16u lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int bit = 1; bit < 16; bit *= 2)
         for (int i = 0; i < 16; i++)
             if (!(i & bit)) {
-                v16u a = rows[i], b = rows[i + bit], upper = (lane & bit) != 0 ? v16u{} + 16 : v16u{};
-                rows[i] = __builtin_shuffle(a, b, (lane & ~bit) + upper);
-                rows[i + bit] = __builtin_shuffle(a, b, (lane | bit) + upper);
+                v16u a = vectors[i], b = vectors[i + bit], upper = (lane & bit) != 0 ? v16u{} + 16 : v16u{};
+                vectors[i] = __builtin_shuffle(a, b, (lane & ~bit) + upper);
+                vectors[i + bit] = __builtin_shuffle(a, b, (lane | bit) + upper);
             }
+    memcpy(rows, vectors, sizeof vectors);
 #else  // shuffles wider than the machine's registers are taken apart into single words
-    uint32_t from[16][16], to[16][16];
-    memcpy(from, rows, sizeof from);
     for (int i = 0; i < 16; i++)
-        for (int j = 0; j < 16; j++) to[i][j] = from[j][i];
-    memcpy(rows, to, sizeof to);
+        for (int j = 0; j < i; j++) std::swap(rows[i][j], rows[j][i]);
 #endif
 }
 
@@ -149,10 +149,8 @@ template <class T> struct Rows {
                 for (int r = 0; r < 16 && i + r < rows; r++)
                     memcpy(part[r], x.at(b, h, first + i + r) + j * STEP,
                            std::min<int>(64, (size - j * STEP) * sizeof(T)));
-                v16u vectors[16];
-                memcpy(vectors, part, sizeof part);
-                transpose(vectors);
-                for (int k = 0; k < count; k++) memcpy(to + (long)(j + k) * width + i, &vectors[k], 64);
+                transpose(part);
+                for (int k = 0; k < count; k++) memcpy(to + (long)(j + k) * width + i, part[k], 64);
             }
         }
     }
@@ -174,12 +172,13 @@ void split(int rows, int columns, const float *from, typename Words<T>::word *le
     enum { STEP = Words<T>::STEP };
     for (int i = 0; i < rows; i += STEP) {
         for (int r = 0; left && r < STEP && i + r < rows; r++)
-            for (int j = 0; j < columns; j += 16)
-                store<16>((T *)(left + (long)(i + r) * columns / STEP) + j, load<16>(from + (i + r) * columns + j));
-        for (int j = 0; left_transposed && j < columns; j += 16) {
-            v16 other = i + STEP <= rows ? load<16>(from + (i + STEP - 1) * columns + j) : v16{};
-            auto words = Words<T>::of(load<16>(from + i * columns + j), other);
-            memcpy(left_transposed + (long)(i / STEP) * columns + j, &words, 64);
+            for (int j = 0; j < columns; j += LANES)
+                store<LANES>((T *)(left + (long)(i + r) * columns / STEP) + j,
+                             load<LANES>(from + (i + r) * columns + j));
+        for (int j = 0; left_transposed && j < columns; j += LANES) {
+            lanes other = i + STEP <= rows ? load<LANES>(from + (i + STEP - 1) * columns + j) : lanes{};
+            auto words = Words<T>::of(load<LANES>(from + i * columns + j), other);
+            memcpy(left_transposed + (long)(i / STEP) * columns + j, &words, sizeof words);
         }
     }
 }
@@ -210,15 +209,15 @@ struct Item {
 };
 
 inline float largest(const float *row, int n) {
-    v16 most = load<16>(row);
-    for (int j = 16; j < n; j += 16) most = most > load<16>(row + j) ? most : load<16>(row + j);
+    lanes most = load<LANES>(row);
+    for (int j = LANES; j < n; j += LANES) most = most > load<LANES>(row + j) ? most : load<LANES>(row + j);
     float maximum = most[0];
-    for (int j = 1; j < 16; j++) maximum = std::max(maximum, most[j]);
+    for (int j = 1; j < LANES; j++) maximum = std::max(maximum, most[j]);
     return maximum;
 }
 
 template <class T> void put_row(T *to, const float *from, int size, float factor) {
-    for (int j = 0; j < size; j += 16) put(to + j, load<16>(from + j) * factor, std::min(16, size - j));
+    for (int j = 0; j < size; j += LANES) put(to + j, load<LANES>(from + j) * factor, std::min(LANES, size - j));
 }
 
 template <class T> void attention(const Sizes &s, Heads<const T> q, Heads<const T> k, Heads<const T> v, Heads<T> y,
@@ -245,11 +244,11 @@ template <class T> void attention(const Sizes &s, Heads<const T> q, Heads<const 
                 float *row = S + r * seen;
                 item.mask(r, row);
                 float most = largest(row, seen);
-                v16 total{};
-                for (int j = 0; j < seen; j += 16) {
-                    v16 p = exponential((load<16>(row + j) - most) * s.scale);
+                lanes total{};
+                for (int j = 0; j < seen; j += LANES) {
+                    lanes p = exponential((load<LANES>(row + j) - most) * s.scale);
                     total += p;
-                    store<16>(row + j, p);
+                    store<LANES>(row + j, p);
                 }
                 sums[r] = sum(total);
                 log_sums[item.place() + begin + r] = most * s.scale + std::log(sums[r]);
@@ -296,14 +295,15 @@ void attention_backward(const Sizes &s, Heads<const T> q, Heads<const T> k, Head
             for (int r = 0; r < n; r++) {
                 float *p = P + r * seen, *d = D + r * seen, log_sum = log_sums[item.place() + begin + r];
                 item.mask(r, p);
-                v16 along{};
-                for (int j = 0; j < seen; j += 16) {
-                    v16 x = exponential(load<16>(p + j) * s.scale - log_sum);
-                    along += x * load<16>(d + j);
-                    store<16>(p + j, x);
+                lanes along{};
+                for (int j = 0; j < seen; j += LANES) {
+                    lanes x = exponential(load<LANES>(p + j) * s.scale - log_sum);
+                    along += x * load<LANES>(d + j);
+                    store<LANES>(p + j, x);
                 }
                 float mean = sum(along);
-                for (int j = 0; j < seen; j += 16) store<16>(d + j, load<16>(p + j) * (load<16>(d + j) - mean));
+                for (int j = 0; j < seen; j += LANES)
+                    store<LANES>(d + j, load<LANES>(p + j) * (load<LANES>(d + j) - mean));
             }
             split<T>(n, seen, P, nullptr, P_transposed);
             split<T>(n, seen, D, D_left, D_transposed);
@@ -329,9 +329,9 @@ template <class T> void gather(const Sizes &s, const float *by_head, Heads<T> to
         int b = item / ((long)s.groups * total), group = item / total % s.groups, t = item % total;
         const float *first = by_head + (((long)b * s.heads + group * n) * total + t) * s.size;
         T *out = to.at(b, group, t);
-        for (int j = 0; j < s.size; j += 16) {
-            int count = std::min(16, s.size - j);
-            v16 x{};
+        for (int j = 0; j < s.size; j += LANES) {
+            int count = std::min(LANES, s.size - j);
+            lanes x{};
             for (int h = 0; h < n; h++) x += take(first + (long)h * total * s.size + j, count);
             put(out + j, x, count);
         }

@@ -28,9 +28,9 @@ inline float activate(long kind, float x) {
 
 inline void activate(long kind, float *y, const float *x, long n) {
     long i = 0;
-    for (; kind == SILU && i + 16 <= n; i += 16) {
-        v16 a = load<16>(x + i);
-        store<16>(y + i, a / (1.0f + exponential(-a)));
+    for (; kind == SILU && i + LANES <= n; i += LANES) {
+        lanes a = load<LANES>(x + i);
+        store<LANES>(y + i, a / (1.0f + exponential(-a)));
     }
     for (; i < n; i++) y[i] = activate(kind, x[i]);
 }
@@ -49,7 +49,7 @@ template <class T> struct Attention {
     void attend(float *y, const float *q, long head, long first, long end, float gate, bool adds) const {
         static thread_local std::vector<float> kept;
         long n = end - first, from = (head / group * places + first) * size;
-        kept.assign((n + 15) / 16 * 16, -INFINITY);
+        kept.assign((n + LANES - 1) / LANES * LANES, -INFINITY);
         float *scores = kept.data(), most = -INFINITY;
         for (long j = 0; j < n; j++) {
             scores[j] = scale * score(q, k + from + j * size);
@@ -57,10 +57,10 @@ template <class T> struct Attention {
             if (softcap) scores[j] = softcap * std::tanh(scores[j] / softcap);
             most = std::max(most, scores[j]);
         }
-        v16 total{};
-        for (long j = 0; j < n; j += 16) {
-            v16 weights = exponential(load<16>(scores + j) - most);
-            store<16>(scores + j, weights);
+        lanes total{};
+        for (long j = 0; j < n; j += LANES) {
+            lanes weights = exponential(load<LANES>(scores + j) - most);
+            store<LANES>(scores + j, weights);
             total += weights;
         }
         float factor = gate / sum(total);

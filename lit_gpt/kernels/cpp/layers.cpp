@@ -6,9 +6,9 @@
 
 namespace {
 
-// Calls f(first, count) for the vectors of a row, the last of which may be short; f must take any count up to 16.
+// Calls f(first, count) for the vectors of a row, the last of which may be short; f must take any count up to LANES.
 template <class F> inline void each(int size, F f) {
-    for (int i = 0; i < size; i += 16) f(i, size - i < 16 ? size - i : 16);
+    for (int i = 0; i < size; i += LANES) f(i, size - i < LANES ? size - i : LANES);
 }
 
 template <class T>
@@ -16,14 +16,14 @@ void rms_norm(long rows, int size, const T *x, const T *weight, float eps, float
 #pragma omp parallel for
     for (long r = 0; r < rows; r++) {
         const T *in = x + r * size;
-        v16 squares{};
+        lanes squares{};
         each(size, [&](int i, int n) {
-            v16 a = take(in + i, n);
+            lanes a = take(in + i, n);
             squares += a * a;
         });
         float factor = inverse[r] = 1 / std::sqrt(sum(squares) / size + eps);
         each(size, [&](int i, int n) {
-            v16 a = take(in + i, n) * factor, w = take(weight + i, n);
+            lanes a = take(in + i, n) * factor, w = take(weight + i, n);
             put(y + r * size + i, offset ? a * (w + offset) : rounded<T>(a) * w, n);
         });
     }
@@ -36,7 +36,7 @@ void rms_norm_backward(long rows, int size, const T *grad, const T *x, const T *
     for (long r = 0; r < rows; r++) {
         const T *g = grad + r * size, *in = x + r * size;
         float factor = inverse[r];
-        v16 dots{};
+        lanes dots{};
         each(size, [&](int i, int n) { dots += take(g + i, n) * (take(weight + i, n) + offset) * take(in + i, n); });
         float along = sum(dots) * factor * factor / size;
         each(size, [&](int i, int n) {
@@ -47,15 +47,15 @@ void rms_norm_backward(long rows, int size, const T *grad, const T *x, const T *
 }
 
 // the activation and its derivative
-inline v16 activate(int kind, v16 x, v16 *slope) {
+inline lanes activate(int kind, lanes x, lanes *slope) {
     if (kind == SILU) {
-        v16 gate = 1.0f / (1.0f + exponential(-x));
+        lanes gate = 1.0f / (1.0f + exponential(-x));
         *slope = gate * (1.0f + x * (1.0f - gate));
         return x * gate;
     }
     const float a = 0.7978845608f, b = 0.044715f;
-    v16 inner = a * (x + b * x * x * x);
-    v16 tanh = 1.0f - 2.0f / (1.0f + exponential(2.0f * inner));
+    lanes inner = a * (x + b * x * x * x);
+    lanes tanh = 1.0f - 2.0f / (1.0f + exponential(2.0f * inner));
     *slope = 0.5f * (1.0f + tanh) + 0.5f * x * (1.0f - tanh * tanh) * a * (1.0f + 3.0f * b * x * x);
     return 0.5f * x * (1.0f + tanh);
 }
@@ -65,7 +65,7 @@ template <class T> void gated(long rows, int size, int kind, const T *gate_up, T
     for (long r = 0; r < rows; r++) {
         const T *gate = gate_up + 2 * r * size, *up = gate + size;
         each(size, [&](int i, int n) {
-            v16 slope;
+            lanes slope;
             put(y + r * size + i, activate(kind, take(gate + i, n), &slope) * take(up + i, n), n);
         });
     }
@@ -77,7 +77,7 @@ template <class T> void gated_backward(long rows, int size, int kind, const T *g
         const T *gate = gate_up + 2 * r * size, *up = gate + size, *g = grad + r * size;
         T *out = x_grad + 2 * r * size;
         each(size, [&](int i, int n) {
-            v16 slope, above = take(g + i, n), active = activate(kind, take(gate + i, n), &slope);
+            lanes slope, above = take(g + i, n), active = activate(kind, take(gate + i, n), &slope);
             put(out + i, above * take(up + i, n) * slope, n);
             put(out + size + i, above * active, n);
         });
@@ -95,8 +95,8 @@ void rotate(long rows, int heads, int rotated, int size, int half, const T *x, c
             const T *in = x + (r * heads + h) * size;
             T *out = y + (r * heads + h) * size;
             each(half, [&](int i, int n) {
-                v16 low = take(in + i, n), high = take(in + half + i, n), co = take(c + i, n),
-                    si = take(s + i, n) * sign;
+                lanes low = take(in + i, n), high = take(in + half + i, n), co = take(c + i, n),
+                      si = take(s + i, n) * sign;
                 put(out + i, low * co - high * si, n);
                 put(out + half + i, high * co + low * si, n);
             });
@@ -131,7 +131,7 @@ void convolve(long rows, const Tokens<T> &tokens, const float *weight, const flo
     for (long r = 0; r < rows; r++) {
         int seen = tokens.seen(r);
         each(channels, [&](int i, int n) {
-            v16 total = bias ? take(bias + i, n) : v16{};
+            lanes total = bias ? take(bias + i, n) : lanes{};
             for (int back = 0; back <= seen; back++)
                 total += take(tokens.before(r, back) + i, n) * take(weight + back * channels + i, n);
             put(y + r * channels + i, total, n);
@@ -149,7 +149,7 @@ void convolve_backward(long rows, const Tokens<T> &tokens, const float *weight, 
     for (long r = 0; r < rows; r++) {
         long left = tokens.length - 1 - r % tokens.length;
         each(channels, [&](int i, int n) {
-            v16 total{};
+            lanes total{};
             for (int back = 0; back < size && back <= left; back++)
                 if (back <= tokens.seen(r + back))
                     total += take(grad + (r + back) * channels + i, n) * take(weight + back * channels + i, n);
@@ -163,7 +163,7 @@ void convolve_backward(long rows, const Tokens<T> &tokens, const float *weight, 
         for (long r = rows * block / blocks; r < rows * (block + 1) / blocks; r++) {
             int seen = tokens.seen(r);
             each(channels, [&](int i, int n) {
-                v16 above = take(grad + r * channels + i, n);
+                lanes above = take(grad + r * channels + i, n);
                 for (int back = 0; back <= seen; back++) {
                     float *to = sums + back * channels + i;
                     put(to, take(to, n) + above * take(tokens.before(r, back) + i, n), n);

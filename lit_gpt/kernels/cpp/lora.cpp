@@ -17,18 +17,22 @@ struct Dropout {
     const uint64_t *keys;  // of the rows; null where all stay
     uint32_t kept;         // out of 2^16
 
-    // f(first of up to 16 elements, how many, which stay) for a row
+    // f(first of up to LANES elements, how many, which stay) for a row
     template <class F> void each(long row, int size, F f) const {
         uint64_t key = keys ? keys[row] : 0;
-        uint32_t word = 0;
-        for (int j = 0; j < size; j += 32, word += 16) {
-            v16u h = v16u{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + word + (uint32_t)key;
-            h = (h ^ h >> 16) * 0x7feb352d;  // the rounds of Wellons' lowbias32
-            h = (h ^ h >> 15 ^ (uint32_t)(key >> 32)) * 0x846ca68b;
-            h ^= h >> 16;
-            f(j, std::min(16, size - j), (h & 0xffff) < kept);
-            if (j + 16 < size) f(j + 16, std::min(16, size - j - 16), h >> 16 < kept);
-        }
+        word_lanes counts{};
+        for (int i = 0; i < LANES; i++) counts[i] = i;
+        auto part = [&](int j, word_lanes bits) {
+            if (j < size) f(j, std::min(LANES, size - j), bits < kept);
+        };
+        for (int j = 0; j < size; j += 32)
+            for (int i = 0; i < 16; i += LANES) {
+                word_lanes h = counts + (uint32_t)(j / 2 + i) + (uint32_t)key;
+                h = (h ^ h >> 16) * 0x7feb352d;  // the rounds of Wellons' lowbias32
+                h = (h ^ h >> 15 ^ (uint32_t)(key >> 32)) * 0x846ca68b;
+                h ^= h >> 16;
+                part(j + i, h & 0xffff), part(j + 16 + i, h >> 16);
+            }
     }
 };
 
@@ -37,7 +41,7 @@ template <class T> void dropped(const Dropout &dropout, long first, int rows, in
     for (int i = 0; i < rows; i++) {
         const T *row = x + (first + i) * size;
         dropout.each(first + i, size, [&](int j, int n, auto stays) {
-            store<16>(to + i * (size + 8) + j, stays ? take(row + j, n) : v16{});
+            store<LANES>(to + i * (size + 8) + j, stays ? take(row + j, n) : lanes{});
         });
     }
 }
@@ -46,7 +50,7 @@ template <class T> void drop(long rows, int size, const T *x, const Dropout &dro
 #pragma omp parallel for
     for (long row = 0; row < rows; row++)
         dropout.each(row, size, [&](int j, int n, auto stays) {
-            put(to + row * size + j, stays ? take(x + row * size + j, n) : v16{}, n);
+            put(to + row * size + j, stays ? take(x + row * size + j, n) : lanes{}, n);
         });
 }
 
@@ -140,7 +144,7 @@ void lora_backward(long rows, int in, const T *grad, const T *x, const float *A,
         for (int i = 0; i < n; i++) {
             T *row = x_grad + (first + i) * in;
             dropout.each(first + i, in, [&](int j, int m, auto stays) {
-                put(row + j, stays ? load<16>(&X[i * (in + 8) + j]) : v16{}, m);
+                put(row + j, stays ? load<LANES>(&X[i * (in + 8) + j]) : lanes{}, m);
             });
         }
     });

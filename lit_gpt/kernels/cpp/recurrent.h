@@ -82,10 +82,10 @@ inline void delta_rule(HeadStep step, float *y) {
 // product with q.
 inline float channel_step(float *state, long keys, const float *A, float time, float v, const float *q,
                           const float *k) {
-    v16 found{};
-    for (long i = 0; i < keys; i += 16) {
-        int count = std::min(16l, keys - i);
-        v16 s = exponential(time * take(A + i, count)) * take(state + i, count) + time * v * take(k + i, count);
+    lanes found{};
+    for (long i = 0; i < keys; i += LANES) {
+        int count = std::min<long>(LANES, keys - i);
+        lanes s = exponential(time * take(A + i, count)) * take(state + i, count) + time * v * take(k + i, count);
         put(state + i, s, count);
         found += s * take(q + i, count);
     }

@@ -17,13 +17,15 @@ template <int N> struct Vectors {
 typedef Vectors<16>::floats v16;
 typedef Vectors<16>::words v16u;  // 16 words of 32 bits
 
-// As many numbers as are computed with at once. GCC takes vectors apart that are wider, conversions one by one.
+// As many numbers as are computed with at once, and rows of two such vectors that a product sums up in registers. GCC
+// takes vectors apart that are wider, conversions one by one, and sums that find no register cost a product its speed.
 #if defined __AVX2__ && !defined __AVX512F__
-constexpr int LANES = 8;
+constexpr int LANES = 8, TILE_ROWS = 4;
 #else
-constexpr int LANES = 16;
+constexpr int LANES = 16, TILE_ROWS = 8;
 #endif
 typedef Vectors<LANES>::floats lanes;
+typedef Vectors<LANES>::words word_lanes;  // of 32 bits
 
 template <int N> inline typename Vectors<N>::floats load(const float *p) {
     typename Vectors<N>::floats x;
@@ -61,22 +63,22 @@ inline void from_float(bf16 *p, float x) {
     memcpy(&bits, &x, 4);
     p->bits = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
-template <class T> inline v16 rounded(v16 x) {
-    T kept[16];
-    store<16>(kept, x);
-    return load<16>(kept);
+template <class T> inline lanes rounded(lanes x) {
+    T kept[LANES];
+    store<LANES>(kept, x);
+    return load<LANES>(kept);
 }
 
-// up to 16 numbers, the others zero
-template <class T> inline v16 take(const T *p, int count) {
-    if (count == 16) return load<16>(p);
-    v16 x{};
+// up to LANES numbers, the others zero
+template <class T> inline lanes take(const T *p, int count) {
+    if (count == LANES) return load<LANES>(p);
+    lanes x{};
     for (int i = 0; i < count; i++) x[i] = to_float(p[i]);
     return x;
 }
 
-template <class T> inline void put(T *p, v16 x, int count) {
-    if (count == 16) return store<16>(p, x);
+template <class T> inline void put(T *p, lanes x, int count) {
+    if (count == LANES) return store<LANES>(p, x);
     for (int i = 0; i < count; i++) from_float(p + i, x[i]);
 }
 
@@ -90,7 +92,7 @@ template <int N> inline float sum(typename Vectors<N>::floats x) {
     }
 }
 
-inline float sum(v16 x) { return sum<16>(x); }
+inline float sum(lanes x) { return sum<LANES>(x); }
 
 #if __GNUC__ >= 12 && !defined(__clang__)
 #define IN_THIS_ORDER(x) __builtin_assoc_barrier(x)
@@ -100,18 +102,18 @@ inline float sum(v16 x) { return sum<16>(x); }
 
 // 2^n e^t, where n is whole and t small, so that a polynomial gives e^t; 0 below the normal numbers. ln 2 is taken off
 // x in two parts (Cody & Waite 1980), for a rounded multiple of it would be off by more than the result may be.
-inline v16 exponential(v16 x) {
-    v16 power = x * 1.442695041f;
-    power = power < -126.0f ? v16{} - 126.5f : power;
-    power = power > 127.0f ? v16{} + 127.0f : power;
-    typedef int32_t integers __attribute__((vector_size(64)));
-    integers whole = __builtin_convertvector(power + (power < 0.0f ? v16{} - 0.5f : v16{} + 0.5f), integers);
-    v16 n = __builtin_convertvector(whole, v16), t = IN_THIS_ORDER(x - n * 0.693359375f) + n * 2.12194440e-4f;
-    v16 series =
+inline lanes exponential(lanes x) {
+    lanes power = x * 1.442695041f;
+    power = power < -126.0f ? lanes{} - 126.5f : power;
+    power = power > 127.0f ? lanes{} + 127.0f : power;
+    typedef int32_t integers __attribute__((vector_size(4 * LANES)));
+    integers whole = __builtin_convertvector(power + (power < 0.0f ? lanes{} - 0.5f : lanes{} + 0.5f), integers);
+    lanes n = __builtin_convertvector(whole, lanes), t = IN_THIS_ORDER(x - n * 0.693359375f) + n * 2.12194440e-4f;
+    lanes series =
         1.0f +
         t * (1.0f + t * (0.5f + t * (1.66666667e-1f + t * (4.16666667e-2f + t * (8.3333333e-3f + t * 1.3888889e-3f)))));
-    v16 scale = (v16)((whole + 127) << 23);
-    return x < -87.3f ? v16{} : x > 88.0f ? v16{} + 1.7014118e38f : series * scale;
+    lanes scale = (lanes)((whole + 127) << 23);
+    return x < -87.3f ? lanes{} : x > 88.0f ? lanes{} + 1.7014118e38f : series * scale;
 }
 
 // A part of C, ROWS x (VECTORS * N): C += A B. A's elements are `a_row` and `a_column` apart, so that it may be
@@ -136,8 +138,8 @@ template <int N, int VECTORS, class TB, class TC>
 inline void product_strip(int rows, int depth, const float *A, long a_row, long a_column, const TB *B, long b_row,
                           TC *C, long c_row) {
     int i = 0;
-    for (; i + 8 <= rows; i += 8)
-        product_tile<N, 8, VECTORS>(depth, A + i * a_row, a_row, a_column, B, b_row, C + i * c_row, c_row);
+    for (; i + TILE_ROWS <= rows; i += TILE_ROWS)
+        product_tile<N, TILE_ROWS, VECTORS>(depth, A + i * a_row, a_row, a_column, B, b_row, C + i * c_row, c_row);
     for (; i + 4 <= rows; i += 4)
         product_tile<N, 4, VECTORS>(depth, A + i * a_row, a_row, a_column, B, b_row, C + i * c_row, c_row);
     for (; i < rows; i++)
@@ -149,10 +151,10 @@ template <class TB, class TC>
 inline void add_product(int rows, int columns, int depth, const float *A, long a_row, long a_column, const TB *B,
                         long b_row, TC *C, long c_row) {
     int j = 0;
-    for (; j + 32 <= columns; j += 32)
-        product_strip<16, 2>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
-    for (; j + 16 <= columns; j += 16)
-        product_strip<16, 1>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
+    for (; j + 2 * LANES <= columns; j += 2 * LANES)
+        product_strip<LANES, 2>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
+    for (; j + LANES <= columns; j += LANES)
+        product_strip<LANES, 1>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
     for (; j < columns; j += 8) product_strip<8, 1>(rows, depth, A, a_row, a_column, B + j, b_row, C + j, c_row);
 }
 
@@ -175,12 +177,14 @@ inline void dots_tile(int depth, const TA *A, long a_row, const float *B, long b
 template <class TA>
 inline void add_dots(int rows, int columns, int depth, const TA *A, long a_row, const float *B, long b_row, float *C,
                      long c_row) {
-    int whole = depth / 16 * 16;
+    constexpr int ROWS = TILE_ROWS / 4;
+    int whole = depth / LANES * LANES;
     for (int j = 0; j < columns; j += 8) {
         const float *b = B + j * b_row;
         int i = 0;
-        for (; i + 2 <= rows; i += 2) dots_tile<16, 2>(whole, A + i * a_row, a_row, b, b_row, C + i * c_row + j, c_row);
-        for (; i < rows; i++) dots_tile<16, 1>(whole, A + i * a_row, a_row, b, b_row, C + i * c_row + j, c_row);
+        for (; i + ROWS <= rows; i += ROWS)
+            dots_tile<LANES, ROWS>(whole, A + i * a_row, a_row, b, b_row, C + i * c_row + j, c_row);
+        for (; i < rows; i++) dots_tile<LANES, 1>(whole, A + i * a_row, a_row, b, b_row, C + i * c_row + j, c_row);
         if (whole < depth)
             for (i = 0; i < rows; i++)
                 dots_tile<8, 1>(8, A + i * a_row + whole, a_row, b + whole, b_row, C + i * c_row + j, c_row);
