@@ -132,6 +132,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int, sign
     return y
 
 
+@_operator(
+    "cross_entropy_(Tensor(a!) logits, Tensor labels) -> Tensor",
+    lambda logits, _: logits.new_empty(len(logits), dtype=torch.float32),
+)
+def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of each row of logits (n, size), float32 (n,), and make of them its gradient.
+
+    Raises:
+        IndexError: a label, int64 (n,), is none of the logits' columns.
+    """
+    if len(labels) and not 0 <= labels.min() <= labels.max() < logits.size(1):
+        raise IndexError(f"labels: expected 0 to {logits.size(1) - 1}, got {labels.min()} to {labels.max()}")
+    losses = logits.new_empty(len(logits), dtype=torch.float32)
+    _call("layers", "cross_entropy", logits, len(logits), logits.size(1), logits, labels, losses)
+    return losses
+
+
 def supports_convolution(x: Tensor, tail: Tensor) -> bool:
     """Return whether kernels convolve x (B, T, channels), perhaps a part of wider rows, behind a tail that is fixed."""
     rows = x.stride(2) == 1 and (len(x) == 1 or x.stride(0) == x.size(1) * x.stride(1))

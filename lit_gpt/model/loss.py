@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lit_gpt.kernels import ops
 from lit_gpt.kernels.functional import triton_kernels
 from lit_gpt.kernels.linear import arithmetic
 from lit_gpt.kernels.policy import policy
@@ -71,8 +72,9 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     The gradient may take the memory of the logits.
     """
-    if (triton := triton_kernels(logits)) is not None and logits.is_contiguous():
-        return triton.cross_entropy_(logits, labels).sum(), logits
+    kernels = ops if ops.supports(logits) else triton_kernels(logits)
+    if kernels is not None and logits.is_contiguous():
+        return kernels.cross_entropy_(logits, labels).sum(), logits
     p = logits.float().softmax(-1)
     log_sum = logits.amax(-1).float() - p.amax(-1).log()  # the likeliest token's probability is never too small
     at = labels.unsqueeze(1)

@@ -340,6 +340,17 @@ def test_loss_of_a_certain_and_of_an_impossible_token():
     assert torch.allclose(logits.grad, torch.tensor([[0.0, 0, 0], [1, -1, 0]]), atol=1e-30)
 
 
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_that_is_no_column_is_refused(label):
+    with pytest.raises(IndexError, match="expected 0 to 2"):
+        ops.cross_entropy_(torch.zeros(2, 3), torch.tensor([0, label]))
+
+
+def test_a_logit_that_is_not_a_number_makes_the_loss_none():
+    losses = ops.cross_entropy_(torch.tensor([[0.0, torch.nan, 1.0], [0.0, 0.0, -torch.inf]]), torch.tensor([0, 0]))
+    assert losses.isnan().tolist() == [True, False] and losses[1] == torch.tensor(2.0).log()
+
+
 @pytest.mark.parametrize("kernels", [True, False])
 def test_an_A_that_is_frozen_keeps_no_activations(kernels):
     """LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): what is kept for the backward pass is of the rank's size."""

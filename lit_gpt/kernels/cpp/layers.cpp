@@ -1,6 +1,8 @@
-// Elementwise parts of a block, forward and backward: RMSNorm, gated activations, rotary embedding, the short causal
-// convolution of each channel.
+// Elementwise parts of a model, forward and backward: RMSNorm, gated activations, rotary embedding, the short causal
+// convolution of each channel, cross-entropy.
 // Each reads and writes its tensors once. The formulas are those of lit_gpt/kernels/functional.py.
+#include <vector>
+
 #include "activations.h"
 #include "vectors.h"
 
@@ -173,6 +175,31 @@ void convolve_backward(long rows, const Tokens<T> &tokens, const float *weight, 
     }
 }
 
+// The cross-entropy of each row, whose logits become its gradient.
+template <class T> void cross_entropy(long rows, int size, T *logits, const long *labels, float *losses) {
+#pragma omp parallel for
+    for (long r = 0; r < rows; r++) {
+        static thread_local std::vector<float> kept;
+        kept.assign((size + LANES - 1) / LANES * LANES, -1e30f);
+        T *row = logits + r * size;
+        float *p = kept.data(), label = to_float(row[labels[r]]), most = -INFINITY;
+        each(size, [&](int i, int n) { put(p + i, take(row + i, n), n); });
+        lanes highest = load<LANES>(p), total{};
+        each(size, [&](int i, int) { highest = highest > load<LANES>(p + i) ? highest : load<LANES>(p + i); });
+        for (int i = 0; i < LANES; i++) most = highest[i] > most ? highest[i] : most;
+        each(size, [&](int i, int) {
+            lanes x = exponential(load<LANES>(p + i) - most);
+            total += x;
+            store<LANES>(p + i, x);
+        });
+        float sum_of_all = sum(total), factor = 1 / sum_of_all;
+        losses[r] = std::log(sum_of_all) + (most - label);
+        float at_label = p[labels[r]] * factor - 1;
+        each(size, [&](int i, int n) { put(row + i, load<LANES>(p + i) * factor, n); });
+        from_float(row + labels[r], at_label);
+    }
+}
+
 }  // namespace
 
 #define BOTH(T, suffix)                                                                                            \
@@ -201,6 +228,9 @@ void convolve_backward(long rows, const Tokens<T> &tokens, const float *weight, 
                                     T *x_grad, float *w_grads) {                                                   \
         convolve_backward<T>(rows, {length, channels, size, x, x_row, tail, positions}, w, g, blocks, x_grad,      \
                              w_grads);                                                                             \
+    }                                                                                                              \
+    void cross_entropy_##suffix(long rows, int size, T *logits, const long *labels, float *losses) {               \
+        cross_entropy(rows, size, logits, labels, losses);                                                         \
     }
 
 extern "C" {
