@@ -55,6 +55,30 @@ def test_the_step_holds_what_was_planned(method, precision, kind):
     assert live.peak - held == pytest.approx(step, rel=0.02)
 
 
+def test_an_A_that_is_frozen_spares_activations_as_planned():
+    """LoRA-FA (Zhang et al. 2023, arXiv 2308.03303) keeps no inputs of the layers that it adapts."""
+    planned, kept = {}, {}
+    for trains in ("both", "B"):
+        planner = planner_of(SMALL, "lora", lora_train=trains, lora_key="true", lora_projection="true", lora_mlp="true")
+        planned[trains] = planner.simulate(SMALL, (ROW, 50), "none").activations
+        model = planner.method.attach(GPT(SMALL).to(torch.bfloat16)).train()
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        saved: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor, weights=weights, saved=saved):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                saved[storage.data_ptr()] = storage  # held, so that no other takes its place
+            return tensor
+
+        with planner.method.autocast("bf16", "cpu"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            targets = Targets(torch.arange(50), torch.randint(300, (50,)))
+            model(torch.randint(300, (1, sum(ROW))), segments=Segments.of(ROW), targets=targets)
+        kept[trains] = sum(storage.nbytes() for storage in saved.values())
+    # per token and block at least the normed input and what the MLP's activation gives, in bfloat16
+    assert planned["both"] - planned["B"] == kept["both"] - kept["B"] >= 7 * sum(ROW) * 2 * (64 + 128)
+
+
 def test_the_optimizers_state():
     counts = sum(p.numel() for p in GPT(SMALL).parameters())
     for optimizer, expected in (("adamw", 8), ("sgd", 0)):
