@@ -1,7 +1,8 @@
 """Runs a finetune script once for each of several settings, and compares what came out.
 
 Every run has an out_dir of its own, in which nothing is different from a run by hand. A sweep that was stopped goes on:
-runs that have ended are left alone, and those that have not are resumed.
+runs that have ended are left alone, and those that have not are resumed. A run that outlives a killed sweep is waited
+for.
 """
 
 import csv
@@ -12,17 +13,18 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
 from lit_gpt.errors import UserError
-from lit_gpt.files import atomic, read_json, write_json
+from lit_gpt.files import atomic, read_json, take_lock, write_json
 from lit_gpt.reporting.report import write_page
 
 FIELDS = ("script", "common", "grid", "settings")
@@ -123,8 +125,7 @@ class Sweep:
         log = self.out_dir / f"{run.name}.log"
         flags = run.flags | {"out_dir": self.out_dir / run.name, "resume": "auto"}
         argv = [sys.executable, str(self.script), *(f"--{name}={plain(value)}" for name, value in flags.items())]
-        with open(log, "a", encoding="utf-8") as file:
-            code = start(argv, file).wait()
+        code = start(argv, log, lambda: bool(self.summary(run)))
         if code == 0:
             return f"validation loss {self.summary(run).get('val_loss_last', math.nan):.4f}"
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [f"exit code {code}"]
@@ -202,22 +203,41 @@ def order(loss: float | None) -> float:
 
 
 @contextmanager
-def children() -> Iterator[Any]:
-    """Give what starts a process with its output in a file; what still runs at the end is told to stop, and waited for.
+def children() -> Iterator[Callable[[list[str], Path, Callable[[], bool]], int]]:
+    """Give what runs a process with its output in a log, unless it has `ended` by then, and returns its exit code.
 
-    A finetune that is told so saves its state first.
+    What still runs at the end is told to stop, and waited for. A finetune that is told so saves its state first.
     """
     started: list[subprocess.Popen[bytes]] = []
+    stopping = threading.Event()
 
-    def start(argv: list[str], file: Any) -> subprocess.Popen[bytes]:
-        started.append(subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT))
-        return started[-1]
+    def start(argv: list[str], log: Path, ended: Callable[[], bool]) -> int:
+        with open(log, "a", encoding="utf-8") as file:
+            wait_for_lock(file, log, stopping)
+            if ended() or stopping.is_set():
+                return 0
+            process = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT)
+        started.append(process)
+        return process.wait()
 
     try:
         yield start
     finally:
+        stopping.set()
         for process in started:
             if process.poll() is None:
                 process.terminate()
         for process in started:
             process.wait()
+
+
+def wait_for_lock(file: TextIO, log: Path, stopping: threading.Event) -> None:
+    """Lock a log for the process that is to write it, which inherits the lock, once no other process does.
+
+    A sweep that was killed leaves its run behind, which would write the same folder as the one that takes its place.
+    """
+    while not stopping.is_set():
+        try:
+            return take_lock(file.fileno(), log)
+        except UserError:
+            stopping.wait(1)

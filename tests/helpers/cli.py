@@ -34,8 +34,9 @@ def run_process(script: str, **flags) -> Result:
     return Result(process.returncode, out, err)
 
 
-def spawn(script: str, **flags) -> subprocess.Popen:
-    """Start a script in a process of its own."""
+def spawn(script: str, start_new_session: bool = False, **flags) -> subprocess.Popen:
+    """Start a script in a process of its own, or in a session, which can be killed with all that it starts."""
     argv = [sys.executable, str(ROOT / script), *(f"--{k}={v}" for k, v in flags.items())]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(argv, **pipes, text=True, env=env, start_new_session=start_new_session)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 import time
 
@@ -9,7 +10,7 @@ import pytest
 
 from helpers.cli import spawn
 from helpers.paths import ROOT
-from helpers.runs import final, metrics
+from helpers.runs import final, metrics, wait_for_step
 from lit_gpt.reporting.sweep import Sweep
 
 SCRIPT = "scripts/sweep.py"
@@ -52,6 +53,48 @@ def test_a_stopped_sweep_goes_on_and_ends_in_order(cli, flags, tmp_path):
     alone = flags | {"learning_rate": 0.0001}
     assert cli("finetune/lora.py", **alone).code == 0
     assert metrics(first) == metrics(flags["out_dir"]) and final(first).keys() == final(flags["out_dir"]).keys()
+
+
+def wait_until_written(file, process):
+    """Wait until a process has written a file anew, for a minute at most."""
+    before, deadline = file.stat().st_mtime_ns, time.monotonic() + 60
+    while file.stat().st_mtime_ns == before:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
+@pytest.mark.parametrize("outlives", [True, False])
+def test_a_sweep_that_is_killed_goes_on(flags, tmp_path, outlives):
+    """What has ended is left alone; the run it was in goes on once, whether that outlived the sweep or not."""
+    flags |= {"max_steps": 60, "eval_interval": 60, "sample_tokens": 0}
+    path = write(tmp_path / "s.json", flags, grid={"learning_rate": [0.0001, 0.001]})
+    sweep = {"sweep_path": path, "out_dir": tmp_path / "sweep"}
+    first, second = (tmp_path / "sweep" / f"learning_rate_{rate}" for rate in (0.0001, 0.001))
+    process = spawn(SCRIPT, start_new_session=True, **sweep)
+    wait_for_step(process, second, 3)
+    if outlives:  # and has not ended when the sweep begins again
+        process.kill()
+        os.killpg(process.pid, signal.SIGSTOP)
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    before = {file: file.stat().st_mtime_ns for file in [tmp_path / "sweep" / "sweep.json", *first.iterdir()]}
+    again = spawn(SCRIPT, **sweep)
+    if outlives:
+        try:
+            wait_until_written(tmp_path / "sweep" / "sweep.json", again)
+        finally:
+            os.killpg(process.pid, signal.SIGCONT)
+    out, err = again.communicate(timeout=240)
+    assert again.returncode == 0 and "1 of 2 runs have ended before" in out, err
+    assert ("resumed after step" in (tmp_path / "sweep" / f"{second.name}.log").read_text()) != outlives
+    assert {file for file, time in before.items() if file.stat().st_mtime_ns != time} == {tmp_path / "sweep/sweep.json"}
+    assert [row["step"] for row in metrics(second)] == [str(step) for step in range(61)]
+    rows = list(csv.DictReader(open(tmp_path / "sweep" / "sweep.csv", newline="")))
+    assert {row["run"] for row in rows} == {first.name, second.name}
+    assert all(f"{folder.name}</th>" in (tmp_path / "sweep/report.html").read_text() for folder in (first, second))
 
 
 @pytest.mark.parametrize(
