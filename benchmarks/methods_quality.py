@@ -5,16 +5,16 @@
 Every method first tries three learning rates on the first task (seed 0) and keeps the one of the lowest validation
 loss. Then each learns each task with each seed, through the scripts that a user runs; answers to held-out rows are
 scored to the letter, and the loss on a text of another kind, before and after, tells what was forgotten. What is in
-methods_quality.json is not run again, so that an interrupted command goes on; the page is written anew after each.
+methods_quality.json is not run again, so that an interrupted command goes on; the page and its pictures are written
+anew after each.
 """
 
 import json
 import tempfile
 from pathlib import Path
-from statistics import mean
-from textwrap import fill
 from typing import Any
 
+import quality_page
 from recipe import call, provenance
 from tasks import make_rows, write_rows
 
@@ -28,6 +28,7 @@ methods: list[str] = []  # Measure these (none: all).
 seeds: list[str] = ["1", "2", "3"]  # Draw rows and start with these seeds.
 rows: PositiveInt = 200  # Learn from so many rows, validation included.
 held_out: PositiveInt = 40  # Score the answers to so many rows.
+measure_missing: bool = True  # Run what is not in methods_quality.json yet (false: write the page of what is there).
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("orders", "tickets", "bookings")  # the learning rate is chosen on the first, which is the shortest
@@ -81,15 +82,28 @@ def main() -> None:
     names = methods or list(EVERY)
     todo = [(name, TASKS[0], "0", EVERY[name][1] * times) for name in names for times in GRID]
     todo += [(name, task, seed, None) for seed in seeds for task in TASKS for name in names]
-    for number, (name, task, seed, rate) in enumerate(todo, 1):
+    for number, (name, task, seed, rate) in enumerate(todo if measure_missing else (), 1):
         key = f"{name} / {task} / {seed}" + (f" / {rate:.2g}" if rate else "")
         if key not in found["cells"]:
             with tempfile.TemporaryDirectory() as folder:
                 cell = measure(name, task, seed, rate or chosen(found["cells"], name), Path(folder))
             found["cells"][key] = cell
-            write_json(path, found | provenance() | {"command": "python benchmarks/methods_quality.py"})
-            (out_dir / "methods_quality.md").write_text(page(found["cells"]), encoding="utf-8")
+            found |= provenance() | {"command": "python benchmarks/methods_quality.py"}
+            write_json(path, found)
+            write_page(found)
         print(f"{number} of {len(todo)}: {key}: {line_of(found['cells'][key])}", flush=True)
+    write_page(found)
+
+
+def write_page(found: dict[str, Any]) -> None:
+    words = (
+        f"`{found['command']}`: {found['model']} learns {', '.join(TASKS)} from {rows} rows each, one epoch of batch "
+        f"4; out of three learning rates, the one of the lowest validation loss on {TASKS[0]} is taken."
+    )
+    cells = quality_page.Cells(found["cells"], TASKS)
+    made = quality_page.page(cells, list(METHODS), list(TIPS), words, held_out, quality_page.where(found))
+    (out_dir / "methods_quality.md").write_text(made, encoding="utf-8")
+    quality_page.draw(cells, list(METHODS), out_dir / "methods_quality")
 
 
 def line_of(cell: dict[str, Any]) -> str:
@@ -98,8 +112,7 @@ def line_of(cell: dict[str, Any]) -> str:
 
 def chosen(cells: dict[str, dict[str, Any]], name: str) -> float:
     """Return the learning rate of the grid whose validation loss was lowest."""
-    tried = [cell for key, cell in cells.items() if key.startswith(f"{name} / {TASKS[0]} / 0 / ")]
-    return min(tried, key=lambda cell: cell["val_loss_last"])["learning_rate"]
+    return min(quality_page.Cells(cells, TASKS).tried(name), key=lambda cell: cell["val_loss_last"])["learning_rate"]
 
 
 def measure(name: str, task: str, seed: str, rate: float, folder: Path) -> dict[str, Any]:
@@ -141,46 +154,6 @@ def prepare_rows(task: str, seed: int, folder: Path) -> None:
         write_rows(folder / "test.jsonl", drawn[:held_out])
         write_rows(folder / "train.jsonl", drawn[held_out:])
     write_rows(folder / "probe.jsonl", [{"text": (ROOT / "LICENSE").read_text(encoding="utf-8")}])
-
-
-def page(cells: dict[str, dict[str, Any]]) -> str:
-    """Return the page: a table of the methods and one of the tips."""
-    words = (
-        f"`python benchmarks/methods_quality.py`: {checkpoint_dir.name} learns {', '.join(TASKS)} from {rows} rows "
-        f"each, one epoch of batch 4; out of three learning rates, the one of the lowest validation loss on {TASKS[0]} "
-        f"is taken. Exact: the share of {held_out} held-out answers that are right to the letter, the mean over tasks "
-        "and seeds (the least task's mean; n runs). Forgotten: by how much the loss on the text of the license rose. "
-        "Memory is what a step on the longest row takes beside the model (planned); seconds are those of training, on "
-        "a machine that others used meanwhile."
-    )
-    head = (
-        "| method | exact | val. loss | forgotten | trained | file | seconds | step MB (planned) | rate |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    )
-    parts = ["# What each method is worth", fill(words, 120, break_on_hyphens=False)]
-    for group in (METHODS, {"LoRA": METHODS["LoRA"], **TIPS}):
-        lines = [line for name in group if (line := row_of(name, cells))]
-        parts.append("\n".join([*head, *lines]))
-    return "\n\n".join(parts) + "\n"
-
-
-def row_of(name: str, cells: dict[str, dict[str, Any]]) -> str | None:
-    """Return a method's line of the table, once it has run on every task."""
-    own = {task: [cell for key, cell in cells.items() if key.startswith(f"{name} / {task} / ")
-                  and not key.startswith(f"{name} / {task} / 0 / ")] for task in TASKS}  # fmt: skip
-    if not all(own.values()):
-        return None
-    every = [cell for part in own.values() for cell in part]
-    exact = [mean(cell["exact"] for cell in part) for part in own.values()]
-    forgotten = mean(cell["probe_loss_last"] - cell["probe_loss_first"] for cell in every)
-    loss = mean(cell["val_loss_last"] for cell in every)
-    size = every[0]["file_bytes"] / 1e6
-    memory, plan = (max(cell[f"step_bytes_{kind}"] for cell in every) / 1e6 for kind in ("measured", "planned"))
-    return (
-        f"| {name} | {mean(exact):.0%} ({min(exact):.0%}; {len(every)}) | {loss:.3f} | {forgotten:+.3f} "
-        f"| {every[0]['trainable_parameters']:,} | {size:.1f} MB | {mean(cell['seconds'] for cell in every):.0f} "
-        f"| {memory:.0f} ({plan:.0f}) | {every[0]['learning_rate']:.2g} |"
-    )
 
 
 if __name__ == "__main__":

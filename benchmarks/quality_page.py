@@ -1,0 +1,242 @@
+"""The page of benchmarks/methods_quality.py: tables, pictures, and which of the tips held, written from the cells."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from textwrap import fill
+from typing import Any
+
+PLAIN = "LoRA"  # what the tips are compared with
+Cell = dict[str, Any]
+# what is changed of plain LoRA, the tip, and what it expects of the change
+TIPS = {
+    "LoRA, queries and values alone": ("adapt all layers, not queries and values alone", "worse"),
+    "LoRA, alpha half the rank": ("take alpha twice the rank, not half of it", "worse"),
+    "LoRA, alpha the rank": ("take alpha twice the rank, not the rank", "worse"),
+    "LoRA, alpha four times the rank": ("take alpha twice the rank, not four times", "worse"),
+    "LoRA, rank 2": ("a rank of 2 is too small", "worse"),
+    "LoRA, rank 32": ("a larger rank learns more", "better"),
+    "LoRA, constant rate": ("the schedule matters little with AdamW", "equal"),
+    "LoRA, SGD": ("the optimizer matters little", "equal"),
+    "LoRA, three epochs": ("one epoch is enough", "not better"),
+    "QLoRA": ("a base in NF4 costs hardly any quality", "not worse"),
+}
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Holds what was measured, by "method / task / seed"; runs of the grid have seed 0, and their rate behind it."""
+
+    found: dict[str, Cell]
+    tasks: tuple[str, ...]
+
+    def tried(self, name: str) -> list[Cell]:
+        """Return a method's runs of the grid of learning rates."""
+        return [cell for key, cell in self.found.items() if key.startswith(f"{name} / {self.tasks[0]} / 0 / ")]
+
+    def seeds(self, name: str) -> dict[str, list[Cell]]:
+        """Return a method's runs by seed, in the order of the tasks: of the seeds with which it learned all of them."""
+        by_seed: dict[str, dict[str, Cell]] = {}
+        for key, cell in self.found.items():
+            own, task, seed, *grid = key.split(" / ")
+            if own == name and not grid:
+                by_seed.setdefault(seed, {})[task] = cell
+        whole = {seed: runs for seed, runs in by_seed.items() if len(runs) == len(self.tasks)}
+        return {seed: [runs[task] for task in self.tasks] for seed, runs in sorted(whole.items())}
+
+
+def page(cells: Cells, methods: list[str], tips: list[str], words: str, held_out: int, made: str) -> str:
+    """Return the page.
+
+    Args:
+        words: what was done, in whole sentences, the first of them of the command.
+        made: on what machine, with what and when.
+    """
+    how = (
+        f"{words} Exact: the share of {held_out} held-out answers that are right to the letter, the mean over tasks "
+        "and seeds (the least task's mean; n seeds). Forgotten: by how much the loss on the text of the license rose. "
+        "Memory is what a step on the longest row takes beside the model (planned); seconds are those of training, on "
+        f"a machine that others used meanwhile. {made}"
+    )
+    parts = ["# What each method is worth", wrapped(how)]
+    for names in (methods, [PLAIN, *tips]):
+        parts += table(HEAD, [line for name in names if (line := row(name, cells))])
+    parts += table(GRID_HEAD, [line for name in [*methods, *tips] if (line := grid_row(name, cells))], GRID_WORDS)
+    if any(map(cells.tried, methods)):
+        parts.append("![exact matches](methods_quality_exact.png)\n![validation loss](methods_quality_loss.png)")
+    verdicts = [line for name in TIPS if (line := verdict(name, cells))]
+    if verdicts:
+        parts += ["## Which tips held", wrapped(TIPS_WORDS), "\n".join(verdicts)]
+    return "\n\n".join(parts) + "\n"
+
+
+HEAD = (
+    "| method | exact | val. loss | forgotten | trained | file | seconds | step MB (planned) | rate |",
+    "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+)
+GRID_HEAD = (
+    "| method | low rate | loss, exact | middle | loss, exact | high | loss, exact | trained | step MB (planned) |",
+    "|---|" + "---:|" * 8,
+)
+GRID_WORDS = "## The grid\n\nOne run at each learning rate, on the first task; of the lowest loss in bold."
+TIPS_WORDS = (
+    "Each beside plain LoRA (rank 8, alpha 16, all layers, AdamW, a cosine, one epoch) with its own learning rate: the "
+    "difference of exact matches and of the validation loss, means over tasks, with twice the standard error over the "
+    "seeds. A difference counts if it is greater than that."
+)
+
+
+def table(head: tuple[str, str], lines: list[str], title: str = "") -> list[str]:
+    return [*filter(None, [title]), "\n".join([*head, *lines])] if lines else []
+
+
+def wrapped(text: str) -> str:
+    return fill(text, 120, break_on_hyphens=False, break_long_words=False)
+
+
+def where(found: dict[str, Any]) -> str:
+    """Return the machine, versions and date of a results file in words."""
+    machine = found["machine"]
+    extensions = ", ".join(machine["extensions"])
+    return f"{machine['cores']} cores of {machine['cpu']} ({extensions}); torch {found['torch']}; {found['date']}."
+
+
+def row(name: str, cells: Cells) -> str | None:
+    """Return a method's line of the table, once it has learned every task with some seed."""
+    seeds = cells.seeds(name)
+    if not seeds:
+        return None
+    every = [cell for runs in seeds.values() for cell in runs]
+    exact = [fmean(cell["exact"] for cell in runs) for runs in zip(*seeds.values(), strict=True)]  # of each task
+    forgotten = fmean(cell["probe_loss_last"] - cell["probe_loss_first"] for cell in every)
+    return (
+        f"| {name} | {fmean(exact):.0%} ({min(exact):.0%}; {len(seeds)}) | {loss_of(every):.3f} | {forgotten:+.3f} "
+        f"| {every[0]['trainable_parameters']:,} | {every[0]['file_bytes'] / 1e6:.1f} MB "
+        f"| {fmean(cell['seconds'] for cell in every):.0f} | {memory(every)} | {every[0]['learning_rate']:.2g} |"
+    )
+
+
+def grid_row(name: str, cells: Cells) -> str | None:
+    """Return a method's line of the grid, once all of its rates were tried."""
+    tried = sorted(cells.tried(name), key=lambda cell: cell["learning_rate"])
+    if len(tried) < 3:
+        return None
+    best = min(tried, key=lambda cell: cell["val_loss_last"])
+    fields = []
+    for cell in tried:
+        bold = "**" if cell is best else ""
+        fields += [f"{cell['learning_rate']:.2g}", f"{bold}{cell['val_loss_last']:.3f}{bold}, {cell['exact']:.0%}"]
+    return f"| {name} | {' | '.join(fields)} | {best['trainable_parameters']:,} | {memory(tried)} |"
+
+
+def loss_of(runs: list[Cell]) -> float:
+    return fmean(cell["val_loss_last"] for cell in runs)
+
+
+def memory(runs: list[Cell]) -> str:
+    measured, planned = (max(cell[f"step_bytes_{kind}"] for cell in runs) / 1e6 for kind in ("measured", "planned"))
+    return f"{measured:.0f} ({planned:.0f})"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Holds the mean difference of a figure from plain LoRA's over the seeds, and twice its standard error."""
+
+    mean: float
+    error: float
+
+    @property
+    def sign(self) -> int:
+        """Return -1 or 1 for one that counts, else 0."""
+        return 0 if abs(self.mean) <= self.error else 1 if self.mean > 0 else -1
+
+
+def differences(name: str, cells: Cells) -> tuple[Difference, Difference] | None:
+    """Return the differences of exact matches and of the validation loss; None where they have no two seeds in common.
+
+    Runs with one seed have the same rows, and are compared with each other.
+    """
+    own, plain = cells.seeds(name), cells.seeds(PLAIN)
+    both = own.keys() & plain.keys()
+    if len(both) < 2:
+        return None
+    found = []
+    for figure in ("exact", "val_loss_last"):
+        each = [fmean(a[figure] - b[figure] for a, b in zip(own[s], plain[s], strict=True)) for s in sorted(both)]
+        found.append(Difference(fmean(each), 2 * stdev(each) / len(each) ** 0.5))
+    return found[0], found[1]
+
+
+def verdict(name: str, cells: Cells) -> str | None:
+    """Return the line on a tip: whether it held, by what the change did to answers and loss."""
+    found = differences(name, cells)
+    if found is None:
+        return None
+    exact, loss = found
+    signs = {exact.sign, -loss.sign} - {0}
+    outcome = "mixed" if len(signs) == 2 else {1: "better", -1: "worse"}[signs.pop()] if signs else "equal"
+    tip, expected = TIPS[name]
+    accepted = {"not better": ("equal", "worse"), "not worse": ("equal", "better")}.get(expected, (expected,))
+    said = "held" if outcome in accepted else "no difference seen" if outcome == "equal" else "did not hold"
+    words = (
+        f"- **{tip}: {said}.** {name}: exact {100 * exact.mean:+.1f} ± {100 * exact.error:.1f} points, validation loss "
+        f"{loss.mean:+.4f} ± {loss.error:.4f}{'; the two do not agree' if outcome == 'mixed' else ''}."
+    )
+    return fill(words, 120, subsequent_indent="  ", break_on_hyphens=False)
+
+
+def draw(cells: Cells, names: list[str], stem: Path) -> None:
+    """Draw exact matches against trained parameters, and the validation losses, into STEM_exact.png and STEM_loss.png.
+
+    Of methods that have learned every task; if none has, of the runs of the grid with the lowest loss.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = {name: list(seeds.values()) for name in names if (seeds := cells.seeds(name))}
+    what = "mean over tasks and seeds; lines from the least seed to the greatest"
+    if not runs:
+        tried = {name: cells.tried(name) for name in names}
+        runs = {name: [[min(own, key=lambda cell: cell["val_loss_last"])]] for name, own in tried.items() if own}
+        what = f"{cells.tasks[0]} alone, one run, the best of the learning rates"
+    if not runs:
+        return
+    for name, paint in (("exact", draw_exact), ("loss", draw_losses)):
+        figure, axes = pyplot.subplots(figsize=(8.5, 5.5), layout="constrained")
+        paint(axes, runs)
+        axes.set_title(what, fontsize=10)
+        axes.grid(alpha=0.3)
+        figure.savefig(f"{stem}_{name}.png", dpi=120)
+        pyplot.close(figure)
+
+
+Runs = dict[str, list[list[Cell]]]  # of each method, for each seed
+
+
+def draw_exact(axes: Any, runs: Runs) -> None:
+    """Draw exact matches over trained parameters; points that lie together share a label."""
+    places: dict[tuple[int, int], list[tuple[float, str]]] = {}
+    for name, seeds in runs.items():
+        trained = seeds[0][0]["trainable_parameters"]
+        exact = 100 * fmean(cell["exact"] for own in seeds for cell in own)
+        axes.plot(trained, exact, "o", color="tab:blue")
+        places.setdefault((trained, round(exact / 4)), []).append((exact, name))
+    for (trained, _), together in places.items():
+        names = "\n".join(name for _, name in sorted(together, reverse=True))
+        place = trained, max(exact for exact, _ in together)
+        axes.annotate(names, place, (6, 3), textcoords="offset points", fontsize=7, va="top")
+    axes.set(xscale="log", xlabel="trained parameters", ylabel="exact matches, %")
+    axes.margins(x=0.15, y=0.15)
+
+
+def draw_losses(axes: Any, runs: Runs) -> None:
+    """Draw each method's validation loss, the lowest on top."""
+    means = {name: [loss_of(own) for own in seeds] for name, seeds in runs.items()}
+    order = sorted(means, key=lambda name: fmean(means[name]), reverse=True)
+    for place, name in enumerate(order):
+        axes.plot([min(means[name]), max(means[name])], [place, place], color="tab:blue", linewidth=2)
+        axes.plot(fmean(means[name]), place, "o", color="tab:blue")
+    axes.set_yticks(range(len(order)), order, fontsize=8)
+    axes.set(xscale="log", xlabel="validation loss, nats per supervised token")
