@@ -196,7 +196,7 @@ def draw(cells: Cells, names: list[str], stem: Path) -> None:
     from matplotlib import pyplot
 
     runs = {name: list(seeds.values()) for name in names if (seeds := cells.seeds(name))}
-    what = "mean over tasks and seeds; lines from the least seed to the greatest"
+    what = "mean over tasks and seeds"
     if not runs:
         tried = {name: cells.tried(name) for name in names}
         runs = {name: [[min(own, key=lambda cell: cell["val_loss_last"])]] for name, own in tried.items() if own}
@@ -216,23 +216,24 @@ Runs = dict[str, list[list[Cell]]]  # of each method, for each seed
 
 
 def draw_exact(axes: Any, runs: Runs) -> None:
-    """Draw exact matches over trained parameters; points that lie together share a label."""
-    places: dict[tuple[int, int], list[tuple[float, str]]] = {}
-    for name, seeds in runs.items():
-        trained = seeds[0][0]["trainable_parameters"]
-        exact = 100 * fmean(cell["exact"] for own in seeds for cell in own)
+    """Draw exact matches over trained parameters, and beside each point its name, as high as those above leave room."""
+    points = [
+        (seeds[0][0]["trainable_parameters"], 100 * fmean(cell["exact"] for own in seeds for cell in own), name)
+        for name, seeds in runs.items()
+    ]
+    low = min(exact for _, exact, _ in points) - 5
+    line, before = (105 - low) / 45, (0, 0.0)  # the height of a line; the label before
+    for trained, exact, name in sorted(points, key=lambda point: (point[0], -point[1])):
+        place = min(exact, before[1] - line) if before[0] == trained else exact
         axes.plot(trained, exact, "o", color="tab:blue")
-        places.setdefault((trained, round(exact / 4)), []).append((exact, name))
-    for (trained, _), together in places.items():
-        names = "\n".join(name for _, name in sorted(together, reverse=True))
-        place = trained, max(exact for exact, _ in together)
-        axes.annotate(names, place, (6, 3), textcoords="offset points", fontsize=7, va="top")
-    axes.set(xscale="log", xlabel="trained parameters", ylabel="exact matches, %")
-    axes.margins(x=0.15, y=0.15)
+        axes.annotate(name, (trained, place), (6, -3), textcoords="offset points", fontsize=7)
+        before = trained, place
+    axes.set(xscale="log", xlabel="trained parameters", ylabel="exact matches, %", ylim=(low, 105))
+    axes.margins(x=0.15)
 
 
 def draw_losses(axes: Any, runs: Runs) -> None:
-    """Draw each method's validation loss, the lowest on top."""
+    """Draw each method's validation loss, the lowest on top, as a line from the least seed to the greatest."""
     means = {name: [loss_of(own) for own in seeds] for name, seeds in runs.items()}
     order = sorted(means, key=lambda name: fmean(means[name]), reverse=True)
     for place, name in enumerate(order):

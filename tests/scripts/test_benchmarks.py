@@ -169,6 +169,35 @@ def test_tasks_have_rows_that_differ_and_the_recipe_reads_what_prepare_prints(mo
     assert "| 200 | printed | 98% (98%, n = 2) |" in table(cells) and "printed" in SETTINGS
 
 
+def test_tips_are_judged_by_what_all_seeds_say(monkeypatch, tmp_path):
+    """A difference below twice its standard error is none; runs of the grid and seeds that lack a task do not count."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from quality_page import Cells, draw, page
+
+    def cell(exact, loss, rate=1e-3):
+        figures = dict.fromkeys(("file_bytes", "seconds", "probe_loss_first", "probe_loss_last"), 1)
+        memory = {"step_bytes_planned": 2e6, "step_bytes_measured": 1e6, "trainable_parameters": 1000}
+        return figures | memory | {"exact": exact, "val_loss_last": loss, "learning_rate": rate}
+
+    found = {f"LoRA / a / 0 / {rate}": cell(0.5, rate, rate) for rate in (0.1, 0.2, 0.3)}
+    for seed, noise in enumerate((-0.02, 0.0, 0.02), 1):
+        changes = {"": (0.8, 0.5), ", queries and values alone": (0.6, 0.7), ", SGD": (0.8 + noise, 0.5 - noise)}
+        changes |= {", rank 2": (0.9, 0.4), ", alpha the rank": (0.9, 0.6)}
+        for name, (exact, loss) in changes.items():
+            found |= {f"LoRA{name} / {task} / {seed}": cell(exact, loss) for task in "ab"}
+    found["LoRA / a / 4"] = cell(0.0, 9.0)
+    cells = Cells(found, ("a", "b"))
+    text = page(cells, ["LoRA", "IA3"], ["LoRA, SGD"], "`command`.", 40, "Here.")
+    for words in (
+        "queries and values alone: held.**", "optimizer matters little: held.**", "2 is too small: did not hold",
+        "exact -20.0 ± 0.0 points", "do not agree", "| LoRA | 80% (80%; 3) | 0.500 |", "| 0.1 | **0.100**, 50% | 0.2 |",
+    ):  # fmt: skip
+        assert words in " ".join(text.split()), (words, text)
+    assert "IA3" not in text
+    draw(cells, ["LoRA", "IA3"], tmp_path / "drawn")
+    assert {path.name for path in tmp_path.iterdir()} == {"drawn_exact.png", "drawn_loss.png"}
+
+
 @pytest.mark.slow
 @pytest.mark.subprocess
 def test_a_hybrid_beside_transformers(tmp_path):
