@@ -12,19 +12,21 @@ from pathlib import Path
 
 from lit_gpt.checkpoints.folder import check_inputs
 from lit_gpt.cli import NonNegativeFloat, PositiveInt, run
-from lit_gpt.generation.args import ModelArgs, SamplingArgs
+from lit_gpt.generation.args import ModelArgs, SamplingArgs, context_of
+from lit_gpt.model.config import Config
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Read a converted folder, or what finetune/full.py wrote.
 finetuned_path: Path | None = None  # Attach what a script of finetune/ wrote.
 prompt_style: str | None = None  # Render in this style, or a Jinja file (null: the finetune's or the checkpoint's).
 system: str = ""  # Open the conversation with this, for styles that have a place for it.
-context: PositiveInt = 4096  # Keep this many tokens of history and answer together, at most what the model takes.
+context: PositiveInt | None = None  # Keep this many tokens of history and answer together (null: up to 4096).
 max_new_tokens: PositiveInt = 512
 temperature: NonNegativeFloat = 0.7
 
 
 def main(sampling: SamplingArgs, model: ModelArgs) -> None:
     check_inputs(checkpoint_dir, finetuned_path)
+    tokens = context_of(context, 4096, Config.from_checkpoint(checkpoint_dir).block_size)
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
     from lit_gpt.distributed.placement import place
     from lit_gpt.generation.chat import Chat
@@ -56,7 +58,7 @@ def main(sampling: SamplingArgs, model: ModelArgs) -> None:
         gpt,
         base.tokenizer,
         style,
-        context,
+        tokens,
         sampling,
         open_loras if method is None or method.merges else None,
         model.compile,

@@ -20,7 +20,7 @@ temperature: NonNegativeFloat = 0.8
 
 
 def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
-    check_inputs(checkpoint_dir, finetuned_path)
+    check_inputs(checkpoint_dir, finetuned_path, "adapter")
     from lit_gpt.generation.answer import answer_finetuned
 
     answer_finetuned(checkpoint_dir, finetuned_path, "adapter", prompt, sampling, model)

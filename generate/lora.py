@@ -22,7 +22,7 @@ temperature: NonNegativeFloat = 0.8
 
 
 def main(prompt: PromptArgs, sampling: SamplingArgs, model: ModelArgs) -> None:
-    check_inputs(checkpoint_dir, finetuned_path)
+    check_inputs(checkpoint_dir, finetuned_path, "lora")
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
     from lit_gpt.distributed.placement import place
     from lit_gpt.errors import UsageError

@@ -10,8 +10,10 @@ weights. http://127.0.0.1:8000 shows a page that asks several side by side. Need
 from pathlib import Path
 
 from lit_gpt.cli import run
+from lit_gpt.errors import require
 from lit_gpt.generation.args import ModelArgs
 from lit_gpt.serving.args import ServeArgs
+from lit_gpt.serving.checks import check_early
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Read a converted folder, or what finetune/full.py wrote.
 loras: list[str] = []  # Serve these LoRA files beside the base, each given as NAME=FILE.
@@ -21,21 +23,16 @@ prompt_style: str | None = None  # Render in this style, or a Jinja file (null: 
 
 
 def main(server: ServeArgs, model: ModelArgs) -> None:
-    from lit_gpt.errors import UsageError, require
-
     for package in ("starlette", "uvicorn"):
         require(package, "lit-gpt[serve]", "generate/serve.py")
+    files, key = check_early(server, checkpoint_dir, loras, loras_dir, finetuned_path)
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
     from lit_gpt.distributed.placement import place
     from lit_gpt.hardware import DTYPES
-    from lit_gpt.serving.catalog import Catalog, named_files
-    from lit_gpt.serving.server import read_key, serve
+    from lit_gpt.serving.catalog import Catalog
+    from lit_gpt.serving.server import serve
     from lit_gpt.text.prompt_style import PromptStyle
 
-    if (loras or loras_dir) and finetuned_path:
-        flag = "--loras" if loras else "--loras_dir"
-        raise UsageError(f"{flag}: goes with the base, not with --finetuned_path; give one of them")
-    files, key = named_files(loras), read_key(server)
     base = BaseCheckpoint.open(checkpoint_dir, model.quantize, resident=True)
     style = PromptStyle.from_name(prompt_style, base.tokenizer) if prompt_style else None
     where = {"dtype": DTYPES[model.precision], "device": place(model.device, model.devices)}

@@ -268,6 +268,7 @@ def parse(
     expanded, choices = argv, {name: metavar(kind) for name, kind in kinds.items()}
     try:
         expanded = list(habits.with_true(expand_config(argv, kinds, aliases), kinds))
+        habits.refuse_empty_paths(expanded, kinds)
         values = vars(parser.parse_args([habits.respell(*pair, choices) for pair in pairwise(["", *expanded])]))
     except Exception as error:  # jsonargparse has no common base for what a value can do wrong
         raise UsageError(explain(str(error), expanded, kinds)) from None
@@ -339,7 +340,7 @@ def expand_config(argv: list[str], types: dict[str, Any], aliases: dict[str, str
         try:
             values = read_config(Path(path))
         except (OSError, ValueError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
             raise UsageError(f"--config {path}: expected a JSON or YAML file of flag values: {reason}") from None
         if not isinstance(values, dict):
             raise UsageError(f'--config {path}: expected an object of flag values, such as {{"seed": 1}}')
@@ -356,8 +357,7 @@ def expand_config(argv: list[str], types: dict[str, Any], aliases: dict[str, str
 
 
 def read_config(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8-sig")
-    return yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+    return (yaml.safe_load if path.suffix in (".yaml", ".yml") else json.loads)(path.read_text(encoding="utf-8-sig"))
 
 
 def explain(message: str, argv: list[str], types: dict[str, Any]) -> str:

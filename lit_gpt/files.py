@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,8 +41,32 @@ def check_new(path: Path) -> None:
     half_made = {unfinished(path).name}
     if path.exists() and (not path.is_dir() or {entry.name for entry in path.iterdir()} - half_made):
         raise UserError(f"{path}: already exists and is not an empty folder; choose another or remove it")
-    if path.is_symlink() and not path.exists():
-        raise UserError(f"{path}: is a link to {path.readlink()}, which does not exist; make that or choose another")
+    if not path.exists():
+        check_writable(path)
+
+
+def check_writable(given: Path, flag: str = "--out_dir") -> None:
+    """Refuse a folder that cannot be written to, or cannot be made: a run would only find out at its end.
+
+    Nothing is left of the trial, which is made in the folder, or in the one in which it would be made.
+
+    Raises:
+        UserError
+    """
+    for path in (given, *given.parents):
+        if path.is_symlink() and not path.exists():
+            raise UserError(
+                f"{flag} {path}: is a link to {path.readlink()}, which does not exist; make that or choose another"
+            )
+    folder = given.resolve()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=there))
+    except OSError as error:
+        reason = "" if isinstance(error, FileNotFoundError) else f" ({error.strerror})"  # as /proc says it
+        raise UserError(
+            f"{flag} {given}: nothing can be written in {there}{reason}; choose a folder that is yours"
+        ) from None
 
 
 def unfinished(path: Path) -> Path:

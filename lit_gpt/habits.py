@@ -5,7 +5,10 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, get_args
+
+from lit_gpt.errors import UsageError
 
 # Words for values that are ours under another name, by flag: those of Lightning, of bitsandbytes and of llama.cpp.
 DTYPES = {
@@ -137,6 +140,19 @@ def with_true(argv: Iterable[str], kinds: dict[str, Any]) -> Iterator[str]:
             yield f"{argument}=true"
         else:
             yield argument
+
+
+def refuse_empty_paths(argv: Iterable[str], kinds: dict[str, Any]) -> None:
+    """Refuse a path that is empty, as a shell's unset variable is: it would stand for the folder that we are in.
+
+    Raises:
+        UsageError
+    """
+    for argument, following in pairwise([*argv, "--"]):
+        name, equals, value = argument.removeprefix("--").partition("=")
+        kind = kinds.get(name) if argument.startswith("--") else None
+        if Path in (kind, *get_args(kind)) and not (value if equals else following):
+            raise UsageError(f"--{name}: expected a path, got ''; . is the folder that you are in")
 
 
 def is_bool(kind: Any) -> bool:

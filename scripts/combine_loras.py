@@ -36,7 +36,7 @@ def main() -> None:
         raise UsageError(f"--density {density}: expected a share of at most 1")
     files = weighted_files(loras)
     for path in files:
-        check_inputs(checkpoint_dir, path, flag="--loras")
+        check_inputs(checkpoint_dir, path, "lora", flag="--loras")
     check_new(out_dir)
     from dataclasses import asdict
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from lit_gpt.checkpoints.outline import check_record, read_outline
 from lit_gpt.cli import Quantizer
 from lit_gpt.errors import UserError
 from lit_gpt.files import refuse_folder
@@ -22,20 +23,44 @@ STRETCH = "lit_stretch.json"  # says that the context was stretched: the weights
 FORMATS = get_args(Quantizer)
 
 
-def check_inputs(checkpoint_dir: Path, finetuned_path: Path | None = None, flag: str = "--finetuned_path") -> None:
-    """Refuse a folder that is not a converted checkpoint, and a finetuned file that is not there, without torch.
+def check_inputs(
+    checkpoint_dir: Path,
+    finetuned_path: Path | None = None,
+    method: str | None = None,
+    flag: str = "--finetuned_path",
+) -> dict[str, Any]:
+    """Refuse a folder that is not a converted checkpoint, and a file that is no finetuned one, without torch.
+
+    Args:
+        method: name of the only method to admit; None: any.
+        flag: by which the file was given.
+
+    Returns:
+        the file's contents without its tensors; without a file, nothing.
 
     Raises:
         UserError
     """
     check_checkpoint_dir(checkpoint_dir)
     if not finetuned_path:
-        return
+        return {}
+    peft = finetuned_path if finetuned_path.is_dir() else finetuned_path.parent
+    if (peft / "adapter_config.json").is_file():
+        raise UserError(
+            f"{flag} {finetuned_path}: is a PEFT adapter; `python scripts/convert_peft_adapter.py --peft_dir "
+            f"{shlex.quote(str(peft))}` makes a finetuned file of it"
+        )
     refuse_folder(finetuned_path, "a file of tensors", "lit_model_*finetuned.pth")
     if not finetuned_path.is_file():
         near = sorted(map(str, Path("out").glob("*/*/lit_model_*_finetuned.pth")))
         there = f"there are {', '.join(near)}" if near else "a script of finetune/ writes one"
         raise UserError(f"{flag} {finetuned_path}: no such file; {there}")
+    try:
+        contents = read_outline(finetuned_path)
+        check_record(contents, finetuned_path, method)
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from None
+    return contents
 
 
 def check_checkpoint_dir(checkpoint_dir: Path, converted: bool = True) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lit_gpt.checkpoints.outline import unreadable
 from lit_gpt.errors import UserError
 from lit_gpt.files import atomic, refuse_folder
 
@@ -90,7 +91,7 @@ def load(path: Path, mmap: bool = True) -> dict[str, Any]:
         if "Cannot allocate memory" in str(error):  # to map it to
             raise MemoryError(str(error)) from None
         reason = "it holds code, which is never run" if "Weights only load failed" in str(error) else "is it truncated?"
-        raise UserError(f"{path}: not a readable file of tensors ({reason}); make or download it again") from None
+        raise UserError(unreadable(path, reason)) from None
     if not isinstance(contents, dict):
         raise UserError(f"{path}: expected a dictionary of tensors, found {type(contents).__name__}")
     return contents

@@ -16,6 +16,24 @@ from lit_gpt.cli import (
 from lit_gpt.errors import UsageError, UserError
 
 
+def context_of(asked: int | None, usual: int, block_size: int) -> int:
+    """Return how many tokens prompt and answer may have together.
+
+    Args:
+        asked: by --context; None: the usual number, or what the model takes if that is less.
+        block_size: what the model takes.
+
+    Raises:
+        UsageError: more is asked for than the model takes.
+    """
+    if asked and asked > block_size:
+        raise UsageError(
+            f"--context {asked}: the model takes {block_size} tokens; give at most so many, or stretch its context by "
+            "scripts/extend.py"
+        )
+    return asked or min(usual, block_size)
+
+
 @dataclass(frozen=True)
 class PromptArgs:
     """Prompt"""

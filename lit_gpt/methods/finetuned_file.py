@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt.checkpoints.io import check_state, load, save
+from lit_gpt.checkpoints.outline import FORMAT_VERSION, check_record
 from lit_gpt.distributed import deepspeed
 from lit_gpt.distributed.whole import gather, shard_like
 from lit_gpt.errors import UserError
-
-FORMAT_VERSION = 1
-RECORD = {"format_version", "method", "base", "state", "hyperparameters", "prompt_style"}
+from lit_gpt.files import read_json
 
 
 def file_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -79,14 +78,12 @@ def read_file(path: Path, method: str | None, base: str, mmap: bool = True) -> d
         UserError: not such a file, of another method or format version, or trained on another base.
     """
     contents = load(path, mmap)
-    if not contents.keys() >= RECORD:
-        raise UserError(f"{path}: not a finetuned file; expected what finetune/{method or 'lora'}.py writes")
-    if contents["format_version"] != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {contents['format_version']}, expected {FORMAT_VERSION}")
-    if method and contents["method"] != method:
-        raise UserError(f"{path}: trained by the method {contents['method']}, expected {method}")
+    check_record(contents, path, method)
     if contents["base"] != base:
+        run = read_json(Path(path).with_name("hyperparameters.json"), missing_ok=True)
+        given = f"; its run was given --checkpoint_dir {run['checkpoint_dir']}" if "checkpoint_dir" in run else ""
         raise UserError(
             f"{path}: trained on another base (fingerprint {contents['base']}) than that of --checkpoint_dir ({base})"
+            f"{given}"
         )
     return contents

@@ -7,7 +7,6 @@ import torch
 
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.distributed.placement import Where
-from lit_gpt.errors import UserError
 from lit_gpt.methods import registry
 from lit_gpt.methods.finetuned_file import read_file
 from lit_gpt.methods.method import Method
@@ -20,15 +19,7 @@ def method_of(record: dict[str, Any], path: Path) -> Method:
     Raises:
         UserError: the method is not known or not one that attaches to a base, or these are not its hyperparameters.
     """
-    name = record["method"]
-    if name not in registry.METHODS or not registry.METHODS[name].attaches:
-        known = " or ".join(known for known, entry in registry.METHODS.items() if entry.attaches)
-        raise UserError(f"{path}: trained by the method {name}, expected {known}")
-    try:
-        config = registry.config_class(name)(**record["hyperparameters"])
-    except TypeError as error:
-        raise UserError(f"{path}: not the hyperparameters of a {name} file ({error})") from None
-    return registry.make_method(name, config)
+    return registry.make_method(record["method"], registry.recorded_config(record, path))
 
 
 def attach_record(model: GPT, path: Path, record: dict[str, Any]) -> Method:

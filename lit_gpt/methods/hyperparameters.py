@@ -1,12 +1,18 @@
-"""The hyperparameters of each method, as groups of flags. Nothing here imports torch."""
+"""The hyperparameters of each method, as groups of flags. Nothing here imports torch.
 
+A class may name in `free_settings` which of its fields may differ from those of the file that a run starts from.
+"""
+
+import json
 import math
 import re
+import shlex
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from lit_gpt.cli import Fraction, NonNegativeInt, PositiveFloat, PositiveInt
-from lit_gpt.errors import UsageError
+from lit_gpt.cli import Fraction, NonNegativeInt, PositiveFloat, PositiveInt, flag_values
+from lit_gpt.errors import UsageError, UserError
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,7 @@ class LoRAConfig:
     """LoRA: update each chosen projection by (lora_alpha / lora_r) B A"""
 
     prefix: ClassVar[str] = "lora_"
+    free_settings: ClassVar[frozenset[str]] = frozenset({"dropout", "lr_ratio"})
 
     r: PositiveInt = 8  # Set the rank of the updates.
     alpha: PositiveFloat = 16  # Scale the updates by this, divided by lora_r.
@@ -158,6 +165,7 @@ class PromptConfig:
     """Learned prompts"""
 
     prefix: ClassVar[str] = "prompt_"
+    free_settings: ClassVar[frozenset[str]] = frozenset({"init", "text"})
 
     kind: Literal["embeddings", "keys_values"] = "embeddings"  # Learn these of each virtual token.
     length: PositiveInt = 20  # Put this many virtual tokens before every sequence.
@@ -225,3 +233,39 @@ class FullConfig:
     """Full finetuning"""
 
     master_weights: bool = True  # Keep weights in fp32 while they train; in `precision`, small steps are lost.
+
+
+def from_record(config_class: type, record: dict[str, Any], path: Path) -> Any:
+    """Return the hyperparameters in a finetuned file's record; those that a file of before lacks have the defaults.
+
+    Raises:
+        UserError: they are not those of the class.
+    """
+    try:
+        return config_class(**record["hyperparameters"])
+    except TypeError as error:
+        raise UserError(
+            f"{path}: not the hyperparameters of a {record['method']} file ({error}); train it again"
+        ) from None
+
+
+def refuse_other_settings(before: Any, config: Any, path: Path) -> None:
+    """Refuse to start a run with hyperparameters from a file that has others.
+
+    Args:
+        before: those of the file `path`, of the class of `config`.
+
+    Raises:
+        UsageError: names all flags that differ.
+    """
+    free = {getattr(config, "prefix", "") + name for name in getattr(config, "free_settings", ())}
+    now = flag_values(config)
+    others = {flag: value for flag, value in flag_values(before).items() if flag not in free and now[flag] != value}
+    if others:
+        raise UsageError(f"{typed({flag: now[flag] for flag in others})}: {path} has {typed(others)}; give that")
+
+
+def typed(flags: dict[str, Any]) -> str:
+    """Return flags as they are typed on a command line."""
+    values = {name: value if isinstance(value, str) else json.dumps(value) for name, value in flags.items()}
+    return " ".join(f"--{name} {shlex.quote(value)}" for name, value in values.items())

@@ -14,11 +14,11 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lit_gpt.cli import flag_values
-from lit_gpt.errors import UsageError, UserError
+from lit_gpt.errors import UserError
 from lit_gpt.hardware import DTYPES
 from lit_gpt.kernels.linear import arithmetic
 from lit_gpt.methods import finetuned_file
+from lit_gpt.methods.hyperparameters import from_record, refuse_other_settings
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT
 from lit_gpt.model.linear import Linear
@@ -48,14 +48,12 @@ class Method(ABC):
         name: by which files, flags and scripts know the method.
         trains_base: whether the base's own weights train, so that the result is a whole checkpoint folder.
         merges: whether what was trained can be folded into the base's weights.
-        free_settings: hyperparameters that may differ from those of the file that a run starts from.
         config: the hyperparameters, a frozen dataclass of lit_gpt.methods.hyperparameters.
     """
 
     name: ClassVar[str]
     trains_base: ClassVar[bool] = False
     merges: ClassVar[bool] = False
-    free_settings: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -139,22 +137,14 @@ class Method(ABC):
             UserError: the file is of another method or base, or of one whose codes are others than the nearest.
             UsageError: the flags say otherwise than its settings.
         """
-        record, prefix = finetuned_file.read_file(path, self.name, base), getattr(self.config, "prefix", "")
+        record = finetuned_file.read_file(path, self.name, base)
         name, _, codes = (record.get("quantize") or "").partition(":")
         if codes and record["quantize"] != quantization:
             raise UserError(
                 f"{path}: goes with the {name} weights of fingerprint {codes}, not with those of --checkpoint_dir; "
                 "give the folder that scripts/quantize.py wrote"
             )
-        try:
-            config = type(self.config)(**record["hyperparameters"])  # of what a file of before lacks, the defaults
-        except TypeError as error:
-            raise UserError(f"{path}: not the hyperparameters of a {self.name} file ({error})") from None
-        before, now = flag_values(config), flag_values(self.config)
-        for flag, value in before.items():
-            if flag.removeprefix(prefix) not in self.free_settings and now[flag] != value:
-                given, own = (str(v).lower() if isinstance(v, bool) else v for v in (value, now[flag]))
-                raise UsageError(f"--{flag} {own}: {path} has {given}; give that")
+        refuse_other_settings(from_record(type(self.config), record, path), self.config, path)
         self.load_state(model, record["state"], path)
 
     def merge(self, model: GPT) -> GPT:

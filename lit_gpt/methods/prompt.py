@@ -29,7 +29,6 @@ class Prompt(Method):
     """Trains vectors of virtual tokens before every sequence."""
 
     name = "prompt"
-    free_settings = frozenset({"init", "text"})
     config: PromptConfig
 
     @property

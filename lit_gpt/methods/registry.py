@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_gpt.errors import UserError
@@ -13,6 +14,7 @@ from lit_gpt.methods.hyperparameters import (
     IA3Config,
     LoRAConfig,
     PromptConfig,
+    from_record,
 )
 
 if TYPE_CHECKING:
@@ -50,6 +52,19 @@ def config_class(name: str) -> type:
 def make_method(name: str, config: Any) -> "Method":
     """Return the method with these hyperparameters. Raises UserError if it is not known."""
     return entry(name).load()(config)
+
+
+def recorded_config(record: dict[str, Any], path: Path) -> Any:
+    """Return the hyperparameters that a finetuned file records.
+
+    Raises:
+        UserError: its method is not known or not one that attaches to a base, or has others.
+    """
+    name = record["method"]
+    if name not in METHODS or not METHODS[name].attaches:
+        known = " or ".join(known for known, method in METHODS.items() if method.attaches)
+        raise UserError(f"{path}: trained by the method {name}, expected {known}")
+    return from_record(config_class(name), record, path)
 
 
 def flag_prefixes() -> tuple[str, ...]:

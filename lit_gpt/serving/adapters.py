@@ -11,10 +11,9 @@ from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from lit_gpt.errors import UsageError, UserError
+from lit_gpt.errors import UserError
 from lit_gpt.methods.multi_lora import LoadedLoRA, LoRAPool
 
-FILE = "lit_model_lora_finetuned.pth"  # what finetune/lora.py writes into a folder of its own
 Stamp = tuple[int, int, int]
 
 
@@ -94,25 +93,3 @@ class Adapters:
         if one is None or now != stamp:
             raise UserError("its file was replaced while the request waited; ask again")
         return one
-
-
-def files_in(folder: Path) -> dict[str, Path]:
-    """Return the LoRA files in a folder by name: NAME.pth, or NAME/lit_model_lora_finetuned.pth.
-
-    Raises:
-        UsageError: the folder cannot be read.
-    """
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise UsageError(f"--loras_dir {folder}: cannot be read ({error.strerror}); give a folder of LoRAs") from None
-    found: dict[str, Path] = {}
-    for entry in entries:
-        if entry.name.startswith("."):  # among them what is being written
-            continue
-        path = Path(entry.path)
-        if path.suffix == ".pth":
-            found.setdefault(path.stem, path)
-        elif (path / FILE).is_file():
-            found.setdefault(path.name, path / FILE)
-    return found

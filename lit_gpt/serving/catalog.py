@@ -21,13 +21,13 @@ from lit_gpt.methods.finetuned_file import read_file
 from lit_gpt.methods.finetuned_model import attach_record, method_of
 from lit_gpt.methods.multi_lora import LoadedLoRA, LoRAPool
 from lit_gpt.model.gpt import GPT
-from lit_gpt.serving.adapters import Adapters, Stamp, files_in, stamp_of
+from lit_gpt.serving.adapters import Adapters, Stamp, stamp_of
+from lit_gpt.serving.checks import files_in
 from lit_gpt.serving.errors import APIError
 from lit_gpt.text.prompt_style import PromptStyle
 from lit_gpt.text.tokenizer import Tokenizer
 
 PROBE_TOKENS = 32
-LIKE = "out/lora/alpaca/lit_model_lora_finetuned.pth"
 
 
 @dataclass(frozen=True)
@@ -247,19 +247,6 @@ def unavailable(name: str) -> APIError:
 
 def name_of(base: BaseCheckpoint) -> str:
     return base.checkpoint_dir.resolve().name
-
-
-def named_files(arguments: Iterable[str]) -> dict[str, Path]:
-    """Return {name: file} of arguments NAME=FILE. Raises UsageError for others, or a name that comes twice."""
-    named: dict[str, Path] = {}
-    for argument in arguments:
-        name, equals, path = argument.partition("=")
-        if not (name and equals and path):
-            raise UsageError(f"--loras {argument}: expected NAME=FILE, such as alpaca={LIKE}")
-        if name in named:
-            raise UsageError(f"--loras {argument}: the name {name} comes twice; choose another")
-        named[name] = Path(path).expanduser()
-    return named
 
 
 @torch.no_grad()

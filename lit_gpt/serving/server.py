@@ -1,14 +1,11 @@
 """Starts the server, and ends it by SIGTERM: what was accepted is answered first."""
 
 import asyncio
-import ipaddress
-import os
 import socket
 import sys
 import threading
 from concurrent.futures import CancelledError
 from itertools import islice
-from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -24,7 +21,6 @@ from lit_gpt.serving.completions import Completions
 from lit_gpt.serving.scheduler import Scheduler
 
 WATCH_SECONDS = 2
-KEY_VARIABLE = "LIT_GPT_API_KEY"
 
 
 def serve(catalog: Catalog, args: ServeArgs, key: str | None, compile: bool = False) -> None:
@@ -54,7 +50,7 @@ def start(catalog: Catalog, args: ServeArgs, compile: bool = False) -> Completio
     Raises:
         UsageError: the device does not have that much memory.
     """
-    model, context = catalog.model, min(args.context, catalog.model.config.block_size)
+    model, context = catalog.model, args.context_of(catalog.model.config.block_size)
     told, size = plan(catalog, args, context)
     if size > sum(map(device_memory, devices_of(model))):
         raise UsageError(f"--batch_size {args.batch_size}: {told}, more than there is; lower it, or --context")
@@ -119,37 +115,3 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"--host {host} --port {port}: cannot be listened on ({reason}); choose another") from None
-
-
-def read_key(args: ServeArgs) -> str | None:
-    """Return the API key that the file or the environment has, or None.
-
-    Raises:
-        UsageError: the host is not the loopback, and there is no key.
-        UserError: the file cannot be read, or is empty.
-    """
-    key = os.environ.get(KEY_VARIABLE) or None
-    if args.api_key_file is not None:
-        key = key_in(args.api_key_file)
-    if key is None and not is_loopback(args.host):
-        raise UsageError(
-            f"--host {args.host}: others can reach it; set {KEY_VARIABLE} or give --api_key_file, or leave out --host"
-        )
-    return key
-
-
-def key_in(path: Path) -> str:
-    try:
-        key = path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--api_key_file {path}: cannot be read ({error})") from None
-    if not key:
-        raise UserError(f"--api_key_file {path}: is empty; expected the API key")
-    return key
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

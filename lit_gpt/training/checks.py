@@ -9,8 +9,9 @@ from lit_gpt.checkpoints.folder import check_inputs, quantization
 from lit_gpt.cli import flag_values
 from lit_gpt.data.folder import SPLITS, read_record, sample_lengths
 from lit_gpt.errors import UsageError, UserError, require
-from lit_gpt.files import read_json
+from lit_gpt.files import check_writable, read_json
 from lit_gpt.methods import registry
+from lit_gpt.methods.hyperparameters import refuse_other_settings, typed
 from lit_gpt.model.config import Config
 from lit_gpt.text.metrics import Metric, MetricArgs
 from lit_gpt.training.args import OPTIMIZERS, TrainArgs
@@ -54,7 +55,7 @@ def check_early(args: TrainArgs, method: str, config: Any) -> None:
     locate_optimizer(args.optimization.optimizer)
     for package in LOGGERS[args.watch.logger]:
         require(package, package, f"--logger {args.watch.logger}")
-    check_inputs(paths.checkpoint_dir, paths.finetuned_path)
+    check_start(args, method, config)
     stored = quantization(paths.checkpoint_dir) or {"quantize": args.memory.quantize}
     if args.watch.metric is not None:
         validation_metric(args.watch.metric)
@@ -77,6 +78,17 @@ def check_early(args: TrainArgs, method: str, config: Any) -> None:
         check_lengths(args, length_limit(args, base, virtual), train, validation)
 
 
+def check_start(args: TrainArgs, method: str, config: Any) -> None:
+    """Refuse weights to start from that are not there, or that this method with these settings cannot go on from."""
+    folder, path = args.paths.checkpoint_dir, args.paths.finetuned_path
+    if not registry.entry(method).attaches and path:
+        raise UsageError(
+            f"--finetuned_path {path}: all weights train; give the folder to start from by --checkpoint_dir"
+        )
+    if (record := check_inputs(folder, path, method)) and path:
+        refuse_other_settings(registry.recorded_config(record, path), config, path)
+
+
 def validation_metric(name: str) -> Metric:
     """Return the metric that `--metric` names. Raises UsageError: there is no such one, or several are named."""
     if name == "regex" or "," in name:
@@ -92,6 +104,7 @@ def check_out_dir(args: TrainArgs, flags: dict[str, Any]) -> None:
     folder = args.paths.out_dir
     if folder.is_file():
         raise UserError(f"--out_dir {folder}: is a file; expected a folder, which need not exist")
+    check_writable(folder)
     if args.paths.resume == "no":
         if (folder / "metrics.csv").exists():
             raise UserError(f"--out_dir {folder}: already holds a run; --resume auto continues it, or choose another")
@@ -111,13 +124,18 @@ def refuse_changed(before: dict[str, Any], flags: dict[str, Any], path: Path) ->
 
     Args:
         before: the flags of the run that wrote the state `path`.
+
+    Raises:
+        UserError: names all flags that differ.
     """
-    for name, value in locked_flags(flags).items():
-        if before.get(name, value) != value and not raised(name, value, before[name]):
-            now, then = ("null" if v is None else v for v in (value, before[name]))
-            raise UserError(
-                f"--{name} {now}: the run in {path} has {then}; resume it with that or choose another --out_dir"
-            )
+    now = {
+        name: value
+        for name, value in locked_flags(flags).items()
+        if before.get(name, value) != value and not raised(name, value, before[name])
+    }
+    if now:
+        then = typed({name: before[name] for name in now})
+        raise UserError(f"{typed(now)}: the run in {path} has {then}; resume it with that or choose another --out_dir")
 
 
 def raised(name: str, value: Any, before: Any) -> bool:

@@ -482,7 +482,7 @@ def test_card_figures_and_further_finetuning(cli, bases, tmp_path, monkeypatch):
     again = json.loads((tmp_path / "more" / "summary.json").read_text())
     assert again["val_loss_first"] == pytest.approx(summary["val_loss_last"], abs=1e-5)
     other = {"out_dir": tmp_path / "other", "lora_r": 4}
-    cli("finetune/lora.py", **more | other).refused("--lora_r 4", "has 8", code=2)
+    cli("finetune/lora.py", **more | other).refused("--lora_r 4", "has --lora_r 8", code=2)
 
 
 def test_a_wrong_scale_shows_behind_rounding(cli, bases, tmp_path, monkeypatch):

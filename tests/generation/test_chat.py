@@ -152,7 +152,7 @@ def test_a_conversation_that_begins_with_a_merged_lora(cli, llama, tmp_path, mon
 def test_through_a_terminal(llama):
     """An empty line, a turn, Ctrl-C within an answer, another turn, and the end of input."""
     control, terminal = pty.openpty()
-    argv = ["chat/base.py", f"--checkpoint_dir={llama}", "--max_new_tokens=150", "--temperature=0", "--context=4000"]
+    argv = ["chat/base.py", f"--checkpoint_dir={llama}", "--max_new_tokens=150", "--temperature=0"]
     process = subprocess.Popen(
         [sys.executable, *argv], cwd=ROOT, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True
     )

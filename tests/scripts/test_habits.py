@@ -1,10 +1,12 @@
 """What people type who come from elsewhere, and what is refused before torch is there."""
 
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from helpers.methods import LORAS, lora_files
 from helpers.paths import ROOT
 from helpers.rows import write_rows
 from helpers.runs import metrics
@@ -80,7 +82,9 @@ def test_what_needs_no_torch_is_refused_without_it(llama, data_dir, tmp_path):
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "metrics.csv").write_text("step\n")
-    (tmp_path / "rows.jsonl").write_text("")
+    (rows := tmp_path / "rows.jsonl").write_text("")
+    llama = shutil.copytree(llama, tmp_path / "base")
+    (lora,) = lora_files(llama, LORAS[:1])
     tune = f"finetune/lora.py --checkpoint_dir {llama} --data_dir {data_dir} --out_dir {tmp_path / 'out'} "
     full, has = tune.replace("lora.py", "full.py"), f"--checkpoint_dir {llama} "
     cases = {
@@ -95,16 +99,36 @@ def test_what_needs_no_torch_is_refused_without_it(llama, data_dir, tmp_path):
         tune + "--batch_size 8 --micro_batch_size 3": "--micro_batch_size 3",
         tune + "--max_seq_length 5": "--max_seq_length 5",
         tune + "--finetuned_path nowhere.pth": "nowhere.pth: no such file",
+        tune + f"--finetuned_path {lora} --lora_r 5 --lora_alpha 7": "--lora_r 5 --lora_alpha 7.0: ",
+        tune.replace("lora.py", "adapter.py") + f"--finetuned_path {lora}": "trained by the method lora",
+        full + f"--finetuned_path {lora}": "all weights train",
+        tune + "--out_dir /proc/nothing": "--out_dir /proc/nothing: nothing can be written in /proc",
+        tune + f"--out_dir {llama}/lit_config.json/x": "lit_config.json (Not a directory)",
+        tune + "--out_dir=": "--out_dir: expected a path, got ''",
+        tune
+        + "--config nowhere.json": "--config nowhere.json: expected a JSON or YAML file of flag values: No such file",
         tune + "--probe_path nowhere.jsonl": "nowhere.jsonl: no such file",
         tune + "--min_lr 1": "--min_lr",
         full + "--quantize nf4": "cannot train",
         f"generate/lora.py {has} --prompt x --lora_path nowhere": "--finetuned_path nowhere: no such file",
+        f"generate/adapter.py {has} --prompt x --finetuned_path {lora}": "trained by the method lora, expected adapter",
+        f"generate/lora.py {has} --prompt x --finetuned_path {llama}/lit_model.pth": f"give --checkpoint_dir {llama}",
+        f"generate/finetuned.py {has} --prompt x --finetuned_path {rows}": "rows.jsonl: not a readable file of tensors",
+        f"chat/base.py {has} --finetuned_path {rows}": "not a readable file of tensors",
+        f"chat/base.py {has} --context 100000": "--context 100000: the model takes 256 tokens",
+        f"generate/serve.py {has} --context 100000": "--context 100000: the model takes 256 tokens",
+        f"generate/serve.py {has} --finetuned_path {rows}": "not a readable file of tensors",
+        f"generate/serve.py {has} --loras a={rows}": "--loras ",
+        f"eval/answers.py {has} --data_dir {data_dir} --finetuned_path {rows}": "not a readable file of tensors",
+        f"scripts/check.py {has} --data_dir {data_dir} --finetuned_path {rows}": "not a readable file of tensors",
+        f"scripts/convert_lit_checkpoint.py {has} --finetuned_path {rows} --out_dir {tmp_path}/new": "not a readable",
+        f"scripts/merge_lora.py {has} --finetuned_path {lora} --out_dir /proc/nothing": "can be written in /proc",
         f"generate/base.py {has}": "--prompt",
         f"generate/base.py {has} --prompt_file nowhere": "nowhere",
         f"chat/base.py {has} --finetuned_path nowhere": "no such file",
         f"eval/answers.py {has} --data_dir {data_dir} --metric nothing": "--metric nothing",
         f"eval/perplexity.py {has}": "nothing to score",
-        f"scripts/merge_lora.py {has} --finetuned_path {taken}/metrics.csv --out_dir {taken}": "already exists",
+        f"scripts/merge_lora.py {has} --finetuned_path {lora} --out_dir {taken}": "already exists",
         f"scripts/quantize.py {has} --out_dir {taken}": "already exists",
         f"scripts/prepare_json.py {has} --data_path {tmp_path}/rows.jsonl --out_dir {taken}": "already exists",
         "scripts/plan.py --model falcon-7b --data_dir nowhere": "not a folder of prepared data",
@@ -130,7 +154,8 @@ def test_changed_settings_are_refused_before_the_state_is_read(cli, flags, monke
     flags["max_steps"] = 3
     assert cli("finetune/lora.py", **flags).code == 0
     monkeypatch.setattr(setup, "run", None)
-    cli("finetune/lora.py", **flags | {"resume": "auto", "lora_r": 4}).refused("--lora_r 4", "has 8", "state/step_")
+    other = flags | {"resume": "auto", "lora_r": 4, "seed": 5}
+    cli("finetune/lora.py", **other).refused("--lora_r 4 --seed 5: ", "state/step_", "has --lora_r 8 --seed 1337")
 
 
 @pytest.mark.parametrize("rows", [3, 20])

@@ -14,8 +14,9 @@ from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.errors import UserError
 from lit_gpt.generation.engine import generate
 from lit_gpt.methods.finetuned_model import load_finetuned
-from lit_gpt.serving.adapters import Adapters, files_in
+from lit_gpt.serving.adapters import Adapters
 from lit_gpt.serving.catalog import Catalog
+from lit_gpt.serving.checks import files_in
 
 httpx = pytest.importorskip("httpx")
 pytest.importorskip("starlette")

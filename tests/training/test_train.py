@@ -458,7 +458,7 @@ def test_a_run_that_has_ended_goes_on_if_its_steps_are_raised(cli, flags):
     assert "resumed after step 4" in result.out and "goes on to step 8" in result.out, result.err
     assert len(metrics(flags["out_dir"])) == 9
     assert json.loads((flags["out_dir"] / "hyperparameters.json").read_text())["max_steps"] == 8
-    cli(SCRIPT, **longer | {"max_steps": 6}).refused("--max_steps 6", "has 8")
+    cli(SCRIPT, **longer | {"max_steps": 6}).refused("--max_steps 6", "has --max_steps 8")
     # the samples and the rates of these steps are those of one long run, and so are the weights
     assert cli(SCRIPT, **longer | {"out_dir": flags["out_dir"].with_name("once")}).code == 0
     once = final(flags["out_dir"].with_name("once"))

@@ -16,7 +16,6 @@ class LoRA(Method):
 
     name = NAME
     merges = True
-    free_settings = frozenset({"dropout", "lr_ratio"})
     config: LoRAConfig
 
     def attach(self, model: GPT) -> GPT:
