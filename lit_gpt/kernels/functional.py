@@ -262,7 +262,8 @@ class _Gated(torch.autograd.Function):
         ctx.activation, ctx.triton = activation, triton_kernels(gate_up)
         if ctx.triton is not None:
             return ctx.triton.gated(gate_up.contiguous(), activation.name)
-        if ops.supports_gated(gate_up, activation.name):
+        ctx.cpp = ops.supports_gated(gate_up, activation.name)
+        if ctx.cpp:
             return ops.gated(gate_up.contiguous(), ACTIVATION_NUMBERS[activation.name])
         gate, up = gate_up.chunk(2, dim=-1)
         return activation(gate).mul_(up)
@@ -273,7 +274,7 @@ class _Gated(torch.autograd.Function):
         (gate_up,), activation = ctx.saved_tensors, ctx.activation
         if ctx.triton is not None:
             return ctx.triton.gated_backward(grad.contiguous(), gate_up.contiguous(), activation.name), None
-        if ops.supports_gated(gate_up, activation.name, grad):
+        if ctx.cpp:
             kind = ACTIVATION_NUMBERS[activation.name]
             return ops.gated_backward(grad.contiguous(), gate_up.contiguous(), kind), None
         gate, up = gate_up.chunk(2, dim=-1)
@@ -325,24 +326,37 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, cos, sin, *heads):
         ctx.save_for_backward(cos, sin)
-        ctx.heads = heads
-        return _apply_rotary(qkv, cos, sin, 1.0, *heads)
+        ctx.heads, ctx.turned = heads, _rotation_kernel(qkv, cos, heads[1])
+        return ctx.turned(qkv, cos, sin, 1.0, *heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return _apply_rotary(grad, cos, sin, -1.0, *ctx.heads), None, None, None, None
+        return ctx.turned(grad, cos, sin, -1.0, *ctx.heads), None, None, None, None
 
 
-def _apply_rotary(qkv: Tensor, cos: Tensor, sin: Tensor, sign: float, heads: int, head_size: int) -> Tensor:
-    n, triton = cos.size(-1), triton_kernels(qkv, cos)
+def _rotation_kernel(qkv: Tensor, cos: Tensor, head_size: int) -> Callable[..., Tensor]:
+    """Return what rotates tensors like these."""
+    triton = triton_kernels(qkv, cos)
     if triton is not None and triton.supports_rotation(qkv, cos, head_size):
-        return triton.rotated([qkv], cos, sin, heads, head_size, sign)
-    if ops.supports(qkv, cos):
-        angles = (x.expand(*qkv.shape[:2], n).contiguous() for x in (cos, sin))
-        return ops.rotate(qkv.contiguous(), *angles, heads, head_size, sign)
-    sin = sin * sign
+        return partial(_rotated_by_triton, triton)
+    return _rotated_by_cpp if ops.supports(qkv, cos) else _rotated
+
+
+def _rotated_by_triton(
+    triton: Any, qkv: Tensor, cos: Tensor, sin: Tensor, sign: float, heads: int, head_size: int
+) -> Tensor:
+    return triton.rotated([qkv], cos, sin, heads, head_size, sign)
+
+
+def _rotated_by_cpp(qkv: Tensor, cos: Tensor, sin: Tensor, sign: float, heads: int, head_size: int) -> Tensor:
+    angles = (x.expand(*qkv.shape[:2], x.size(-1)).contiguous() for x in (cos, sin))
+    return ops.rotate(qkv.contiguous(), *angles, heads, head_size, sign)
+
+
+def _rotated(qkv: Tensor, cos: Tensor, sin: Tensor, sign: float, heads: int, head_size: int) -> Tensor:
+    n, sin = cos.size(-1), sin * sign
     cos, sin = (x[..., None, : n // 2] for x in (cos, sin))
     qkv = qkv.clone(memory_format=torch.contiguous_format)
     low, high = qkv.view(*qkv.shape[:2], -1, head_size)[:, :, :heads, :n].chunk(2, dim=-1)

@@ -87,7 +87,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        if ops.supports(x, weight):
+        ctx.cpp = ops.supports(x, weight)
+        if ctx.cpp:
             y, inverse = ops.rms_norm(x.contiguous(), weight, eps, offset)
             ctx.save_for_backward(x, inverse, weight)
             ctx.offset = offset
@@ -104,7 +105,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, inverse, weight = ctx.saved_tensors
-        if not ctx.needs_input_grad[1] and ops.supports(x, weight, grad):
+        if not ctx.needs_input_grad[1] and ctx.cpp:
             x_grad = ops.rms_norm_backward(*(t.contiguous() for t in (grad, x)), weight, inverse, ctx.offset)
             return x_grad, None, None, None
         normed = x.to(torch.float32, copy=True).mul_(inverse)

@@ -1,12 +1,14 @@
 """Which kernels may serve: the choice is a context, read where kernels are chosen."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Result = TypeVar("Result")
 
 
 def multiplies_bf16() -> bool:
@@ -60,3 +62,21 @@ def use_policy(**changes: Any) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+def bound_to_policy(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Return a function that runs under the policy which holds here.
+
+    On CUDA a backward pass runs on threads of autograd's own, where the default holds. What it calls that chooses
+    kernels, to compute again what the forward pass did, is bound in the forward pass.
+    """
+    here = policy()
+
+    def bound(*args: Any, **kwargs: Any) -> Result:
+        token = _current.set(here)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _current.reset(token)
+
+    return bound

@@ -13,6 +13,7 @@ from lit_gpt.kernels.cuda.dequantize import QuantizedWeight
 from lit_gpt.kernels.cuda.gemv import FEW_ROWS, Epilogue, gemv
 from lit_gpt.kernels.cuda.launch import serves
 from lit_gpt.kernels.linear import arithmetic
+from lit_gpt.kernels.policy import bound_to_policy
 from lit_gpt.quantization.formats import FORMATS, Tensors, decode, dequantized_chunks, encode
 
 
@@ -113,13 +114,13 @@ class _QuantizedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: QuantizedLinear, bias: Tensor | None) -> Tensor:
-        ctx.layer = layer
+        ctx.dequantize = bound_to_policy(layer.dequantize)
         return F.linear(x, layer.dequantize(x.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad @ ctx.layer.dequantize(grad.dtype), None, None
+        return grad @ ctx.dequantize(grad.dtype), None, None
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lit_gpt.kernels.policy import bound_to_policy
 from lit_gpt.model.gpt import GPT, Block, BlockExecution
 from lit_gpt.model.norms import Residual, residual_stream
 from lit_gpt.training.memory.offloading import Offloader
@@ -42,7 +43,7 @@ class FullCheckpointing(BlockExecution):
     """Keeps the block's input."""
 
     def run(self, block: Block, *inputs: Any) -> Tensor:
-        return checkpoint(block.compute, *inputs, use_reentrant=False)
+        return checkpoint(bound_to_policy(block.compute), *inputs, use_reentrant=False)
 
 
 class Offloading(BlockExecution):
@@ -54,7 +55,7 @@ class Offloading(BlockExecution):
     def run(self, block: Block, *inputs: Any) -> Tensor:
         x, *shared = inputs  # by all blocks: these stay
         with torch.autograd.graph.saved_tensors_hooks(self.offloader.pack, self.offloader.unpack):
-            return checkpoint(lambda x: block.compute(x, *shared), x, use_reentrant=False)
+            return checkpoint(bound_to_policy(lambda x: block.compute(x, *shared)), x, use_reentrant=False)
 
 
 class RecomputedOutputs(BlockExecution):
@@ -87,7 +88,7 @@ class RecomputedOutputs(BlockExecution):
         if output is None:
             return tensor
         view = tensor.size(), tensor.stride(), tensor.storage_offset()
-        return Recompute(output[0], output[1], view, torch.is_autocast_enabled(tensor.device.type))
+        return Recompute(bound_to_policy(output[0]), output[1], view, torch.is_autocast_enabled(tensor.device.type))
 
     @staticmethod
     def unpack(kept: "Tensor | Recompute") -> Tensor:

@@ -1,9 +1,13 @@
 """Whole models with the choices made on CUDA, attention apart: loss and gradients as by torch's operations."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from threading import Thread
 
 import pytest
 import torch
+from torch import Tensor
 
 from helpers.compare import off
 from helpers.steps import random_row, step
@@ -13,6 +17,7 @@ from lit_gpt.kernels.cuda.launch import recorded
 from lit_gpt.kernels.policy import use_policy
 from lit_gpt.methods.registry import config_class, make_method
 from lit_gpt.model.gpt import GPT, quantize
+from lit_gpt.training.memory.activation_checkpointing import apply_activation_checkpointing
 
 SIZE = {"n_layer": 2, "n_embd": 64, "n_head": 4, "head_size": 16, "intermediate_size": 48, "vocab_size": 96}
 
@@ -51,3 +56,22 @@ def test_gradients(name, method, format):
         expected = step(gpt, row)
     assert len({launch.kernel.__name__ for launch in launches}) > 4
     assert all(off(a.double(), b.double()) < 1e-4 for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["none", "selective", "full", pytest.param("offload", marks=pytest.mark.slow)])
+def test_backward_keeps_the_choice_of_kernels_on_another_thread(kind):
+    gpt, row = model("Llama-2-7b", "lora", "nf4"), random_row((2, 1)).to(torch.device(DEVICE))
+    apply_activation_checkpointing(gpt, kind)
+
+    def launched(backward: Callable[[Tensor], None]) -> Counter[str]:
+        loss = gpt(row.idx, segments=row.segments, targets=row.targets)
+        with recorded() as launches:
+            backward(loss)
+        return Counter(launch.kernel.__name__ for launch in launches)
+
+    def on_another_thread(loss: Tensor) -> None:
+        thread = Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+
+    assert launched(on_another_thread) == launched(Tensor.backward)
