@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(not launch.interpreted(), reason="needs triton, 
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a product be one program, since for the interpreter what costs is their number."""
 
-    def shape(m: int, outputs: int, codes: Tensor, gated: bool) -> dict[str, int]:
+    def shape(m: int, outputs: int, codes: Tensor, *_: Any) -> dict[str, int]:
         rows, block = max(16, power_of_2(outputs)), max(32, power_of_2(codes.size(1)))
         return {"INPUTS": 1 if m == 1 else 16, "ROWS": rows, "BLOCK": block, "SPLITS": 1}
 

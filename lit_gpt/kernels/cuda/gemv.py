@@ -286,7 +286,8 @@ def gemv(
         codes = codes.view(torch.int32)
     outputs = len(codes) // (2 if epilogue.gated else 1)
     y = x.new_empty(m, outputs) if out is None else out
-    shape = launch_shape(m, outputs, codes, epilogue.gated)
+    dtype = dtype or x.dtype
+    shape = launch_shape(m, outputs, codes, epilogue.gated, dtype)
     tiles, parts = -(-outputs // shape["ROWS"]), -(-m // shape["INPUTS"])
     sums = counts = None
     if (splits := shape["SPLITS"]) > 1:
@@ -295,15 +296,19 @@ def gemv(
     arguments = x, codes, *params, epilogue.bias, epilogue.residual, y, sums, counts
     sizes = m, columns, outputs, codes.size(1), -(-codes.size(1) // shape["BLOCK"]), epilogue.scale
     form = {"FORMAT": format, "ACTIVATION": epilogue.activation, "GATED": epilogue.gated}
-    constants = form | shape | {"DTYPE": dot_dtype(dtype or x.dtype)}
+    constants = form | shape | {"DTYPE": dot_dtype(dtype)}
     stages = 1 if m > 1 and params[2] is not None else 3  # values looked up are not to be fetched ahead one by one
-    warps = 8 if m > 1 and format != "full" else 4
+    crowded = format == "nf4-dq" and epilogue.gated and epilogue.bias is not None
+    warps = 8 if format != "full" and (m > 1 or crowded) else 4
     launch(gemv_kernel, (tiles, splits, parts), *arguments, *sizes, warps=warps, stages=stages, **constants)
     return y
 
 
-def launch_shape(m: int, outputs: int, codes: Tensor, gated: bool) -> dict[str, Any]:
-    """Return how many rows of x and of the weight a program has, how wide its blocks are, and who shares columns."""
+def launch_shape(m: int, outputs: int, codes: Tensor, gated: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """Return how many rows of x and of the weight a program has, how wide its blocks are, and who shares columns.
+
+    Products of several rows, of a dtype, have fewer where they would spill registers.
+    """
     stored, bits = codes.size(1), 8 * codes.element_size()
     if m == 1:
         block, rows = 4096 // bits, 16 if bits == 16 else 8
@@ -311,7 +316,7 @@ def launch_shape(m: int, outputs: int, codes: Tensor, gated: bool) -> dict[str, 
         while rows > 2 and outputs < rows * PROGRAMS:
             rows //= 2
     else:
-        block, rows = 128, 16 if gated and m > 16 and codes.dtype == torch.uint8 else 32  # lest registers are spilled
+        block, rows = 64 if dtype == torch.float32 else 128, 16 if m > 16 and codes.dtype == torch.uint8 else 32
     block = min(block, max(32, power_of_2(stored)))
     tiles, blocks = -(-outputs // rows), -(-stored // block)
     splits = max(1, min(PROGRAMS // tiles, blocks // 4, 16)) if tiles <= TILES else 1

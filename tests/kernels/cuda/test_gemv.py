@@ -82,8 +82,9 @@ def test_programs_that_share_columns_add_up_and_leave_their_counters_at_zero(nam
     rows, columns = 12, 9000
     weight, exact = quantized(name, rows, columns) if name != "full" else ((w := random(rows, columns)), w.double())
     codes = weight if name == "full" else weight.codes
-    assert products.launch_shape(m, rows // (2 if gated else 1), codes, gated)["SPLITS"] > 1
-    x, residual = random(m, columns, seed=1), random(m, rows // (2 if gated else 1), seed=3)
+    outputs = rows // (2 if gated else 1)
+    assert products.launch_shape(m, outputs, codes, gated, torch.float32)["SPLITS"] > 1
+    x, residual = random(m, columns, seed=1), random(m, outputs, seed=3)
     product = x.double() @ exact.t()
     expected = residual.double() + (F.silu(product[:, :6]) * product[:, 6:] if gated else F.silu(product))
     for _ in range(2):
