@@ -15,6 +15,7 @@ from lit_gpt.checkpoints.folder import check_inputs
 from lit_gpt.cli import Device, PositiveInt, Quantizer, run
 from lit_gpt.data.args import ColumnArgs
 from lit_gpt.data.folder import read_record
+from lit_gpt.data.sources import parse_sources
 from lit_gpt.errors import UsageError
 from lit_gpt.text.metrics import MetricArgs
 
@@ -64,6 +65,8 @@ def check_flags() -> None:
         check_inputs(base_dir)
     if data_dir:
         read_record(data_dir)
+    for source in parse_sources(data_path) if data_path else ():
+        source.check()
 
 
 def open_models(base: Any) -> Any:

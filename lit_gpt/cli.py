@@ -179,7 +179,10 @@ def own_constants(script: dict[str, Any]) -> dict[str, Any]:
 def collect(script: dict[str, Any], groups: tuple[type, ...]) -> dict[str, Flag]:
     """Return the flags of a script and of the groups of arguments that its main function takes, by name."""
     types, helps = own_constants(script), trailing_comments(Path(script["__file__"]).read_text(encoding="utf-8"))
-    flags = {name: Flag(name, kind, script[name], helps.get(name, HELP.get(kind, "")), "options") for name, kind in types.items()}
+    flags = {
+        name: Flag(name, kind, script[name], helps.get(name, HELP.get(kind, "")), "options")
+        for name, kind in types.items()
+    }
     for group in groups:
         for flag in group_flags(group):
             if own := flags.pop(flag.name, None):  # the script gives the default, and may say more in its help

@@ -10,6 +10,7 @@ from pathlib import Path
 from lit_gpt.checkpoints.folder import check_checkpoint_dir
 from lit_gpt.cli import Fraction, run
 from lit_gpt.data.args import ALIASES, ColumnArgs, PrepareArgs
+from lit_gpt.data.sources import Source, source_file
 from lit_gpt.files import check_new
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")
@@ -27,8 +28,9 @@ SOURCE = ("databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl")
 def main(args: PrepareArgs, columns: ColumnArgs) -> None:
     check_checkpoint_dir(args.checkpoint_dir, converted=False)
     check_new(out_dir)
+    if data_path:
+        Source(str(data_path)).check()
     from lit_gpt.data.prepare import prepare
-    from lit_gpt.data.sources import source_file
 
     prepare(args, columns, out_dir, str(data_path or source_file(*SOURCE)))
 

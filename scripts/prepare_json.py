@@ -14,6 +14,7 @@ from pathlib import Path
 from lit_gpt.checkpoints.folder import check_checkpoint_dir
 from lit_gpt.cli import Fraction, run
 from lit_gpt.data.args import ALIASES, ColumnArgs, PrepareArgs
+from lit_gpt.data.sources import parse_sources
 from lit_gpt.errors import UsageError
 from lit_gpt.files import check_new
 
@@ -31,6 +32,8 @@ def main(args: PrepareArgs, columns: ColumnArgs) -> None:
         raise UsageError("--out_dir: expected a path")
     check_checkpoint_dir(args.checkpoint_dir, converted=False)
     check_new(out_dir)
+    for source in [*parse_sources(data_path), *parse_sources(validation_path or data_path)]:
+        source.check()
     from lit_gpt.data.prepare import prepare
 
     prepare(args, columns, out_dir, data_path, validation_path)

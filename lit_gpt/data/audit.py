@@ -30,6 +30,7 @@ class Audit:
     not_verbatim: int = 0  # answers that the template does not show in full, and which are not learned
     content_dropped: int = 0  # rows of which the template leaves another message or a tool out
     unsupervised: int = 0  # rows in which no token is supervised
+    unsupervised_cut: int = 0  # those of them that were cut before an answer which the template does show
     empty_answers: int = 0  # answers without content among others, which are not learned
     special_tokens: int = 0  # special tokens that messages write out
     nulls: int = 0  # null fields of calls and schemas, left out
@@ -50,6 +51,7 @@ class Audit:
             if code != UNSUPERVISED or args.allow_unsupervised
         }
         kept = times * (status == KEPT)
+        cut = (status == UNSUPERVISED) & (records["truncated"] > 0) & (records["not_verbatim"] == 0)
         sizes, rows = np.unique(np.repeat(lengths, kept), return_counts=True)
         names = (
             "truncated", "missing_eos", "prompt_mismatch", "not_verbatim", "content_dropped", "empty_answers",
@@ -60,6 +62,7 @@ class Audit:
             lengths=Counter(dict(zip(sizes.tolist(), rows.tolist(), strict=True))),
             supervised=int((kept * records["supervised"]).sum()),
             unsupervised=int(times[status == UNSUPERVISED].sum()),
+            unsupervised_cut=int(times[cut].sum()),
             **{name: int((times * records[name].astype(np.int64)).sum()) for name in names},
         )
 

@@ -46,8 +46,7 @@ def prepare(
     check_new(out_dir)
     tokenizer = Tokenizer(args.checkpoint_dir)
     style = PromptStyle.from_name(args.prompt_style, tokenizer)
-    block_size = config_from_hf(read_json(args.checkpoint_dir / "config.json")).block_size
-    limit = min(args.max_seq_length or block_size, block_size)
+    limit = length_limit(args)
     sources, validation_sources = parse_sources(rows), parse_sources(validation_rows) if validation_rows else []
     if any(source.weight != 1 for source in validation_sources):
         raise UserError("--validation_path: rows to validate on are taken once; leave the weight out")
@@ -63,12 +62,13 @@ def prepare(
         records, style = tokenization.records(), tokenization.style_of_rows()
         if args.deduplicate:
             mark_duplicates(records, times)
+        warn_of_overlap(records, times)
         taken = {"train": np.maximum(times, 0), "validation": (times == VALIDATION).astype(np.int8)}
         kept = {name: np.repeat(np.arange(len(n)), n * (records["status"] == KEPT)) for name, n in taken.items()}
         audits = {name: Audit.of_rows(records, store.lengths(), n, args) for name, n in taken.items()}
         first = store.sample(int(kept["train"][0])) if len(kept["train"]) else None
         print_audit(audits, first, tokenizer, style, limit)
-        refuse_unusable(audits, taken, tokenization, args)
+        refuse_unusable(audits, taken, tokenization, args, rows)
         if not validation_sources:
             kept["validation"] = shuffled(kept["validation"], args.seed)
         for name, rows_of_split in kept.items():
@@ -79,6 +79,15 @@ def prepare(
         record["sources"] = [vars(source) | {"rows": n} for source, n in zip(all_sources, counts, strict=True)]
         dataset.write_meta(folder, audits, tokenizer, style, **record)
     print_next(args.checkpoint_dir, out_dir, len(kept["train"]))
+
+
+def length_limit(args: PrepareArgs) -> int:
+    """Return how many tokens a row may have: as asked, at most what the model takes."""
+    block_size = config_from_hf(read_json(args.checkpoint_dir / "config.json")).block_size
+    limit = min(args.max_seq_length or block_size, block_size)
+    if args.max_seq_length and args.max_seq_length > limit:
+        print(f"--max_seq_length {args.max_seq_length}: the model takes {limit} tokens; longer rows are cut to {limit}")
+    return limit
 
 
 def shuffled(rows: np.ndarray, seed: int) -> np.ndarray:
@@ -137,9 +146,15 @@ def assign_splits(sources: list[Source], counts: list[int], fraction: float | No
     taken = drawn.nonzero().squeeze(1)
     if not len(taken):
         raise UserError(f"{', '.join(f'{s.name}={s.weight:g}' for s in sources)}: such weights take none of the rows")
-    held_out = max(1, round(fraction * len(taken)))
+    held_out, given = max(1, round(fraction * len(taken))), f"--validation_fraction {fraction:g}"
     if held_out >= len(taken):
-        raise UserError(f"--validation_fraction {fraction}: leaves none of the {len(taken)} rows to train on")
+        names = ", ".join(source.name for source in sources)
+        raise UserError(
+            f"{given}: none of the {len(taken)} rows of {names} would be left to train on; give two or more, a lower "
+            "fraction, or rows of their own to validate on by --validation_path"
+        )
+    if not fraction:
+        print(f"{given}: a run must validate on something; 1 of the {len(taken)} rows is held out")
     drawn[taken[torch.randperm(len(taken), generator=generator)[:held_out]]] = VALIDATION
     return drawn.numpy()
 
@@ -158,21 +173,37 @@ def mark_duplicates(records: np.ndarray, times: np.ndarray) -> None:
     records["status"][rows[later]] = DUPLICATE
 
 
+def warn_of_overlap(records: np.ndarray, times: np.ndarray) -> None:
+    """Say how many rows to validate on are trained on, too."""
+    kept = records["status"] == KEPT
+    validation, train = (records["digest"][kept & rows] for rows in (times == VALIDATION, times > 0))
+    if shared := int(np.isin(validation, train).sum()):
+        print(
+            f"{shared} of the {len(validation)} validation rows are trained on, too: on them the loss does not show "
+            "what is learned for new rows; --deduplicate true takes equal rows once, or validate on other rows"
+        )
+
+
 def refuse_unusable(
-    audits: dict[str, Audit], taken: dict[str, np.ndarray], tokenization: Tokenization, args: PrepareArgs
+    audits: dict[str, Audit], taken: dict[str, np.ndarray], tokenization: Tokenization, args: PrepareArgs, rows: str
 ) -> None:
     """Refuse rows without a supervised token, unless `allow_unsupervised`, and splits without a row."""
     unsupervised = sum(audit.unsupervised for audit in audits.values())
     if unsupervised and not args.allow_unsupervised:
-        hint = ""
-        if not_verbatim := sum(audit.not_verbatim for audit in audits.values()):
-            hint = f" (of {not_verbatim} answers the template leaves something out, and they are not learned)"
         split = next(name for name, audit in audits.items() if audit.unsupervised)
         first = next(where for i, where in tokenization.noted(UNSUPERVISED) if taken[split][i])
+        if cut := sum(audit.unsupervised_cut for audit in audits.values()):
+            hidden = f" (of {unsupervised - cut} the template does not show the answer)" if cut < unsupervised else ""
+            why, mend = f" within --max_seq_length{hidden}", "raise it"
+        else:
+            why = f": the template '{tokenization.style.name}' does not show their answers as they are"
+            mend = "choose another by --prompt_style"
         raise UserError(
-            f"{unsupervised} rows have no supervised token within --max_seq_length, the first is {first}: raise it, or "
-            f"drop these rows with --allow_unsupervised true{hint}; nothing was written"
+            f"{unsupervised} rows have no supervised token{why}, the first is {first}; {mend}, or drop these rows with "
+            "--allow_unsupervised true; nothing was written"
         )
     for name, audit in audits.items():
         if not audit.lengths:
-            raise UserError(f"no usable row is left for {name}; nothing was written")
+            dropped = ", ".join(f"{n} for: {reason}" for reason, n in audit.dropped.items())
+            given = f" (dropped {dropped})" if dropped else ""
+            raise UserError(f"{rows}: no usable row is left for {name}{given}; give more rows; nothing was written")

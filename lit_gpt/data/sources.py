@@ -21,6 +21,7 @@ from lit_gpt.files import STRICT_JSON, json_problem, not_utf8, undecodable
 NO_BLANK = re.compile(r"\S")
 BLOCK = 1 << 20  # characters of a .json file read at once
 MAX_ROW = 1 << 26  # characters of one row of a .json file
+SAVED = ("dataset_info.json", "dataset_dict.json")  # one of them is in a folder that `datasets` has saved
 DATA_SET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 
 
@@ -46,12 +47,32 @@ class Source:
     name: str
     weight: float = 1.0
 
+    def check(self) -> None:
+        """Refuse a source that is not there, or of a kind that is not read. Raises UserError."""
+        path, folder = Path(self.name), Path(self.name.partition(":")[0])
+        if path.suffix.lower() in READERS and not path.is_dir():
+            if not path.exists():
+                raise UserError(f"{path}: no such file")
+        elif path.suffix.lower() in (".txt", ".md"):
+            raise UserError(
+                f"{path}: a text has no rows; write a .jsonl file, with an object on each line: "
+                '{"instruction": ..., "output": ...} to learn answers, {"text": ...} to learn texts whole'
+            )
+        elif folder.is_dir():
+            check_saved(folder)
+        elif folder.exists() or not DATA_SET.fullmatch(self.name):
+            raise UserError(
+                f"{path}: expected a file that ends in {', '.join(READERS)}, a folder that datasets has saved, or the "
+                "OWNER/NAME of a data set"
+            )
+
     def rows(self) -> Iterator[Row]:
         """Yield the rows in their order, those that cannot be read among them.
 
         Raises:
             UserError: the source is missing, or malformed so that nothing after it can be read.
         """
+        self.check()
         path = Path(self.name)
         read = READERS.get(path.suffix.lower())
         try:
@@ -59,8 +80,6 @@ class Source:
                 yield from read(path)
             else:
                 yield from dataset_rows(self.name)
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
         except UnicodeDecodeError:
             raise UserError(not_utf8(path)) from None
 
@@ -100,6 +119,19 @@ def split_names(text: str) -> Iterator[str]:
         parts = parts[end:]
         if part:
             yield part
+
+
+def check_saved(folder: Path) -> None:
+    """Refuse a folder that `datasets` has not saved, naming what is in it. Raises UserError."""
+    if any((folder / mark).is_file() for mark in SAVED):
+        return
+    there = sorted(path.name for path in folder.iterdir())
+    files = [str(folder / name) for name in there if Path(name).suffix.lower() in READERS]
+    mend = f"did you mean {', '.join(files[:5])}?" if files else f"it holds {', '.join(there[:5]) or 'nothing'}"
+    raise UserError(
+        f"{folder}: is a folder, but not one that datasets has saved; expected a file that ends in "
+        f"{', '.join(READERS)}; {mend}"
+    )
 
 
 def json_row(where: str, value: Any) -> Row:
@@ -223,16 +255,6 @@ def parquet_rows(path: Path) -> Iterator[Row]:
 def dataset_rows(name: str) -> Iterator[Row]:
     """Yield the rows of a data set on the hub, kept in the cache of `datasets`, or of a folder that it saved."""
     folder, _, split = name.partition(":")
-    if Path(name).suffix.lower() in (".txt", ".md"):
-        raise UserError(
-            f"{name}: a text has no rows; write a .jsonl file, with an object on each line: "
-            '{"instruction": ..., "output": ...} to learn answers, {"text": ...} to learn texts whole'
-        )
-    if not Path(folder).is_dir() and (Path(folder).exists() or not DATA_SET.fullmatch(name)):
-        raise UserError(
-            f"{name}: expected a file that ends in {', '.join(READERS)}, a folder that datasets has saved, or the "
-            "OWNER/NAME of a data set"
-        )
     try:
         import datasets
     except ImportError:

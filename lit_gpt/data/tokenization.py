@@ -117,7 +117,7 @@ class Tokenization:
     def keep(self, where: str, ids: list[int], supervised: list[bool], status: int, **counts: int) -> None:
         """Store the next row's sample and its record, in which `counts` are the fields of FIELDS by their names."""
         digest = 0
-        if self.args.deduplicate and ids:  # of ten million, two different ones share 64 bits with a chance of 3e-6
+        if ids:  # of ten million, two different ones share 64 bits with a chance of 3e-6
             sample = array("i", ids).tobytes() + bytes(supervised)
             digest = int.from_bytes(blake2b(sample, digest_size=8).digest())
         if status in (REFUSED, UNSUPERVISED):

@@ -59,8 +59,12 @@ class BatchArgs:
     """Batches"""
 
     batch_size: PositiveInt = 128  # Take this many samples per optimizer step, over all devices.
-    micro_batch_size: PositiveInt | None = None  # Put this many samples into a packed row (null: by micro_batch_tokens).
-    micro_batch_tokens: PositiveInt | None = None  # Fill packed rows up to this (null: 2048 tokens on a CPU, else what fits).
+    micro_batch_size: PositiveInt | None = (
+        None  # Put this many samples into a packed row (null: by micro_batch_tokens).
+    )
+    micro_batch_tokens: PositiveInt | None = (
+        None  # Fill packed rows up to this (null: 2048 tokens on a CPU, else what fits).
+    )
     max_seq_length: PositiveInt | None = None  # Refuse data with longer samples (null: longer than the model takes).
 
 

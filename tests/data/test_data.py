@@ -194,14 +194,14 @@ def test_a_template_that_moves_text_is_reported(cli, llama, tmp_path):
         ("r.jsonl", "[1]\n", ["line 1", "expected an object"]),
         ("r.jsonl", "", ["holds no rows"]),
         ("r.jsonl", '{"messages": [{"role": "user"}]}\n' * 2, ["line 1", "content"]),
-        ("r.jsonl", '{"instruction": "a", "output": " "}\n' * 2, ["no usable row"]),
+        ("r.jsonl", '{"instruction": "a", "output": " "}\n' * 2, ["r.jsonl: no usable row", "1 for: empty answer"]),
         ("r.json", '{"instruction": "a"}', ["expected a list"]),
         ("r.json", "[{]", ["line 1", "not JSON"]),
         ("r.csv", "instruction,output\na,b,c\n", ["line 2", "2 columns"]),
         ("r.csv", "instruction,output\n", ["holds no rows"]),
         ("r.jsonl", '{"instruction": "a", "output": "\\ud83d"}\n' * 2, ["line 1", "not Unicode"]),
         ("r.txt", "a", [".jsonl"]),
-        ("r.jsonl", '{"instruction": "a", "output": "b"}\n', ["leaves none"]),
+        ("r.jsonl", '{"instruction": "a", "output": "b"}\n', ["none of the 1 rows of", "--validation_path"]),
     ],
 )
 def test_bad_rows(cli, llama, tmp_path, name, text, words):
@@ -220,6 +220,32 @@ def test_bad_paths(cli, llama, tmp_path):
     cli("scripts/prepare_json.py", checkpoint_dir=llama, data_path=rows).refused("--out_dir", code=2)
     (tmp_path / "latin.jsonl").write_bytes('{"instruction": "ä"}'.encode("latin-1"))
     cli("scripts/prepare_json.py", **flags | {"data_path": tmp_path / "latin.jsonl"}).refused("not UTF-8")
+
+
+def test_an_ordinary_folder_is_no_data_set(cli, llama, tmp_path):
+    flags = {"checkpoint_dir": llama, "out_dir": tmp_path / "d"}
+    write_rows(tmp_path / "rows.jsonl")
+    for script in ("prepare_json", "prepare_alpaca", "prepare_dolly"):
+        cli(f"scripts/{script}.py", **flags, data_path=tmp_path).refused("is a folder", f"mean {tmp_path}/rows.jsonl?")
+    (tmp_path / "e").mkdir()
+    cli("scripts/prepare_json.py", **flags, data_path=tmp_path / "e").refused("it holds nothing")
+
+
+def test_rows_that_are_trained_on_and_validated_on_are_counted(cli, llama, tmp_path):
+    flags = {"checkpoint_dir": llama, "data_path": write_rows(tmp_path / "r.jsonl")}
+    same = cli("scripts/prepare_json.py", **flags, validation_path=flags["data_path"], out_dir=tmp_path / "d")
+    assert same.code == 0 and "20 of the 20 validation rows are trained on" in same.out
+    write_rows(tmp_path / "v.jsonl", [*ROWS[:3], {"instruction": "a", "output": "b"}])
+    some = cli("scripts/prepare_json.py", **flags, validation_path=tmp_path / "v.jsonl", out_dir=tmp_path / "e")
+    assert "3 of the 4 validation rows" in some.out
+    assert "trained on" not in cli("scripts/prepare_json.py", **flags, out_dir=tmp_path / "f").out
+
+
+def test_what_is_taken_otherwise_than_asked_is_said(cli, llama, tmp_path):
+    flags = {"checkpoint_dir": llama, "data_path": write_rows(tmp_path / "r.jsonl"), "out_dir": tmp_path / "d"}
+    result = cli("scripts/prepare_json.py", **flags, max_seq_length=100_000, validation_fraction=0)
+    assert "--max_seq_length 100000: the model takes 256 tokens" in result.out
+    assert "--validation_fraction 0: a run must validate on something; 1 of the 20 rows" in result.out
 
 
 def test_damaged_or_foreign_data(tmp_path, llama, tokenizer, cli):

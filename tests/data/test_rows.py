@@ -197,7 +197,7 @@ def test_answers_that_the_template_cuts_are_named(cli, flags, tmp_path):
     path = write_rows(tmp_path / "r.jsonl", [{"messages": reasoned}, {"messages": whole}])
     good = write_rows(tmp_path / "v.jsonl", [{"messages": whole}])
     flags |= {"prompt_style": tmp_path / "t.jinja", "data_path": path, "validation_path": good}
-    cli(SCRIPT, **flags).refused("1 rows have no supervised token", "line 1", "of 1 answers the template leaves")
+    cli(SCRIPT, **flags).refused("1 rows have no supervised token", "line 1", "t.jinja' does not show")
     assert cli(SCRIPT, **flags, allow_unsupervised=True).code == 0
     assert audit(tmp_path / "d")["answers_not_shown_in_full"] == 1 and audit(tmp_path / "d")["rows_kept"] == 1
 
