@@ -3,7 +3,8 @@ operators, forward and backward, at the shapes of three models' layers.
 
     python benchmarks/kernel_choice.py
 
-Both take turns in one process. The table says which of them is chosen here, and how its time compares with the other's.
+Both take turns in one process. The table says which of them a trial chooses here (lit_gpt/kernels/trials.py), and how
+its time compares with the other's.
 Writes kernel_choice_ISA.json and .md.
 """
 
@@ -11,6 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -39,18 +41,21 @@ def main() -> None:
     limit(isa)
     import torch
 
+    from lit_gpt.kernels.trials import chosen
+
     rows = []
     for model in models.split(","):
         for name in ("bf16", "fp32"):
             dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-            for operation, call, inputs in operations(SHAPES[model], dtype):
-                rows.append({"model": model, "precision": name, "operation": operation} | compare(call, inputs))
+            for operation, tried, call, inputs in operations(SHAPES[model], dtype):
+                found = compare(call, inputs, chosen(tried[0], dtype, *tried[1:]))
+                rows.append({"model": model, "precision": name, "operation": operation} | found)
                 print(line(rows[-1]), flush=True)
     report(rows)
 
 
-def operations(shape: tuple[int, int, int, int, int, bool], dtype: Any) -> Iterator[tuple[str, Callable, list]]:
-    """Yield each operation's name, function and the tensors that it takes, which want gradients."""
+def operations(shape: tuple[int, int, int, int, int, bool], dtype: Any) -> Iterator[tuple[str, tuple, Callable, list]]:
+    """Yield each operation's name, what its trial is called by, its function and its tensors, which want gradients."""
     import torch
 
     from lit_gpt.kernels.attention import ScoreParams, attention
@@ -66,25 +71,30 @@ def operations(shape: tuple[int, int, int, int, int, bool], dtype: Any) -> Itera
     def lora(out: int, parts: list[tuple[int, int]]) -> Callable:
         A, B = made(len(parts) * RANK, width, dtype=torch.float32), made(out, RANK, dtype=torch.float32)
         # the update is added in place to what the frozen layer made
-        return lambda x: low_rank_update(torch.zeros(tokens, out, dtype=dtype), x, A, B, parts, 2.0)
+        return lambda x: low_rank_update(torch.zeros(tokens, out, dtype=dtype), x, A, B, parts, 2.0, 0.05, keys)
 
-    edges = [0, heads * size, (heads + groups) * size, every]
-    yield "LoRA on query, key, value", lora(every, [*zip(edges, edges[1:], strict=False)]), [made(tokens, width)]
-    yield "LoRA into the MLP", lora(inner, [(0, inner)]), [made(tokens, width)]
+    edges, keys = [0, heads * size, (heads + groups) * size, every], torch.arange(tokens)
+    parts, tried = [*pairwise(edges)], ("LoRA", width, every, 3, RANK, 1)
+    yield "LoRA on query, key, value", tried, lora(every, parts), [made(tokens, width)]
+    tried = "LoRA", width, inner, 1, RANK, 1
+    yield "LoRA into the MLP", tried, lora(inner, [(0, inner)]), [made(tokens, width)]
     if is_gated:
         norm = torch.ones(width, dtype=dtype)
-        yield "RMSNorm", lambda x: rms_norm(x, norm, 1e-5), [made(tokens, width)]
-        yield "gated SiLU", lambda x: gated(x, ACTIVATIONS["silu"]), [made(tokens, 2 * inner)]
+        yield "RMSNorm", ("RMSNorm", width), lambda x: rms_norm(x, norm, 1e-5), [made(tokens, width)]
+        tried = "gated silu", 2 * inner
+        yield "gated SiLU", tried, lambda x: gated(x, ACTIVATIONS["silu"]), [made(tokens, 2 * inner)]
     angles = [torch.rand(tokens, size, dtype=torch.float32).to(dtype) for _ in range(2)]
-    yield "rotary", lambda x: rotate(x, *angles, heads + groups, size), [made(1, tokens, every)]
+    tried = "rotary", every, heads + groups, size, size
+    yield "rotary", tried, lambda x: rotate(x, *angles, heads + groups, size), [made(1, tokens, every)]
     lengths = (tokens // SAMPLES,) * SAMPLES
     qkv = [made(1, n, tokens, size) for n in (heads, groups, groups)]
-    yield "attention", lambda q, k, v: attention(q, k, v, ScoreParams(size**-0.5), lengths), qkv
+    tried = "attention", size, heads // groups
+    yield "attention", tried, lambda q, k, v: attention(q, k, v, ScoreParams(size**-0.5), lengths), qkv
 
 
-def compare(call: Callable, inputs: list) -> dict[str, Any]:
+def compare(call: Callable, inputs: list, ours_chosen: bool) -> dict[str, Any]:
     """Return the seconds of a forward and backward pass by our kernel and by torch's operators, and who is chosen."""
-    from lit_gpt.kernels.policy import policy, use_policy
+    from lit_gpt.kernels.policy import use_policy
 
     def passes(fused: bool) -> float:
         with use_policy(fused=fused):
@@ -94,9 +104,8 @@ def compare(call: Callable, inputs: list) -> dict[str, Any]:
 
     turns = [(passes(True), passes(False)) for _ in range(rounds + 1)][1:]
     ours, theirs = (median(turn[i] for turn in turns) for i in (0, 1))
-    chosen = policy().fused
-    ratios = sorted((b / a if chosen else a / b) for a, b in turns)
-    return {"kernel": ours, "torch": theirs, "chosen": "kernel" if chosen else "torch", "other": median(ratios)}
+    ratios = sorted((b / a if ours_chosen else a / b) for a, b in turns)
+    return {"kernel": ours, "torch": theirs, "chosen": "kernel" if ours_chosen else "torch", "other": median(ratios)}
 
 
 def line(r: dict[str, Any]) -> str:

@@ -27,6 +27,7 @@ json: bool = False  # Print the figures as JSON, in bytes.
 
 def main(config: Any, args: TrainArgs) -> None:
     check_flags(args)
+    from lit_gpt.kernels.trials import describe
     from lit_gpt.training.memory.run_size import RunSize
 
     planner = make_planner(config, args)
@@ -51,6 +52,8 @@ def main(config: Any, args: TrainArgs) -> None:
     if device == "auto" and not memory_gb:
         verdict = "fits" if planner.fits(plan) else "does not fit"
         print(f"this machine has {planner.memory / 1e9:.1f} GB: the run {verdict}")
+    if not planner.cuda and (tried := [*describe()]):
+        print("\nchosen by trial on this machine:", *tried, sep="\n  ")
     if memory_gb:
         print_fitting_settings(planner.limited_to(data.longest) if data else planner, memory_gb)
 

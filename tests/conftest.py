@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+os.environ["LIT_GPT_TRIALS"] = "0"  # of processes that tests start as well: every run takes the same kernels
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))  # read when triton is imported
 
 from helpers.cli import Result

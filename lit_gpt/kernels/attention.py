@@ -7,7 +7,7 @@ On a CPU this takes half the time of torch's scaled_dot_product_attention, whose
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from lit_gpt.kernels import ops
 from lit_gpt.kernels.functional import apply_or_forward
 from lit_gpt.kernels.linear import arithmetic
+from lit_gpt.kernels.trials import Sample, both_passes, ramp, sampled
 
 # Queries that attend at a time, so that what is computed of the masked upper triangle is little, and their scores fit
 # a cache.
@@ -60,6 +61,14 @@ def attention(
     if (dtype := arithmetic(q.device, q.dtype)) != q.dtype:
         return attention(q.to(dtype), k.to(dtype), v.to(dtype), scores, lengths, sinks).to(q.dtype)
     return apply_or_forward(_Attention, q, k, v, sinks, scores, lengths)
+
+
+@sampled("attention")
+def _attention_sample(dtype: torch.dtype, size: int, heads: int) -> Sample:
+    """Take a short sample and few heads, as a layer's are all alike."""
+    lengths, heads = (SHORT // 2,), min(heads, 4)
+    call = partial(attention, scores=ScoreParams(size**-0.5), lengths=lengths)
+    return both_passes(call, *(ramp(1, n, sum(lengths), size, dtype=dtype) for n in (heads, 1, 1)))
 
 
 class _AttentionKernel(torch.autograd.Function):

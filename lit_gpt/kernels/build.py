@@ -25,10 +25,13 @@ FLAGS = [
 ]  # fmt: skip
 
 
+OPERATORS = ("layers", "lora", "attention", "dequantize")  # the libraries of lit_gpt.kernels.ops
+
+
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
     """Return the library of `name`.cpp, or None where it cannot be had, which is told once on stderr."""
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++"))), None)
+    compiler = find_compiler()
     if compiler is None:
         print("no C++ compiler found (g++): the CPU goes without the faster kernels", file=sys.stderr)
         return None
@@ -48,6 +51,11 @@ def library(name: str) -> ctypes.CDLL | None:
         return None
 
 
+def find_compiler() -> str | None:
+    """Return the path of the compiler: $CXX, or g++."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++"))), None)
+
+
 def cache_folder() -> Path:
     """Return the folder of the compiled libraries, and make it if there is none."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lit_gpt"
@@ -55,15 +63,24 @@ def cache_folder() -> Path:
     return folder
 
 
+@functools.cache
 def fingerprint(compiler: str, name: str) -> str:
     """Return a hash of all that the library depends on: sources, flags, compiler, processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    sources = [path.read_bytes() for path in (*sorted(SOURCES.glob("*.h")), SOURCES / f"{name}.cpp")]
+    return digest(version, processor("flags", "Features").encode(), repr(FLAGS).encode(), *sources)
+
+
+def digest(*parts: bytes) -> str:
+    """Return a short hash of all parts."""
+    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+
+
+def processor(*fields: str) -> str:
+    """Return the first line about the processor that begins with one of these words, or what Python knows of it."""
     known = Path("/proc/cpuinfo")
     lines = known.read_text().splitlines() if known.exists() else [platform.processor()]
-    processor = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
-    sources = [path.read_bytes() for path in (*sorted(SOURCES.glob("*.h")), SOURCES / f"{name}.cpp")]
-    parts = (version, processor.encode(), repr(FLAGS).encode(), *sources)
-    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:16]
+    return next((line for line in lines if line.startswith(fields)), lines[0])
 
 
 def compile_to(path: Path, compiler: str, source: Path) -> None:

@@ -1,6 +1,7 @@
 """The short causal convolution of each channel with gradients of its own, beside its kernel; see
 lit_gpt.kernels.functional."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from lit_gpt.kernels import ops
 from lit_gpt.kernels.functional import apply_or_forward
+from lit_gpt.kernels.trials import Sample, both_passes, ramp, row_count, sampled
 
 
 def causal_convolution(
@@ -39,6 +41,14 @@ def causal_convolution(
             earlier = earlier * (positions >= back).to(x.dtype).unsqueeze(1)
         y = torch.addcmul(y, earlier, weights[last - back])
     return y
+
+
+@sampled("convolution")
+def _convolution_sample(dtype: torch.dtype, channels: int, size: int) -> Sample:
+    tail, weight = ramp(1, size - 1, channels, dtype=dtype).detach(), ramp(channels, 1, size)
+    call = partial(causal_convolution, tail=tail, bias=None, positions=None)
+    x = ramp(1, row_count(channels), channels, dtype=dtype)
+    return both_passes(lambda x, weight: call(x, weight=weight), x, weight)
 
 
 class _Convolution(torch.autograd.Function):

@@ -11,6 +11,7 @@ None reads a tensor's contents on the way, so that all run on the meta device an
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lit_gpt.kernels.cuda import launch
 from lit_gpt.kernels.declarations import ACTIVATION_NUMBERS
 from lit_gpt.kernels.dropout import ALL_KEPT, dropped, kept_share
 from lit_gpt.kernels.linear import arithmetic
+from lit_gpt.kernels.trials import Sample, both_passes, ramp, row_count, sampled
 
 
 class _NoContext:
@@ -77,9 +79,20 @@ def low_rank_update(
     triton = triton_kernels(y, x)
     if triton is not None and triton.supports_lora(y, x, A):
         return apply_or_forward(_LowRankKernel, y, x, A, B, keys, kept, parts, factor, triton)
-    if ops.supports_lora(y, x, parts):
+    if ops.supports_lora(y, x, B, keys, parts):
         return apply_or_forward(_LowRankKernel, y, x, A, B, keys, kept, parts, factor, ops)
     return apply_or_forward(_LowRankUpdate, y, x, A, B, keys, kept, parts, factor)
+
+
+@sampled("LoRA")
+def _low_rank_sample(dtype: torch.dtype, width: int, adapted: int, n: int, r: int, drops: int) -> Sample:
+    edges, count = [adapted * i // n // 8 * 8 for i in range(n + 1)], row_count(max(width, adapted))
+    rest = [*pairwise(edges)], 1.0, 0.05, torch.arange(count) if drops else None
+
+    def call(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return low_rank_update(x.new_zeros(count, edges[-1]), x, A, B, *rest)
+
+    return both_passes(call, ramp(count, width, dtype=dtype), ramp(n * r, width), ramp(edges[-1], r))
 
 
 class _LowRankKernel(torch.autograd.Function):
@@ -253,6 +266,16 @@ def gated(gate_up: Tensor, activation: Activation) -> Tensor:
     return apply_or_forward(_Gated, gate_up, activation)
 
 
+@sampled("gated silu")
+def _silu_sample(dtype: torch.dtype, width: int) -> Sample:
+    return both_passes(partial(gated, activation=ACTIVATIONS["silu"]), ramp(row_count(width), width, dtype=dtype))
+
+
+@sampled("gated gelu_tanh")
+def _gelu_sample(dtype: torch.dtype, width: int) -> Sample:
+    return both_passes(partial(gated, activation=ACTIVATIONS["gelu_tanh"]), ramp(row_count(width), width, dtype=dtype))
+
+
 class _Gated(torch.autograd.Function):
     """Keeps its input."""
 
@@ -291,6 +314,13 @@ def rotate(qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int) ->
     return apply_or_forward(_Rotate, qkv, cos, sin, heads, head_size)
 
 
+@sampled("rotary")
+def _rotary_sample(dtype: torch.dtype, width: int, heads: int, head_size: int, n: int) -> Sample:
+    angles = ramp(row_count(width), n, dtype=dtype).detach()
+    call = partial(rotate, cos=angles, sin=angles, heads=heads, head_size=head_size)
+    return both_passes(call, ramp(1, row_count(width), width, dtype=dtype))
+
+
 def rotate_split(
     qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int, widths: Sequence[int]
 ) -> tuple[Tensor, ...]:
@@ -326,7 +356,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, cos, sin, *heads):
         ctx.save_for_backward(cos, sin)
-        ctx.heads, ctx.turned = heads, _rotation_kernel(qkv, cos, heads[1])
+        ctx.heads, ctx.turned = heads, _rotation_kernel(qkv, cos, *heads)
         return ctx.turned(qkv, cos, sin, 1.0, *heads)
 
     @staticmethod
@@ -336,12 +366,13 @@ class _Rotate(torch.autograd.Function):
         return ctx.turned(grad, cos, sin, -1.0, *ctx.heads), None, None, None, None
 
 
-def _rotation_kernel(qkv: Tensor, cos: Tensor, head_size: int) -> Callable[..., Tensor]:
+def _rotation_kernel(qkv: Tensor, cos: Tensor, heads: int, head_size: int) -> Callable[..., Tensor]:
     """Return what rotates tensors like these."""
     triton = triton_kernels(qkv, cos)
     if triton is not None and triton.supports_rotation(qkv, cos, head_size):
         return partial(_rotated_by_triton, triton)
-    return _rotated_by_cpp if ops.supports(qkv, cos) else _rotated
+    sizes = qkv.size(-1), heads, head_size, cos.size(-1)
+    return _rotated_by_cpp if ops.supports("rotary", sizes, qkv, cos) else _rotated
 
 
 def _rotated_by_triton(

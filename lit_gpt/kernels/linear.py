@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lit_gpt.kernels.policy import policy
+from lit_gpt.kernels.trials import Sample, both_passes, chosen, ramp, sampled
 
 WIDE_ELEMENTS = 2**20  # of a weight, widened at a time: 4 MiB
 FEW_ROWS = 16  # for fewer, widening the weight costs more than its arithmetic saves
@@ -41,10 +42,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
-    """Return whether oneDNN is to compute products of these: in float32, by vectors of 512 bits."""
+    """Return whether oneDNN is to compute products of these: in float32, where it is faster."""
     if torch.compiler.is_compiling() or not x.dtype == weight.dtype == torch.float32 or x.device.type != "cpu":
         return False
-    return policy().onednn and not policy().simulate_cuda and not torch.is_autocast_enabled("cpu")
+    if policy().simulate_cuda or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
+        return False
+    return chosen("product", torch.float32)
+
+
+@sampled("product", "onednn")
+def _product_sample(dtype: torch.dtype) -> Sample:
+    weight = ramp(1024, 1024, dtype=dtype).detach()
+    return both_passes(lambda x: linear(x, weight), ramp(256, 1024, dtype=dtype))
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:

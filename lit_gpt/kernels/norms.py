@@ -1,5 +1,6 @@
 """LayerNorm and RMSNorm with gradients of their own, beside their kernels; see lit_gpt.kernels.functional."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from lit_gpt.kernels import ops
 from lit_gpt.kernels.functional import apply_or_forward, triton_kernels
+from lit_gpt.kernels.trials import Sample, both_passes, ramp, row_count, sampled
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -45,6 +47,12 @@ def add_and_rms_norm(
         return stream, apply_or_forward(_RMSNorm, stream, weight, eps, offset)
     kind = triton.Norm(eps, centered=False, offset=offset)
     return apply_or_forward(_AddAndNorm, x, added, scale, weight, None, triton, kind)
+
+
+@sampled("RMSNorm")
+def _rms_norm_sample(dtype: torch.dtype, width: int) -> Sample:
+    weight = ramp(width, dtype=dtype).detach()
+    return both_passes(partial(rms_norm, weight=weight, eps=1e-5), ramp(row_count(width), width, dtype=dtype))
 
 
 class _AddAndNorm(torch.autograd.Function):
@@ -87,7 +95,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
-        ctx.cpp = ops.supports(x, weight)
+        ctx.cpp = ops.supports("RMSNorm", (x.size(-1),), x, weight)
         if ctx.cpp:
             y, inverse = ops.rms_norm(x.contiguous(), weight, eps, offset)
             ctx.save_for_backward(x, inverse, weight)

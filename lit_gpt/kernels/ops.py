@@ -12,24 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_gpt.kernels import build
+from lit_gpt.kernels import build, trials
 from lit_gpt.kernels.declarations import FORMAT_NUMBERS
 from lit_gpt.kernels.policy import policy
 
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 GATED_ACTIVATIONS = ("silu", "gelu_tanh")  # those of layers.cpp
-LIBRARIES = ("layers", "lora", "attention", "dequantize")
 _operators = torch.library.Library("lit_gpt", "FRAGMENT")
 
 
-def supports(*tensors: Tensor) -> bool:
-    """Return whether kernels serve tensors like these: on the CPU, all in bfloat16 or all in float32.
+def supports(operation: str, sizes: tuple[int, ...], *tensors: Tensor) -> bool:
+    """Return whether a kernel serves tensors like these: on the CPU, all in bfloat16 or all in float32.
 
     There are none while torch.compile traces, which makes its own.
+
+    Args:
+        operation, sizes: as lit_gpt.kernels.trials knows them.
     """
     first = tensors[0]
     alike = all(x.dtype == first.dtype for x in tensors)
-    return alike and supports_on(first.device, first.dtype) and policy().fused  # last: see `arithmetic`
+    # the choice last: see `arithmetic`
+    return alike and supports_on(first.device, first.dtype) and trials.chosen(operation, first.dtype, *sizes)
 
 
 def supports_on(device: torch.device, dtype: torch.dtype) -> bool:
@@ -44,7 +47,7 @@ def available() -> bool:
 
 @functools.cache
 def _compiled() -> bool:
-    return all(build.library(name) is not None for name in LIBRARIES)
+    return all(build.library(name) is not None for name in build.OPERATORS)
 
 
 @functools.cache
@@ -97,8 +100,8 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, 
     return x_grad
 
 
-def supports_gated(gate_up: Tensor, activation: str, *grad: Tensor) -> bool:
-    return activation in GATED_ACTIVATIONS and supports(gate_up, *grad)
+def supports_gated(gate_up: Tensor, activation: str) -> bool:
+    return activation in GATED_ACTIVATIONS and supports("gated " + activation, (gate_up.size(-1),), gate_up)
 
 
 def _half(gate_up: Tensor, kind: int) -> Tensor:
@@ -152,7 +155,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
 def supports_convolution(x: Tensor, tail: Tensor) -> bool:
     """Return whether kernels convolve x (B, T, channels), perhaps a part of wider rows, behind a tail that is fixed."""
     rows = x.stride(2) == 1 and (len(x) == 1 or x.stride(0) == x.size(1) * x.stride(1))
-    return rows and not tail.requires_grad and supports(x, tail)
+    return rows and not tail.requires_grad and supports("convolution", (x.size(2), tail.size(1) + 1), x, tail)
 
 
 _CONVOLUTION = "Tensor x, Tensor tail, Tensor weight"
@@ -200,9 +203,10 @@ def drop(x: Tensor, keys: Tensor, kept: int) -> Tensor:
     return y
 
 
-def supports_lora(y: Tensor, x: Tensor, parts: list[tuple[int, int]]) -> bool:
+def supports_lora(y: Tensor, x: Tensor, B: Tensor, keys: Tensor | None, parts: list[tuple[int, int]]) -> bool:
     whole = not any(n % 8 for part in parts for n in part) and x.size(-1) % 8 == 0
-    return whole and supports(y, x) and y.is_contiguous() and x.is_contiguous()
+    sizes = x.size(-1), len(B), len(parts), B.size(1), int(keys is not None)
+    return whole and y.is_contiguous() and x.is_contiguous() and supports("LoRA", sizes, y, x)
 
 
 def _low(y: Tensor, x: Tensor, A: Tensor, B: Tensor, *_: Any) -> Tensor:
@@ -297,7 +301,8 @@ class _Sizes(ctypes.Structure):
 
 
 def supports_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return all(x.stride(-1) == 1 for x in (q, k, v)) and supports(q, k, v)
+    sizes = q.size(-1), q.size(1) // k.size(1)
+    return all(x.stride(-1) == 1 for x in (q, k, v)) and supports("attention", sizes, q, k, v)
 
 
 def _by_token(x: Tensor, heads: int) -> Tensor:

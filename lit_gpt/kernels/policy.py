@@ -25,25 +25,24 @@ class KernelPolicy:
 
     Attributes:
         cpp: whether the C++ kernels may serve; else torch's formulas do.
-        fused: whether C++ kernels may take the place of torch's operators in training. By default they do where the CPU
-            has vectors of 256 bits or more: there they are faster at every shape (benchmarks/kernel_choice.py).
+        fused: whether C++ kernels take the place of torch's operators in training; by default each where a trial finds
+            it faster, see lit_gpt.kernels.trials.
         triton: whether Triton kernels may take the place of torch's operators on CUDA.
         simulate_cuda: choose as on a CUDA device, for a plan on fake CPU tensors.
         contents: whether tensors have contents. Without, what depends on contents takes its most even case, and copies
             to host memory are left out.
         widen: whether a CPU computes products of 16 bits in float32; by default where it has no arithmetic for them.
-        onednn: whether oneDNN computes products of float32 in place of MKL; by default where the CPU has vectors of 256
-            bits or more. Measured on Zen 5: twice as fast with 512, for MKL leaves half of each unused, and 1.15 times
-            with 256.
+        onednn: whether oneDNN computes products of float32 in place of MKL, which leaves half of the vectors of others'
+            processors than Intel's unused; by default where a trial finds it faster.
     """
 
     cpp: bool = True
-    fused: bool = WIDE_VECTORS
+    fused: bool | None = None
     triton: bool = True
     simulate_cuda: bool = False
     contents: bool = True
     widen: bool = not multiplies_bf16()
-    onednn: bool = WIDE_VECTORS and torch.backends.mkldnn.is_available()
+    onednn: bool | None = None
 
 
 _current: ContextVar[KernelPolicy] = ContextVar("lit_gpt kernel policy", default=KernelPolicy())  # noqa: B039 (frozen)

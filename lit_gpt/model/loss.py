@@ -11,6 +11,7 @@ from lit_gpt.kernels import ops
 from lit_gpt.kernels.functional import triton_kernels
 from lit_gpt.kernels.linear import arithmetic
 from lit_gpt.kernels.policy import policy
+from lit_gpt.kernels.trials import Sample, ramp, row_count, sampled
 from lit_gpt.quantization.modules import keep_dequantized
 
 # Logits held at a time, in elements: 16 MiB in float32. Larger pieces are hardly faster on a CPU with a frozen head.
@@ -72,7 +73,7 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     The gradient may take the memory of the logits.
     """
-    kernels = ops if ops.supports(logits) else triton_kernels(logits)
+    kernels = ops if ops.supports("cross-entropy", (logits.size(-1),), logits) else triton_kernels(logits)
     if kernels is not None and logits.is_contiguous():
         return kernels.cross_entropy_(logits, labels).sum(), logits
     p = logits.float().softmax(-1)
@@ -80,6 +81,13 @@ def _loss_and_gradient(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     at = labels.unsqueeze(1)
     loss = (log_sum - logits.gather(1, at).squeeze(1).float()).sum()
     return loss, p.scatter_add_(1, at, p.new_full((), -1.0).expand(at.shape)).to(logits.dtype)
+
+
+@sampled("cross-entropy")
+def _cross_entropy_sample(dtype: torch.dtype, size: int) -> Sample:
+    logits = ramp(row_count(size), size, dtype=dtype).detach()
+    labels = torch.arange(len(logits)) % size
+    return lambda: _loss_and_gradient(logits, labels)
 
 
 def _chunks(

@@ -69,10 +69,10 @@ def finetune(args: TrainArgs, method: Method) -> None:
         run(args, method, fabric)
 
 
-def kernels(args: TrainArgs) -> dict[str, bool]:
+def kernels(args: TrainArgs) -> dict[str, bool | None]:
     """Return which kernels `--compile` lets serve, as a policy has them."""
     asked, here = args.memory.compile, policy()
-    return {"cpp": here.cpp and asked is not False, "fused": here.fused or asked is True}
+    return {"cpp": here.cpp and asked is not False, "fused": True if asked else here.fused}
 
 
 def check(args: TrainArgs, method: Method, base: BaseCheckpoint) -> Iterator[Finding]:

@@ -108,7 +108,7 @@ def test_low_rank_update_kernel(dtype, dropout, rank, size, A_trains):
     def ours(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return functional.low_rank_update(y.clone(), x, A, B, parts, 2.0, dropout, KEYS)
 
-    assert ops.supports_lora(*given[:2], parts)
+    assert ops.supports_lora(*given[:2], given[3], KEYS, parts)
     exact = results(plain, [t.detach().double().requires_grad_(t.requires_grad) for t in given], WIDE)
     for actual, rival, expected in zip(results(ours, given, dtype), results(plain, given, dtype), exact, strict=True):
         assert actual.dtype == rival.dtype

@@ -115,7 +115,7 @@ def cut(subject: Subject) -> Finding:
 
 def kernels(subject: Subject) -> Finding:
     """Check that the loss and its gradients by the kernels that serve here are those of the formulas."""
-    if subject.worker.fabric.device.type == "cpu" and not policy().fused:
+    if subject.worker.fabric.device.type == "cpu" and policy().fused is False:
         return Finding("kernels", None, "torch's operators serve on this CPU; --compile true takes the kernels")
     batch = [len(subject.samples)]
     by_kernels = gradients(subject, batch)
