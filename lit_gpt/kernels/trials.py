@@ -31,9 +31,8 @@ from lit_gpt.files import atomic
 from lit_gpt.kernels import build
 from lit_gpt.kernels.policy import WIDE_VECTORS, policy, use_policy
 
-TURNS = 6  # of both ways at most, of which the first is not counted
-ENOUGH = 0.04  # seconds, after which a trial ends
-CLEAR = 2.0  # times as fast as the other: one turn tells
+TURNS = 5, 12  # of both ways, at least and at most; the first is not counted, and of the others the fastest tells
+ENOUGH = 0.04  # seconds, after which a trial ends that has had its least turns
 ELEMENTS = 2**21  # of a trial's larger tensors: no cache of a core has them, as none has a training row's
 LIMITS = ("ATEN_CPU_CAPABILITY", "LIT_GPT_MARCH", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")  # on instructions
 
@@ -117,17 +116,15 @@ def _try(operation: str, dtype: torch.dtype, sizes: tuple[int, ...]) -> Times:
     field, make = _samples[operation]
     run = make(dtype, *sizes)
     spent: dict[bool, list[float]] = {True: [], False: []}
-    for turn in range(TURNS):
+    for turn in range(1, TURNS[1] + 1):
         for way, times in spent.items():
             with use_policy(**{field: way}):
                 start = time.thread_time()
                 run()
                 times.append(time.thread_time() - start)
-        kernel, theirs = (min(times[1:], default=0.0) for times in spent.values())
-        ended = sum(map(sum, spent.values())) > ENOUGH
-        if turn and (ended or max(kernel, theirs) > CLEAR * min(kernel, theirs)):
+        if turn >= TURNS[0] and sum(map(sum, spent.values())) > ENOUGH:
             break
-    return {"kernel": kernel, "torch": theirs}
+    return {"kernel": min(spent[True][1:]), "torch": min(spent[False][1:])}
 
 
 def _kept(label: str, attempt: Callable[[], Times]) -> Times:
