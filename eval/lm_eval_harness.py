@@ -1,6 +1,6 @@
 """Evaluate a checkpoint, or a finetuned one, on tasks of EleutherAI's lm-evaluation-harness.
 
-    pip install "lit-gpt[eval]"
+    pip install -e '.[eval]'
     python eval/lm_eval_harness.py --checkpoint_dir checkpoints/tiiuae/falcon-7b --tasks hellaswag,gsm8k
     python eval/lm_eval_harness.py --checkpoint_dir checkpoints/tiiuae/falcon-7b --tasks hellaswag,gsm8k \\
         --finetuned_path out/lora/alpaca/lit_model_lora_finetuned.pth --out out/lora/alpaca/lm_eval.json
@@ -23,7 +23,7 @@ out: Path = Path("out/lm_eval.json")
 def main(args: HarnessArgs) -> None:
     from lit_gpt.errors import require
 
-    require("lm_eval", "lm-eval", "eval/lm_eval_harness.py")
+    require("lm_eval", "eval", "eval/lm_eval_harness.py")
     check_inputs(args.checkpoint_dir, args.finetuned_path)
     from lit_gpt.evaluation.lm_eval_model import evaluate
 

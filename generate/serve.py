@@ -4,7 +4,7 @@
         --loras alpaca=out/lora/alpaca/lit_model_lora_finetuned.pth
 
 Requests name the base (by its folder's name) or a LoRA by its own; all are answered in one batch, each through its own
-weights. http://127.0.0.1:8000 shows a page that asks several side by side. Needs `pip install lit-gpt[serve]`.
+weights. http://127.0.0.1:8000 shows a page that asks several side by side. Needs `pip install -e '.[serve]'`.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ prompt_style: str | None = None  # Render in this style, or a Jinja file (null: 
 
 def main(server: ServeArgs, model: ModelArgs) -> None:
     for package in ("starlette", "uvicorn"):
-        require(package, "lit-gpt[serve]", "generate/serve.py")
+        require(package, "serve", "generate/serve.py")
     files, key = check_early(server, checkpoint_dir, loras, loras_dir, finetuned_path)
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
     from lit_gpt.distributed.placement import place

@@ -15,12 +15,12 @@ class UsageError(UserError):
     exit_code = 2
 
 
-def require(module: str, package: str, wanted_by: str) -> None:
+def require(module: str, extra: str, wanted_by: str) -> None:
     """Refuse what needs an optional package that is not there, before anything else is done.
 
     Args:
-        package: what pip calls it.
+        extra: that of pyproject.toml which brings it.
         wanted_by: the flag or script that needs it.
     """
     if find_spec(module) is None:
-        raise UsageError(f"{wanted_by} needs {package}, which is not installed: pip install {package}")
+        raise UsageError(f"{wanted_by} needs {module}, which is not installed: pip install -e '.[{extra}]'")

@@ -237,7 +237,7 @@ def parquet_rows(path: Path) -> Iterator[Row]:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise UserError(f"{path}: needs pyarrow: pip install 'lit-gpt[parquet]'") from None
+        raise UserError(f"{path}: needs pyarrow: pip install -e '.[parquet]'") from None
     count = 0
     try:
         with ParquetFile(path) as file:
@@ -258,7 +258,7 @@ def dataset_rows(name: str) -> Iterator[Row]:
     try:
         import datasets
     except ImportError:
-        raise UserError(f"{name}: needs the package datasets: pip install 'lit-gpt[datasets]'") from None
+        raise UserError(f"{name}: needs the package datasets: pip install -e '.[datasets]'") from None
     try:
         if Path(folder).is_dir():
             rows = datasets.load_from_disk(folder)

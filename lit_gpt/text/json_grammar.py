@@ -38,7 +38,7 @@ class JSONGrammars:
             UsageError: llguidance is not installed.
             ValueError: it is no schema, or has a keyword that nothing can be held to; or no token ends an answer.
         """
-        require("llguidance", "lit-gpt[serve]", self.wanted_by)
+        require("llguidance", "serve", self.wanted_by)
         from llguidance import LLMatcher, LLTokenizer
 
         if not stop_ids:

@@ -54,7 +54,7 @@ def check_early(args: TrainArgs, method: str, config: Any) -> None:
             check_one_device(args.devices.ranks)
     locate_optimizer(args.optimization.optimizer)
     for package in LOGGERS[args.watch.logger]:
-        require(package, package, f"--logger {args.watch.logger}")
+        require(package, args.watch.logger, f"--logger {args.watch.logger}")
     check_start(args, method, config)
     stored = quantization(paths.checkpoint_dir) or {"quantize": args.memory.quantize}
     if args.watch.metric is not None:

@@ -204,10 +204,10 @@ def test_answers_that_the_template_cuts_are_named(cli, flags, tmp_path):
 
 def test_what_is_missing_is_said(cli, flags, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    cli(SCRIPT, **flags, data_path="owner/name").refused("pip install 'lit-gpt[datasets]'")
+    cli(SCRIPT, **flags, data_path="owner/name").refused("pip install -e '.[datasets]'")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "r.parquet").touch()
-    cli(SCRIPT, **flags, data_path=tmp_path / "r.parquet").refused("r.parquet", "pip install 'lit-gpt[parquet]'")
+    cli(SCRIPT, **flags, data_path=tmp_path / "r.parquet").refused("r.parquet", "pip install -e '.[parquet]'")
     monkeypatch.undo()
     pytest.importorskip("pyarrow")
     cli(SCRIPT, **flags, data_path=tmp_path / "r.parquet").refused("r.parquet", "Parquet")

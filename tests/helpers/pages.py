@@ -49,7 +49,7 @@ EXTRAS = {
 }
 for used, module in EXTRAS.items():
     if importlib.util.find_spec(module) is None:
-        REFUSED[used] = f"needs {module.replace('_', '-')}"
+        REFUSED[used] = f"needs {module}"
 SLURM = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_ID": "12345"}
 
 

@@ -98,7 +98,7 @@ def test_a_probe_that_cannot_be_read(cli, flags, tmp_path, contents, words):
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
 def test_a_logger_that_is_not_installed_is_refused_at_once(cli, flags, monkeypatch, name):
     monkeypatch.setitem(sys.modules, name, None)
-    cli(SCRIPT, **flags, logger=name).refused(f"--logger {name}", f"pip install {name}", code=2)
+    cli(SCRIPT, **flags, logger=name).refused(f"--logger {name}", f"pip install -e '.[{name}]'", code=2)
     assert not flags["out_dir"].exists()
 
 

@@ -57,7 +57,7 @@ def probe_longest_row(worker: Worker, batches: Batches, planner: MemoryPlanner, 
     worker.dry_run_step(row)
     measured, planned = hardware.peak_since_reset() - held, plan.train - plan.weights
     worker.fabric.print(
-        f"memory: a step on the longest row, {row.tokens} tokens, took {measured / 1e9:.2f} GB beside the model "
+        f"memory: a step on the longest packed row, {row.tokens} tokens, took {measured / 1e9:.2f} GB beside the model "
         f"({planned / 1e9:.2f} GB planned)"
     )
     return {"step_bytes_planned": planned, "step_bytes_measured": measured}
