@@ -24,9 +24,7 @@ def print_audit(
     for reason in sorted({reason for audit in audits.values() for reason in audit.dropped}):
         dropped = (f"{audit.dropped[reason]:>12}" for audit in audits.values())
         print(f"{'rows dropped: ' + reason:32}" + "".join(dropped))
-    print(
-        f"\nprompt style {style.name}, at most {limit} tokens a sample. The first sample, its supervised part in ⟦ ⟧:\n"
-    )
+    print(f"\nprompt style {style.name}, at most {limit} tokens a sample. The first, its supervised part in ⟦ ⟧:\n")
     if first:
         print(marked(*first, tokenizer))
 

@@ -59,12 +59,8 @@ class BatchArgs:
     """Batches"""
 
     batch_size: PositiveInt = 128  # Take this many samples per optimizer step, over all devices.
-    micro_batch_size: PositiveInt | None = (
-        None  # Put this many samples into a packed row (null: by micro_batch_tokens).
-    )
-    micro_batch_tokens: PositiveInt | None = (
-        None  # Fill packed rows up to this (null: 2048 tokens on a CPU, else what fits).
-    )
+    micro_batch_size: PositiveInt | None = None  # Pack this many samples together (null: by micro_batch_tokens).
+    micro_batch_tokens: PositiveInt | None = None  # Fill packed rows to this (null: 2048 on a CPU, else what fits).
     max_seq_length: PositiveInt | None = None  # Refuse data with longer samples (null: longer than the model takes).
 
 
@@ -75,7 +71,7 @@ class MemoryArgs:
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # Keep frozen weights and compute in this; what trains is fp32.
     quantize: Quantizer | None = None  # Keep the frozen weights in fewer bits; nf4 is QLoRA's (null: as stored).
     activation_checkpointing: Checkpointing = "auto"  # Compute this much twice to save memory (auto: what must be).
-    compile: bool | Literal["auto"] = "auto"  # Use C++ on a CPU (auto: where it is faster), torch.compile on a GPU.
+    compile: bool | Literal["auto"] = "auto"  # Use C++ on a CPU (auto: with AVX512), torch.compile on a GPU.
 
 
 @dataclass(frozen=True)
