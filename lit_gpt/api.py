@@ -6,14 +6,17 @@ print(model.generate("Why is the sky blue?", temperature=0))
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
+from lit_gpt import cli, habits
 from lit_gpt.checkpoints.base_model import BaseCheckpoint
 from lit_gpt.errors import UsageError
+from lit_gpt.generation.args import SamplingArgs
 from lit_gpt.generation.engine import generate, new_generator, prompt_ids
 from lit_gpt.generation.sequence import Step
 from lit_gpt.generation.steps import FastStep
@@ -94,10 +97,39 @@ class LitGPT:
             sampling: the attributes of `lit_gpt.generation.sampling.Sampling`, such as temperature.
 
         Raises:
+            UsageError: there is no such option, or its value is none that the scripts' flag of this name takes.
             UserError: the template refuses the messages, or prompt and answer exceed the model's context.
         """
+        given = {} if seed is None else {"seed": seed}
+        check_options({"max_new_tokens": max_new_tokens, "stop": stop, **given, **sampling})
         messages = instruction_messages(prompt) if isinstance(prompt, str) else prompt
         ids = prompt_ids(messages, self.model, self.tokenizer, self.style, tools)
         generator = None if seed is None else new_generator(self.model, seed)
         options = {"stop_ids": self.style.stop_ids, "generator": generator, "step": self.step, **sampling}
         return answer_text(self.tokenizer, generate(self.model, ids, max_new_tokens, **options), stop)
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Refuse options of an answer that there are not, or values that the flags of these names do not take.
+
+    Raises:
+        UsageError
+    """
+    kinds = get_type_hints(SamplingArgs)
+    for name, value in options.items():
+        if name not in kinds:
+            near, known = habits.nearest(name, kinds), ", ".join([*kinds, "tools"])
+            raise UsageError(f"{name}: no such option; " + (f"did you mean {near}?" if near else f"expected {known}"))
+        if not admits(kinds[name], value):
+            raise UsageError(f"{name}: expected {cli.expected(kinds[name])}, got {value!r}")
+
+
+def admits(kind: Any, value: Any) -> bool:
+    """Return whether a value is of a flag's type."""
+    if kind == list[str]:
+        return not isinstance(value, str) and all(isinstance(part, str) for part in value)
+    for choice in get_args(kind) or (kind,):
+        with suppress(TypeError, ValueError):
+            if value is None if choice is type(None) else choice(value) == value:
+                return True
+    return False

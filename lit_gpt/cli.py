@@ -10,7 +10,6 @@ once.
 """
 
 import dataclasses
-import difflib
 import inspect
 import io
 import json
@@ -351,7 +350,7 @@ def expand_config(argv: list[str], types: dict[str, Any], aliases: dict[str, str
             name = name.replace("-", "_")
             name = aliases.get(name, name)
             if name not in types:
-                raise UsageError(f"--config {path}: {unknown_flag(f'--{name}', types)}")
+                raise UsageError(f"--config {path}: {habits.unknown_flag(f'--{name}', types)}")
             if types[name] == list[str] and isinstance(value, list):
                 expanded += [f"--{name}", *map(str, value)]
             else:
@@ -375,7 +374,7 @@ def explain(message: str, argv: list[str], types: dict[str, Any]) -> str:
     if not unknown:
         return message
     if unknown[1].startswith("-"):
-        return unknown_flag(unknown[1].split("=")[0], types)
+        return habits.unknown_flag(unknown[1].split("=")[0], types)
     name, kind = next(iter(types.items()))
     such = f"--{name} {metavar(kind)}; a value with spaces takes quotes"
     return f"unexpected argument '{unknown[1]}'; expected --flag value, such as {such}"
@@ -388,6 +387,8 @@ def expected(kind: Any) -> str:
     choices = get_args(kind)
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(map(str, choices))
+    if kind == list[str]:
+        return "a list of texts"
     if get_origin(kind) is dict:
         return "a JSON object such as '{\"name\": 1}'"
     if bool in choices:
@@ -395,11 +396,3 @@ def expected(kind: Any) -> str:
     if choices:
         return " or ".join("nothing (null)" if choice is type(None) else expected(choice) for choice in choices)
     return "a path" if kind is Path else "text"
-
-
-def unknown_flag(flag: str, types: dict[str, Any]) -> str:
-    """Return the error line for a flag that a script does not have, with ours for it, or the nearest in letters."""
-    if instead := habits.advice(flag.lstrip("-"), types):
-        return f"unknown flag {flag}: {instead}"
-    near = difflib.get_close_matches(flag.lstrip("-"), types, n=1, cutoff=0.7)
-    return f"unknown flag {flag}" + (f"; did you mean --{near[0]}?" if near else "; --help lists the flags")

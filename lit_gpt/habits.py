@@ -3,6 +3,7 @@
 `NAMES` and `ADVICE` are open: a line here is all that another habit needs.
 """
 
+import difflib
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -103,11 +104,28 @@ ADVICE = {
     "train_on_inputs": "use --mask_inputs false when the data is prepared",
     "completion_only_loss": "the answers alone are learned, unless the data is prepared with --mask_inputs false",
     "trust_remote_code": "leave it out: code that comes with a model is never run",
-    "stop": "is a flag of the scripts of generate/ and chat/",
-    "repetition_penalty": "is a flag of the scripts of generate/ and chat/",
-    "min_p": "is a flag of the scripts of generate/ and chat/",
     "do_sample": "--temperature 0 takes the likeliest token, anything above draws",
     "load_best_model_at_end": "use --result best",
+}
+
+
+# Flags of ours that some scripts lack, and where they are.
+ELSEWHERE = {
+    "finetuned_path": "generate/finetuned.py, the scripts of generate/ named after a method, chat/base.py and eval/ "
+    "take --finetuned_path",
+    "loras": "generate/serve.py and scripts/combine_loras.py take --loras",
+    "merge": "generate/lora.py takes --merge; scripts/merge_lora.py writes a merged checkpoint",
+    "prompt_style": "the data is prepared with a --prompt_style, and what is trained on it keeps that",
+    **dict.fromkeys(("prompt", "prompt_file", "json_schema"), "the scripts of generate/ take it"),
+    **dict.fromkeys(
+        ("stop", "min_p", "top_p", "top_k", "temperature", "repetition_penalty"),
+        "the scripts of generate/ and chat/ take it",
+    ),
+    **dict.fromkeys(
+        ("validation_path", "validation_fraction", "mask_inputs", "deduplicate"),
+        "the scripts that prepare data take it",
+    ),
+    **dict.fromkeys(("learning_rate", "epochs", "max_steps"), "the scripts of finetune/ take it"),
 }
 
 
@@ -159,7 +177,25 @@ def is_bool(kind: Any) -> bool:
     return kind is bool or bool in get_args(kind)
 
 
-def advice(name: str, flags: dict[str, Any]) -> str | None:
-    """Return what to write in place of a flag that others have, if the tables know it and the script has ours."""
-    ours = next((flag for flag, theirs in NAMES.items() if flag in flags and name.lower() in theirs.split()), None)
-    return f"here it is --{ours}" if ours else ADVICE.get(name.lower())
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """Return which of the names is meant by another one: by the tables, or the nearest in letters; None: none is."""
+    known = list(names)
+    begun = sorted((ours for ours in known if ours.startswith(name)), key=len)
+    near = [*begun, *difflib.get_close_matches(name, known, n=1, cutoff=0.7)]
+    return named_otherwise(name, known) or next(iter(near), None)
+
+
+def named_otherwise(name: str, names: Iterable[str]) -> str | None:
+    """Return which of our names others call so, if the tables know it."""
+    return next((ours for ours, theirs in NAMES.items() if ours in names and name.lower() in theirs.split()), None)
+
+
+def unknown_flag(flag: str, flags: dict[str, Any]) -> str:
+    """Return the error line for a flag that a script does not have, with ours for it, or the nearest in letters."""
+    name = flag.lstrip("-")
+    ours = named_otherwise(name, flags)
+    there = ELSEWHERE.get(named_otherwise(name, ELSEWHERE) or name)
+    if instead := f"here it is --{ours}" if ours else ADVICE.get(name.lower(), there):
+        return f"unknown flag {flag}: {instead}"
+    near = nearest(name, flags)
+    return f"unknown flag {flag}" + (f"; did you mean --{near}?" if near else "; --help lists the flags")

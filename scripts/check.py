@@ -15,7 +15,9 @@ from typing import Any
 from lit_gpt.checkpoints.folder import check_inputs, quantization
 from lit_gpt.cli import peek, run
 from lit_gpt.data.folder import read_record
-from lit_gpt.methods.registry import config_class, entry
+from lit_gpt.errors import UsageError
+from lit_gpt.methods.hyperparameters import refuse_other_settings
+from lit_gpt.methods.registry import config_class, entry, recorded_config
 from lit_gpt.training.args import ALIASES, TrainArgs
 from lit_gpt.training.checks import check_quantized
 
@@ -26,7 +28,7 @@ json: bool = False  # Print the findings as JSON.
 
 def main(config: Any, args: TrainArgs) -> None:
     folder, path = args.paths.checkpoint_dir, args.paths.finetuned_path
-    check_inputs(folder, path)
+    check_file(config, folder, path)
     read_record(args.paths.data_dir)
     stored = quantization(folder) or {"quantize": args.memory.quantize}
     check_quantized(args, not entry(method).attaches, stored["quantize"])
@@ -46,6 +48,19 @@ def main(config: Any, args: TrainArgs) -> None:
     if json:
         print(json_format.dumps(as_json(findings), indent=2))
     require_all(findings)
+
+
+def check_file(config: Any, folder: Path, path: Path | None) -> None:
+    """Refuse a file that is not of the method and the settings which are given, if they are."""
+    record, given = check_inputs(folder, path), peek("method", "")
+    if not record or not path:
+        return
+    if given and given != record["method"]:
+        raise UsageError(
+            f"--method {given}: {path} was trained by the method {record['method']}; leave that out, the file has it"
+        )
+    if config != type(config)():  # the file brings its settings, where none are given
+        refuse_other_settings(recorded_config(record, path), config, path)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,18 @@ from typing import Any, Literal
 from lit_gpt.checkpoints.folder import check_checkpoint_dir
 from lit_gpt.cli import PositiveFloat, peek, run
 from lit_gpt.data.folder import read_record
+from lit_gpt.errors import UsageError, UserError
 from lit_gpt.methods.registry import config_class
 from lit_gpt.training.args import ALIASES, PathArgs, TrainArgs
 
 model: str | None = None  # Plan for this preset, such as falcon-7b (null: for the model of checkpoint_dir).
-method: str = "lora"  # Plan for this method (lora, adapter, adapter_v2, full), whose flags are taken too.
+method: str = "lora"  # Plan for this method, by the name of its script in finetune/, whose flags are taken too.
 device: Literal["auto", "cpu", "cuda"] = "auto"  # Plan for this device, which need not be here (auto: this machine's).
 memory_gb: PositiveFloat | None = None  # Tell which settings fit into this much, too; in 1e9 bytes on each device.
 tokens_per_second: PositiveFloat | None = None  # Tell how long the run takes at this rate, which a first run prints.
 json: bool = False  # Print the figures as JSON, in bytes.
+
+ELSEWHERE = 80 * 10**9  # bytes of a device that is not here
 
 
 def main(config: Any, args: TrainArgs) -> None:
@@ -52,6 +55,9 @@ def main(config: Any, args: TrainArgs) -> None:
     if device == "auto" and not memory_gb:
         verdict = "fits" if planner.fits(plan) else "does not fit"
         print(f"this machine has {planner.memory / 1e9:.1f} GB: the run {verdict}")
+    if planner.memory == ELSEWHERE and not memory_gb:
+        verdict = "fits" if planner.fits(plan) else "does not fit"
+        print(f"--device {device} is not here and is taken to have 80 GB: the run {verdict}; --memory_gb gives another")
     if not planner.cuda and (tried := [*describe()]):
         print("\nchosen by trial on this machine:", *tried, sep="\n  ")
     if memory_gb:
@@ -60,10 +66,25 @@ def main(config: Any, args: TrainArgs) -> None:
 
 def check_flags(args: TrainArgs) -> None:
     """Refuse what is missing, before torch takes its seconds."""
+    folder = args.paths.checkpoint_dir
     if not model:
-        check_checkpoint_dir(args.paths.checkpoint_dir)
+        check_checkpoint_dir(folder)
+    elif folder != PathArgs.checkpoint_dir:
+        raise UsageError(f"--model {model}: does not go with --checkpoint_dir {folder}; leave one out")
     if args.paths.data_dir != PathArgs.data_dir or args.paths.data_dir.exists():
         read_record(args.paths.data_dir)
+    if model:
+        check_model(model)
+
+
+def check_model(name: str) -> None:
+    """Refuse a name that no preset has."""
+    from lit_gpt.families.registry import preset
+
+    try:
+        preset(name)
+    except UserError as error:
+        raise UsageError(f"--model: {error}") from None
 
 
 def duration(tokens: int) -> str:
@@ -90,7 +111,7 @@ def make_planner(config: Any, args: TrainArgs) -> Any:
     stored = None if model else quantization(folder)
     quantize = stored["quantize"] if stored else args.memory.quantize
     finetune_method, here = make_method(method, config), hardware.default_device()
-    memory = hardware.device_memory(here) if device in ("auto", here.type) else 80 * 10**9
+    memory = hardware.device_memory(here) if device in ("auto", here.type) else ELSEWHERE
     memory, cuda = int((memory_gb or 0) * 1e9) or memory, (here.type if device == "auto" else device) == "cuda"
     args = replace(args, devices=resolve_devices(args.devices))
     check_quantized(args, finetune_method.trains_base, quantize)

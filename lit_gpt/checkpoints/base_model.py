@@ -4,6 +4,7 @@ Quantizing goes tensor by tensor, from the mapped file to what is kept, so that 
 """
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -166,6 +167,12 @@ class BaseCheckpoint:
     def build(self, dtype: torch.dtype | None = None, device: Where | None = None) -> GPT:
         """Return the model, in evaluation mode; see load_model. Of a placement each layer lies on its own device."""
         on_cpu = (device if isinstance(device, Placement) else torch.device(device or "cpu")).type == "cpu"
+        if on_cpu and dtype == torch.float16:
+            print(
+                "fp16 on a CPU is many times slower than bf16 or fp32, and meant for GPUs without bf16; take "
+                "--precision bf16 or fp32",
+                file=sys.stderr,
+            )
         if self.quantize:
             dtype = dtype or self.dtype
         state: Mapping[str, Tensor] = self.state

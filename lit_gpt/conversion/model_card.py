@@ -56,6 +56,8 @@ def write(
     }
     run, summary = (read_json(run_dir / name, missing_ok=True) for name in ("hyperparameters.json", "summary.json"))
     run.pop("lora_path", None)  # a place on this machine
+    if run.get("max_steps"):  # in place of epochs
+        run.pop("epochs", None)
     base = Path(run.get("checkpoint_dir") or checkpoint_dir)
     license_name = license_of(base, folder)
     head = {

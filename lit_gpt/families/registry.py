@@ -58,12 +58,16 @@ def preset(name: str) -> dict[str, Any]:
     """Return the fields of config.json of a published size.
 
     Raises:
-        UserError: no such preset; the nearest is suggested.
+        UserError: no such preset; the nearest are suggested.
     """
     presets = {key: fields for family in families() for key, fields in family.PRESETS.items()}
     if name not in presets:
-        near = difflib.get_close_matches(name, presets, n=1, cutoff=0.4)
-        raise UserError(f"unknown model '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+        lower = {other.lower(): other for other in presets}
+        near = [other for other in lower if other.startswith(name.lower())]
+        near = (near or difflib.get_close_matches(name.lower(), lower, n=4, cutoff=0.5))[:4]
+        some = f"expected one of {len(presets)} published sizes, such as {', '.join(list(presets)[::25])}"
+        mend = f"did you mean {' or '.join(lower[other] for other in near)}?" if near else some
+        raise UserError(f"unknown model '{name}'; {mend}")
     return presets[name]
 
 

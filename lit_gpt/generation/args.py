@@ -47,7 +47,9 @@ class PromptArgs:
     json_schema: Path | None = None  # Hold each answer to JSON of the schema in this file.
 
     def __post_init__(self) -> None:
-        if bool(self.prompt) == bool(self.prompt_file):
+        if self.prompt and self.prompt_file:
+            raise UsageError(f"--prompt and --prompt_file {self.prompt_file}: are two prompts; leave one of them out")
+        if not self.prompt and not self.prompt_file:
             raise UsageError(
                 "--prompt: expected a prompt, either by --prompt or by --prompt_file (- is standard input)"
             )

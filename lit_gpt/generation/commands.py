@@ -134,7 +134,8 @@ def _load(chat: Chat, name: str) -> str:
         contents = json.loads(path.read_text(encoding="utf-8"))
         messages = read_messages((contents[0] if isinstance(contents, list) else contents)["messages"])
     except (OSError, ValueError, TypeError, LookupError) as error:
-        raise UserError(f"/load {name}: expected a file that /save wrote ({error})") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"/load {name}: expected a file that /save wrote ({reason})") from None
     if messages[-1]["role"] == "user":
         raise UserError(f"/load {name}: its last message has no answer; expected a file that /save wrote")
     chat.messages = messages

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_gpt.errors import UserError
+from lit_gpt.errors import UsageError, UserError
 from lit_gpt.methods.hyperparameters import (
     AdapterConfig,
     BitFitConfig,
@@ -45,12 +45,12 @@ def register(name: str, config_class: type, load: "Callable[[], type[Method]]", 
 
 
 def config_class(name: str) -> type:
-    """Return the dataclass of a method's hyperparameters. Raises UserError if the method is not known."""
+    """Return the dataclass of a method's hyperparameters. Raises UsageError if the method is not known."""
     return entry(name).config_class
 
 
 def make_method(name: str, config: Any) -> "Method":
-    """Return the method with these hyperparameters. Raises UserError if it is not known."""
+    """Return the method with these hyperparameters. Raises UsageError if it is not known."""
     return entry(name).load()(config)
 
 
@@ -74,9 +74,9 @@ def flag_prefixes() -> tuple[str, ...]:
 
 
 def entry(name: str) -> Entry:
-    """Return what is registered under a name. Raises UserError if nothing is."""
+    """Return what is registered under a name. Raises UsageError if nothing is."""
     if name not in METHODS:
-        raise UserError(f"the method '{name}' is not known; expected {', '.join(METHODS)}")
+        raise UsageError(f"--method {name}: there is no such method; expected one of {', '.join(METHODS)}")
     return METHODS[name]
 
 

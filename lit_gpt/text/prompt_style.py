@@ -120,8 +120,12 @@ class PromptStyle:
             return None
         try:
             return cls.from_dict(read_json(path))
-        except DamagedStyle as error:
-            raise UserError(f"{path}: expected what a finetune leaves ({error}); make the folder again") from None
+        except UserError as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            raise UserError(
+                f"{path}: expected what a finetune leaves ({reason}); make the folder again, or remove the file to "
+                "take the checkpoint's own template"
+            ) from None
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "PromptStyle":

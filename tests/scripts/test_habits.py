@@ -50,8 +50,10 @@ def test_spellings_of_others_are_taken():
         ("--wandb", "use --logger wandb"),
         ("--bf16", "use --precision bf16"),
         ("--load_in_4bit", "use --quantize nf4"),
-        ("--stop=x", "generate/"),
+        ("--stop=x", "generate/ and chat/ take it"),
+        ("--prompt_style=alpaca", "the data is prepared with"),
         ("--eopchs=3", "did you mean --epochs?"),
+        ("--lora_q=true", "did you mean --lora_query?"),
         ("--nothing_like_it=3", "--help lists the flags"),
     ],
 )
@@ -59,6 +61,12 @@ def test_flags_of_others_lead_to_ours(flag, words):
     with pytest.raises(UsageError) as refused:
         parsed(flag)
     assert words in str(refused.value) and str(refused.value).startswith("unknown flag --")
+
+
+@pytest.mark.parametrize("script", ["base", "full"])
+@pytest.mark.parametrize("flag", ["finetuned_path", "lora_path"])
+def test_flags_of_sibling_scripts_lead_there(cli, script, flag):
+    cli(f"generate/{script}.py", **{flag: "x.pth"}).refused(f"unknown flag --{flag}: generate/finetuned.py", code=2)
 
 
 def test_the_tables_name_flags_that_there_are():

@@ -130,6 +130,6 @@ def test_what_it_prints(cli):
     result = cli("scripts/plan.py", model="pythia-70m", max_seq_length=128, memory_gb=0.3, lora_r=4)
     assert result.code == 0 and "peak of train" in result.out and "merge_lora" in result.out, result.err
     assert "fits" in result.out and "does not fit" in result.out
-    cli("scripts/plan.py", model="falcon-9b").refused("falcon-9b", "falcon-7b")
-    cli("scripts/plan.py", method="nope").refused("method 'nope'", "lora, adapter")
+    cli("scripts/plan.py", model="falcon-9b").refused("falcon-9b", "falcon-7b", code=2)
+    cli("scripts/plan.py", method="nope").refused("--method nope", "lora, adapter", code=2)
     cli("scripts/plan.py", model="falcon-7b", method="full", lora_r=4).refused("unknown flag --lora_r", code=2)
