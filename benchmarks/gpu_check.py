@@ -15,16 +15,16 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from gpu_common import Check, attached, distance, packed_row, timed
+
 from lit_gpt.cli import PositiveInt, run, tune_torch
 from lit_gpt.errors import UsageError
-from lit_gpt.files import write_json
 
 model: str = "falcon-7b"  # Measure speed and memory on random weights of this size.
 out_dir: Path = Path("out/gpu_check")  # Write gpu_check.json and the profiler's trace to this folder.
@@ -34,34 +34,6 @@ dry_run: bool = False  # Run on tiny shapes on the CPU.
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("torch", "triton", "lightning", "lightning-fabric", "transformers", "peft", "jsonargparse", "bitsandbytes")
 METHODS = ("lora", "adapter", "adapter_v2", "full")
-TINY = {"n_layer": 3, "n_embd": 128, "n_head": 8, "head_size": 16, "intermediate_size": 256, "padded_vocab_size": 320}
-
-
-@dataclass
-class Check:
-    """Holds what the sections share and what they found.
-
-    Attributes:
-        device: "cuda", or "cpu" in a dry run.
-        failures: what must agree and did not, or ended in an error.
-    """
-
-    device: str
-    folder: Path
-    results: dict[str, Any] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-
-    @property
-    def dry(self) -> bool:
-        return self.device == "cpu"
-
-    def require(self, holds: bool, what: str) -> None:
-        if not holds:
-            self.failures.append(what)
-            print(f"  WRONG: {what}", flush=True)
-
-    def write(self) -> None:
-        write_json(self.folder / "gpu_check.json", {"results": self.results, "failures": self.failures})
 
 
 def main() -> None:
@@ -73,7 +45,7 @@ def main() -> None:
         raise UsageError("this machine has no CUDA device; --dry_run true runs every section on its CPU")
     tune_torch()
     out_dir.mkdir(parents=True, exist_ok=True)
-    check, start = Check("cpu" if dry_run else "cuda", out_dir), time.monotonic()
+    check, start = Check("cpu" if dry_run else "cuda", out_dir, model), time.monotonic()
     for section, limit in SECTIONS.items():
         name = section.__name__
         if time.monotonic() - start > seconds:
@@ -108,30 +80,6 @@ def deadline(limit: int) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-
-
-def synchronize() -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def timed(action: Callable[[], Any], repeats: int) -> float:
-    """Return the seconds of one of `repeats` calls, on the mean, after one that does not count."""
-    action()
-    synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        action()
-    synchronize()
-    return (time.perf_counter() - start) / repeats
-
-
-def distance(a: Any, b: Any) -> float:
-    """Return the distance of two tensors relative to the second's norm, float64 on the CPU."""
-    a, b = a.detach().double().cpu(), b.detach().double().cpu()
-    return ((a - b).norm() / b.norm().clamp_min(1e-30)).item()
 
 
 def machine(check: Check) -> dict[str, Any]:
@@ -208,129 +156,25 @@ def loss_and_gradients(gpt: Any, method_name: str, device: str, dtype: Any) -> l
     return [loss, torch.cat(gradients)]
 
 
-def attached(gpt: Any, name: str, **settings: Any) -> Any:
-    """Attach a method, with its own defaults but for `settings` that it has."""
-    from lit_gpt.methods import registry
-
-    config = registry.config_class(name)()
-    known = {key: value for key, value in settings.items() if hasattr(config, key)}
-    return registry.make_method(name, replace(config, **known)).attach(gpt)
-
-
-def packed_row(lengths: list[int], vocabulary: int, seed: int = 0) -> Any:
-    """Return samples of random tokens, their last halves supervised, packed into one row."""
-    import torch
-
-    from lit_gpt.data.dataset import Sample
-    from lit_gpt.data.packing import pack
-
-    generator, samples = torch.Generator().manual_seed(seed), []
-    for n in lengths:
-        tokens = torch.randint(vocabulary, (n,), generator=generator, dtype=torch.int32)
-        samples.append(Sample(tokens, (torch.arange(n) >= n // 2).to(torch.uint8)))
-    return pack(samples)
-
-
-def random_gpt(check: Check, format: str | None = None) -> Any:
-    """Make the model on the device in bfloat16, of normal weights with a standard deviation of 0.02."""
-    import torch
-
-    from lit_gpt import GPT, config_from_name
-    from lit_gpt.model.gpt import quantize
-
-    config = config_from_name(model)
-    if check.dry:
-        groups = 1 if config.n_query_groups == 1 else 2
-        config = replace(config, **TINY, vocab_size=320, n_query_groups=groups, block_size=512)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(check.device):
-            gpt = GPT(config)
-    finally:
-        torch.set_default_dtype(before)
-    with torch.no_grad():
-        for parameter in gpt.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.02)
-    return quantize(gpt, format) if format else gpt
-
-
 def training(check: Check) -> dict[str, Any]:
-    """Train by each method on rows like Alpaca's: tokens per second and peak memory, beside what was planned."""
-    import torch
+    """Train by each method on rows like Alpaca's, see gpu_training.py."""
+    import gpu_training
 
-    runs = {"lora": ("lora", None), "lora nf4": ("lora", "nf4"), "adapter": ("adapter", None)}
-    runs |= {"adapter_v2": ("adapter_v2", None), "lora int8": ("lora", "int8")}
-    result: dict[str, Any] = {}
-    for name, (method, format) in runs.items():
-        for tokens in (256,) if check.dry else (1024, 4096, 16384):
-            row = f"{name}, row of {tokens}"
-            try:
-                result[row] = train(check, method, format, tokens)
-            except torch.OutOfMemoryError:
-                result[row] = "out of memory"
-                torch.cuda.empty_cache()
-            print(f"  {row}: {result[row]}", flush=True)
-    return result
-
-
-def train(check: Check, method: str, format: str | None, tokens: int) -> dict[str, float]:
-    """Take steps of one row; return tokens per second and peak memory in GB."""
-    import torch
-
-    gpt = attached(random_gpt(check, format), method).train()
-    trained = [p for p in gpt.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=not check.dry)
-    row = packed_row([108] * (tokens // 108), 320 if check.dry else 65024).to(torch.device(check.device))
-
-    def step() -> None:
-        gpt(row.idx, segments=row.segments, targets=row.targets).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    step()
-    if not check.dry:
-        torch.cuda.reset_peak_memory_stats()
-        with no_synchronization():
-            step()
-    took = timed(step, 1 if check.dry else 3)
-    peak = 0.0 if check.dry else torch.cuda.max_memory_allocated() / 1e9
-    return {"tokens/s": round(row.idx.numel() / took, 1), "peak GB": round(peak, 2)}
-
-
-@contextmanager
-def no_synchronization() -> Iterator[None]:
-    """Let what makes the host wait for the device raise an error."""
-    import torch
-
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    return gpu_training.training(check)
 
 
 def profile(check: Check) -> dict[str, Any]:
-    """Profile one LoRA step: the kernels that take longest, and a trace that Perfetto opens."""
-    import torch
-    from torch.profiler import ProfilerActivity
+    """Profile one LoRA step, see gpu_training.py."""
+    import gpu_training
 
-    gpt = attached(random_gpt(check), "lora").train()
-    row = packed_row([108] * 2 if check.dry else [108] * 37, 320).to(torch.device(check.device))
+    return gpu_training.profile(check)
 
-    def step() -> None:
-        gpt(row.idx, segments=row.segments, targets=row.targets).backward()
 
-    step()
-    activities = [ProfilerActivity.CPU] + ([] if check.dry else [ProfilerActivity.CUDA])
-    with torch.profiler.profile(activities=activities) as profiler:
-        step()
-        synchronize()
-    profiler.export_chrome_trace(str(check.folder / "trace.json.gz"))
-    key = "self_cpu_time_total" if check.dry else "self_device_time_total"
-    events = sorted(profiler.key_averages(), key=lambda event: getattr(event, key), reverse=True)[:40]
-    return {event.key[:100]: round(getattr(event, key)) for event in events}
+def peers(check: Check) -> dict[str, Any]:
+    """Train and generate by PEFT over transformers, see gpu_training.py."""
+    import gpu_training
+
+    return gpu_training.peers(check)
 
 
 def decoding(check: Check) -> dict[str, Any]:
@@ -338,34 +182,6 @@ def decoding(check: Check) -> dict[str, Any]:
     import gpu_decoding
 
     return gpu_decoding.decoding(check)
-
-
-def peers(check: Check) -> dict[str, Any]:
-    """Train and generate by PEFT over transformers, on as many random weights and tokens."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from lit_gpt.families import registry
-
-    sizes = {"num_hidden_layers": 2, "hidden_size": 128, "num_attention_heads": 8, "vocab_size": 320}
-    config = AutoConfig.for_model(**(registry.preset(model) | (sizes if check.dry else {})))
-    with torch.device(check.device):
-        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        prompt = torch.arange(1, 33).unsqueeze(0)
-    tokens, given = (8 if check.dry else 64), {"attention_mask": torch.ones_like(prompt), "do_sample": False}
-    given |= {"max_new_tokens": tokens, "min_new_tokens": tokens, "pad_token_id": 0}
-    result = {"transformers generate tokens/s": round(tokens / timed(lambda: base.generate(prompt, **given), 1), 1)}
-    theirs = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules=["query_key_value"]))
-    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-4)
-    rows = torch.randint(320, (2 if check.dry else 37, 108), device=check.device)
-
-    def step() -> None:
-        theirs(rows, labels=rows).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return result | {"PEFT LoRA tokens/s": round(rows.numel() / timed(step, 1 if check.dry else 3), 1)}
 
 
 def scripts(check: Check) -> dict[str, Any]:

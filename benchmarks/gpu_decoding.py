@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from gpu_common import Check, distance, random_gpt, synchronize, timed
 from torch import Tensor
 
 from lit_gpt import GPT, Config, config_from_name
@@ -30,7 +31,7 @@ from lit_gpt.quantization import formats
 FORMATS = (None, *formats.FORMATS)
 
 
-def decoding(check: Any) -> dict[str, Any]:
+def decoding(check: Check) -> dict[str, Any]:
     """Compare and time products of every format and the captured step; see this file's head."""
     if check.dry:  # for the interpreter what costs is the number of programs
         products.PROGRAMS = attention.PROGRAMS = 1
@@ -38,10 +39,8 @@ def decoding(check: Any) -> dict[str, Any]:
         return multiplied(check) | agreeing(check) | timed_answers(check)
 
 
-def multiplied(check: Any) -> dict[str, Any]:
+def multiplied(check: Check) -> dict[str, Any]:
     """Compare products of one row and of eight with float64, and on a GPU tell how fast they read the weight."""
-    from gpu_check import distance, timed
-
     rows, columns = (48, 192) if check.dry else (18176, 4544)
     full, result = torch.randn(rows, columns).bfloat16(), {}
     for name in FORMATS:
@@ -80,7 +79,7 @@ def nbytes(weight: Tensor | QuantizedWeight) -> int:
     return sum(part.nbytes for part in parts if part is not None)
 
 
-def agreeing(check: Any) -> dict[str, Any]:
+def agreeing(check: Check) -> dict[str, Any]:
     """Require that the captured step gives the greedy tokens of the plain loop, in float32, of rows of any length."""
     result = {}
     for family in ("falcon-7b", "Llama-2-7b"):
@@ -115,10 +114,8 @@ def together(gpt: GPT, prompts: list[list[int]], new: int, step: Step | None) ->
     return [row.ids for row in rows]
 
 
-def timed_answers(check: Any) -> dict[str, Any]:
+def timed_answers(check: Check) -> dict[str, Any]:
     """Tell how many tokens a second each way to decode gives, of one answer and of 16 together."""
-    from gpu_check import random_gpt, synchronize
-
     result: dict[str, Any] = {}
     new = 2 if check.dry else 128
     for name in (None,) if check.dry else FORMATS:

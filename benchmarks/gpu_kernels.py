@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from gpu_common import Check, distance, timed
 from torch import Tensor
 
 from lit_gpt.kernels import attention, functional, norms
@@ -105,10 +106,8 @@ def cases(rows: int, size: int, heads: int, vocabulary: int) -> dict[str, Case]:
                     for name, f in gated.items()}  # fmt: skip
 
 
-def kernels(check: Any) -> dict[str, Any]:
+def kernels(check: Check) -> dict[str, Any]:
     """Compare every kernel with float64 on the CPU, over memory filled with NaN; on a GPU time it too."""
-    from gpu_check import distance, timed
-
     result: dict[str, Any] = {}
     sizes = (33, 128, 2, 320) if check.dry else (1024, 4544, 71, 65024)
     torch.use_deterministic_algorithms(True, warn_only=True)  # which fills fresh memory with NaN
@@ -131,7 +130,7 @@ def kernels(check: Any) -> dict[str, Any]:
     return result | ({} if check.dry else flash(check, distance))
 
 
-def flash(check: Any, distance: Callable[[Any, Any], float]) -> dict[str, Any]:
+def flash(check: Check, distance: Callable[[Any, Any], float]) -> dict[str, Any]:
     """Compare attention of packed samples with float64 on the CPU: flash attention of grouped keys, windows and head
     sizes, and flex_attention, which is compiled for it, of a soft cap and of sinks."""
     result, lengths = {}, (300, 1, 130, 93)

@@ -8,7 +8,7 @@ from helpers.ahead_of_time import distinct, report
 from lit_gpt.kernels.cuda.decoding import attention, rows
 from lit_gpt.kernels.cuda.decoding.attention import Heads
 from lit_gpt.kernels.cuda.dequantize import QuantizedWeight, dequantize
-from lit_gpt.kernels.cuda.gemv import Epilogue, gemv
+from lit_gpt.kernels.cuda.gemv import Epilogue, InputNorm, gemv
 from lit_gpt.kernels.cuda.launch import Launch, recorded
 from lit_gpt.quantization.formats import FORMATS
 
@@ -26,12 +26,14 @@ def products(dtype: torch.dtype) -> None:
     for n, columns, gated in ((4544, 18176, False), (4672, 4544, False), (2 * 11008, 4096, True), (576, 1536, False)):
         outputs = n // 2 if gated else n
         for m in (1, 8, 32):
-            x, y = torch.empty(m, columns), torch.empty(m, outputs)
+            x, y, norm = torch.empty(m, columns), torch.empty(m, outputs), None
+            if gated or n == 4672:
+                norm = InputNorm(torch.empty(columns), 1e-5)
             for weight in (torch.empty(n, columns, dtype=dtype), *(quantized(f, n, columns, dtype) for f in FORMATS)):
-                gemv(x, weight, Epilogue(None, "gelu_tanh" if gated else None, gated), y, dtype)
+                gemv(x, weight, Epilogue(None, "gelu_tanh" if gated else None, gated), y, dtype, norm)
                 if m == 1:
                     bias = torch.empty(n, dtype=dtype)
-                    gemv(x, weight, Epilogue(bias, None, gated, y, 0.5), y, dtype)
+                    gemv(x, weight, Epilogue(bias, None, gated, y, 0.5), y, dtype, norm)
 
 
 def of_decoding(dtype: torch.dtype) -> list[Launch]:

@@ -1,7 +1,8 @@
 """The operations of a decoding step on CUDA: kernels in Triton on fixed buffers, made once from a model as it stands.
 
 What follows a product in a decoder becomes a part of it where nothing lies between: activations, gates, and additions
-to the residual stream. Rotation, cache and attention are one kernel.
+to the residual stream; and so does an RMSNorm before it that nothing else reads. Rotation, cache and attention are one
+kernel.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from lit_gpt.generation.steps.tape import TYPES, Tape, Unsupported
 from lit_gpt.kernels.cuda.decoding import attention, rows
 from lit_gpt.kernels.cuda.decoding.attention import Heads
 from lit_gpt.kernels.cuda.dequantize import QuantizedWeight
-from lit_gpt.kernels.cuda.gemv import Epilogue, gemv
+from lit_gpt.kernels.cuda.gemv import Epilogue, InputNorm, gemv
 from lit_gpt.kernels.declarations import ACTIVATION_NUMBERS
 from lit_gpt.kernels.functional import ACTIVATIONS
 from lit_gpt.model.gpt import GPT
@@ -28,13 +29,14 @@ NAMES = {number: name for name, number in ACTIVATION_NUMBERS.items()}
 
 @dataclass
 class Product:
-    """A product of the buffer x with a weight, and what follows it, into the buffer y."""
+    """A product of the buffer x, normed perhaps, with a weight, and what follows it, into the buffer y."""
 
     y: Tensor
     x: Tensor
     weight: Tensor | QuantizedWeight
     epilogue: Epilogue
     dtype: torch.dtype
+    norm: InputNorm | None = None
 
     @property
     def touched(self) -> tuple[Tensor, ...]:
@@ -48,7 +50,7 @@ class Product:
 
     def __call__(self, n: int) -> None:
         residual = None if self.epilogue.residual is None else self.epilogue.residual[:n]
-        gemv(self.x[:n], self.weight, self.epilogue._replace(residual=residual), self.y[:n], self.dtype)
+        gemv(self.x[:n], self.weight, self.epilogue._replace(residual=residual), self.y[:n], self.dtype, self.norm)
 
 
 @dataclass
@@ -60,6 +62,21 @@ class Call:
 
     def __call__(self, n: int) -> None:
         self.function(n)
+
+
+@dataclass
+class Norm(Call):
+    """A norm, which writes the first buffer that it touches.
+
+    Attributes:
+        within: what a product can read in place of its result, the rows (n, size) and how to norm them, if it can.
+    """
+
+    within: tuple[Tensor, InputNorm] | None
+
+    def writes_anew(self, buffer: Tensor) -> bool:
+        y, x = self.touched
+        return same_memory(y, buffer) and not same_memory(x, buffer)
 
 
 class CudaTape(Tape):
@@ -83,6 +100,7 @@ class CudaTape(Tape):
         self.operations: list[Product | Call] = []
         self.rotation: tuple[Tensor, tuple[Tensor, Tensor]] | None = None  # of a product that is not rotated yet
         super().__init__(model, n)
+        self.norm_within_products()
 
     def use(self, cache: KVCache) -> None:
         """Add to this cache, to its first places, from now on."""
@@ -158,10 +176,39 @@ class CudaTape(Tape):
         table = table.detach()
         self.call(lambda m: rows.embed(y[:m], entries[:m], table, scale, factor, by_position), y)
 
-    def add_norm(self, y: Tensor, y_stride: int, x: Tensor, *rest: Any) -> None:
+    def add_norm(
+        self, y: Tensor, y_stride: int, x: Tensor, x_stride: int, parts: int, size: int, weight: Tensor | None,
+        bias: Tensor | None, stride: int, eps: float, offset: float, centered: bool,
+    ) -> None:  # fmt: skip
         if self.rotation is not None:
             raise Unsupported("norms of rotated queries")
-        self.call(lambda m: rows.norm(m, y, y_stride, x, *rest), y, x)
+
+        def compute(m: int) -> None:
+            rows.norm(m, y, y_stride, x, x_stride, parts, size, weight, bias, stride, eps, offset, centered)
+
+        within = None
+        if parts == 1 and x_stride == size and weight is not None and bias is None and not centered:
+            within = x.as_strided((self.n, size), (size, 1)), InputNorm(weight + offset, eps)
+        self.operations.append(Norm(compute, (y, x), within))
+
+    def norm_within_products(self) -> None:
+        """Make norms a part of the products that follow them, where nothing else reads what they write."""
+        for i in reversed(range(len(self.operations) - 1)):
+            norm, product = self.operations[i : i + 2]
+            if not (isinstance(norm, Norm) and norm.within and isinstance(product, Product)):
+                continue
+            (x, how), y = norm.within, norm.touched[0]
+            if same_memory(product.x, y) and not same_memory(product.y, x) and not self.is_read(y, i + 2):
+                self.operations[i : i + 2] = [replace(product, x=x, norm=how)]
+
+    def is_read(self, buffer: Tensor, start: int) -> bool:
+        """Return whether an operation from `start` on reads what the buffer holds before."""
+        for operation in self.operations[start:]:
+            if isinstance(operation, Norm) and operation.writes_anew(buffer):
+                return False
+            if any(same_memory(touched, buffer) for touched in operation.touched):
+                return True
+        return False
 
     def add_scale(self, y: Tensor, n: int, scale: Tensor, shift: Tensor) -> None:
         self.call(lambda m: y[:m].add_(shift).mul_(scale), y)

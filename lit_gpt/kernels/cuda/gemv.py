@@ -2,8 +2,9 @@
 
 They are bound by reading the weight. One row is multiplied element by element, in float32; few rows by tiles on the
 tensor cores. What follows the product in a decoder is part of it: bias, activation, gate, addition to the residual
-stream. Where a weight has fewer rows than fill the device, several programs share its columns (split K); the last to
-come adds their sums, always in the same order.
+stream; so may be the RMSNorm before it, for which every program goes over the rows once more. Where a weight has fewer
+rows than fill the device, several programs share its columns (split K); the last to come adds their sums, always in the
+same order.
 """
 
 from functools import cache
@@ -39,6 +40,13 @@ class Epilogue(NamedTuple):
     scale: float = 1.0
 
 
+class InputNorm(NamedTuple):
+    """Says how rows are normed before they are multiplied: by RMSNorm, times `gain`, float32 (columns,)."""
+
+    gain: Tensor
+    eps: float
+
+
 @jit
 def activate(x, NAME: tl.constexpr):
     """Return an activation of x, float32."""
@@ -56,8 +64,28 @@ def activate(x, NAME: tl.constexpr):
 
 
 @jit
+def inverse_rms(x, row, given, columns, eps, INPUTS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return what RMSNorm multiplies rows of x by, float32 (INPUTS,)."""
+    total = tl.zeros([INPUTS, WIDTH], tl.float32)
+    for start in range(0, columns, WIDTH):
+        column = start + tl.arange(0, WIDTH)
+        inside = given[:, None] & (column < columns)[None, :]
+        found = tl.load(x + row[:, None] * columns + column[None, :], inside, other=0.0).to(tl.float32)
+        total += found * found
+    return tl.rsqrt(tl.sum(total, 1) / columns + eps)
+
+
+@jit
+def normed(rows, gain, inverse, column, columns):
+    """Return columns of rows, normed if there is a gain."""
+    if gain is not None:
+        rows = rows.to(tl.float32) * inverse * tl.load(gain + column, column < columns, other=0.0)
+    return rows
+
+
+@jit
 def row_product(
-    x, codes, scale, row, there, columns, stored, first, last,
+    x, gain, inverse, codes, scale, row, there, columns, stored, first, last,
     FORMAT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Return the products (1, ROWS) of one row x with some rows of a weight, over its blocks of columns."""
@@ -65,7 +93,7 @@ def row_product(
     for block in range(first, last):
         column = block * BLOCK + tl.arange(0, BLOCK)
         inside = column < columns
-        given = tl.load(x + column, inside, other=0.0).to(tl.float32)
+        given = normed(tl.load(x + column, inside, other=0.0).to(tl.float32), gain, inverse, column, columns)
         place = row[:, None] * stored + column[None, :]
         total += given[None, :] * tl.load(codes + place, there[:, None] & inside[None, :], other=0).to(tl.float32)
     product = tl.sum(total, 1)
@@ -95,7 +123,7 @@ def byte_part(words, upper, lower, values, BYTE: tl.constexpr, FORMAT: tl.conste
 
 @jit
 def row_product_four_bit(
-    x, words, scale, zero, values, absmax_scale, absmax_mean, row, there, columns, stored, first, last,
+    x, gain, inverse, words, scale, zero, values, absmax_scale, absmax_mean, row, there, columns, stored, first, last,
     FORMAT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Return the products of one row x with rows of codes of 4 bits, 8 in each of `stored` words; see `row_product`.
@@ -106,6 +134,7 @@ def row_product_four_bit(
     for block in range(first, last):
         column = block * 8 * BLOCK + tl.arange(0, 8 * BLOCK)
         given = tl.load(x + column, column < columns, other=0.0).to(tl.float32)
+        given = normed(given, gain, inverse, column, columns)
         even, odd = tl.split(tl.reshape(given, [BLOCK, 2, 2, 2]))  # by the place of the byte in its word
         even_0, even_1 = tl.split(even)
         odd_0, odd_1 = tl.split(odd)
@@ -131,8 +160,8 @@ def row_product_four_bit(
 
 @jit
 def few_rows_product(
-    x, codes, scale, zero, values, absmax_scale, absmax_mean, given_row, given, row, there, columns, stored,
-    first, last, FORMAT: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, gain, inverse, codes, scale, zero, values, absmax_scale, absmax_mean, given_row, given, row, there, columns,
+    stored, first, last, FORMAT: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Return the products (INPUTS, ROWS) of a few rows of x with some rows of a weight; see `row_product`."""
@@ -143,13 +172,15 @@ def few_rows_product(
             column = block * BLOCK + at
             inside = (column < columns)[None, :]
             rows = tl.load(x + given_row[:, None] * columns + column[None, :], given[:, None] & inside, other=0.0)
+            rows = normed(rows, gain, inverse, column[None, :], columns)
             weight = tl.load(codes + row[:, None] * stored + column[None, :], there[:, None] & inside, other=0)
             total = tl.dot(rows.to(DTYPE), tl.trans(weight.to(DTYPE)), total, input_precision="ieee")
         else:
             GROUPS: tl.constexpr = BLOCK // 32
             column = block * 2 * BLOCK + tl.arange(0, 2 * BLOCK)
             place = given_row[:, None] * columns + column[None, :]
-            rows = tl.load(x + place, given[:, None] & (column < columns)[None, :], other=0.0).to(DTYPE)
+            rows = tl.load(x + place, given[:, None] & (column < columns)[None, :], other=0.0)
+            rows = normed(rows, gain, inverse, column[None, :], columns).to(DTYPE)
             even, odd = tl.split(tl.reshape(rows, [INPUTS, BLOCK, 2]))
             byte = block * BLOCK + at
             known = there[:, None] & (byte < stored)[None, :]
@@ -173,22 +204,24 @@ def few_rows_product(
 
 @jit
 def any_product(
-    x, codes, scale, zero, values, absmax_scale, absmax_mean, given_row, given, row, there, columns, stored,
-    first, last, FORMAT: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, gain, inverse, codes, scale, zero, values, absmax_scale, absmax_mean, given_row, given, row, there, columns,
+    stored, first, last, FORMAT: tl.constexpr, INPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Return products, float32 (INPUTS, ROWS)."""
     if INPUTS > 1:
         product = few_rows_product(
-            x, codes, scale, zero, values, absmax_scale, absmax_mean, given_row, given, row, there, columns, stored,
-            first, last, FORMAT, INPUTS, ROWS, BLOCK, DTYPE,
+            x, gain, inverse, codes, scale, zero, values, absmax_scale, absmax_mean, given_row, given, row, there,
+            columns, stored, first, last, FORMAT, INPUTS, ROWS, BLOCK, DTYPE,
         )  # fmt: skip
     elif FORMAT == "full" or FORMAT == "int8":
-        product = row_product(x, codes, scale, row, there, columns, stored, first, last, FORMAT, ROWS, BLOCK)
+        product = row_product(
+            x, gain, inverse, codes, scale, row, there, columns, stored, first, last, FORMAT, ROWS, BLOCK,
+        )  # fmt: skip
     else:
         product = row_product_four_bit(
-            x, codes, scale, zero, values, absmax_scale, absmax_mean, row, there, columns, stored, first, last,
-            FORMAT, ROWS, BLOCK,
+            x, gain, inverse, codes, scale, zero, values, absmax_scale, absmax_mean, row, there, columns, stored,
+            first, last, FORMAT, ROWS, BLOCK,
         )  # fmt: skip
     return product
 
@@ -214,10 +247,10 @@ def finish(
 
 @jit
 def gemv_kernel(
-    x, codes, scale, zero, values, absmax_scale, absmax_mean, bias, residual, y, sums, counts,
-    m, columns, outputs, stored, blocks, factor,
+    x, gain, codes, scale, zero, values, absmax_scale, absmax_mean, bias, residual, y, sums, counts,
+    m, columns, outputs, stored, blocks, factor, eps,
     FORMAT: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, DTYPE: tl.constexpr,
-    INPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr,
+    INPUTS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Compute ROWS outputs of INPUTS rows; `stored`: elements of `codes` in a row, in `blocks` blocks."""
     tile, share = tl.program_id(0), tl.program_id(1)
@@ -225,15 +258,20 @@ def gemv_kernel(
     row = tl.program_id(2) * INPUTS + tl.arange(0, INPUTS)
     there, given, wide = output < outputs, row < m, output.to(tl.int64)
     first, last = share * blocks // SPLITS, (share + 1) * blocks // SPLITS
+    inverse = 1.0
+    if gain is not None:
+        inverse = inverse_rms(x, row, given, columns, eps, INPUTS, WIDTH)
+        if INPUTS > 1:
+            inverse = inverse[:, None]
     product = any_product(
-        x, codes, scale, zero, values, absmax_scale, absmax_mean, row, given, wide, there, columns, stored,
-        first, last, FORMAT, INPUTS, ROWS, BLOCK, DTYPE,
+        x, gain, inverse, codes, scale, zero, values, absmax_scale, absmax_mean, row, given, wide, there, columns,
+        stored, first, last, FORMAT, INPUTS, ROWS, BLOCK, DTYPE,
     )  # fmt: skip
     second = product
     if GATED:
         second = any_product(
-            x, codes, scale, zero, values, absmax_scale, absmax_mean, row, given, wide + outputs, there, columns,
-            stored, first, last, FORMAT, INPUTS, ROWS, BLOCK, DTYPE,
+            x, gain, inverse, codes, scale, zero, values, absmax_scale, absmax_mean, row, given, wide + outputs, there,
+            columns, stored, first, last, FORMAT, INPUTS, ROWS, BLOCK, DTYPE,
         )  # fmt: skip
     mask = given[:, None] & there[None, :]
     if SPLITS == 1:
@@ -263,6 +301,7 @@ def gemv(
     epilogue: Epilogue = Epilogue(),  # noqa: B008 (frozen)
     out: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    norm: InputNorm | None = None,
 ) -> Tensor:
     """Return x W^T and what the epilogue makes of it.
 
@@ -272,6 +311,7 @@ def gemv(
         out: (M, outputs), contiguous, to write to; outputs are half the rows if the epilogue is gated. None: a new one,
             in x's dtype.
         dtype: of the products of several rows; None: x's. Sums are float32.
+        norm: of x; None: none.
 
     Returns:
         (M, outputs).
@@ -287,24 +327,30 @@ def gemv(
     outputs = len(codes) // (2 if epilogue.gated else 1)
     y = x.new_empty(m, outputs) if out is None else out
     dtype = dtype or x.dtype
-    shape = launch_shape(m, outputs, codes, epilogue.gated, dtype)
+    shape = launch_shape(m, outputs, codes, epilogue.gated, dtype, norm is not None)
     tiles, parts = -(-outputs // shape["ROWS"]), -(-m // shape["INPUTS"])
     sums = counts = None
     if (splits := shape["SPLITS"]) > 1:
         sums = x.new_empty(splits * (2 if epilogue.gated else 1) * m * outputs, dtype=torch.float32)
         counts = counters(x)
-    arguments = x, codes, *params, epilogue.bias, epilogue.residual, y, sums, counts
-    sizes = m, columns, outputs, codes.size(1), -(-codes.size(1) // shape["BLOCK"]), epilogue.scale
+    gain, eps = norm or (None, 0.0)
+    arguments = x, gain, codes, *params, epilogue.bias, epilogue.residual, y, sums, counts
+    sizes = m, columns, outputs, codes.size(1), -(-codes.size(1) // shape["BLOCK"]), epilogue.scale, eps
     form = {"FORMAT": format, "ACTIVATION": epilogue.activation, "GATED": epilogue.gated}
-    constants = form | shape | {"DTYPE": dot_dtype(dtype)}
-    stages = 1 if m > 1 and params[2] is not None else 3  # values looked up are not to be fetched ahead one by one
-    crowded = format == "nf4-dq" and epilogue.gated and epilogue.bias is not None
-    warps = 8 if format != "full" and (m > 1 or crowded) else 4
+    # for its norm a row is read at once, of several rows a part at a time
+    width = 1 if norm is None else min(4096, power_of_2(columns)) if m == 1 else shape["BLOCK"]
+    constants = form | shape | {"DTYPE": dot_dtype(dtype), "WIDTH": width}
+    # values that are looked up are not to be fetched ahead one by one; else what keeps registers from being spilled
+    looked_up, more = params[2] is not None, norm is not None or epilogue.bias is not None
+    stages = 3 if m == 1 or not (looked_up or format == "int4" and norm) else 1 if looked_up else 2
+    warps = 8 if format != "full" and (m > 1 or looked_up and epilogue.gated and more) else 4
     launch(gemv_kernel, (tiles, splits, parts), *arguments, *sizes, warps=warps, stages=stages, **constants)
     return y
 
 
-def launch_shape(m: int, outputs: int, codes: Tensor, gated: bool, dtype: torch.dtype) -> dict[str, Any]:
+def launch_shape(
+    m: int, outputs: int, codes: Tensor, gated: bool, dtype: torch.dtype, normed: bool = False
+) -> dict[str, Any]:
     """Return how many rows of x and of the weight a program has, how wide its blocks are, and who shares columns.
 
     Products of several rows, of a dtype, have fewer where they would spill registers.
@@ -316,7 +362,9 @@ def launch_shape(m: int, outputs: int, codes: Tensor, gated: bool, dtype: torch.
         while rows > 2 and outputs < rows * PROGRAMS:
             rows //= 2
     else:
-        block, rows = 64 if dtype == torch.float32 else 128, 16 if m > 16 and codes.dtype == torch.uint8 else 32
+        four_bit = codes.dtype == torch.uint8
+        block = 64 if dtype == torch.float32 or four_bit and normed else 128
+        rows = 16 if four_bit and m > 16 else 32
     block = min(block, max(32, power_of_2(stored)))
     tiles, blocks = -(-outputs // rows), -(-stored // block)
     splits = max(1, min(PROGRAMS // tiles, blocks // 4, 16)) if tiles <= TILES else 1

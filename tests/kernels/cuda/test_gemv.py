@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lit_gpt.kernels.cuda import gemv as products
 from lit_gpt.kernels.cuda.dequantize import QuantizedWeight
-from lit_gpt.kernels.cuda.gemv import Epilogue, gemv
+from lit_gpt.kernels.cuda.gemv import Epilogue, InputNorm, gemv
 from lit_gpt.kernels.functional import ACTIVATIONS
 from lit_gpt.kernels.policy import use_policy
 from lit_gpt.quantization import formats, modules
@@ -73,6 +73,18 @@ def test_bias_activation_gate_and_residual_follow_the_product(activation, name, 
     made = gemv(x, weight, Epilogue(bias, activation, True, residual, 0.7), out=residual)
     assert made is residual and off(made, expected) < 1e-5
     assert off(gemv(x, weight, Epilogue(bias, activation)), act(product)) < 1e-5
+
+
+@pytest.mark.parametrize("shape", [(5, 200), pytest.param((6, 5000), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("m", [1, 20])
+@pytest.mark.parametrize("name", ["full", "int8", "int4", "nf4"])
+def test_rows_are_normed_before_they_are_multiplied(name, m, shape):
+    weight, exact = quantized(name, *shape) if name != "full" else ((w := random(*shape)), w.double())
+    x, gain = 30 * random(m, shape[1], seed=1), 1 + random(shape[1], seed=2)
+    rows = F.rms_norm(x.double(), (shape[1],), gain.double(), 0.1)
+    assert off(gemv(x, weight, norm=InputNorm(gain, 0.1)), rows @ exact.t()) < 2e-6
+    bias = random(shape[0], seed=3)
+    assert off(gemv(x, weight, Epilogue(bias), norm=InputNorm(gain, 0.1)), rows @ exact.t() + bias.double()) < 2e-6
 
 
 @pytest.mark.parametrize("gated", [False, True])

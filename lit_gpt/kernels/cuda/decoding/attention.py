@@ -197,7 +197,8 @@ def attend(
     rows, per = len(positions), heads.n // heads.groups
     tiles = heads.groups * -(-per // HEADS)
     width = power_of_2(max(16, heads.size))
-    at_once = max(16, TILE // width)
+    tile = TILE // 2 if dtype == torch.float32 else TILE  # lest registers are spilled
+    at_once = max(16, tile // width)
     splits = max(1, min(longest // at_once, -(-PROGRAMS // (rows * tiles)), 32))
     parts = counts = None
     if splits > 1:
