@@ -101,7 +101,7 @@ def tokens(samples: list[Sample], tokenizer: Tokenizer) -> Finding:
         bos = bool(len(sample.tokens)) and int(sample.tokens[0]) == tokenizer.bos_id
         repeated = tokenizer.decode(tokenizer.encode(text, bos=bos), skip_special_tokens=False)
         again += repeated == text
-    says = f"of {len(samples)} rows the text of {again} is the same once tokenized and decoded again"
+    says = f"of {len(samples)} samples the text of {again} is the same once tokenized and decoded again"
     return Finding("tokens", again == len(samples), says, {"rows": len(samples), "same": again})
 
 

@@ -110,7 +110,7 @@ def cut(subject: Subject) -> Finding:
     n = len(subject.samples)
     whole = gradients(subject, [n])
     furthest = max(distance(gradients(subject, cuts), whole) for cuts in ([1] * n, [1, n - 1]))
-    return within("cut", "any cut of a batch into rows gives the same gradient", furthest, subject.tolerance)
+    return within("cut", "any cut of a batch into packed rows gives the same gradient", furthest, subject.tolerance)
 
 
 def kernels(subject: Subject) -> Finding:
