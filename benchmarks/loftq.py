@@ -4,10 +4,10 @@
 
 Both train rank 64 on all linear layers by the same order of samples, for each seed; losses are those of validation
 before the first step and after the last. The error of each layer's weight is computed from the files that
-scripts/quantize.py wrote. Writes loftq.json and loftq.md after each run; what is in loftq.json is not run again.
+scripts/quantize.py wrote. Writes loftq.json after each run, and loftq.md; what is in loftq.json or work_dir is not made
+again.
 """
 
-import tempfile
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,7 +20,8 @@ from lit_gpt.files import read_json, write_json
 
 checkpoint_dir: Path = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct")  # Quantize and finetune this.
 data_dir: Path = Path("data/gsm8k")  # Learn this prepared data.
-out_dir: Path = Path("benchmarks/results")  # Write to this folder.
+work_dir: Path = Path("out/loftq")  # Keep the quantized checkpoint and the runs in this folder.
+out_dir: Path = Path("benchmarks/results")  # Write the results to this folder.
 seeds: list[str] = ["1", "2", "3"]  # Train with these seeds.
 steps: PositiveInt = 60  # Take so many optimizer steps.
 batch_size: PositiveInt = 4  # Take so many samples a step.
@@ -29,25 +30,25 @@ iterations: PositiveInt = 5  # Round and approximate so often.
 
 RANK = ["--lora_r", "64"]
 LORA = "--lora_alpha 64 --lora_dropout 0 --lora_key true --lora_projection true --lora_mlp true".split()
-QUIET = "--sample_tokens 0 --eval_interval 1000000 --save_interval 1000000".split()
+QUIET = "--sample_tokens 0 --eval_interval 1000000 --save_interval 15".split()
 STARTS = ("NF4", "LoftQ")
 
 
 def main() -> None:
     check_inputs(checkpoint_dir, None)
-    path = out_dir / "loftq.json"
+    path, loftq = out_dir / "loftq.json", work_dir / "loftq"
     found = read_json(path, missing_ok=True) or {"layers": {}, "runs": {}}
-    runs = [(seed, name) for seed in seeds for name in STARTS if f"{name} / {seed}" not in found["runs"]]
-    with tempfile.TemporaryDirectory() as temporary:
-        loftq = Path(temporary) / "loftq"
+    if not loftq.exists():
         places = ["--checkpoint_dir", str(checkpoint_dir), "--out_dir", str(loftq)]
-        if runs:
-            call("scripts/quantize.py", *places, "--quantize", "nf4", *RANK, "--lora_iterations", str(iterations))
-            found["layers"] = errors(loftq)
-        for seed, name in runs:
-            found["runs"][f"{name} / {seed}"] = train(name, seed, loftq, Path(temporary) / name / seed)
-            write_json(path, found | provenance())
-        (out_dir / "loftq.md").write_text(page(found), encoding="utf-8")
+        call("scripts/quantize.py", *places, "--quantize", "nf4", *RANK, "--lora_iterations", str(iterations))
+    found["layers"] = found["layers"] or errors(loftq)
+    for seed in seeds:
+        for name in STARTS:
+            if f"{name} / {seed}" not in found["runs"]:
+                found["runs"][f"{name} / {seed}"] = train(name, seed, loftq, work_dir / name / seed)
+                write_json(path, found | provenance())
+    found = read_json(path)
+    (out_dir / "loftq.md").write_text(page(found), encoding="utf-8")
     print(page(found))
 
 
@@ -78,7 +79,7 @@ def train(name: str, seed: str, loftq: Path, out: Path) -> dict[str, float]:
     budget = {"max_steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
     flags = [word for flag, value in budget.items() for word in (f"--{flag}", str(value))]
     places = [*start, "--data_dir", str(data_dir), "--out_dir", str(out)]
-    call("finetune/lora.py", *places, *RANK, *LORA, *QUIET, *flags)
+    call("finetune/lora.py", *places, *RANK, *LORA, *QUIET, *flags, "--resume", "auto")
     summary: dict[str, Any] = read_json(out / "summary.json")
     return {"first": summary["val_loss_first"], "last": summary["val_loss_last"], "seconds": summary["seconds"]}
 

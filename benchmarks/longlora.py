@@ -1,11 +1,12 @@
-"""Four times the context by LongLoRA: what rows of that length cost a model before, once stretched, and finetuned.
+"""Four times the context by LongLoRA: how well a model predicts rows of that length, as it was and finetuned.
 
     python benchmarks/longlora.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
 
-The text is the source of Python's standard library, cut into rows as long as the new context; the rows held out are of
+The text is the source of Python's standard library, cut into rows as long as the new context; the row held out is of
 other files. Everything is done by the scripts that a user runs: extend.py stretches the positions, prepare_json.py
-makes the rows, and finetune/lora.py trains with shifted groups, norms and embeddings included, and validates with dense
-attention. An interrupted command goes on from what lies in work_dir. Writes longlora.json and longlora.md.
+makes the rows, finetune/lora.py trains with shifted groups, norms and embeddings included, and eval/perplexity.py
+scores with dense attention. The run itself validates on the first tokens of the row held out, which is cheap. An
+interrupted command goes on from what lies in work_dir. Writes longlora.json and longlora.md.
 """
 
 import json
@@ -29,99 +30,98 @@ row_tokens: PositiveInt | None = None  # Make rows of so many tokens (null: as m
 group: PositiveInt = 2048  # Let tokens see so many in training.
 steps: PositiveInt = 4  # Take so many steps, each of one row.
 learning_rate: PositiveFloat = 1e-3  # Train at this peak learning rate.
+short_tokens: PositiveInt = 2048  # Let the run itself validate on so many tokens.
 
 LORA = "--lora_key true --lora_projection true --lora_dropout 0 --train_norms true --train_embeddings both".split()
 QUIET = "--batch_size 1 --sample_tokens 0 --eval_interval 1000000 --eval_samples 1 --save_interval 1".split()
 
 
+INSTRUCTION = "Print sources of Python's standard library."
+
+
 def main() -> None:
     check_inputs(checkpoint_dir, None)
-    extended, data, tuned = work_dir / "extended", work_dir / "data", work_dir / "lora"
-    places = ["--checkpoint_dir", str(extended), "--data_dir", str(data), "--out_dir", str(tuned)]
+    extended, tuned = work_dir / "extended", work_dir / "lora"
     if not extended.exists():
         factor = ["--context_factor", str(context_factor)]
         call("scripts/extend.py", "--checkpoint_dir", str(checkpoint_dir), "--out_dir", str(extended), *factor)
-    if not data.exists():
-        prepare(extended, data)
-    path = work_dir / "unextended.json"
-    if not path.exists():
-        write_json(path, {"loss": unextended(data)})
+    if not (work_dir / "long").exists():
+        prepare(extended)
+    losses = {"unextended": loss("unextended", ["--checkpoint_dir", str(checkpoint_dir)])}
+    places = ["--checkpoint_dir", str(extended), "--data_dir", str(work_dir / "data"), "--out_dir", str(tuned)]
     budget = ["--max_steps", str(steps), "--learning_rate", str(learning_rate), "--attention_group", str(group)]
     call("finetune/lora.py", *places, *LORA, *QUIET, *budget, "--warmup_steps", "0", "--resume", "auto")
-    summary = read_json(tuned / "summary.json")
-    losses = {"unextended": read_json(path)["loss"], "stretched": summary["val_loss_first"]}
-    report(losses | {"finetuned": summary["val_loss_last"]}, summary, max(lengths(data)))
+    finetuned = ["--checkpoint_dir", str(extended), "--finetuned_path", str(tuned / "lit_model_lora_finetuned.pth")]
+    losses["finetuned"] = loss("finetuned", finetuned)
+    report(losses, read_json(tuned / "summary.json"))
 
 
-def prepare(extended: Path, data: Path) -> None:
-    """Write the rows to learn from, one for each step, and behind them one of other files that is held out."""
+def prepare(extended: Path) -> None:
+    """Write the rows to learn from, one for each step, with a short one to validate on, and the long one held out."""
     from lit_gpt.model.config import Config
     from lit_gpt.text.tokenizer import Tokenizer
 
     limit, tokenizer = row_tokens or Config.from_checkpoint(extended).block_size, Tokenizer(extended)
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     random.Random(1).shuffle(files)
-    parts: list[list[str]] = [[], []]  # training, held out
-    for part, wanted in zip(parts, (steps, 1), strict=True):
-        while len(part) < wanted:
-            texts, count = [], 0
-            while count < limit:  # prepare_json.py cuts off what is too much
-                texts.append(files.pop().read_text(encoding="utf-8", errors="replace"))
-                count += len(tokenizer.encode(texts[-1]))
-            part.append("\n".join(texts))
-    for name, part in zip(("train", "held_out"), parts, strict=True):
-        rows = [{"instruction": "Print sources of Python's standard library.", "output": text} for text in part]
-        (work_dir / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    paths = ["--data_path", str(work_dir / "train.jsonl"), "--validation_path", str(work_dir / "held_out.jsonl")]
-    places = ["--checkpoint_dir", str(extended), "--out_dir", str(data)]
-    call("scripts/prepare_json.py", *places, *paths, "--max_seq_length", str(limit))
+    texts: list[str] = []
+    while len(texts) < steps + 1:
+        parts, count = [], 0
+        while count < limit:  # prepare_json.py cuts off what is too much
+            parts.append(files.pop().read_text(encoding="utf-8", errors="replace"))
+            count += len(tokenizer.encode(parts[-1]))
+        texts.append("\n".join(parts))
+    start = tokenizer.decode(tokenizer.encode(texts[-1])[:short_tokens])
+    for name, rows in {"train": texts[:-1], "long": texts[-1:], "data": [start]}.items():
+        with open(work_dir / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            for text in rows:
+                file.write(json.dumps({"instruction": INSTRUCTION, "output": text}) + "\n")
+    for name in ("data", "long"):
+        paths = {"data_path": work_dir / "train.jsonl", "validation_path": work_dir / f"{name}.jsonl"}
+        flags = paths | {"checkpoint_dir": extended, "out_dir": work_dir / name, "max_seq_length": limit}
+        call("scripts/prepare_json.py", *(f"--{flag}={value}" for flag, value in flags.items()))
 
 
-def unextended(data: Path) -> float:
-    """Return the loss of the model as it was on the rows held out, at positions beyond those it was trained on."""
-    import torch
-
-    from lit_gpt.checkpoints.base_model import load_model
-    from lit_gpt.data.dataset import Dataset
-    from lit_gpt.evaluation.perplexity import score_data
-
-    return score_data(load_model(checkpoint_dir, torch.bfloat16), Dataset(data, "validation")).loss
+def loss(name: str, places: list[str]) -> float:
+    """Return a model's loss on the long row that is held out, and keep it in work_dir."""
+    path = work_dir / f"{name}.json"
+    if not path.exists():
+        said = call("eval/perplexity.py", *places, "--data_dir", str(work_dir / "long"), "--json", "true")
+        write_json(path, json.loads(said))
+    return read_json(path)["loss"]
 
 
-def lengths(data: Path) -> list[int]:
-    from lit_gpt.data.dataset import Dataset
-
-    return [length for split in ("train", "validation") for length in Dataset(data, split).lengths]
-
-
-def report(losses: dict[str, float], summary: dict[str, Any], tokens: int) -> None:
+def report(losses: dict[str, float], summary: dict[str, Any]) -> None:
     from peers.report import command, fill
     from recipe import provenance
 
+    tokens = read_json(work_dir / "long" / "data.json")["audit"]["validation"]["length_max"]
     made = {"command": command("longlora"), "model": checkpoint_dir.name, "rows": tokens}
     made = {name: value for name, value in provenance().items() if name != "held_out"} | made
     write_json(out_dir / "longlora.json", made | {"losses": losses, "summary": summary})
     machine, seconds = made["machine"], summary["seconds"] / summary["steps"]
     planned, measured = (summary[f"step_bytes_{kind}"] / 1e9 for kind in ("planned", "measured"))
     words = {
-        "unextended": "as it was, positions beyond its context",
-        "stretched": f"positions divided by {context_factor:g}",
-        "finetuned": f"and {summary['steps']} steps of one row each",
+        "unextended": "as it was, at positions beyond its context",
+        "finetuned": f"positions divided by {context_factor:g}, and {summary['steps']} steps of one row each",
     }
-    rows = [f"| {words[name]} | {loss:.4f} | {math.exp(loss):.3f} |" for name, loss in losses.items()]
+    lines = [f"| {words[name]} | {value:.4f} | {math.exp(value):.2f} |" for name, value in losses.items()]
     where = (
         f"{machine['cores']} cores of {machine['cpu']}, {machine['threads']} used; torch {made['torch']}; "
         f"{made['date']}. Rows of {tokens:,} tokens from the source of Python's standard library, of which the one "
         f"that is scored is of other files than those learned; dense attention. LoRA of rank 8 on all of attention, "
-        f"norms and embeddings train ({summary['trainable_parameters']:,} parameters), with groups of {group:,} tokens."
+        f"norms and embeddings train ({summary['trainable_parameters']:,} parameters), with groups of {group:,} tokens "
+        f"at a learning rate of {learning_rate:g}."
     )
-    memory = (
-        f"A step takes {measured:.2f} GB beside the model ({planned:.2f} GB planned) and {seconds:.0f} s, on a machine "
-        "that others used too."
+    rest = (
+        f"On the first {short_tokens:,} tokens of that row alone the loss of the stretched model is "
+        f"{summary['val_loss_first']:.4f} before training and {summary['val_loss_last']:.4f} after. A step takes "
+        f"{measured:.2f} GB beside the model ({planned:.2f} GB planned) and {seconds:.0f} s, on a machine that others "
+        "used too."
     )
-    table = ["| model | loss | perplexity |", "|---|---:|---:|", *rows]
-    parts = [f"# {context_factor:g} times the context: {made['model']}", f"`{made['command']}`", fill(where)]
-    text = "\n\n".join([*parts, "\n".join(table), fill(memory)]) + "\n"
+    table = "\n".join(["| model | loss | perplexity |", "|---|---:|---:|", *lines])
+    title = f"# {context_factor:g} times the context: {made['model']}"
+    text = "\n\n".join([title, f"`{made['command']}`", fill(where), table, fill(rest)]) + "\n"
     (out_dir / "longlora.md").write_text(text, encoding="utf-8")
     print(text)
 
