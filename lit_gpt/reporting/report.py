@@ -32,7 +32,8 @@ def write_page(out_dirs: list[Path], out: Path, settings: Sequence[str] = ()) ->
     """Write the page on the runs in `out_dirs` to `out`, and return these.
 
     Args:
-        settings: hyperparameters over each of which loss and time are to be drawn, if several of its values are there.
+        settings: hyperparameters in which the runs of a sweep differ. The runs, which come in order, are numbered and
+            listed with these, and loss and time are drawn over each that has several values.
 
     Raises:
         UserError: a folder is no run, or `out` holds something else than a report.
@@ -45,7 +46,7 @@ def write_page(out_dirs: list[Path], out: Path, settings: Sequence[str] = ()) ->
     if out.exists() and GENERATOR not in out.read_text(encoding="utf-8", errors="replace")[:500]:
         raise UserError(f"--out {out}: holds something else than a report; choose another")
     common = Path(commonpath([folder.parent for folder in folders]))
-    names = [str(folder.relative_to(common)) for folder in folders]
+    names = [str(n if settings else folder.relative_to(common)) for n, folder in enumerate(folders, 1)]
     runs = [read_run(f, name, i % COLORS) for i, (f, name) in enumerate(zip(out_dirs, names, strict=True))]
     with atomic(out) as temporary:
         temporary.write_text(page(runs, settings), encoding="utf-8")
@@ -62,11 +63,23 @@ def page(runs: list[RunRecord], settings: Sequence[str]) -> str:
         made=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         colors=COLORS,
         runs=runs,
+        ranking=ranking(runs, settings) if settings else None,
         results=results(runs),
         charts=settings_charts(runs, settings) + charts(runs),
         differing=differing,
         shared=shared,
     )
+
+
+def ranking(runs: list[RunRecord], settings: Sequence[str]) -> list[list[str]]:
+    """Return the lines of a table of the runs, its head first: settings, validation loss at last, training time."""
+    lines = [[*settings, "loss", "time"]]
+    for run in runs:
+        losses = [loss for _, loss in run.points("step", "val_loss")]
+        chosen = [shown(run.hyperparameters[name]) if name in run.hyperparameters else "" for name in settings]
+        time = duration(run.rows[-1]["seconds"]) if run.rows else ""
+        lines.append([*chosen, f"{losses[-1]:.4f}" if losses else "", time])
+    return lines
 
 
 def charts(runs: list[RunRecord]) -> list[Chart]:
