@@ -13,16 +13,28 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from lit_gpt.kernels.declarations import SOURCES, declare
 
-# Sums may be reordered, as vectors need it; infinities and NaN stay what they are. LIT_GPT_MARCH compiles for a lesser
-# processor than this one, such as haswell.
+# Sums may be reordered, as vectors need it; infinities and NaN stay what they are.
 FLAGS = [
-    "-std=c++17", "-O3", f"-march={os.environ.get('LIT_GPT_MARCH', 'native')}", "-fopenmp", "-shared", "-fPIC",
-    "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-Wno-psabi",
+    "-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
+    "-fassociative-math", "-Wno-psabi",
 ]  # fmt: skip
+
+
+def machine_flags() -> list[str]:
+    """Return the flags for this processor, or a lesser one that LIT_GPT_MARCH names, such as haswell, and for threads.
+
+    Apple's compiler has OpenMP, but no library of it: torch brings one. That is untried on a Mac so far.
+    """
+    processor = os.environ.get("LIT_GPT_MARCH", "native")
+    if sys.platform != "darwin":
+        return [f"-march={processor}", "-fopenmp"]
+    (torch,) = find_spec("torch").submodule_search_locations  # type: ignore[union-attr, misc]
+    return [f"-mcpu={processor}", "-Xclang", "-fopenmp", f"-I{torch}/include", f"-L{torch}/lib", "-lomp"]
 
 
 OPERATORS = ("layers", "lora", "attention", "dequantize")  # the libraries of lit_gpt.kernels.ops
@@ -68,7 +80,7 @@ def fingerprint(compiler: str, name: str) -> str:
     """Return a hash of all that the library depends on: sources, flags, compiler, processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     sources = [path.read_bytes() for path in (*sorted(SOURCES.glob("*.h")), SOURCES / f"{name}.cpp")]
-    return digest(version, processor("flags", "Features").encode(), repr(FLAGS).encode(), *sources)
+    return digest(version, processor("flags", "Features").encode(), repr(FLAGS + machine_flags()).encode(), *sources)
 
 
 def digest(*parts: bytes) -> str:
@@ -88,7 +100,7 @@ def compile_to(path: Path, compiler: str, source: Path) -> None:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
     os.close(descriptor)
     try:
-        argv = [compiler, *FLAGS, str(source), "-o", temporary]
+        argv = [compiler, *FLAGS, *machine_flags(), str(source), "-o", temporary]
         subprocess.run(argv, check=True, capture_output=True, text=True)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())

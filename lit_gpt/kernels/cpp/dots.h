@@ -2,6 +2,8 @@
 #pragma once
 #ifdef __AVX2__
 #include <immintrin.h>
+#elif defined __ARM_NEON
+#include <arm_neon.h>
 #endif
 
 #include <type_traits>

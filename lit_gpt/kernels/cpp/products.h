@@ -111,8 +111,16 @@ inline Vectors<8>::floats look_up(const float *table, Vectors<8>::words codes) {
            high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), lanes);
     return (Vectors<8>::floats)_mm256_blendv_ps(low, high, (__m256)_mm256_slli_epi32(lanes, 28));
 }
-
-inline Vectors<8>::floats scales_of_lanes(float a, float) { return Vectors<8>::floats{} + a; }
+#elif defined __ARM_NEON
+inline Vectors<8>::floats look_up(const float *table, Vectors<8>::words codes) {
+    Vectors<8>::words places = (codes & 15) * 0x04040404 + 0x03020100;  // of each value's four bytes
+    uint8x16_t parts[2];
+    memcpy(parts, &places, sizeof parts);
+    for (uint8x16_t &part : parts) part = vqtbl4q_u8(vld1q_u8_x4((const uint8_t *)table), part);
+    Vectors<8>::floats values;
+    memcpy(&values, parts, sizeof parts);
+    return values;
+}
 #else
 inline v16 look_up(const float *table, v16u codes) {
 #ifdef __clang__
@@ -124,8 +132,13 @@ inline v16 look_up(const float *table, v16u codes) {
 #endif
 }
 
-inline v16 scales_of_lanes(float a, float b) { return v16{a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b}; }
 #endif
+
+inline lanes scales_of_lanes(float a, float b) {
+    lanes scales;
+    for (int i = 0; i < LANES; i++) scales[i] = i < 8 ? a : b;
+    return scales;
+}
 
 // The values of a group's 64 codes as whole numbers, and their products with numbers of 16 bits in the order of
 // `place`, whose sums fit 32 bits while no value is above UNIT.

@@ -19,7 +19,7 @@ typedef Vectors<16>::words v16u;  // 16 words of 32 bits
 
 // As many numbers as are computed with at once, and rows of two such vectors that a product sums up in registers. GCC
 // takes vectors apart that are wider, conversions one by one, and sums that find no register cost a product its speed.
-#if defined __AVX2__ && !defined __AVX512F__
+#if defined __AVX2__ && !defined __AVX512F__ || defined __ARM_NEON
 constexpr int LANES = 8, TILE_ROWS = 4;
 #else
 constexpr int LANES = 16, TILE_ROWS = 8;
