@@ -140,5 +140,7 @@ def show_answer(
         return
     ids = likeliest_answer(model, prompt, tokens, style.stop_ids, evaluation_step(fabric, model))
     if fabric.global_rank == 0:
-        text = tokenizer.decode(prompt[len(model.virtual_tokens) :])
-        tqdm.write(f"  {text[-60:]!r} -> {tokenizer.decode(ids)!r}")
+        text = " ".join(tokenizer.decode(prompt[len(model.virtual_tokens) :]).split())
+        if len(text) > 80:  # its end, from the beginning of a word
+            text = "..." + text[max(text.find(" ", len(text) - 80), len(text) - 80) :]
+        tqdm.write(f"  {text!r} -> {tokenizer.decode(ids)!r}")
