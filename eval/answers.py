@@ -17,6 +17,7 @@ from lit_gpt.data.args import ColumnArgs
 from lit_gpt.data.folder import read_record
 from lit_gpt.data.sources import parse_sources
 from lit_gpt.errors import UsageError
+from lit_gpt.files import check_out_file
 from lit_gpt.text.metrics import MetricArgs
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Read a converted folder, or what finetune/full.py wrote.
@@ -61,6 +62,7 @@ def check_flags() -> None:
         given = "two kinds of questions" if data_dir else "nothing to answer"
         raise UsageError(f"{given}: give either prepared data by --data_dir, or rows by --data_path")
     check_inputs(checkpoint_dir, finetuned_path)
+    check_out_file(out)
     if base_dir:
         check_inputs(base_dir)
     if data_dir:

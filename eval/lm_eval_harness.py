@@ -13,6 +13,7 @@ from pathlib import Path
 from lit_gpt.checkpoints.folder import check_inputs
 from lit_gpt.cli import run
 from lit_gpt.evaluation.args import HarnessArgs
+from lit_gpt.files import check_out_file
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")
 finetuned_path: Path | None = None
@@ -25,6 +26,7 @@ def main(args: HarnessArgs) -> None:
 
     require("lm_eval", "eval", "eval/lm_eval_harness.py")
     check_inputs(args.checkpoint_dir, args.finetuned_path)
+    check_out_file(args.out)
     from lit_gpt.evaluation.lm_eval_model import evaluate
 
     evaluate(args)

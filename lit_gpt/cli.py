@@ -373,7 +373,7 @@ def explain(message: str, argv: list[str], types: dict[str, Any]) -> str:
     unknown = re.search(r"[Uu]nrecognized arguments?: (\S+)", message)
     if not unknown:
         return message
-    if unknown[1].startswith("-"):
+    if unknown[1].startswith(("-", *habits.DASHES)):
         return habits.unknown_flag(unknown[1].split("=")[0], types)
     name, kind = next(iter(types.items()))
     such = f"--{name} {metavar(kind)}; a value with spaces takes quotes"

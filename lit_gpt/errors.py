@@ -15,6 +15,11 @@ class UsageError(UserError):
     exit_code = 2
 
 
+def reason(error: Exception) -> str:
+    """Return why something failed in words alone: of the system's errors without their number and path."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def require(module: str, extra: str, wanted_by: str) -> None:
     """Refuse what needs an optional package that is not there, before anything else is done.
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lit_gpt.errors import UserError
+from lit_gpt.errors import UserError, reason
 
 STRAY_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(\s*[}\]])')  # strings, which keep theirs, or a comma
 
@@ -67,6 +67,13 @@ def check_writable(given: Path, flag: str = "--out_dir") -> None:
         raise UserError(
             f"{flag} {given}: nothing can be written in {there}{reason}; choose a folder that is yours"
         ) from None
+
+
+def check_out_file(path: Path, flag: str = "--out") -> None:
+    """Refuse a file that cannot be written: a run would only find out at its end. Raises UserError."""
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder; expected a file, such as {path / 'out.jsonl'}")
+    check_writable(path.parent, flag)
 
 
 def unfinished(path: Path) -> Path:
@@ -227,7 +234,7 @@ def read_json(path: Path, missing_ok: bool = False) -> dict[str, Any]:
     try:
         contents = parse(path.read_text(encoding="utf-8-sig"), path)
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: expected JSON, but this is not a readable JSON file ({error})") from None
+        raise UserError(f"{path}: expected JSON, but this is not a readable JSON file ({reason(error)})") from None
     if not isinstance(contents, dict):
         raise UserError(f"{path}: expected a JSON object, but it holds a {type(contents).__name__}")
     return contents

@@ -22,6 +22,8 @@ VALUES = {
     "quantize": {"bnb.nf4": "nf4", "bnb.nf4-dq": "nf4-dq", "bnb.int8": "int8", "4bit": "nf4", "8bit": "int8"},
 }
 
+DASHES = "–—−"  # which editors and pages put in place of hyphens
+
 # Our flags, each with the names that others have for it: transformers, TRL, PEFT, LitGPT, llama.cpp, OpenAI.
 NAMES = {
     "checkpoint_dir": "model_name_or_path model_name base_model model_path model_id",
@@ -192,7 +194,7 @@ def named_otherwise(name: str, names: Iterable[str]) -> str | None:
 
 def unknown_flag(flag: str, flags: dict[str, Any]) -> str:
     """Return the error line for a flag that a script does not have, with ours for it, or the nearest in letters."""
-    name = flag.lstrip("-")
+    name = flag.lstrip("-" + DASHES)
     ours = named_otherwise(name, flags)
     there = ELSEWHERE.get(named_otherwise(name, ELSEWHERE) or name)
     if instead := f"here it is --{ours}" if ours else ADVICE.get(name.lower(), there):

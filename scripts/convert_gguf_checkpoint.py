@@ -14,7 +14,7 @@ from typing import Literal
 
 from lit_gpt.cli import Quantizer, run
 from lit_gpt.errors import UsageError, UserError
-from lit_gpt.files import check_new
+from lit_gpt.files import check_new, refuse_folder
 
 gguf_path: Path | None = None  # Read this file; merge the files of a model in several first.
 out_dir: Path | None = None  # Write to this folder, which must not hold anything yet.
@@ -27,6 +27,7 @@ def main() -> None:
         raise UsageError("--gguf_path: expected a path")
     if out_dir is None:
         raise UsageError("--out_dir: expected a path")
+    refuse_folder(gguf_path, "a GGUF file", "*.gguf")
     if not gguf_path.is_file():
         raise UserError(f"--gguf_path {gguf_path}: no such file")
     check_new(out_dir)

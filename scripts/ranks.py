@@ -17,6 +17,7 @@ from lit_gpt.checkpoints.folder import check_inputs
 from lit_gpt.cli import PositiveFloat, Quantizer, flag_values, run
 from lit_gpt.data.folder import read_record
 from lit_gpt.errors import UsageError
+from lit_gpt.files import check_out_file
 from lit_gpt.methods.hyperparameters import LoRAConfig
 
 checkpoint_dir: Path = Path("checkpoints/tiiuae/falcon-7b")  # Read the base from this converted folder.
@@ -33,6 +34,7 @@ def main(config: LoRAConfig) -> None:
     if config.ranks:
         raise UsageError("--lora_ranks: are what is looked for; leave it out")
     check_inputs(checkpoint_dir)
+    check_out_file(out)
     read_record(data_dir)
     import torch
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from lit_gpt.checkpoints.base_model import BaseCheckpoint, skeleton
 from lit_gpt.data import dataset
 from lit_gpt.data.sources import READERS, Source
-from lit_gpt.errors import UsageError, UserError
+from lit_gpt.errors import UsageError, UserError, reason
 from lit_gpt.files import read_text
 from lit_gpt.generation.engine import decode
 from lit_gpt.generation.sequence import DecodingRow
@@ -50,7 +50,7 @@ def read_ids(path: Path, tokenizer: Tokenizer, tokens: int) -> Tensor:
         if path.suffix.lower() not in READERS:
             return tokenizer.encode(read_text(path))[:tokens]
     except OSError as error:
-        raise UserError(f"--calibration_path {path}: cannot be read ({error})") from None
+        raise UserError(f"--calibration_path {path}: cannot be read ({reason(error)})") from None
     parts: list[Tensor] = []
     count = 0
     for row in Source(str(path)).rows():

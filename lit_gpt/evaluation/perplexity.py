@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_gpt.checkpoints.base_model import load_model
 from lit_gpt.data import packing
 from lit_gpt.data.dataset import Dataset, prefixed, read_meta
-from lit_gpt.errors import UsageError, UserError
+from lit_gpt.errors import UsageError, UserError, reason
 from lit_gpt.evaluation.args import PerplexityArgs
 from lit_gpt.files import read_text
 from lit_gpt.hardware import DTYPES, choose_device
@@ -71,7 +71,7 @@ def read_ids(path: Path, tokenizer: Tokenizer) -> Tensor:
     try:
         ids = tokenizer.encode(read_text(path))
     except OSError as error:
-        raise UserError(f"--text_path {path}: cannot be read ({error})") from None
+        raise UserError(f"--text_path {path}: cannot be read ({reason(error)})") from None
     if len(ids) < 2:
         raise UserError(f"--text_path {path}: holds fewer than two tokens: nothing to predict; give more text")
     return ids

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_gpt import files
-from lit_gpt.errors import UsageError, UserError
+from lit_gpt.errors import UsageError, UserError, reason
 from lit_gpt.generation.answerer import Answerer
 from lit_gpt.generation.args import ModelArgs, PromptArgs, SamplingArgs
 from lit_gpt.generation.engine import generate, new_generator
@@ -86,7 +86,7 @@ def read_text(path: Path) -> str:
     try:
         text = sys.stdin.read().removeprefix("\ufeff") if str(path) == "-" else files.read_text(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt_file {path}: cannot be read ({error})") from None
+        raise UserError(f"--prompt_file {path}: cannot be read ({reason(error)})") from None
     without = text.removesuffix("\n").removesuffix("\r")
     if not without:
         raise UsageError("--prompt_file: is empty")

@@ -14,6 +14,7 @@ from lit_gpt.cli import (
     Quantizer,
 )
 from lit_gpt.errors import UsageError, UserError
+from lit_gpt.files import check_out_file
 
 
 def context_of(asked: int | None, usual: int, block_size: int) -> int:
@@ -60,8 +61,12 @@ class PromptArgs:
             )
         if self.out:
             self.check_out(lines)
-        if self.prompt_file and str(self.prompt_file) != "-" and not self.prompt_file.exists():
-            raise UserError(f"--prompt_file {self.prompt_file}: no such file")
+            check_out_file(self.out)
+        for flag, path in (("prompt_file", self.prompt_file), ("json_schema", self.json_schema)):
+            if path and str(path) != "-" and not path.exists():
+                raise UserError(f"--{flag} {path}: no such file")
+            if path and path.is_dir():
+                raise UserError(f"--{flag} {path}: is a folder; expected a file in it")
 
     def check_out(self, lines: bool) -> None:
         """Refuse what does not go with --out. Raises UsageError."""

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from lit_gpt.errors import UserError
+from lit_gpt.errors import UserError, reason
 from lit_gpt.files import atomic
 from lit_gpt.generation.chat import Chat
 from lit_gpt.text.messages import instruction_messages, read_messages
@@ -134,8 +134,7 @@ def _load(chat: Chat, name: str) -> str:
         contents = json.loads(path.read_text(encoding="utf-8"))
         messages = read_messages((contents[0] if isinstance(contents, list) else contents)["messages"])
     except (OSError, ValueError, TypeError, LookupError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"/load {name}: expected a file that /save wrote ({reason})") from None
+        raise UserError(f"/load {name}: expected a file that /save wrote ({reason(error)})") from None
     if messages[-1]["role"] == "user":
         raise UserError(f"/load {name}: its last message has no answer; expected a file that /save wrote")
     chat.messages = messages

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lit_gpt.checkpoints.folder import check_inputs
-from lit_gpt.errors import UsageError, UserError
+from lit_gpt.errors import UsageError, UserError, reason
 from lit_gpt.model.config import Config
 from lit_gpt.serving.args import ServeArgs
 
@@ -26,6 +26,8 @@ def check_early(
     if (loras or loras_dir) and finetuned_path:
         flag = "--loras" if loras else "--loras_dir"
         raise UsageError(f"{flag}: goes with the base, not with --finetuned_path; give one of them")
+    if args.port > 65535:
+        raise UsageError(f"--port {args.port}: expected a port from 1 to 65535, or 0 for a free one")
     named, key = named_files(loras), read_key(args)
     check_inputs(checkpoint_dir, finetuned_path)
     for path in named.values():
@@ -92,7 +94,7 @@ def key_in(path: Path) -> str:
     try:
         key = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--api_key_file {path}: cannot be read ({error})") from None
+        raise UserError(f"--api_key_file {path}: cannot be read ({reason(error)})") from None
     if not key:
         raise UserError(f"--api_key_file {path}: is empty; expected the API key")
     return key

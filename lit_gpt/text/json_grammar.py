@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lit_gpt.errors import UserError, require
+from lit_gpt.errors import UserError, reason, require
 from lit_gpt.files import read_text
 from lit_gpt.text.tokenizer import Tokenizer
 
@@ -59,7 +59,7 @@ def read_schema(path: Path) -> Schema:
     try:
         schema = json.loads(read_text(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"--json_schema {path}: cannot be read ({error})") from None
+        raise UserError(f"--json_schema {path}: cannot be read ({reason(error)})") from None
     if not isinstance(schema, dict):
         raise UserError(f"--json_schema {path}: expected a JSON schema, an object, found {type(schema).__name__}")
     return schema
