@@ -14,7 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lit_gpt.cores import usable_cores
 from lit_gpt.errors import UsageError
+
+if "OMP_NUM_THREADS" not in os.environ and usable_cores() < torch.get_num_threads():
+    torch.set_num_threads(usable_cores())  # torch counts neither a container's limit nor two threads of a core as one
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
