@@ -48,6 +48,6 @@ def _quota(folder: Path) -> Iterator[float]:
         quota, period = (folder / "cpu.max").read_text().split()  # version 2
         yield int(quota) / int(period)
     with suppress(OSError, ValueError):
-        quota = int((folder / "cpu.cfs_quota_us").read_text())  # version 1, where -1 is no limit
-        if quota > 0:
-            yield quota / int((folder / "cpu.cfs_period_us").read_text())
+        allowed = int((folder / "cpu.cfs_quota_us").read_text())  # version 1, where -1 is no limit
+        if allowed > 0:
+            yield allowed / int((folder / "cpu.cfs_period_us").read_text())
