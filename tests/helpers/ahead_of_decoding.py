@@ -33,7 +33,8 @@ def products(dtype: torch.dtype) -> None:
                 gemv(x, weight, Epilogue(None, "gelu_tanh" if gated else None, gated), y, dtype, norm)
                 if m == 1:
                     bias = torch.empty(n, dtype=dtype)
-                    gemv(x, weight, Epilogue(bias, None, gated, y, 0.5), y, dtype, norm)
+                    for before in (norm, None):
+                        gemv(x, weight, Epilogue(bias, None, gated, y, 0.5), y, dtype, before)
 
 
 def of_decoding(dtype: torch.dtype) -> list[Launch]:
