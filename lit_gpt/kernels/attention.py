@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from lit_gpt.kernels import ops
 from lit_gpt.kernels.functional import apply_or_forward
 from lit_gpt.kernels.linear import arithmetic
+from lit_gpt.kernels.policy import WIDE_VECTORS, policy
 from lit_gpt.kernels.trials import Sample, both_passes, ramp, sampled
 
 # Queries that attend at a time, so that what is computed of the masked upper triangle is little, and their scores fit
@@ -56,7 +57,9 @@ def attention(
     Returns:
         (B, n_head, T, head_size). Scores and softmax are float32, or float64 for such input.
     """
-    if scores.softcap is None and sinks is None and ops.supports_attention(q, k, v):
+    if sinks is None and (
+        reads_prompts(q, k, v, scores) or (scores.softcap is None and ops.supports_attention(q, k, v))
+    ):
         return apply_or_forward(_AttentionKernel, q, k, v, scores, lengths)
     if (dtype := arithmetic(q.device, q.dtype)) != q.dtype:
         return attention(q.to(dtype), k.to(dtype), v.to(dtype), scores, lengths, sinks).to(q.dtype)
@@ -69,6 +72,17 @@ def _attention_sample(dtype: torch.dtype, size: int, heads: int) -> Sample:
     lengths, heads = (SHORT // 2,), min(heads, 4)
     call = partial(attention, scores=ScoreParams(size**-0.5), lengths=lengths)
     return both_passes(call, *(ramp(1, n, sum(lengths), size, dtype=dtype) for n in (heads, 1, 1)))
+
+
+def reads_prompts(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams) -> bool:
+    """Return whether a kernel computes attention like this without gradients.
+
+    Then q may have the last queries of a single sample alone, whose length is that of k.
+    """
+    if torch.is_grad_enabled() or scores.softcap is not None or policy().fused is False or not WIDE_VECTORS:
+        return False
+    alike = all(x.stride(-1) == 1 and x.size(-1) == q.size(-1) and x.dtype == q.dtype for x in (q, k, v))
+    return alike and ops.supports_on(q.device, q.dtype)
 
 
 class _AttentionKernel(torch.autograd.Function):

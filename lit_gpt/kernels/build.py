@@ -37,7 +37,7 @@ def machine_flags() -> list[str]:
     return [f"-mcpu={processor}", "-Xclang", "-fopenmp", f"-I{torch}/include", f"-L{torch}/lib", "-lomp"]
 
 
-OPERATORS = ("layers", "lora", "attention", "dequantize")  # the libraries of lit_gpt.kernels.ops
+OPERATORS = ("layers", "lora", "attention", "dequantize", "linear")  # the libraries of lit_gpt.kernels.ops
 
 
 @functools.cache

@@ -1,4 +1,5 @@
-"""Products with a weight: of 16 bits in float32 where a CPU has no arithmetic for them, and of float32 by oneDNN.
+"""Products with a weight: of bfloat16 by a kernel where no gradients are wanted, as of a prompt; else of 16 bits in
+float32 where a CPU has no arithmetic for them, and of float32 by oneDNN.
 
 For 16 bits torch's own are far slower there; weights stay stored as they are, and are widened a piece at a time. Of
 float32 torch's own are MKL's, which leave the wide vectors of processors by others than Intel unused.
@@ -11,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lit_gpt.kernels import products
 from lit_gpt.kernels.policy import policy
 from lit_gpt.kernels.trials import Sample, both_passes, chosen, ramp, sampled
 
 WIDE_ELEMENTS = 2**20  # of a weight, widened at a time: 4 MiB
 FEW_ROWS = 16  # for fewer, widening the weight costs more than its arithmetic saves
+MANY_ROWS = 192  # for more, oneDNN's products of bfloat16 are faster than the kernel's, which lays out no weights anew
 
 
 def arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -34,11 +37,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: (out_features,).
     """
     few = x.numel() < FEW_ROWS * x.size(-1)
+    if not few and by_kernel(x, weight):
+        return products.linear(x, weight, None, None, None, bias)
     if not few and arithmetic(x.device, x.dtype) != x.dtype:
         return _WideLinear.apply(x, weight, bias)
     if not few and by_onednn(x, weight):
         return _OneDNNLinear.apply(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def by_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Return whether a kernel is to compute products of these: in bfloat16, without gradients."""
+    if not x.dtype == weight.dtype == torch.bfloat16 or not products.supports_linear(x, weight):
+        return False
+    return policy().widen or x.numel() <= MANY_ROWS * x.size(-1)
 
 
 def by_onednn(x: Tensor, weight: Tensor) -> bool:

@@ -55,12 +55,12 @@ def _kernel(library: str, name: str, dtype: torch.dtype) -> Any:
     return getattr(build.library(library), f"{name}_{SUFFIXES[dtype]}")
 
 
-def _call(library: str, name: str, like: Tensor, *arguments: Any) -> None:
+def call(library: str, name: str, like: Tensor, *arguments: Any) -> None:
     """Call the kernel for the dtype of `like`; tensors become pointers."""
     _kernel(library, name, like.dtype)(*[x.data_ptr() if isinstance(x, Tensor) else x for x in arguments])
 
 
-def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = _operators.define(schema)
         _operators.impl(name, function, "CPU")
@@ -74,7 +74,7 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _rows(x: Tensor) -> int:
+def rows(x: Tensor) -> int:
     return x.numel() // x.size(-1)
 
 
@@ -82,21 +82,21 @@ def _norm_results(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple
     return _like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
-@_operator("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> (Tensor, Tensor)", _norm_results)
+@operator("rms_norm(Tensor x, Tensor weight, float eps, float offset) -> (Tensor, Tensor)", _norm_results)
 def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """Return the normed x, and the inverse of each row's rms, float32 (..., 1)."""
     y, inverse = _norm_results(x, weight, eps, offset)
-    _call("layers", "rms_norm", x, _rows(x), x.size(-1), x, weight, eps, offset, y, inverse)
+    call("layers", "rms_norm", x, rows(x), x.size(-1), x, weight, eps, offset, y, inverse)
     return y, inverse
 
 
-@_operator(
+@operator(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor inverse, float offset) -> Tensor",
     lambda grad, *_: _like(grad),
 )
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, offset: float) -> Tensor:
     x_grad = _like(grad)
-    _call("layers", "rms_norm_backward", x, _rows(x), x.size(-1), grad, x, weight, inverse, offset, x_grad)
+    call("layers", "rms_norm_backward", x, rows(x), x.size(-1), grad, x, weight, inverse, offset, x_grad)
     return x_grad
 
 
@@ -108,34 +108,34 @@ def _half(gate_up: Tensor, kind: int) -> Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.size(-1) // 2)
 
 
-@_operator("gated(Tensor gate_up, int kind) -> Tensor", _half)
+@operator("gated(Tensor gate_up, int kind) -> Tensor", _half)
 def gated(gate_up: Tensor, kind: int) -> Tensor:
     """Return activation(gate) * up; `kind` is one of ACTIVATION_NUMBERS."""
     y = _half(gate_up, kind)
-    _call("layers", "gated", y, _rows(y), y.size(-1), kind, gate_up, y)
+    call("layers", "gated", y, rows(y), y.size(-1), kind, gate_up, y)
     return y
 
 
-@_operator("gated_backward(Tensor grad, Tensor gate_up, int kind) -> Tensor", lambda grad, x, kind: _like(x))
+@operator("gated_backward(Tensor grad, Tensor gate_up, int kind) -> Tensor", lambda grad, x, kind: _like(x))
 def gated_backward(grad: Tensor, gate_up: Tensor, kind: int) -> Tensor:
     x_grad = _like(gate_up)
-    _call("layers", "gated_backward", grad, _rows(grad), grad.size(-1), kind, grad, gate_up, x_grad)
+    call("layers", "gated_backward", grad, rows(grad), grad.size(-1), kind, grad, gate_up, x_grad)
     return x_grad
 
 
-@_operator(
+@operator(
     "rotate(Tensor x, Tensor cos, Tensor sin, int heads, int head_size, float sign) -> Tensor",
     lambda x, *_: _like(x),
 )
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, heads: int, head_size: int, sign: float) -> Tensor:
     """Return x (rows, ...) rotated by angles (rows, rope_n_elem)."""
     y = _like(x)
-    sizes = _rows(x), x.size(-1) // head_size, heads, head_size, cos.size(-1) // 2
-    _call("layers", "rotate", x, *sizes, x, cos, sin, sign, y)
+    sizes = rows(x), x.size(-1) // head_size, heads, head_size, cos.size(-1) // 2
+    call("layers", "rotate", x, *sizes, x, cos, sin, sign, y)
     return y
 
 
-@_operator(
+@operator(
     "cross_entropy_(Tensor(a!) logits, Tensor labels) -> Tensor",
     lambda logits, _: logits.new_empty(len(logits), dtype=torch.float32),
 )
@@ -148,7 +148,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
     if len(labels) and not 0 <= labels.min() <= labels.max() < logits.size(1):
         raise IndexError(f"labels: expected 0 to {logits.size(1) - 1}, got {labels.min()} to {labels.max()}")
     losses = logits.new_empty(len(logits), dtype=torch.float32)
-    _call("layers", "cross_entropy", logits, len(logits), logits.size(1), logits, labels, losses)
+    call("layers", "cross_entropy", logits, len(logits), logits.size(1), logits, labels, losses)
     return losses
 
 
@@ -163,10 +163,10 @@ _BLOCKS = 16  # parts of the rows whose gradients of the weight are summed apart
 
 
 def _convolution_sizes(x: Tensor, weight: Tensor) -> tuple[int, ...]:
-    return _rows(x), x.size(1), x.size(2), len(weight)
+    return rows(x), x.size(1), x.size(2), len(weight)
 
 
-@_operator(f"convolve({_CONVOLUTION}, Tensor? bias, Tensor? positions) -> Tensor", lambda x, *_: _like(x))
+@operator(f"convolve({_CONVOLUTION}, Tensor? bias, Tensor? positions) -> Tensor", lambda x, *_: _like(x))
 def convolve(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor | None) -> Tensor:
     """Return the causal convolution of x, see lit_gpt.kernels.convolution.
 
@@ -176,7 +176,7 @@ def convolve(x: Tensor, tail: Tensor, weight: Tensor, bias: Tensor | None, posit
     """
     y = _like(x)
     sizes = _convolution_sizes(x, weight)
-    _call("layers", "convolve", x, *sizes, x, x.stride(1), tail, positions, weight, bias, y)
+    call("layers", "convolve", x, *sizes, x, x.stride(1), tail, positions, weight, bias, y)
     return y
 
 
@@ -184,22 +184,22 @@ def _convolution_grads(grad: Tensor, x: Tensor, tail: Tensor, weight: Tensor, *_
     return _like(grad), weight.new_empty(_BLOCKS, *weight.shape)
 
 
-@_operator(f"convolve_backward(Tensor grad, {_CONVOLUTION}, Tensor? positions) -> (Tensor, Tensor)", _convolution_grads)
+@operator(f"convolve_backward(Tensor grad, {_CONVOLUTION}, Tensor? positions) -> (Tensor, Tensor)", _convolution_grads)
 def convolve_backward(
     grad: Tensor, x: Tensor, tail: Tensor, weight: Tensor, positions: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the gradient of x, and parts whose sum over the first dimension is the weight's."""
     grads = _convolution_grads(grad, x, tail, weight)
     given = x, x.stride(1), tail, positions, weight, grad, _BLOCKS
-    _call("layers", "convolve_backward", x, *_convolution_sizes(x, weight), *given, *grads)
+    call("layers", "convolve_backward", x, *_convolution_sizes(x, weight), *given, *grads)
     return grads
 
 
-@_operator("drop(Tensor x, Tensor keys, int kept) -> Tensor", lambda x, keys, kept: _like(x))
+@operator("drop(Tensor x, Tensor keys, int kept) -> Tensor", lambda x, keys, kept: _like(x))
 def drop(x: Tensor, keys: Tensor, kept: int) -> Tensor:
     """Return x (T, size), contiguous, with zero where an element is dropped, see lit_gpt.kernels.dropout."""
     y = _like(x)
-    _call("lora", "drop", x, len(x), x.size(1), x, keys, kept, y)
+    call("lora", "drop", x, len(x), x.size(1), x, keys, kept, y)
     return y
 
 
@@ -234,7 +234,7 @@ def _int_array(values: list[int]) -> Any:
 _LORA = "Tensor A, Tensor B, Tensor? keys, int kept, int[] starts, int[] stops, float factor"
 
 
-@_operator(f"lora_(Tensor(a!) y, Tensor x, {_LORA}) -> Tensor", _low)
+@operator(f"lora_(Tensor(a!) y, Tensor x, {_LORA}) -> Tensor", _low)
 def lora_(
     y: Tensor, x: Tensor, A: Tensor, B: Tensor, keys: Tensor | None, kept: int,
     starts: list[int], stops: list[int], factor: float,
@@ -249,7 +249,7 @@ def lora_(
     A, B = _pad_ranks(A, B)
     parts = len(starts), B.size(1), _int_array(starts), _int_array(stops)
     weights = A, B, len(B), factor, keys, kept
-    _call("lora", "lora", x, len(x), x.size(1), x, *weights, *parts, low, y, y.size(1))
+    call("lora", "lora", x, len(x), x.size(1), x, *weights, *parts, low, y, y.size(1))
     return low
 
 
@@ -258,7 +258,7 @@ def _lora_grads(grad: Tensor, x: Tensor | None, A: Tensor, B: Tensor, *_: Any) -
     return x_grad, A.new_empty(0) if x is None else torch.empty_like(A), torch.empty_like(B)
 
 
-@_operator(f"lora_backward(Tensor grad, Tensor? x, {_LORA}, Tensor low) -> (Tensor, Tensor, Tensor)", _lora_grads)
+@operator(f"lora_backward(Tensor grad, Tensor? x, {_LORA}, Tensor low) -> (Tensor, Tensor, Tensor)", _lora_grads)
 def lora_backward(
     grad: Tensor, x: Tensor | None, A: Tensor, B: Tensor, keys: Tensor | None, kept: int,
     starts: list[int], stops: list[int], factor: float, low: Tensor,
@@ -269,7 +269,7 @@ def lora_backward(
     parts = len(starts), wide_B.size(1), _int_array(starts), _int_array(stops)
     weights = wide_A, wide_B, len(B), factor, keys, kept
     sizes = len(grad), A.size(1)
-    _call("lora", "lora_backward", grad, *sizes, grad, x, *weights, *parts, low, grad.size(1), *grads)
+    call("lora", "lora_backward", grad, *sizes, grad, x, *weights, *parts, low, grad.size(1), *grads)
     if r % 8 and x is not None:
         A_grad = A_grad.unflatten(0, (len(starts), -1))[:, :r].flatten(0, 1)
     return x_grad, A_grad.to(A.dtype), B_grad[:, :r].to(B.dtype)
@@ -286,7 +286,8 @@ class _Heads(ctypes.Structure):
 class _Sizes(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int) for name in ("batch", "heads", "groups", "size", "samples")),
-        ("offsets", ctypes.c_void_p), ("scale", ctypes.c_float), ("window", ctypes.c_int),
+        ("offsets", ctypes.c_void_p), ("scale", ctypes.c_float),
+        ("window", ctypes.c_int), ("before", ctypes.c_int),
     ]  # fmt: skip
 
     @classmethod
@@ -295,7 +296,9 @@ class _Sizes(ctypes.Structure):
         for length in lengths:
             offsets.append(offsets[-1] + length)
         array = ctypes.cast(_int_array(offsets), ctypes.c_void_p)
-        sizes = cls(q.size(0), q.size(1), k.size(1), q.size(3), len(lengths), array, scale, window)
+        sizes = cls(
+            q.size(0), q.size(1), k.size(1), q.size(3), len(lengths), array, scale, window, k.size(2) - q.size(2)
+        )
         sizes.kept = array  # which lives as long as this
         return ctypes.byref(sizes)
 
@@ -315,15 +318,19 @@ def _attention_results(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _by_token(q, q.size(1)), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@_operator(
+@operator(
     "attention(Tensor q, Tensor k, Tensor v, float scale, int window, int[] lengths) -> (Tensor, Tensor)",
     _attention_results,
 )
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Return y like q, and the logarithm of each query's sum of exponentials, float32 (B, n_head, T)."""
+    """Return y like q, and the logarithm of each query's sum of exponentials, float32 (B, n_head, T).
+
+    Args:
+        lengths: of the samples of k and v; of a single one, q may have the last queries alone.
+    """
     y, log_sums = _attention_results(q)
     heads = (_Heads.of(x) for x in (q, k, v, y))
-    _call("attention", "attention", q, _Sizes.of(q, k, scale, window, lengths), *heads, log_sums)
+    call("attention", "attention", q, _Sizes.of(q, k, scale, window, lengths), *heads, log_sums)
     return y, log_sums
 
 
@@ -331,7 +338,7 @@ def _attention_grads(grad: Tensor, q: Tensor, k: Tensor, *_: Any) -> tuple[Tenso
     return _by_token(q, q.size(1)), _by_token(k, k.size(1)), _by_token(k, k.size(1))
 
 
-@_operator(
+@operator(
     "attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor log_sums, float scale, int window, "
     "int[] lengths) -> (Tensor, Tensor, Tensor)",
     _attention_grads,
@@ -344,7 +351,7 @@ def attention_backward(
     by_head = [q.new_empty(q.shape, dtype=torch.float32) for _ in range(2)]  # what keys and values get, not yet summed
     heads = (_Heads.of(x) for x in (q, k, v, grad))
     sizes = _Sizes.of(q, k, scale, window, lengths)
-    _call("attention", "attention_backward", q, sizes, *heads, log_sums, *map(_Heads.of, grads), *by_head)
+    call("attention", "attention_backward", q, sizes, *heads, log_sums, *map(_Heads.of, grads), *by_head)
     return grads
 
 
@@ -360,7 +367,7 @@ def supports_dequantize(codes: Tensor, scale: Tensor) -> bool:
     return codes.is_contiguous() and scale.dtype in SUFFIXES
 
 
-@_operator(
+@operator(
     "dequantize(Tensor codes, Tensor scale, Tensor? zero, Tensor? pairs, int columns, ScalarType dtype) -> Tensor",
     lambda codes, scale, zero, pairs, columns, dtype: codes.new_empty(len(codes), columns, dtype=dtype),
 )
@@ -376,5 +383,5 @@ def dequantize(
     """
     y = codes.new_empty(len(codes), columns, dtype=dtype)
     tensors = codes, scale, zero, pairs
-    _call("dequantize", "dequantize", y, quantized_format(codes, scale), *tensors, len(y), columns, y)
+    call("dequantize", "dequantize", y, quantized_format(codes, scale), *tensors, len(y), columns, y)
     return y

@@ -55,6 +55,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scores: ScoreParams, sinks: Tensor |
         sinks: (n_head,), the score of one more key of each head, which has no value (OpenAI 2025, gpt-oss).
     """
     T, S, window = q.size(2), k.size(2), scores.window
+    if T > 1 and sinks is None and attention.reads_prompts(q, k, v, scores):
+        return attention.attention(q, k, v, scores, (S,))
     if T == S and (sinks is not None or use_blockwise(q, scores)):
         return attention.attention(q, k, v, scores, (T,), sinks)
     if T == 1:
@@ -143,7 +145,7 @@ def attend_packed(
             return attend_varlen(q, k, v, scores, segments)
         if launch.serves(q) and torch.is_grad_enabled():  # the rest is too short for its compiling to pay
             return attend_flex(q, k, v, scores, segments, sinks)
-    if sinks is not None or use_blockwise(q, scores):
+    if sinks is not None or use_blockwise(q, scores) or attention.reads_prompts(q, k, v, scores):
         return attention.attention(q, k, v, scores, segments.lengths, sinks)
     lengths = segments.lengths
     parts = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)

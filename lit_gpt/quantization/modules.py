@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from lit_gpt.kernels import products
 from lit_gpt.kernels.cuda.dequantize import QuantizedWeight
 from lit_gpt.kernels.cuda.gemv import FEW_ROWS, Epilogue, gemv
 from lit_gpt.kernels.cuda.launch import serves
@@ -89,6 +90,9 @@ def quantized_linear(x: Tensor, layer: QuantizedLinear) -> Tensor:
     reading the weight, which the native decoding step, kernels on CUDA, and in int8 the compiled step do without
     dequantizing it first.
     """
+    if layer.dequantized_cache is None and products.supports_linear(x, layer.weight):
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return products.linear(x, *FORMATS[layer.format].for_kernels(unpacked(layer)), bias)
     if (dtype := arithmetic(x.device, x.dtype)) != x.dtype:
         return quantized_linear(x.to(dtype), layer).to(x.dtype)
     bias = None if layer.bias is None else layer.bias.to(x.dtype)

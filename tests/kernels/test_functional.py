@@ -215,6 +215,17 @@ def test_a_sink_is_one_more_key_without_a_value(scores):
     assert off(last, expected[:, :, 44:]) < 1e-6
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scores", [ScoreParams(0.25), ScoreParams(0.25, 9)], ids=str)
+def test_the_last_queries_of_a_prompt_attend_as_all_do(scores, dtype, with_kernels):
+    q, k, v = (x.detach().to(dtype) for x in inputs((2, 6, 130, 16), (2, 2, 130, 16), (2, 2, 130, 16)))
+    expected = plain_attention(q.float(), k.float(), v.float(), scores, (130,))
+    for first in (0, 5, 64, 128):
+        y = sdpa.attend(q[:, :, first:], k, v, scores).float()
+        assert off(y, expected[:, :, first:]) < (1e-6 if dtype == torch.float32 else 0.01)
+
+
 def test_training_attends_as_evaluation(tiny: Tiny):
     """The model itself chooses between the two, on rows of one and of several samples."""
     gpt, idx = load_model(tiny.folder).requires_grad_(True), torch.randint(96, (1, 40))

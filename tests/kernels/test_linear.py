@@ -7,13 +7,15 @@ import torch
 
 from helpers.compare import off
 from lit_gpt.families.registry import config_from_name
-from lit_gpt.kernels import linear
+from lit_gpt.kernels import linear, products
 from lit_gpt.kernels.policy import use_policy
 from lit_gpt.methods.hyperparameters import FullConfig, LoRAConfig
 from lit_gpt.methods.registry import make_method
 from lit_gpt.model.config import Config
 from lit_gpt.model.gpt import GPT, quantize
 from lit_gpt.model.moe import Groups, grouped_product
+from lit_gpt.quantization.formats import FORMATS
+from lit_gpt.quantization.modules import QuantizedLinear, unpacked
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +56,29 @@ def test_oneDNN_computes_float32_as_exactly(shape, bias, monkeypatch):
     for result, right in zip(*results, strict=True):
         assert off(result.double(), right) < 1e-6
     assert len(ours) == 3 * torch.backends.mkldnn.is_available()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("format", [None, "int8", "int4", "nf4"])
+@pytest.mark.parametrize("columns", [24, 100, 1500])
+def test_rows_are_multiplied_with_a_weight_as_it_is_stored(columns, format, dtype):
+    """Each is what it would be alone, whatever the others are."""
+    layer = torch.nn.Linear(columns, 37).to(dtype)
+    x, weight = torch.randn(530, columns, dtype=dtype), layer.weight
+    if not products.supports_linear(x, weight.detach()):
+        pytest.skip("no kernels")
+    x[2, 1], stored = torch.inf, (weight, None, None, None)
+    if format:
+        layer = QuantizedLinear(layer, format)
+        weight, stored = layer.dequantize(), FORMATS[format].for_kernels(unpacked(layer))
+    y = products.linear(x, *stored, layer.bias)
+    expected = torch.nn.functional.linear(x.double(), weight.double(), layer.bias.double())
+    others = torch.arange(530) != 2
+    assert y.dtype == dtype and off(y[others].double(), expected[others]) < (0.004 if dtype == torch.bfloat16 else 1e-6)
+    assert not y[2].isfinite().any()
+    assert torch.equal(y[7:12], products.linear(x[7:12], *stored, layer.bias))
+    assert format is None or torch.equal(y[3:20], layer(x[3:20]))
 
 
 def test_autocast_keeps_its_dtype():

@@ -27,6 +27,7 @@ struct Sizes {
     const int *offsets;  // where the samples of a row begin, and where the last ends
     float scale;
     int window;  // positions that a query sees, its own included
+    int before;  // keys before those of the first query, of a single sample
 
     int total() const { return offsets[samples]; }
     long items() const { return (long)batch * samples * heads; }
@@ -199,8 +200,9 @@ struct Item {
     }
     int seen() const { return last - first; }
     template <class T> Rows<T> all(const Heads<const T> &x) const { return {x, b, group, start, length, s.size}; }
-    template <class T> Rows<T> queries(const Heads<const T> &x) const { return {x, b, h, start + begin, n, s.size}; }
-    long place() const { return ((long)b * s.heads + h) * s.total() + start; }
+    int query(int i) const { return start + begin - s.before + i; }  // of the block
+    template <class T> Rows<T> queries(const Heads<const T> &x) const { return {x, b, h, query(0), n, s.size}; }
+    long place() const { return ((long)b * s.heads + h) * (s.total() - s.before) + start; }
     // -1e30 in the place of scores of query i of the block that it does not see
     void mask(int i, float *scores) const {
         std::fill(scores + begin + i + 1 - first, scores + seen(), -1e30f);
@@ -233,7 +235,7 @@ template <class T> void attention(const Sizes &s, Heads<const T> q, Heads<const 
         word *K = key_words.of((long)width * keys), *V = value_words.of((long)keys * width);
         item.all(k).pack_transposed(K, keys);
         item.all(v).pack_right(V, width);
-        for (int begin = 0; begin < item.length; begin += QUERIES) {
+        for (int begin = s.before; begin < item.length; begin += QUERIES) {
             item.block(begin);
             int n = item.n, seen = item.seen();
             word *Q = query_words.of(QUERIES * width), *P = score_words.of(QUERIES * seen);
@@ -251,12 +253,12 @@ template <class T> void attention(const Sizes &s, Heads<const T> q, Heads<const 
                     store<LANES>(row + j, p);
                 }
                 sums[r] = sum(total);
-                log_sums[item.place() + begin + r] = most * s.scale + std::log(sums[r]);
+                log_sums[item.place() + begin - s.before + r] = most * s.scale + std::log(sums[r]);
             }
             split<T>(n, seen, S, P, nullptr);
             multiply<T>(n, width, seen, P, seen / STEP, 1, V + (long)item.first / STEP * width, width, O, width);
             for (int r = 0; r < n; r++)
-                put_row(y.at(item.b, item.h, item.start + begin + r), O + r * width, s.size, 1 / sums[r]);
+                put_row(y.at(item.b, item.h, item.query(r)), O + r * width, s.size, 1 / sums[r]);
         }
     }
 }

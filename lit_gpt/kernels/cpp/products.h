@@ -7,12 +7,14 @@
 
 enum Format { FLOAT32, BFLOAT16, INT8, NIBBLES_FLOAT32, NIBBLES_BFLOAT16 };
 
-// The weights: `multiply` gives y[b * y_row + r] for their rows r from `begin` to `end` and n rows of x, and `expand`
-// dequantizes a row.
+// The weights: `multiply` gives y[b * y_row + r] for their rows r from `begin` to `end` and n rows of x, `expand`
+// dequantizes a row, and `at` is where it lies.
 
 // A weight in floating point.
 template <class T> struct Plain {
     const T *w;
+
+    const char *at(long r, long columns) const { return (const char *)(w + r * columns); }
 
     void multiply(long begin, long end, long columns, const float *x, long n, float *y, long y_row) const {
         if (n > 1) return dots(w + begin * columns, end - begin, columns, x, n, y + begin, y_row);
@@ -74,6 +76,8 @@ struct Bytes {
     const float *scale;
     bool fast;
 
+    const char *at(long r, long columns) const { return (const char *)(w + r * columns); }
+
     void expand(long r, long columns, float *to) const {
         for (long k = 0; k < columns; k++) to[k] = scale[r] * w[r * columns + k];
     }
@@ -101,6 +105,14 @@ struct Bytes {
                  [&](auto B, long b, long r) { rows.dots<B>(w + r * columns, scale[r], b, y + b * y_row + r, y_row); });
     }
 };
+
+// For each lane a word whose lowest bits are its code, from the words that hold those of the first 8 lanes and of
+// others: bytes from the lowest on, of each first the upper half.
+inline word_lanes codes_of_lanes(uint32_t a, uint32_t b) {
+    word_lanes words, shifts;
+    for (int i = 0; i < LANES; i++) words[i] = i < 8 ? a : b, shifts[i] = 4 * (i % 8 ^ 1);
+    return words >> shifts;
+}
 
 // LANES values of a table of 16 are looked up at once, by the lowest four bits of each code; and the scales of such
 // codes are `a` for the first 8 and `b` for others.
@@ -223,14 +235,21 @@ template <class S> struct Nibbles {
         : w((const uint8_t *)codes), scale((const S *)scale), zero((const S *)zero), pairs(pairs), fast(fast && WHOLE),
           groups((columns + 63) / 64) {}
 
+    const char *at(long r, long) const { return (const char *)(w + r * groups * 32); }
+
     void expand(long r, long columns, float *to) const {
-        const uint8_t *at = w + r * groups * 32;
-        for (long k = 0; k < columns; k += 64, at += 32) {
-            float by = to_float(scale[r * groups + k / 64]), from = zero ? to_float(zero[r * groups + k / 64]) : 0,
-                  values[64];
-            for (int i = 0; i < 32; i++) memcpy(values + 2 * i, pairs + 2 * at[i], 8);
-            long n = std::min(64l, columns - k);
-            for (long i = 0; i < n; i++) to[k + i] = by * values[i] + from;
+        float table[16];
+        for (int code = 0; code < 16; code++) table[code] = pairs[2 * code + 1];
+        for (long k = 0; k < columns; k += 64) {
+            long g = r * groups + k / 64;
+            float by = to_float(scale[g]), from = zero ? to_float(zero[g]) : 0, values[64];
+            uint32_t words[8];
+            memcpy(words, w + g * 32, 32);
+            for (int i = 0; i < 64; i += LANES) {
+                auto codes = codes_of_lanes(words[i / 8], words[(i + LANES - 1) / 8]);
+                store<LANES>(values + i, by * look_up(table, codes) + from);
+            }
+            memcpy(to + k, values, 4 * std::min(64l, columns - k));
         }
     }
 
