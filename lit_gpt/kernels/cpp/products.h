@@ -108,10 +108,8 @@ struct Bytes {
 
 // For each lane a word whose lowest bits are its code, from the words that hold those of the first 8 lanes and of
 // others: bytes from the lowest on, of each first the upper half.
-inline word_lanes codes_of_lanes(uint32_t a, uint32_t b) {
-    word_lanes words, shifts;
-    for (int i = 0; i < LANES; i++) words[i] = i < 8 ? a : b, shifts[i] = 4 * (i % 8 ^ 1);
-    return words >> shifts;
+template <size_t... I> inline word_lanes codes_of_lanes(uint32_t a, uint32_t b, std::index_sequence<I...>) {
+    return word_lanes{(I < 8 ? a : b)...} >> word_lanes{(uint32_t)(4 * (I % 8 ^ 1))...};
 }
 
 // LANES values of a table of 16 are looked up at once, by the lowest four bits of each code; and the scales of such
@@ -246,7 +244,8 @@ template <class S> struct Nibbles {
             uint32_t words[8];
             memcpy(words, w + g * 32, 32);
             for (int i = 0; i < 64; i += LANES) {
-                auto codes = codes_of_lanes(words[i / 8], words[(i + LANES - 1) / 8]);
+                auto codes =
+                    codes_of_lanes(words[i / 8], words[(i + LANES - 1) / 8], std::make_index_sequence<LANES>());
                 store<LANES>(values + i, by * look_up(table, codes) + from);
             }
             memcpy(to + k, values, 4 * std::min(64l, columns - k));
