@@ -367,7 +367,8 @@ def explain(message: str, argv: list[str], types: dict[str, Any]) -> str:
     key = re.search(r'[Kk]ey "(\w+)"|argument --(\w+)', message)
     if key:
         name = key[1] or key[2]
-        given = re.findall(rf"--{name}[= ](\S+)", " ".join(argv))
+        given = [value for flag, value in pairwise([*argv, "--"]) if flag == f"--{name}"]
+        given += [argument.partition("=")[2] for argument in argv if argument.startswith(f"--{name}=")]
         got = f"got '{given[-1]}'" if given and not given[-1].startswith("--") else "got no value"
         return f"--{name}: expected {expected(types[name])}, {got}"
     unknown = re.search(r"[Uu]nrecognized arguments?: (\S+)", message)

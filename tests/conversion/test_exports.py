@@ -459,6 +459,7 @@ def test_card_figures_and_further_finetuning(cli, bases, tmp_path, monkeypatch):
         card = (tmp_path / folder / "README.md").read_text()
         assert 'license: "llama3.2"' in card and 'base_model: "owner/name"' in card and "![loss" in card
         assert "| lora_mlp | True |" in card and f"| val_loss_last | {summary['val_loss_last']} |" in card
+        assert "| max_steps | 3 |" in card and "| epochs |" not in card
         assert "| train: rows_kept | 16 |" in card and (tmp_path / folder / "loss.png").is_file()
         figures = json.loads((tmp_path / folder / "export.json").read_text())
         assert figures["tokenizer"] == Tokenizer(base).fingerprint and len(figures["template"]) == 64

@@ -69,6 +69,12 @@ def test_flags_of_sibling_scripts_lead_there(cli, script, flag):
     cli(f"generate/{script}.py", **{flag: "x.pth"}).refused(f"unknown flag --{flag}: generate/finetuned.py", code=2)
 
 
+@pytest.mark.parametrize("argv", [["--lora_r", "8 bad"], ["--lora_r=8 bad"]])
+def test_a_value_with_blanks_is_shown_whole(argv):
+    with pytest.raises(UsageError, match="--lora_r: expected a whole number above 0, got '8 bad'"):
+        parsed(*argv)
+
+
 def test_the_tables_name_flags_that_there_are():
     """No name of ours stands for another flag of ours, and each advice is about a flag that is not ours."""
     ours = set(parsed())
