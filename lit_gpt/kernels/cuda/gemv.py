@@ -341,9 +341,9 @@ def gemv(
     width = 1 if norm is None else min(4096, power_of_2(columns)) if m == 1 else shape["BLOCK"]
     constants = form | shape | {"DTYPE": dot_dtype(dtype), "WIDTH": width}
     # values that are looked up are not to be fetched ahead one by one; else what keeps registers from being spilled
-    looked_up, crowded = params[2] is not None, epilogue.gated and epilogue.bias is not None and norm is None
+    looked_up = params[2] is not None
     stages = 3 if m == 1 or not (looked_up or format == "int4" and norm) else 1 if looked_up else 2
-    warps = 8 if format != "full" and (m > 1 or looked_up and crowded) else 4
+    warps = 8 if m > 1 and format != "full" else 4
     launch(gemv_kernel, (tiles, splits, parts), *arguments, *sizes, warps=warps, stages=stages, **constants)
     return y
 
@@ -358,7 +358,7 @@ def launch_shape(
     stored, bits = codes.size(1), 8 * codes.element_size()
     if m == 1:
         block, rows = 4096 // bits, 16 if bits == 16 else 8
-        if codes.dtype == torch.int32 and gated and normed:
+        if codes.dtype == torch.int32 and gated:
             block //= 2
         rows //= 2 if gated else 1
         while rows > 2 and outputs < rows * PROGRAMS:
