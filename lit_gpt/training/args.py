@@ -71,7 +71,7 @@ class MemoryArgs:
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # Keep frozen weights and compute in this; what trains is fp32.
     quantize: Quantizer | None = None  # Keep the frozen weights in fewer bits; nf4 is QLoRA's (null: as stored).
     activation_checkpointing: Checkpointing = "auto"  # Compute this much twice to save memory (auto: what must be).
-    compile: bool | Literal["auto"] = "auto"  # Use C++ on a CPU (auto: with AVX512), torch.compile on a GPU.
+    compile: bool | Literal["auto"] = "auto"  # Use C++ on a CPU (auto: where it is faster), torch.compile on a GPU.
 
 
 @dataclass(frozen=True)

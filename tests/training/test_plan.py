@@ -60,7 +60,8 @@ def test_an_A_that_is_frozen_spares_activations_as_planned():
     planned, kept = {}, {}
     for trains in ("both", "B"):
         planner = planner_of(SMALL, "lora", lora_train=trains, lora_key="true", lora_projection="true", lora_mlp="true")
-        planned[trains] = planner.simulate(SMALL, (ROW, 50), "none").activations
+        plan = planner.simulate(SMALL, (ROW, 50), "none")
+        planned[trains] = plan.forward - plan.weights - plan.optimizer
         model = planner.method.attach(GPT(SMALL).to(torch.bfloat16)).train()
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         saved: dict[int, torch.UntypedStorage] = {}
