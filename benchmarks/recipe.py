@@ -104,7 +104,8 @@ def finetune_command(setting: str, said: str, places: list[str]) -> tuple[str, l
     """Return the finetune script of a setting with its flags, which begin with the places of checkpoint and data."""
     if SETTINGS[setting] is None:
         _, script, *flags = shlex.split(said.rpartition("next: ")[2].splitlines()[0])
-        return script, flags
+        at = flags.index("--out_dir")  # measure has its own
+        return script, flags[:at] + flags[at + 2 :]
     method, *flags = shlex.split(SETTINGS[setting])
     return f"finetune/{method}.py", [*places, *flags]
 

@@ -196,7 +196,7 @@ def unknown_flag(flag: str, flags: dict[str, Any]) -> str:
     """Return the error line for a flag that a script does not have, with ours for it, or the nearest in letters."""
     name = flag.lstrip("-" + DASHES)
     ours = named_otherwise(name, flags)
-    there = ELSEWHERE.get(named_otherwise(name, ELSEWHERE) or name)
+    there = None if name in flags else ELSEWHERE.get(named_otherwise(name, ELSEWHERE) or name)
     if instead := f"here it is --{ours}" if ours else ADVICE.get(name.lower(), there):
         return f"unknown flag {flag}: {instead}"
     near = nearest(name, flags)

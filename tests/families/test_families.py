@@ -270,7 +270,7 @@ def test_the_page_of_the_families_is_what_they_are():
 
 
 def test_unknown_names():
-    with pytest.raises(UserError, match="did you mean 'falcon-7b'"):
+    with pytest.raises(UserError, match="unknown model 'falcon7b'; did you mean falcon-7b"):
         config_from_name("falcon7b")
     with pytest.raises(UserError, match="model_type 'mamba' is not supported"):
         config_from_hf({"model_type": "mamba"})
