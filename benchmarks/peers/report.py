@@ -154,7 +154,8 @@ def notes(s: dict[str, Any]) -> dict[str, str]:
     rows = f"up to {s['row_tokens']} tokens" if s["row_tokens"] else "as many tokens as it chooses"
     attention = "torch.compile" if s["tuned_compile"] else "our attention lent to it where it takes one, else a mask"
     return {
-        "ours": f"`finetune/lora.py` itself, packed rows of {rows}; what it writes while it goes is in its times, its dry run on the longest row and its first validation in its start",
+        "ours": f"`finetune/lora.py` itself, packed rows of {rows}; what it writes while it goes is in its "
+        "times, its dry run on the longest row and its first validation in its start",
         "peft": f"a plain loop as in its documentation; float32 adapters, padded micro-batches of {s['micro_batch']}",
         "peft_tuned": f"bfloat16 adapters, packed rows of {s['tuned_row']} samples, head at supervised positions, "
         + attention,
