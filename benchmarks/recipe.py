@@ -19,6 +19,7 @@ from statistics import mean
 from textwrap import fill
 from typing import Any
 
+from quality_page import where
 from tasks import TASKS, make_rows, write_rows
 
 from lit_gpt.checkpoints.folder import check_inputs
@@ -65,8 +66,9 @@ def main() -> None:
         if key not in found["cells"]:
             with tempfile.TemporaryDirectory() as folder:
                 found["cells"][key] = measure(*cell, Path(folder))
-            write_json(path, found | provenance())
-            (out_dir / "recipe.md").write_text(table(found["cells"]), encoding="utf-8")
+            found |= provenance()
+            write_json(path, found)
+            (out_dir / "recipe.md").write_text(table(found["cells"], where(found)), encoding="utf-8")
         print(f"{number} of {len(cells)}: {key}: {found['cells'][key]['exact']:.1%} exact", flush=True)
 
 
@@ -127,8 +129,12 @@ def provenance() -> dict[str, Any]:
     return made | {"machine": machine(torch.get_num_threads()), "torch": torch.__version__, "held_out": held_out}
 
 
-def table(cells: dict[str, dict[str, Any]]) -> str:
-    """Return the page: for each number of rows and setting the exact answers to each task, over the seeds."""
+def table(cells: dict[str, dict[str, Any]], made: str) -> str:
+    """Return the page: for each number of rows and setting the exact answers to each task, over the seeds.
+
+    Args:
+        made: on what machine, with what and when.
+    """
     drawn: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = {}
     for key, cell in cells.items():
         task, n, setting, _ = key.split(" / ")
@@ -138,7 +144,7 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
         f"`python benchmarks/recipe.py`: {checkpoint_dir.name} learns tasks of `benchmarks/tasks.py`; of {held_out} "
         "rows held out, the share that is answered exactly: the mean over the seeds, and the least of them. The "
         'setting "printed" is the command that the prepare scripts print; seconds are those of training, on a machine '
-        "that others used meanwhile."
+        f"that others used meanwhile. {made}"
     )
     lines = [
         "# Defaults that teach",

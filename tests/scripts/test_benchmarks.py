@@ -158,7 +158,7 @@ def test_tasks_have_rows_that_differ_and_the_recipe_reads_what_prepare_prints(mo
         rows = make_rows(task, 300, seed=1)
         assert rows == make_rows(task, 300, seed=1) != make_rows(task, 300, seed=2)
         assert len({row["input"] for row in rows}) == 300 and all(row["output"] for row in rows)
-    said = "wrote d; next: python finetune/lora.py --checkpoint_dir 'a b' --data_dir d --batch_size 4\n"
+    said = "wrote d; next: python finetune/lora.py --checkpoint_dir 'a b' --data_dir d --out_dir o --batch_size 4\n"
     assert finetune_command("printed", said, []) == (
         "finetune/lora.py",
         ["--checkpoint_dir", "a b", "--data_dir", "d", "--batch_size", "4"],
@@ -166,7 +166,7 @@ def test_tasks_have_rows_that_differ_and_the_recipe_reads_what_prepare_prints(mo
     assert finetune_command("ia3", said, ["--data_dir", "d"])[1][:2] == ["--data_dir", "d"]
     cell = {"exact": 0.975, "steps": 95, "seconds": 60.0}
     cells = {f"{task} / 200 / printed / {seed}": cell for task in TASKS for seed in (1, 2)}
-    assert "| 200 | printed | 98% (98%, n = 2) |" in table(cells) and "printed" in SETTINGS
+    assert "| 200 | printed | 98% (98%, n = 2) |" in table(cells, "Here.") and "printed" in SETTINGS
 
 
 def test_tips_are_judged_by_what_all_seeds_say(monkeypatch, tmp_path):
