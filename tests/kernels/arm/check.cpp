@@ -20,7 +20,7 @@ struct Sizes {
     int batch, heads, groups, size, samples;
     const int *offsets;
     float scale;
-    int window;
+    int window, before;
 };
 struct Row {
     long token, position;
@@ -179,7 +179,7 @@ template <class T> void attention() {
     Tensor<T> q(heads * total * size), k(groups * total * size), v(groups * total * size), y(heads * total * size);
     auto of = [&](Tensor<T> &x) { return Heads{x.ptr(), 0, total * size, size}; };
     Heads hq = of(q), hk = of(k), hv = of(v), hy = of(y);
-    Sizes sizes{1, heads, groups, size, 2, offsets, 0.2f, window};
+    Sizes sizes{1, heads, groups, size, 2, offsets, 0.2f, window, 0};
     std::vector<float> log_sums(heads * total);
     CALL(attention, &sizes, &hq, &hk, &hv, &hy, log_sums.data());
     Numbers expected(heads * total * size);
