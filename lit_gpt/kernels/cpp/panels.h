@@ -74,18 +74,7 @@ struct Integers {  // multiples of a step for each block: finer than bfloat16's,
 #endif
     // Returns the step.
     static float convert(int16_t *to, const float *from, long n, float most) {
-        int32_t largest_bits = 0;  // without signs, bits are ordered as the numbers are
-        for (long k = 0; k < n; k++) {
-            int32_t bits;
-            memcpy(&bits, from + k, 4);
-            largest_bits = std::max(largest_bits, bits & 0x7fffffff);
-        }
-        float largest;
-        memcpy(&largest, &largest_bits, 4);
-        if (!(largest < INFINITY)) return NAN;
-        float by = largest > 1e-30f ? most / largest : 0;
-        for (long k = 0; k < n; k++) to[k] = (int16_t)(int32_t)(from[k] * by + std::copysign(0.5f, from[k]));
-        return largest / most;
+        return quantize_to_int16(from, n, most, to);
     }
 };
 #endif

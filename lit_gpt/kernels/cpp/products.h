@@ -22,21 +22,21 @@ template <class T> struct Plain {
     }
 };
 
-// Rounds n numbers to int16, whose range the largest fills. Returns the step between two of them: NaN, if some are not
+// Rounds n numbers to multiples of a step, of which the largest is `most`. Returns the step: NaN, if some are not
 // finite.
-inline float quantize_to_int16(const float *x, long n, int16_t *to) {
-    int32_t most = 0;  // the largest without its sign, for bits are ordered as the numbers are
+inline float quantize_to_int16(const float *x, long n, float most, int16_t *to) {
+    int32_t largest_bits = 0;  // without signs, bits are ordered as the numbers are
     for (long i = 0; i < n; i++) {
         int32_t bits;
         memcpy(&bits, x + i, 4);
-        most = std::max(most, bits & 0x7fffffff);
+        largest_bits = std::max(largest_bits, bits & 0x7fffffff);
     }
     float largest;
-    memcpy(&largest, &most, 4);
+    memcpy(&largest, &largest_bits, 4);
     if (!(largest < INFINITY)) return NAN;
-    float by = largest > 1e-30f ? 32767 / largest : 0;
+    float by = largest > 1e-30f ? most / largest : 0;
     for (long i = 0; i < n; i++) to[i] = (int16_t)(int32_t)(x[i] * by + std::copysign(0.5f, x[i]));
-    return largest / 32767;
+    return largest / most;
 }
 
 // n rows of x quantized to int16, a step for each block. Sums of a block's products with int8 fit 32 bits.
@@ -50,7 +50,7 @@ struct QuantizedRows {
         : columns(columns), blocks((columns + BLOCK - 1) / BLOCK), numbers(n * columns), steps(n * blocks) {
         for (long i = 0; i < n * blocks; i++) {
             long from = i / blocks * columns + i % blocks * BLOCK, size = std::min(BLOCK, columns - i % blocks * BLOCK);
-            steps[i] = quantize_to_int16(x + from, size, numbers.data() + from);
+            steps[i] = quantize_to_int16(x + from, size, INT16_MAX, numbers.data() + from);
         }
     }
 
@@ -337,7 +337,7 @@ template <class S> struct Nibbles {
             long size = std::min(64l, columns - i % groups * 64);
             const float *from = x + i / groups * columns + i % groups * 64;
             int16_t quantized[64] = {};
-            steps[i] = quantize_to_int16(from, size, quantized) / unit;
+            steps[i] = quantize_to_int16(from, size, INT16_MAX, quantized) / unit;
             for (int k = 0; k < 64; k++) numbers[64 * i + k] = quantized[WholeCodes::place(k)];
         }
         int16_t values[16];
