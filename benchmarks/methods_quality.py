@@ -2,16 +2,22 @@
 
     python benchmarks/methods_quality.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
 
-Every method first tries three learning rates on the first task (seed 0) and keeps the one of the lowest validation
-loss. Then each learns each task with each seed, through the scripts that a user runs; answers to held-out rows are
-scored to the letter, and the loss on a text of another kind, before and after, tells what was forgotten. What is in
-methods_quality.json is not run again, so that an interrupted command goes on; the page and its pictures are written
-anew after each.
+Every method first tries learning rates on the first task (seed 0), three and then on past an end that is the best, and
+keeps the one of the lowest validation loss. Then each learns each task with each seed, through the scripts that a user
+runs; answers to held-out rows are scored to the letter, and the loss on a text of another kind, before and after, tells
+what was forgotten. What is in methods_quality.json is not run again, so that an interrupted command goes on. Finetunes
+side by side, each on one core, are the fastest way through:
+
+    OMP_NUM_THREADS=1 python benchmarks/methods_quality.py --jobs 2 --checkpoint_dir ...
 """
 
 import json
+import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import quality_page
@@ -28,11 +34,13 @@ methods: list[str] = []  # Measure these (none: all).
 seeds: list[str] = ["1", "2", "3"]  # Draw rows and start with these seeds.
 rows: PositiveInt = 200  # Learn from so many rows, validation included.
 held_out: PositiveInt = 40  # Score the answers to so many rows.
+jobs: PositiveInt = 1  # Run so many finetunes at once.
 measure_missing: bool = True  # Run what is not in methods_quality.json yet (false: write the page of what is there).
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("orders", "tickets", "bookings")  # the learning rate is chosen on the first, which is the shortest
 BUDGET = ["--batch_size", "4", "--sample_tokens", "0", "--save_interval", "1000000", "--eval_interval", "1000000"]
+PROBE_CHARACTERS = 3000  # of the license: the text on which forgetting is measured
 GRID = (1 / 3, 1, 3)  # times the learning rate that a method begins with
 ALL = "lora --lora_key true --lora_projection true --lora_mlp true --lora_dropout 0"
 METHODS = {  # the script with its flags, and the learning rate in the middle of the grid
@@ -73,32 +81,69 @@ TIPS = {  # each beside LoRA above, which has rank 8, alpha 16, all layers, Adam
     "LoRA, three epochs": (f"{ALL} --epochs 3", 1e-3),
 }
 EVERY = METHODS | TIPS
+Cell = dict[str, Any]
 
 
 def main() -> None:
     check_inputs(checkpoint_dir, None)
-    path = out_dir / "methods_quality.json"
-    found = read_json(path, missing_ok=True) or {"rates": {}, "cells": {}}
     names = methods or list(EVERY)
-    todo = [(name, TASKS[0], "0", EVERY[name][1] * times) for name in names for times in GRID]
-    todo += [(name, task, seed, None) for seed in seeds for task in TASKS for name in names]
-    for number, (name, task, seed, rate) in enumerate(todo if measure_missing else (), 1):
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Runs(out_dir / "methods_quality.json", Path(folder))
+        if measure_missing:
+            with ThreadPoolExecutor(jobs) as pool:
+                list(pool.map(runs.choose_rate, names))
+                for some in (METHODS, TIPS):
+                    each = product(seeds, TASKS, filter(some.__contains__, names))
+                    list(pool.map(lambda at: runs.cell(*at), each))
+    write_page(runs.found)
+
+
+class Runs:
+    """Runs what is not in the file of cells yet, from several threads at once, and writes it there."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        """
+        Args:
+            folder: rows to learn from are put here, once for all methods.
+        """
+        self.path, self.folder, self.lock = path, folder, Lock()
+        self.found = read_json(path, missing_ok=True) or {"cells": {}}
+
+    def choose_rate(self, name: str) -> None:
+        """Try the learning rates of the grid, and on past an end whose validation loss is the lowest."""
+        rates = [EVERY[name][1] * times for times in GRID]
+        losses = {rate: self.cell("0", TASKS[0], name, rate)["val_loss_last"] for rate in rates}
+        while (best := min(losses, key=losses.__getitem__)) in (min(losses), max(losses)):
+            rate = best * 3 if best == max(losses) else best / 3
+            losses[rate] = self.cell("0", TASKS[0], name, rate)["val_loss_last"]
+
+    def cell(self, seed: str, task: str, name: str, rate: float | None = None) -> Cell:
+        """Return what a run came to; without a rate it takes the one that was chosen."""
         key = f"{name} / {task} / {seed}" + (f" / {rate:.2g}" if rate else "")
-        if key not in found["cells"]:
-            with tempfile.TemporaryDirectory() as folder:
-                cell = measure(name, task, seed, rate or chosen(found["cells"], name), Path(folder))
-            found["cells"][key] = cell
-            found |= provenance() | {"command": "python benchmarks/methods_quality.py"}
-            write_json(path, found)
-            write_page(found)
-        print(f"{number} of {len(todo)}: {key}: {line_of(found['cells'][key])}", flush=True)
-    write_page(found)
+        cells = self.found["cells"]
+        if key not in cells:
+            with self.lock:
+                rate = rate or quality_page.Cells(cells, TASKS).best(name)["learning_rate"]
+                data = prepared(task, seed, self.folder)
+            with tempfile.TemporaryDirectory() as own:
+                cell = measure(name, data, seed, rate, Path(own))
+            with self.lock:
+                cells[key] = cell
+                self.found |= provenance() | {"command": command()}
+                write_json(self.path, self.found)
+            print(f"{len(cells)}: {key}: {line_of(cell)}", flush=True)
+        return cells[key]
+
+
+def command() -> str:
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return f"{f'OMP_NUM_THREADS={threads} ' if threads else ''}python benchmarks/methods_quality.py --jobs {jobs}"
 
 
 def write_page(found: dict[str, Any]) -> None:
     words = (
         f"`{found['command']}`: {found['model']} learns {', '.join(TASKS)} from {rows} rows each, one epoch of batch "
-        f"4; out of three learning rates, the one of the lowest validation loss on {TASKS[0]} is taken."
+        f"4, at the learning rate of the grid below whose validation loss on {TASKS[0]} was the lowest."
     )
     cells = quality_page.Cells(found["cells"], TASKS)
     made = quality_page.page(cells, list(METHODS), list(TIPS), words, held_out, quality_page.where(found))
@@ -106,54 +151,54 @@ def write_page(found: dict[str, Any]) -> None:
     quality_page.draw(cells, list(METHODS), out_dir / "methods_quality")
 
 
-def line_of(cell: dict[str, Any]) -> str:
+def line_of(cell: Cell) -> str:
     return f"{cell['exact']:.0%} exact, validation loss {cell['val_loss_last']:.3f}, {cell['seconds']:.0f} s"
 
 
-def chosen(cells: dict[str, dict[str, Any]], name: str) -> float:
-    """Return the learning rate of the grid whose validation loss was lowest."""
-    return min(quality_page.Cells(cells, TASKS).tried(name), key=lambda cell: cell["val_loss_last"])["learning_rate"]
-
-
-def measure(name: str, task: str, seed: str, rate: float, folder: Path) -> dict[str, Any]:
+def measure(name: str, data: Path, seed: str, rate: float, folder: Path) -> Cell:
     """Return what one finetune comes to: answers, losses, what trained, the file, seconds and memory."""
-    prepare_rows(task, int(seed), folder)
     base = ["--checkpoint_dir", str(checkpoint_dir)]
-    call(
-        "scripts/prepare_json.py", *base, "--data_path", str(folder / "train.jsonl"), "--out_dir", str(folder / "data")
-    )
     script, *flags = EVERY[name][0].split()
-    places = [*base, "--data_dir", str(folder / "data"), "--out_dir", str(folder / "out")]
-    rest = ["--learning_rate", str(rate), "--seed", seed, "--probe_path", str(folder / "probe.jsonl")]
+    places = [*base, "--data_dir", str(data / "prepared"), "--out_dir", str(folder)]
+    rest = ["--learning_rate", str(rate), "--seed", seed, "--probe_path", str(data / "probe.jsonl")]
     call(f"finetune/{script}.py", *places, *BUDGET, *flags, *rest)
-    summary = read_json(folder / "out" / "summary.json")
-    file = folder / "out" / f"lit_model_{script}_finetuned.pth"
-    answered = [*base, "--finetuned_path", str(file)] if file.is_file() else ["--checkpoint_dir", str(folder / "out")]
-    where = ["--data_path", str(folder / "test.jsonl"), "--out", str(folder / "misses.jsonl")]
+    summary = read_json(folder / "summary.json")
+    file = folder / f"lit_model_{script}_finetuned.pth"
+    answered = [*base, "--finetuned_path", str(file)] if file.is_file() else ["--checkpoint_dir", str(folder)]
+    where = ["--data_path", str(data / "test.jsonl"), "--out", str(folder / "misses.jsonl")]
     scores = json.loads(call("eval/answers.py", *answered, *where, "--compare", "false", "--json", "true"))
     taken = (
         "steps", "tokens", "seconds", "trainable_parameters", "val_loss_first", "val_loss_last", "probe_loss_first",
         "probe_loss_last", "step_bytes_planned", "step_bytes_measured",
     )  # fmt: skip
-    size = (file if file.is_file() else folder / "out" / "lit_model.pth").stat().st_size
+    size = (file if file.is_file() else folder / "lit_model.pth").stat().st_size
     found = {"exact": next(iter(scores["exact"].values())), "learning_rate": rate, "file_bytes": size}
     return found | {field: summary[field] for field in taken}
 
 
-def prepare_rows(task: str, seed: int, folder: Path) -> None:
-    """Write the rows to learn from, those held out, and the text on which forgetting is measured."""
+def prepared(task: str, seed: str, folder: Path) -> Path:
+    """Return a folder of prepared rows, those held out, and the text on which forgetting is measured."""
+    data = folder / f"{task}_{seed}"
+    if data.is_dir():
+        return data
+    data.mkdir()
     if task == "bookings":
         call(
-            "data/make_bookings.py", "--out_dir", str(folder), "--seed", str(seed), "--train_rows", str(rows),
+            "data/make_bookings.py", "--out_dir", str(data), "--seed", seed, "--train_rows", str(rows),
             "--test_rows", str(held_out),
         )  # fmt: skip
         for part in ("train", "test"):
-            (folder / f"bookings_{part}.jsonl").rename(folder / f"{part}.jsonl")
+            (data / f"bookings_{part}.jsonl").rename(data / f"{part}.jsonl")
     else:
-        drawn = make_rows(task, rows + held_out, seed)
-        write_rows(folder / "test.jsonl", drawn[:held_out])
-        write_rows(folder / "train.jsonl", drawn[held_out:])
-    write_rows(folder / "probe.jsonl", [{"text": (ROOT / "LICENSE").read_text(encoding="utf-8")}])
+        drawn = make_rows(task, rows + held_out, int(seed))
+        write_rows(data / "test.jsonl", drawn[:held_out])
+        write_rows(data / "train.jsonl", drawn[held_out:])
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    write_rows(data / "probe.jsonl", [{"text": text[:PROBE_CHARACTERS]}])
+    base = ["--checkpoint_dir", str(checkpoint_dir)]
+    places = ["--data_path", str(data / "train.jsonl"), "--out_dir", str(data / "prepared")]
+    call("scripts/prepare_json.py", *base, *places)
+    return data
 
 
 if __name__ == "__main__":

@@ -34,6 +34,10 @@ class Cells:
         """Return a method's runs of the grid of learning rates."""
         return [cell for key, cell in self.found.items() if key.startswith(f"{name} / {self.tasks[0]} / 0 / ")]
 
+    def best(self, name: str) -> Cell:
+        """Return the run of the grid whose validation loss was the lowest."""
+        return min(self.tried(name), key=lambda cell: cell["val_loss_last"])
+
     def seeds(self, name: str) -> dict[str, list[Cell]]:
         """Return a method's runs by seed, in the order of the tasks: of the seeds with which it learned all of them."""
         by_seed: dict[str, dict[str, Cell]] = {}
@@ -54,9 +58,9 @@ def page(cells: Cells, methods: list[str], tips: list[str], words: str, held_out
     """
     how = (
         f"{words} Exact: the share of {held_out} held-out answers that are right to the letter, the mean over tasks "
-        "and seeds (the least task's mean; n seeds). Forgotten: by how much the loss on the text of the license rose. "
-        "Memory is what a step on the longest row takes beside the model (planned); seconds are those of training, on "
-        f"a machine that others used meanwhile. {made}"
+        "and seeds (the least task's mean; n seeds). Forgotten: by how much the loss on the beginning of the license "
+        "rose. Seconds are those of training. Memory is what a step on the longest row takes beside the model (as "
+        f"planned). {made}"
     )
     parts = ["# What each method is worth", wrapped(how)]
     for names in (methods, [PLAIN, *tips]):
@@ -74,11 +78,8 @@ HEAD = (
     "| method | exact | val. loss | forgotten | trained | file | seconds | step MB (planned) | rate |",
     "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
 )
-GRID_HEAD = (
-    "| method | low rate | loss, exact | middle | loss, exact | high | loss, exact | trained | step MB (planned) |",
-    "|---|" + "---:|" * 8,
-)
-GRID_WORDS = "## The grid\n\nOne run at each learning rate, on the first task; of the lowest loss in bold."
+GRID_HEAD = ("| method | learning rate: validation loss, exact; the lowest loss in bold |", "|---|---|")
+GRID_WORDS = "## The grid\n\nOne run at each learning rate, on the first task, and on past an end that was the best."
 TIPS_WORDS = (
     "Each beside plain LoRA (rank 8, alpha 16, all layers, AdamW, a cosine, one epoch) with its own learning rate: the "
     "difference of exact matches and of the validation loss, means over tasks, with twice the standard error over the "
@@ -121,12 +122,12 @@ def grid_row(name: str, cells: Cells) -> str | None:
     tried = sorted(cells.tried(name), key=lambda cell: cell["learning_rate"])
     if len(tried) < 3:
         return None
-    best = min(tried, key=lambda cell: cell["val_loss_last"])
+    best = cells.best(name)
     fields = []
     for cell in tried:
         bold = "**" if cell is best else ""
-        fields += [f"{cell['learning_rate']:.2g}", f"{bold}{cell['val_loss_last']:.3f}{bold}, {cell['exact']:.0%}"]
-    return f"| {name} | {' | '.join(fields)} | {best['trainable_parameters']:,} | {memory(tried)} |"
+        fields.append(f"{bold}{cell['learning_rate']:.2g}: {cell['val_loss_last']:.3f}{bold}, {cell['exact']:.0%}")
+    return f"| {name} | {'; '.join(fields)} |"
 
 
 def loss_of(runs: list[Cell]) -> float:
@@ -198,8 +199,7 @@ def draw(cells: Cells, names: list[str], stem: Path) -> None:
     runs = {name: list(seeds.values()) for name in names if (seeds := cells.seeds(name))}
     what = "mean over tasks and seeds"
     if not runs:
-        tried = {name: cells.tried(name) for name in names}
-        runs = {name: [[min(own, key=lambda cell: cell["val_loss_last"])]] for name, own in tried.items() if own}
+        runs = {name: [[cells.best(name)]] for name in names if cells.tried(name)}
         what = f"{cells.tasks[0]} alone, one run, the best of the learning rates"
     if not runs:
         return
@@ -216,20 +216,33 @@ Runs = dict[str, list[list[Cell]]]  # of each method, for each seed
 
 
 def draw_exact(axes: Any, runs: Runs) -> None:
-    """Draw exact matches over trained parameters, and beside each point its name, as high as those above leave room."""
+    """Draw exact matches over trained parameters, each point with its name beside it."""
     points = [
         (seeds[0][0]["trainable_parameters"], 100 * fmean(cell["exact"] for own in seeds for cell in own), name)
         for name, seeds in runs.items()
     ]
-    low = min(exact for _, exact, _ in points) - 5
-    line, before = (105 - low) / 45, (0, 0.0)  # the height of a line; the label before
-    for trained, exact, name in sorted(points, key=lambda point: (point[0], -point[1])):
-        place = min(exact, before[1] - line) if before[0] == trained else exact
-        axes.plot(trained, exact, "o", color="tab:blue")
-        axes.annotate(name, (trained, place), (6, -3), textcoords="offset points", fontsize=7)
-        before = trained, place
-    axes.set(xscale="log", xlabel="trained parameters", ylabel="exact matches, %", ylim=(low, 105))
-    axes.margins(x=0.15)
+    trained, exact, _ = zip(*points, strict=True)
+    axes.plot(trained, exact, "o", color="tab:blue", markersize=4)
+    axes.set(xscale="log", xlabel="trained parameters", ylabel="exact matches, %")
+    axes.margins(x=0.15, y=0.1)
+    write_names(axes, points)
+
+
+def write_names(axes: Any, points: list[tuple[int, float, str]]) -> None:
+    """Write each point's name beside it, as high as those written before leave room, with a line where it is lower."""
+    axes.figure.draw_without_rendering()  # so that boxes of text are known
+    taken: list[Any] = []
+    for trained, exact, name in sorted(points, key=lambda point: (-point[1], point[0])):
+        label = axes.annotate(name, (trained, exact), (8, -3), textcoords="offset points", fontsize=7)
+        while any(label.get_window_extent().overlaps(box) for box in taken):
+            label.xyann = label.xyann[0], label.xyann[1] - 1
+        taken.append(label.get_window_extent())
+        across, up = label.xyann
+        if up < -3:
+            axes.annotate(
+                "", (trained, exact), (across, up + 3), textcoords="offset points",
+                arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 0},
+            )  # fmt: skip
 
 
 def draw_losses(axes: Any, runs: Runs) -> None:
