@@ -65,7 +65,7 @@ METHODS = {  # the script with its flags, and the learning rate in the middle of
     "prompt tuning": ("prompt", 1e-2),
     "P-tuning": ("prompt --prompt_encoder mlp", 1e-3),
     "prefix tuning": ("prompt --prompt_kind keys_values", 1e-2),
-    "BitFit": ("bitfit", 3e-3),
+    "BitFit and norms": ("bitfit --train_norms true", 3e-3),
     "full": ("full", 1e-4),
     "GaLore": ("full --optimizer galore", 1e-3),
 }

@@ -58,9 +58,9 @@ def page(cells: Cells, methods: list[str], tips: list[str], words: str, held_out
     """
     how = (
         f"{words} Exact: the share of {held_out} held-out answers that are right to the letter, the mean over tasks "
-        "and seeds (the least task's mean; n seeds). Forgotten: by how much the loss on the beginning of the license "
-        "rose. Seconds are those of training. Memory is what a step on the longest row takes beside the model (as "
-        f"planned). {made}"
+        "and seeds (that of each task; how many seeds). Forgotten: by how much the loss on the beginning of the "
+        "license rose. Seconds are those of training. Memory is what a step on the longest row takes beside the model "
+        f"(as planned). {made}"
     )
     parts = ["# What each method is worth", wrapped(how)]
     for names in (methods, [PLAIN, *tips]):
@@ -110,8 +110,9 @@ def row(name: str, cells: Cells) -> str | None:
     every = [cell for runs in seeds.values() for cell in runs]
     exact = [fmean(cell["exact"] for cell in runs) for runs in zip(*seeds.values(), strict=True)]  # of each task
     forgotten = fmean(cell["probe_loss_last"] - cell["probe_loss_first"] for cell in every)
+    each = ", ".join(f"{100 * task:.0f}" for task in exact)
     return (
-        f"| {name} | {fmean(exact):.0%} ({min(exact):.0%}; {len(seeds)}) | {loss_of(every):.3f} | {forgotten:+.3f} "
+        f"| {name} | {fmean(exact):.0%} ({each}; {len(seeds)}) | {loss_of(every):.3f} | {forgotten:+.3f} "
         f"| {every[0]['trainable_parameters']:,} | {every[0]['file_bytes'] / 1e6:.1f} MB "
         f"| {fmean(cell['seconds'] for cell in every):.0f} | {memory(every)} | {every[0]['learning_rate']:.2g} |"
     )
@@ -229,9 +230,12 @@ def draw_exact(axes: Any, runs: Runs) -> None:
 
 
 def write_names(axes: Any, points: list[tuple[int, float, str]]) -> None:
-    """Write each point's name beside it, as high as those written before leave room, with a line where it is lower."""
+    """Write each point's name beside it, as high as points and names leave room, with a line where it is lower."""
+    from matplotlib.transforms import Bbox
+
     axes.figure.draw_without_rendering()  # so that boxes of text are known
-    taken: list[Any] = []
+    centers = axes.transData.transform([point[:2] for point in points])
+    taken = [Bbox.from_bounds(across - 4, up - 4, 8, 8) for across, up in centers]
     for trained, exact, name in sorted(points, key=lambda point: (-point[1], point[0])):
         label = axes.annotate(name, (trained, exact), (8, -3), textcoords="offset points", fontsize=7)
         while any(label.get_window_extent().overlaps(box) for box in taken):
@@ -247,6 +251,8 @@ def write_names(axes: Any, points: list[tuple[int, float, str]]) -> None:
 
 def draw_losses(axes: Any, runs: Runs) -> None:
     """Draw each method's validation loss, the lowest on top, as a line from the least seed to the greatest."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     means = {name: [loss_of(own) for own in seeds] for name, seeds in runs.items()}
     order = sorted(means, key=lambda name: fmean(means[name]), reverse=True)
     for place, name in enumerate(order):
@@ -254,3 +260,6 @@ def draw_losses(axes: Any, runs: Runs) -> None:
         axes.plot(fmean(means[name]), place, "o", color="tab:blue")
     axes.set_yticks(range(len(order)), order, fontsize=8)
     axes.set(xscale="log", xlabel="validation loss, nats per supervised token")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
