@@ -24,7 +24,8 @@ LIBRARIES = (*build.OPERATORS, "decode")
 def test_kernels_are_the_formulas(tmp_path, processor):
     flags = [flag for flag in build.FLAGS if flag != "-shared"] + ["-fopenmp"]
     sources = [build.SOURCES / f"{name}.cpp" for name in LIBRARIES]
-    argv = [COMPILER, *flags, f"-march={processor}", "-static", CHECK, *sources, "-o", tmp_path / "check"]
+    flags += [f"-march={processor}", "-static", "-I", build.SOURCES]
+    argv = [COMPILER, *flags, CHECK, *sources, "-o", tmp_path / "check"]
     subprocess.run(argv, check=True)
     result = subprocess.run([EMULATOR, "-cpu", "max", tmp_path / "check"], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr

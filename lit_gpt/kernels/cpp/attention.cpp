@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "attention.h"
 #include "vectors.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -13,25 +14,6 @@ namespace {
 const int QUERIES = 32;
 
 inline int up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-
-// (B, heads, T, size) with elements of a head next to each other
-template <class T> struct Heads {
-    T *data;
-    long batch, head, token;
-
-    T *at(long b, long h, long t) const { return data + b * batch + h * head + t * token; }
-};
-
-struct Sizes {
-    int batch, heads, groups, size, samples;
-    const int *offsets;  // where the samples of a row begin, and where the last ends
-    float scale;
-    int window;  // positions that a query sees, its own included
-    int before;  // keys before those of the first query, of a single sample
-
-    int total() const { return offsets[samples]; }
-    long items() const { return (long)batch * samples * heads; }
-};
 
 // A matrix product takes STEP elements of its depth at once, which lie together in a word.
 template <class T> struct Words;

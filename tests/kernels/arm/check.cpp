@@ -8,24 +8,12 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
+#include "tape.h"
+
 typedef std::vector<double> Numbers;
 struct bf16 {
     uint16_t bits;
-};
-struct Heads {
-    void *data;
-    long batch, head, token;
-};
-struct Sizes {
-    int batch, heads, groups, size, samples;
-    const int *offsets;
-    float scale;
-    int window, before;
-};
-struct Row {
-    long token, position;
-    const void *updates;
-    long extended;
 };
 
 #define BOTH(name, ...) void name##_f32(__VA_ARGS__), name##_bf16(__VA_ARGS__);
@@ -37,12 +25,12 @@ BOTH(rotate, long, int, int, int, int, const void *, const void *, const void *,
 BOTH(cross_entropy, long, int, void *, const long *, float *)
 BOTH(lora, long, int, const void *, const float *, const float *, int, float, const uint64_t *, uint32_t, int, int,
      const int *, const int *, float *, void *, int)
-BOTH(attention, const Sizes *, const Heads *, const Heads *, const Heads *, const Heads *, float *)
+BOTH(attention, const void *, const void *, const void *, const void *, const void *, float *)
 BOTH(dequantize, long, const void *, const void *, const void *, const float *, long, long, void *)
 void *tape_new();
 void tape_linear(void *, float *, const float *, long, long, long, const void *, const void *, const void *,
                  const float *, const float *, long);
-void tape_run(void *, const Row *, long, void *const *, long, int);
+void tape_run(void *, const void *, long, void *const *, long, int);
 }
 
 int failures = 0;
@@ -177,8 +165,8 @@ template <class T> void lora() {
 template <class T> void attention() {
     const int heads = 4, groups = 2, size = 24, offsets[] = {0, 19, 50}, total = 50, window = 21;
     Tensor<T> q(heads * total * size), k(groups * total * size), v(groups * total * size), y(heads * total * size);
-    auto of = [&](Tensor<T> &x) { return Heads{x.ptr(), 0, total * size, size}; };
-    Heads hq = of(q), hk = of(k), hv = of(v), hy = of(y);
+    auto of = [&](Tensor<T> &x) { return Heads<void>{x.ptr(), 0, total * size, size}; };
+    Heads<void> hq = of(q), hk = of(k), hv = of(v), hy = of(y);
     Sizes sizes{1, heads, groups, size, 2, offsets, 0.2f, window, 0};
     std::vector<float> log_sums(heads * total);
     CALL(attention, &sizes, &hq, &hk, &hv, &hy, log_sums.data());
