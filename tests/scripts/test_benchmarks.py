@@ -190,12 +190,33 @@ def test_tips_are_judged_by_what_all_seeds_say(monkeypatch, tmp_path):
     text = page(cells, ["LoRA", "IA3"], ["LoRA, SGD"], "`command`.", 40, "Here.")
     for words in (
         "queries and values alone: held.**", "optimizer matters little: held.**", "2 is too small: did not hold",
-        "exact -20.0 ± 0.0 points", "do not agree", "| LoRA | 80% (80%; 3) | 0.500 |", "| 0.1 | **0.100**, 50% | 0.2 |",
+        "exact -20.0 ± 0.0 points", "do not agree", "| LoRA | 80% (80, 80; 3) | 0.500 |",
+        "| **0.1: 0.100**, 50%; 0.2: 0",
     ):  # fmt: skip
         assert words in " ".join(text.split()), (words, text)
     assert "IA3" not in text
     draw(cells, ["LoRA", "IA3"], tmp_path / "drawn")
     assert {path.name for path in tmp_path.iterdir()} == {"drawn_exact.png", "drawn_loss.png"}
+
+
+def test_the_grid_of_rates_goes_on_past_an_end(monkeypatch, tmp_path):
+    """A method whose best rate is above the three of the grid; what was run once is not run again."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import methods_quality
+
+    ran = []
+
+    def measure(name, data, seed, rate, folder):
+        ran.append(rate)
+        return {"exact": 1.0, "val_loss_last": abs(rate - 0.01), "seconds": 1, "learning_rate": rate}
+
+    monkeypatch.setattr(methods_quality, "measure", measure)
+    monkeypatch.setattr(methods_quality, "prepared", lambda *_: tmp_path)
+    for _ in range(2):
+        runs = methods_quality.Runs(tmp_path / "cells.json", tmp_path)
+        runs.choose_rate("LoRA")
+        assert ran == pytest.approx([1e-3 / 3, 1e-3, 3e-3, 9e-3, 27e-3])
+    assert runs.cell("1", "tickets", "LoRA")["learning_rate"] == pytest.approx(9e-3)
 
 
 @pytest.mark.slow
