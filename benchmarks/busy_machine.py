@@ -7,7 +7,6 @@ and with them llama.cpp with two threads, in a process of its own, where --peer_
 and .md.
 """
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -81,31 +80,16 @@ def figures(times: dict[str, list[float]], tokens: int) -> dict[str, float]:
 @contextmanager
 def llama_cpp(prompt: list[int]) -> Iterator[Callable[[], Any]]:
     """Start llama.cpp with two threads; yields what lets it answer the prompt once."""
-    job = {
-        "contestant": "llama",
-        "gguf": {"llama": str(gguf)},
-        "prompts": [prompt],
-        "new_tokens": new_tokens,
-        "threads": 2,
-    }
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(job, file)
-        file.flush()
-        script = Path(__file__).parent / "peers" / "llama.py"
-        argv = [peer_python, script, file.name]
-        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-        assert process.stdin and process.stdout
+    from peers.process import Contestant
 
-        def answer() -> Any:
-            process.stdin.write("\n")
-            return json.loads(process.stdout.readline())
-
+    job = {"gguf": {"llama": str(gguf)}, "prompts": [prompt], "new_tokens": new_tokens, "threads": 2}
+    with tempfile.TemporaryDirectory() as folder:
+        contestant = Contestant("llama", job, Path(folder), str(peer_python), script="llama.py")
         try:
-            process.stdout.readline()  # it is ready
-            yield answer
+            contestant.ready()
+            yield lambda: contestant.step(0)
         finally:
-            process.kill()
-            process.wait()
+            contestant.stop()
 
 
 @contextmanager

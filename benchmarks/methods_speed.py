@@ -28,15 +28,8 @@ new_tokens: PositiveInt = 64  # Generate so many after a prompt of as many.
 rounds: PositiveInt = 5  # Count so many steps and answers of each; one before them does not count.
 
 ROOT = Path(__file__).parent.parent
-OTHERS = (
-    "NEFTune",
-    "prompt tuning",
-    "P-tuning",
-    "prefix tuning",
-    "BitFit and norms",
-    "full",
-    "GaLore",
-)  # of other work or rows
+# of other work or rows
+OTHERS = ("NEFTune", "prompt tuning", "P-tuning", "prefix tuning", "BitFit and norms", "full", "GaLore")
 NAMES = [name for name in METHODS if name not in OTHERS]
 Work = dict[str, dict[str, Callable[[], Any]]]  # what is timed, by method
 
