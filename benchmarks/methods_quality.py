@@ -26,6 +26,7 @@ from tasks import make_rows, write_rows
 
 from lit_gpt.checkpoints.folder import check_inputs
 from lit_gpt.cli import PositiveInt, run
+from lit_gpt.errors import UserError
 from lit_gpt.files import read_json, write_json
 
 checkpoint_dir: Path = Path("checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct")  # Finetune this.
@@ -95,6 +96,8 @@ def main() -> None:
                 for some in (METHODS, TIPS):
                     each = product(seeds, TASKS, filter(some.__contains__, names))
                     list(pool.map(lambda at: runs.cell(*at), each))
+    if not runs.found["cells"]:
+        raise UserError(f"{runs.path}: holds no run yet; leave out --measure_missing false")
     write_page(runs.found)
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/methods_speed.py --checkpoint_dir checkpoints/HuggingFaceTB/SmolLM2-135M-Instruct
 
-Each method takes optimizer steps on the same packed row, and continues the same prompt with what it attached left
-apart; all take turns, round by round. The base's own decoding, which is that of a merged model, stands beside them.
+Each method takes optimizer steps on a packed row of as many tokens, virtual ones included, and continues the same
+prompt with what it attached left apart; all take turns, round by round. The base's own decoding, which is that of a
+merged model, stands beside them.
 Writes methods_speed_cpu.json and .md, or with a GPU methods_speed_cuda.*.
 """
 
@@ -28,9 +29,8 @@ new_tokens: PositiveInt = 64  # Generate so many after a prompt of as many.
 rounds: PositiveInt = 5  # Count so many steps and answers of each; one before them does not count.
 
 ROOT = Path(__file__).parent.parent
-# of other work or rows
-OTHERS = ("NEFTune", "prompt tuning", "P-tuning", "prefix tuning", "BitFit and norms", "full", "GaLore")
-NAMES = [name for name in METHODS if name not in OTHERS]
+WITHOUT = ("NEFTune", "full", "GaLore")  # LoRA but for noise; all weights train, and a base is what comes of it
+NAMES = [name for name in METHODS if name not in WITHOUT]
 Work = dict[str, dict[str, Callable[[], Any]]]  # what is timed, by method
 
 
@@ -42,13 +42,12 @@ def main() -> None:
     from lit_gpt.generation.engine import generate
     from lit_gpt.generation.steps import FastStep
 
-    prompt = torch.randint(3, 1000, (new_tokens,)).tolist()
-
     def answering(model: Any) -> Callable[[], Any]:
         step = FastStep(model)
         return lambda: list(generate(model.eval(), prompt, new_tokens, temperature=0, step=step))
 
     base = BaseCheckpoint.open(checkpoint_dir).build(torch.bfloat16)
+    prompt = torch.randint(3, base.config.vocab_size, (new_tokens,)).tolist()
     work: Work = {"train": {}, "decode": {"base, or merged": answering(base)}}
     for name in NAMES:
         work["train"][name], model = training(name)
@@ -61,7 +60,7 @@ def training(name: str) -> tuple[Callable[[], Any], Any]:
     import torch
 
     from lit_gpt.checkpoints.base_model import BaseCheckpoint
-    from lit_gpt.data.dataset import Sample
+    from lit_gpt.data.dataset import Sample, with_tokens_before
     from lit_gpt.distributed.launch import launch
     from lit_gpt.kernels.policy import use_policy
     from lit_gpt.methods.registry import config_class, make_method
@@ -79,8 +78,10 @@ def training(name: str) -> tuple[Callable[[], Any], Any]:
     model = setup.build(args, method, fabric, base)
     objective = make_objective(args.optimization.objective)
     worker = Worker(fabric, model, method, objective, args.optimization, args.memory.precision)
-    ones = torch.ones(sample_tokens, dtype=torch.uint8)
-    drawn = [Sample(torch.randint(3, 1000, (sample_tokens,), dtype=torch.int32), ones) for _ in range(samples)]
+    length = sample_tokens - method.virtual_tokens
+    tokens = torch.randint(3, model.config.vocab_size, (samples, length), dtype=torch.int32)
+    learned = [Sample(own, torch.ones(length, dtype=torch.uint8)) for own in tokens]
+    drawn = [with_tokens_before(sample, model.virtual_tokens) for sample in learned]
     row, policy = objective.collate(drawn).to(fabric.device), setup.kernels(args)
 
     def step() -> None:

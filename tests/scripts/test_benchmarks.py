@@ -112,29 +112,36 @@ def test_refuses_what_it_cannot_use(cli, tmp_path):
     cli(SCRIPT, model="falcon-7b", micro_batch=3).refused("--micro_batch", "divisor", code=2)
 
 
-@pytest.mark.slow
-@pytest.mark.subprocess
-def test_the_four_methods(tmp_path, monkeypatch):
-    """Table and pictures, from real runs of the scripts."""
-    from helpers.rows import write_rows
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A tiny Llama of four layers, converted."""
     from helpers.tiny_models import tiny_hf_model
     from helpers.tokenizers import bpe_tokenizer
     from lit_gpt.conversion import hf, hf_shards
 
-    folder = tmp_path / "tiny"
+    folder = tmp_path_factory.mktemp("models") / "tiny"
     fields = dict(vocab_size=320, max_position_embeddings=256, num_hidden_layers=4)
     tiny_hf_model("llama", "llama3", **fields).save_pretrained(folder)
     bpe_tokenizer(folder)
     hf.convert(folder, hf_shards.StoredWeights(folder))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_the_four_methods(tiny, tmp_path, monkeypatch):
+    """Table and pictures, from real runs of the scripts."""
+    from helpers.rows import write_rows
+
     flags = dict(
-        checkpoint_dir=folder, json_path=write_rows(tmp_path / "r.jsonl"), destination_path=tmp_path / "d",
+        checkpoint_dir=tiny, json_path=write_rows(tmp_path / "r.jsonl"), destination_path=tmp_path / "d",
         prompt_style="alpaca", validation_fraction=0.2,
     )  # fmt: skip
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for script, given in (
         ("scripts/prepare_json.py", flags),
         ("benchmarks/methods.py", dict(
-            checkpoint_dir=folder, data_dir=tmp_path / "d", out_dir=tmp_path / "r", steps=2, batch_size=4,
+            checkpoint_dir=tiny, data_dir=tmp_path / "d", out_dir=tmp_path / "r", steps=2, batch_size=4,
             max_new_tokens=4,
         )),
     ):  # fmt: skip
@@ -147,6 +154,23 @@ def test_the_four_methods(tmp_path, monkeypatch):
     assert all(f"{f['trainable_parameters']:,}" in table for f in found.values()) and str(tmp_path) not in table
     for name in ("time", "memory"):
         assert (tmp_path / "r" / f"methods_cpu_{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
+def test_every_method_is_timed(tiny, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from methods_speed import NAMES
+
+    sizes = dict(samples=2, sample_tokens=48, new_tokens=4, rounds=1)
+    flags = dict(checkpoint_dir=tiny, out_dir=tmp_path, **sizes)
+    argv = [sys.executable, str(ROOT / "benchmarks/methods_speed.py"), *(f"--{k}={v}" for k, v in flags.items())]
+    process = subprocess.run(argv, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    seconds = json.loads((tmp_path / "methods_speed_cpu.json").read_text())["seconds"]
+    assert list(seconds["train"]) == NAMES and list(seconds["decode"]) == ["base, or merged", *NAMES]
+    table = (tmp_path / "methods_speed_cpu.md").read_text()
+    assert "| prefix tuning |" in table and str(tmp_path) not in table
 
 
 def test_tasks_have_rows_that_differ_and_the_recipe_reads_what_prepare_prints(monkeypatch):
@@ -217,6 +241,11 @@ def test_the_grid_of_rates_goes_on_past_an_end(monkeypatch, tmp_path):
         runs.choose_rate("LoRA")
         assert ran == pytest.approx([1e-3 / 3, 1e-3, 3e-3, 9e-3, 27e-3])
     assert runs.cell("1", "tickets", "LoRA")["learning_rate"] == pytest.approx(9e-3)
+
+
+def test_a_page_of_nothing_is_refused(cli, llama, tmp_path):
+    asked = cli("benchmarks/methods_quality.py", checkpoint_dir=llama, out_dir=tmp_path, measure_missing="false")
+    asked.refused("methods_quality.json", "measure_missing")
 
 
 @pytest.mark.slow
