@@ -131,8 +131,9 @@ class Runs:
             with tempfile.TemporaryDirectory() as own:
                 cell = measure(name, data, seed, rate, Path(own))
             with self.lock:
-                cells[key] = cell
-                self.found |= provenance() | {"command": command()}
+                made = provenance() | {"command": command()}
+                cells[key] = cell | {"machine": quality_page.machine(made)}
+                self.found |= made
                 write_json(self.path, self.found)
             print(f"{len(cells)}: {key}: {line_of(cell)}", flush=True)
         return cells[key]
@@ -149,8 +150,8 @@ def write_page(found: dict[str, Any]) -> None:
         f"4, at the learning rate of the grid below whose validation loss on {TASKS[0]} was the lowest."
     )
     cells = quality_page.Cells(found["cells"], TASKS)
-    made = quality_page.page(cells, list(METHODS), list(TIPS), words, held_out, quality_page.where(found))
-    (out_dir / "methods_quality.md").write_text(made, encoding="utf-8")
+    text = quality_page.page(cells, list(METHODS), list(TIPS), words, held_out, found["date"])
+    (out_dir / "methods_quality.md").write_text(text, encoding="utf-8")
     quality_page.draw(cells, list(METHODS), out_dir / "methods_quality")
 
 

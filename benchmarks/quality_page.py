@@ -1,5 +1,6 @@
 """The page of benchmarks/methods_quality.py: tables, pictures, and which of the tips held, written from the cells."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -48,19 +49,29 @@ class Cells:
         whole = {seed: runs for seed, runs in by_seed.items() if len(runs) == len(self.tasks)}
         return {seed: [runs[task] for task in self.tasks] for seed, runs in sorted(whole.items())}
 
+    def timed(self, runs: list[Cell]) -> list[Cell]:
+        """Return those of the runs whose seconds and memory count: on the machine that had most of all runs."""
+        (most, _), *_ = self.machines
+        return [cell for cell in runs if cell["machine"] == most] or runs
 
-def page(cells: Cells, methods: list[str], tips: list[str], words: str, held_out: int, made: str) -> str:
+    @property
+    def machines(self) -> list[tuple[str, int]]:
+        """Return the machines with how many runs they had, most of them first."""
+        return Counter(cell["machine"] for cell in self.found.values()).most_common()
+
+
+def page(cells: Cells, methods: list[str], tips: list[str], words: str, held_out: int, date: str) -> str:
     """Return the page.
 
     Args:
         words: what was done, in whole sentences, the first of them of the command.
-        made: on what machine, with what and when.
+        date: that of the last run.
     """
     how = (
         f"{words} Exact: the share of {held_out} held-out answers that are right to the letter, the mean over tasks "
         "and seeds (that of each task; how many seeds). Forgotten: by how much the loss on the beginning of the "
         "license rose. Seconds are those of training. Memory is what a step on the longest row takes beside the model "
-        f"(as planned). {made}"
+        f"(as planned). {where_each(cells)} {date}."
     )
     parts = ["# What each method is worth", wrapped(how)]
     for names in (methods, [PLAIN, *tips]):
@@ -99,9 +110,22 @@ def wrapped(text: str) -> str:
 
 def where(found: dict[str, Any]) -> str:
     """Return the machine, versions and date of a results file in words."""
-    machine = found["machine"]
-    extensions = ", ".join(machine["extensions"])
-    return f"{machine['cores']} cores of {machine['cpu']} ({extensions}); torch {found['torch']}; {found['date']}."
+    return f"{machine(found)}; {found['date']}."
+
+
+def machine(found: dict[str, Any]) -> str:
+    """Return the machine and torch's version of a results file in words."""
+    cpu, extensions = found["machine"], ", ".join(found["machine"]["extensions"])
+    return f"{cpu['cores']} cores of {cpu['cpu']} ({extensions}); torch {found['torch']}"
+
+
+def where_each(cells: Cells) -> str:
+    """Return the machines in words; of several, how many runs each had, and whose seconds count."""
+    (first, _), *others = cells.machines
+    if not others:
+        return f"{first};"
+    said = "; ".join(f"{n} runs on {name}" for name, n in cells.machines)
+    return f"{said}: seconds and memory are of the former;"
 
 
 def row(name: str, cells: Cells) -> str | None:
@@ -111,12 +135,13 @@ def row(name: str, cells: Cells) -> str | None:
         return None
     every = [cell for runs in seeds.values() for cell in runs]
     exact = [fmean(cell["exact"] for cell in runs) for runs in zip(*seeds.values(), strict=True)]  # of each task
+    timed = cells.timed(every)
     forgotten = fmean(cell["probe_loss_last"] - cell["probe_loss_first"] for cell in every)
     each = ", ".join(f"{100 * task:.0f}" for task in exact)
     return (
         f"| {name} | {fmean(exact):.0%} ({each}; {len(seeds)}) | {loss_of(every):.3f} | {forgotten:+.3f} "
         f"| {every[0]['trainable_parameters']:,} | {every[0]['file_bytes'] / 1e6:.1f} MB "
-        f"| {fmean(cell['seconds'] for cell in every):.0f} | {memory(every)} | {every[0]['learning_rate']:.2g} |"
+        f"| {fmean(cell['seconds'] for cell in timed):.0f} | {memory(timed)} | {every[0]['learning_rate']:.2g} |"
     )
 
 

@@ -198,8 +198,9 @@ def test_tips_are_judged_by_what_all_seeds_say(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from quality_page import Cells, draw, page
 
-    def cell(exact, loss, rate=1e-3):
-        figures = dict.fromkeys(("file_bytes", "seconds", "probe_loss_first", "probe_loss_last"), 1)
+    def cell(exact, loss, rate=1e-3, machine="2 cores", seconds=5):
+        figures = dict.fromkeys(("file_bytes", "probe_loss_first", "probe_loss_last"), 1)
+        figures |= {"machine": machine, "seconds": seconds}
         memory = {"step_bytes_planned": 2e6, "step_bytes_measured": 1e6, "trainable_parameters": 1000}
         return figures | memory | {"exact": exact, "val_loss_last": loss, "learning_rate": rate}
 
@@ -210,12 +211,14 @@ def test_tips_are_judged_by_what_all_seeds_say(monkeypatch, tmp_path):
         for name, (exact, loss) in changes.items():
             found |= {f"LoRA{name} / {task} / {seed}": cell(exact, loss) for task in "ab"}
     found["LoRA / a / 4"] = cell(0.0, 9.0)
+    found |= {f"LoRA / {task} / 3": cell(0.8, 0.5, machine="8 cores", seconds=1) for task in "ab"}
     cells = Cells(found, ("a", "b"))
-    text = page(cells, ["LoRA", "IA3"], ["LoRA, SGD"], "`command`.", 40, "Here.")
+    text = page(cells, ["LoRA", "IA3"], ["LoRA, SGD"], "`command`.", 40, "2026-11-29")
     for words in (
         "queries and values alone: held.**", "optimizer matters little: held.**", "2 is too small: did not hold",
         "exact -20.0 ± 0.0 points", "do not agree", "| LoRA | 80% (80, 80; 3) | 0.500 |",
-        "| **0.1: 0.100**, 50%; 0.2: 0",
+        "| **0.1: 0.100**, 50%; 0.2: 0", "32 runs on 2 cores; 2 runs on 8 cores: seconds and memory are of the former",
+        "| 5 | 1 (2) |",
     ):  # fmt: skip
         assert words in " ".join(text.split()), (words, text)
     assert "IA3" not in text
