@@ -116,7 +116,7 @@ def where(found: dict[str, Any]) -> str:
 def machine(found: dict[str, Any]) -> str:
     """Return the machine and torch's version of a results file in words."""
     cpu, extensions = found["machine"], ", ".join(found["machine"]["extensions"])
-    return f"{cpu['cores']} cores of {cpu['cpu']} ({extensions}); torch {found['torch']}"
+    return f"{cpu['cores']} cores of {cpu['cpu']} ({extensions}), torch {found['torch']}"
 
 
 def where_each(cells: Cells) -> str:
