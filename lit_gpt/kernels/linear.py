@@ -70,9 +70,25 @@ def _product_sample(dtype: torch.dtype) -> Sample:
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return a b^T + bias in float32, by oneDNN or MKL; a: (..., depth), b: (columns, depth)."""
-    if by_onednn(a, b):
-        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-    return F.linear(a, b, bias)
+    return _onednn(a, b, bias) if by_onednn(a, b) else F.linear(a, b, bias)
+
+
+def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+
+
+def row_wise_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b^T, on a CPU in float32 by oneDNN: it sums a row in the same order whatever others there are.
+
+    MKL, where it has Intel's instructions, takes another order for other numbers of rows.
+
+    Args:
+        a: (rows, depth), 8 rows or more; with fewer, oneDNN's order too depends on how many there are.
+        b: (columns, depth).
+    """
+    if a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return _onednn(a, b)
+    return F.linear(a, b)
 
 
 class _OneDNNLinear(torch.autograd.Function):

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_gpt.kernels import functional
-from lit_gpt.kernels.linear import arithmetic
+from lit_gpt.kernels.linear import arithmetic, row_wise_product
 from lit_gpt.kernels.policy import policy
 from lit_gpt.model.config import Config
 from lit_gpt.model.norms import PlainRMSNorm
 
-BLOCK = 8  # rows; kernels take 4 at a time, or 8
+BLOCK = 8  # rows, in which a CPU's kernels take them
 ALIGNED = 8  # bfloat16 numbers in 16 bytes, which a kernel for all experts reads at a time
 
 
@@ -198,9 +198,10 @@ class _GroupedProduct(torch.autograd.Function):
 def _by_expert(x: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
     """Multiply each expert's rows by its matrix.
 
-    On a CPU no row's result depends on where other rows go, to the last bit. There the rows after the last block of a
-    product are summed in another order; so products take whole blocks, if need be with rows of the next expert, whose
-    results are dropped, or single rows, where experts have hardly one each.
+    On a CPU no row's result depends on where other rows go, in float32 to the last bit. Products of fewer rows than a
+    block sum in another order, as do those of the rows after the last whole one in other dtypes; so products take whole
+    blocks, if need be with rows of the next expert, whose results are dropped, or single rows, where experts have
+    hardly one each.
     """
     y, dtype = x.new_empty(len(x), matrices.size(-1)), arithmetic(x.device, x.dtype)
     exact = x.device.type == "cpu"
@@ -210,21 +211,13 @@ def _by_expert(x: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
         stop, taken = start + count, -(-count // block) * block
         if alone:
             for i in range(start, stop):
-                _product(x[i : i + 1].to(dtype), matrix.to(dtype), y[i : i + 1])
+                y[i : i + 1] = x[i : i + 1].to(dtype) @ matrix.to(dtype)
         elif count:
             rows = x[start : start + taken]
             if len(rows) < taken:
                 rows = F.pad(rows, (0, 0, 0, taken - len(rows)))
-            _product(rows.to(dtype), matrix.to(dtype), y[start:stop])
+            y[start:stop] = row_wise_product(rows.to(dtype), matrix.to(dtype).t())[:count]
     return y
-
-
-def _product(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
-    """Write the product of as many of the rows as `out` has."""
-    if len(rows) == len(out) and rows.dtype == out.dtype:
-        torch.mm(rows, matrix, out=out)
-    else:
-        out.copy_((rows @ matrix)[: len(out)])
 
 
 class Experts(nn.Module):
