@@ -33,6 +33,7 @@ from lit_gpt.kernels.policy import WIDE_VECTORS, policy, use_policy
 
 TURNS = 5, 12  # of both ways, at least and at most; the first is not counted, and of the others the fastest tells
 ENOUGH = 0.04  # seconds, after which a trial ends that has had its least turns
+IN_DOUBT = 1.2  # times torch's time are a kernel's still: torch's many calls weigh more in rows shorter than a trial's
 ELEMENTS = 2**21  # of a trial's larger tensors: no cache of a core has them, as none has a training row's
 LIMITS = ("ATEN_CPU_CAPABILITY", "LIT_GPT_MARCH", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")  # on instructions
 
@@ -64,20 +65,24 @@ def chosen(operation: str, dtype: torch.dtype, *sizes: int) -> bool:
 
 
 def faster(operation: str, dtype: torch.dtype, *sizes: int) -> bool:
-    """Return whether the kernel is no slower here at these sizes; it is tried when that is not known."""
+    """Return whether the kernel is not clearly slower here at these sizes; it is tried when that is not known."""
     if os.environ.get("LIT_GPT_TRIALS") == "0":
         return WIDE_VECTORS
     label = " ".join(map(str, (operation, *sizes, str(dtype).removeprefix("torch."))))
     if label not in _times:
         with _trying:
             _times[label] = _kept(label, lambda: _in_thread(operation, dtype, sizes))
-    return _times[label]["kernel"] <= _times[label]["torch"]
+    return _wins(_times[label])
+
+
+def _wins(times: Times) -> bool:
+    return times["kernel"] <= IN_DOUBT * times["torch"]
 
 
 def describe() -> Iterator[str]:
     """Yield a line on each choice by trial that this process has asked for."""
     for label, times in _times.items():
-        by = "kernel" if times["kernel"] <= times["torch"] else "torch"
+        by = "kernel" if _wins(times) else "torch"
         yield f"{label}: {by} (kernel {1000 * times['kernel']:.2f} ms, torch {1000 * times['torch']:.2f} ms)"
 
 

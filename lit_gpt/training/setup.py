@@ -72,7 +72,7 @@ def finetune(args: TrainArgs, method: Method) -> None:
 def kernels(args: TrainArgs) -> dict[str, bool | None]:
     """Return which kernels `--compile` lets serve, as a policy has them."""
     asked, here = args.memory.compile, policy()
-    return {"cpp": here.cpp and asked is not False, "fused": True if asked else here.fused}
+    return {"cpp": here.cpp and asked is not False, "fused": True if asked is True else here.fused}
 
 
 def check(args: TrainArgs, method: Method, base: BaseCheckpoint) -> Iterator[Finding]:

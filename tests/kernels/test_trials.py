@@ -80,6 +80,15 @@ def test_the_policy_goes_before_a_trial(tried):
     assert not tried
 
 
+@needs_kernels
+@pytest.mark.parametrize("compile", ["auto", "true", "false"])
+def test_a_run_tries_unless_it_is_told(cli, tried, llama, data_dir, tmp_path, compile):
+    flags = dict(checkpoint_dir=llama, data_dir=data_dir, out_dir=tmp_path / "run", max_steps=1, compile=compile)
+    result = cli("finetune/lora.py", **flags, batch_size=1, micro_batch_tokens=64, sample_tokens=0, precision="fp32")
+    assert result.code == 0, result.err
+    assert ("RMSNorm" in tried) == (compile == "auto")
+
+
 def test_without_trials_a_rule_says_it(tried, monkeypatch):
     monkeypatch.setenv("LIT_GPT_TRIALS", "0")
     assert trials.chosen("RMSNorm", torch.float32, 64) == WIDE_VECTORS
