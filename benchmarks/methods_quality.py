@@ -40,7 +40,10 @@ measure_missing: bool = True  # Run what is not in methods_quality.json yet (fal
 
 ROOT = Path(__file__).parent.parent
 TASKS = ("orders", "tickets", "bookings")  # the learning rate is chosen on the first, which is the shortest
-BUDGET = ["--batch_size", "4", "--sample_tokens", "0", "--save_interval", "1000000", "--eval_interval", "1000000"]
+BUDGET = [
+    "--batch_size", "4", "--sample_tokens", "0", "--save_interval", "1000000", "--eval_interval", "1000000",
+    "--compile", "true",  # the same kernels on every machine, whichever are faster there
+]  # fmt: skip
 PROBE_CHARACTERS = 3000  # of the license: the text on which forgetting is measured
 GRID = (1 / 3, 1, 3)  # times the learning rate that a method begins with
 ALL = "lora --lora_key true --lora_projection true --lora_mlp true --lora_dropout 0"

@@ -70,8 +70,9 @@ def page(cells: Cells, methods: list[str], tips: list[str], words: str, held_out
     how = (
         f"{words} Exact: the share of {held_out} held-out answers that are right to the letter, the mean over tasks "
         "and seeds (that of each task; how many seeds). Forgotten: by how much the loss on the beginning of the "
-        "license rose. Seconds are those of training. Memory is what a step on the longest row takes beside the model "
-        f"(as planned). {where_each(cells)} {date}."
+        "license rose. Seconds are those of training with the C++ kernels throughout (`--compile true`; speeds by the "
+        "usual choice: [methods_speed_cpu](methods_speed_cpu.md)). Memory is what a step on the longest "
+        f"row takes beside the model (as planned). {where_each(cells)} {date}."
     )
     parts = ["# What each method is worth", wrapped(how)]
     for names in (methods, [PLAIN, *tips]):
