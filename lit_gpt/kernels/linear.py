@@ -86,9 +86,9 @@ def row_wise_product(a: Tensor, b: Tensor) -> Tensor:
         a: (rows, depth), 8 rows or more; with fewer, oneDNN's order too depends on how many there are.
         b: (columns, depth).
     """
-    if a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return _onednn(a, b)
-    return F.linear(a, b)
+    if a.device.type != "cpu" or a.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return F.linear(a, b)
+    return _onednn(a, b) if a.size(-1) else F.linear(a, b)  # oneDNN takes no depth of 0, as of a rank of 0
 
 
 class _OneDNNLinear(torch.autograd.Function):

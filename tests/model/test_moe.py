@@ -152,7 +152,7 @@ def test_the_host_never_waits_to_learn_which_experts_are_chosen():
         products_of_a_step(7, torch.float32)
 
 
-@pytest.mark.parametrize("sizes", [(16, 24), (12, 16), (64, 2), (2, 48), (576, 64)])
+@pytest.mark.parametrize("sizes", [(16, 24), (12, 16), (64, 2), (2, 48), (576, 64), (0, 8)])
 @pytest.mark.parametrize("rows", [6, 7, 40, 333])
 def test_where_other_rows_go_changes_no_bit(rows, sizes):
     """Of a row's product, and of its gradient."""
