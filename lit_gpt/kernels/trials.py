@@ -72,17 +72,18 @@ def faster(operation: str, dtype: torch.dtype, *sizes: int) -> bool:
     if label not in _times:
         with _trying:
             _times[label] = _kept(label, lambda: _in_thread(operation, dtype, sizes))
-    return _wins(_times[label])
+    return _wins(label)
 
 
-def _wins(times: Times) -> bool:
-    return times["kernel"] <= IN_DOUBT * times["torch"]
+def _wins(label: str) -> bool:
+    field = next(field for operation, (field, _) in _samples.items() if label.startswith(operation))
+    return _times[label]["kernel"] <= (IN_DOUBT if field == "fused" else 1) * _times[label]["torch"]
 
 
 def describe() -> Iterator[str]:
     """Yield a line on each choice by trial that this process has asked for."""
     for label, times in _times.items():
-        by = "kernel" if _wins(times) else "torch"
+        by = "kernel" if _wins(label) else "torch"
         yield f"{label}: {by} (kernel {1000 * times['kernel']:.2f} ms, torch {1000 * times['torch']:.2f} ms)"
 
 

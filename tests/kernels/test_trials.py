@@ -65,6 +65,12 @@ def test_the_faster_one_is_chosen_once_and_for_all(cache, tried):
     assert len(json.loads(path.read_text())["trials"]) == 2
 
 
+def test_in_doubt_a_kernel_serves_but_of_two_libraries_the_faster(tried, monkeypatch):
+    monkeypatch.setattr(trials, "_try", lambda *_: {"kernel": 1.1, "torch": 1.0})
+    assert trials.chosen("RMSNorm", torch.float32, 64) and not trials.chosen("product", torch.float32)
+    assert [line.split(": ")[1].split()[0] for line in trials.describe()] == ["kernel", "torch"]
+
+
 def test_other_sizes_are_tried_apart_and_added(cache, tried):
     assert trials.chosen("RMSNorm", torch.float32, 64) and trials.chosen("RMSNorm", torch.float32, 128)
     forget()
