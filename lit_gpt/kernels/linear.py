@@ -55,11 +55,17 @@ def by_kernel(x: Tensor, weight: Tensor) -> bool:
 
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Return whether oneDNN is to compute products of these: in float32, where it is faster."""
-    if torch.compiler.is_compiling() or not x.dtype == weight.dtype == torch.float32 or x.device.type != "cpu":
+    if torch.compiler.is_compiling() or not onednn_takes(x, weight):
         return False
-    if policy().simulate_cuda or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available():
+    if policy().simulate_cuda or torch.is_autocast_enabled("cpu"):
         return False
     return chosen("product", torch.float32)
+
+
+def onednn_takes(*factors: Tensor) -> bool:
+    """Return whether oneDNN multiplies these: in float32 on a CPU, and none of depth 0, as of a rank of 0."""
+    alike = all(x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() for x in factors)
+    return alike and torch.backends.mkldnn.is_available()
 
 
 @sampled("product", "onednn")
@@ -70,25 +76,20 @@ def _product_sample(dtype: torch.dtype) -> Sample:
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return a b^T + bias in float32, by oneDNN or MKL; a: (..., depth), b: (columns, depth)."""
-    return _onednn(a, b, bias) if by_onednn(a, b) else F.linear(a, b, bias)
+    return onednn_product(a, b, bias) if by_onednn(a, b) else F.linear(a, b, bias)
 
 
-def _onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+def onednn_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return a b^T + bias of what `onednn_takes`.
 
-
-def row_wise_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a b^T, on a CPU in float32 by oneDNN: it sums a row in the same order whatever others there are.
-
-    MKL, where it has Intel's instructions, takes another order for other numbers of rows.
+    Of 8 rows or more each is summed in the same order whatever others there are. MKL, where it has Intel's
+    instructions, takes another order for other numbers of rows.
 
     Args:
-        a: (rows, depth), 8 rows or more; with fewer, oneDNN's order too depends on how many there are.
+        a: (rows, depth).
         b: (columns, depth).
     """
-    if a.device.type != "cpu" or a.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
-        return F.linear(a, b)
-    return _onednn(a, b) if a.size(-1) else F.linear(a, b)  # oneDNN takes no depth of 0, as of a rank of 0
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
 class _OneDNNLinear(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lit_gpt.kernels import functional
-from lit_gpt.kernels.linear import arithmetic, row_wise_product
+from lit_gpt.kernels.linear import arithmetic, onednn_product, onednn_takes
 from lit_gpt.kernels.policy import policy
 from lit_gpt.model.config import Config
 from lit_gpt.model.norms import PlainRMSNorm
@@ -211,13 +211,23 @@ def _by_expert(x: Tensor, matrices: Tensor, counts: list[int]) -> Tensor:
         stop, taken = start + count, -(-count // block) * block
         if alone:
             for i in range(start, stop):
-                y[i : i + 1] = x[i : i + 1].to(dtype) @ matrix.to(dtype)
+                _product(x[i : i + 1].to(dtype), matrix.to(dtype), y[i : i + 1])
         elif count:
             rows = x[start : start + taken]
             if len(rows) < taken:
                 rows = F.pad(rows, (0, 0, 0, taken - len(rows)))
-            y[start:stop] = row_wise_product(rows.to(dtype), matrix.to(dtype).t())[:count]
+            _product(rows.to(dtype), matrix.to(dtype), y[start:stop])
     return y
+
+
+def _product(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """Write the product of as many of the rows as `out` has."""
+    if len(rows) >= BLOCK and onednn_takes(rows, matrix):
+        out.copy_(onednn_product(rows, matrix.t())[: len(out)])
+    elif len(rows) == len(out) and rows.dtype == out.dtype:
+        torch.mm(rows, matrix, out=out)
+    else:
+        out.copy_((rows @ matrix)[: len(out)])
 
 
 class Experts(nn.Module):
